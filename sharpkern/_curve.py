@@ -1,0 +1,223 @@
+"""What the probes of a line search say about the loss along the direction, and where they put the crossing.
+
+With f(η) = L(θ − ηΔθ), f₀ = f(0), slope s = Δθᵀg and y = log η, the crossing η_c is the zero of
+
+    ψ(y) = log w,   w = 1 + (f(η) − f₀)/(sη),
+
+which on a quadratic is a straight line of slope 1, and elsewhere close to one of slope p, the *exponent*. The zero does not
+depend on s: a wrong slope bends ψ and costs probes, never accuracy. Where the probes contradict the slope, or where
+none was given, it is read off the two probes nearest to zero.
+"""
+
+import math
+from bisect import insort
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+# A loss difference below this many noise levels has no sign.
+SIGNIFICANT = 3.0
+# Below this share of the slope, w is a difference of nearly equal numbers.
+_SMALLEST_W = 1e-4
+# Exponents outside are artefacts of two probes too close to one another.
+_EXPONENTS = (0.02, 8.0)
+
+
+class Probe(NamedTuple):
+    """One evaluated step size with the loss difference f(η) − f₀, inf where the loss was not finite."""
+
+    eta: float
+    rise: float
+
+
+class Coordinate(NamedTuple):
+    """A probe as (log η, ψ) with the standard error of ψ."""
+
+    y: float
+    psi: float
+    sigma: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of the crossing from the probes nearest to it.
+
+    Attributes:
+        y: log of the estimated crossing.
+        error: Error of the interpolation, in log units.
+        noise: Error from the noise of the losses, in log units.
+        exponent: Slope p of ψ at the crossing.
+        measured: Whether the exponent comes from two probes, and not from the previous search.
+        nearest: Distance to the nearest probe, in log units.
+    """
+
+    y: float
+    error: float
+    noise: float
+    exponent: float
+    measured: bool
+    nearest: float
+
+    @property
+    def reported_error(self) -> float:
+        """Error in log units that covers the truth at more than 95 % of measured points."""
+        return 2.0 * self.error * (1.0 + 3.0 * min(abs(math.log(self.exponent)), 1.0)) + self.noise + 1e-4
+
+
+class Curve:
+    """The loss along the direction, as far as it has been evaluated.
+
+    Args:
+        base_loss: f(0), finite.
+        slope: Δθᵀg, or None if unknown.
+        guess: Expected crossing; used for the slope only while a single probe is known.
+        noise: Relative noise of a loss.
+    """
+
+    def __init__(self, base_loss: float, slope: float | None, guess: float, noise: float) -> None:
+        self.base_loss = base_loss
+        self.given_slope = slope
+        self.guess = guess
+        self.noise_level = noise * abs(base_loss)
+        self.probes: list[Probe] = []
+
+    def add(self, eta: float, loss: float) -> None:
+        """Record a loss; one that is not finite is a rise."""
+        rise = loss - self.base_loss
+        insort(self.probes, Probe(eta, rise if math.isfinite(rise) else math.inf))
+
+    def sign(self, probe: Probe) -> int:
+        """Return 1 for a rise, −1 for a fall, 0 for a difference that noise could have made."""
+        if abs(probe.rise) <= SIGNIFICANT * self.noise_level:
+            return 0
+        return 1 if probe.rise > 0 else -1
+
+    def bracket(self) -> tuple[float, float]:
+        """Return the last fall before the first rise, and the first rise; 0 and inf where there is none."""
+        lo = 0.0
+        for probe in self.probes:
+            sign = self.sign(probe)
+            if sign > 0:
+                return lo, probe.eta
+            if sign < 0:
+                lo = probe.eta
+        return lo, math.inf
+
+    def slope(self) -> float | None:
+        """Return the slope that ψ is built with: the given one unless the probes contradict it, or an estimate."""
+        given, extrapolated = self.given_slope, self._extrapolated_slope()
+        falls = [probe for probe in self.probes if self.sign(probe) < 0]
+        if given is not None:
+            margin = SIGNIFICANT * self.noise_level
+            too_small = any(fall.rise < -given * fall.eta * (1.0 + 1e-9) - margin for fall in falls)
+            too_large = extrapolated is not None and extrapolated < given / 4
+            if not too_small and not too_large:
+                return given
+        if extrapolated is None and len(falls) == 1 and len(self.probes) == 1:
+            # On a quadratic that crosses at the guess, or at twice the only probe.
+            eta, rise = falls[0]
+            return -rise / (eta * (1.0 - eta / self.guess)) if 1.1 * eta < self.guess else -2.0 * rise / eta
+        return extrapolated
+
+    def _extrapolated_slope(self) -> float | None:
+        """Return −(f − f₀)/η extrapolated to 0 from the two smallest probes between which its change is visible."""
+        finite = [probe for probe in self.probes if self.sign(probe) != 0 and math.isfinite(probe.rise)]
+        for (eta1, rise1), (eta2, rise2) in combinations(finite, 2):
+            error = 4.0 * self.noise_level * (1.0 / eta1 + 1.0 / eta2) * eta1 / (eta2 - eta1)
+            change = (rise2 / eta2 - rise1 / eta1) * eta1 / (eta2 - eta1)
+            if change > max(error, 1e-9 * abs(rise1 / eta1)):
+                slope = change - rise1 / eta1
+                # After cancellation among rises nothing is left that tells a small slope from none.
+                return slope if slope > max(error, 0.02 * abs(rise1 / eta1)) else None
+        return None
+
+    def coordinates(self, etas_up_to: float = math.inf) -> list[Coordinate]:
+        """Return the probes as (y, ψ, σ), sorted by y, without those whose ψ is not finite or drowns in noise."""
+        slope = self.slope()
+        if slope is None:
+            return []
+        found = []
+        for eta, rise in self.probes:
+            drop = slope * eta
+            resolution = self.noise_level / drop
+            w = 1.0 + rise / drop
+            if eta <= etas_up_to and resolution < 1 / 3 and max(2.0 * resolution, _SMALLEST_W) < w < math.inf:
+                found.append(Coordinate(math.log(eta), math.log(w), resolution / w))
+        return found
+
+    def estimate(self, exponent: float) -> Estimate | None:
+        """Estimate the first crossing from up to three probes, none beyond the first rise.
+
+        Args:
+            exponent: Slope of ψ to assume where the probes do not give it.
+
+        Returns:
+            The estimate, or None if no probe has a usable ψ.
+        """
+        nodes = _nearest(self.coordinates(self.bracket()[1]))
+        if not nodes:
+            return None
+        first = nodes[0]
+        second = next((node for node in nodes[1:] if _separated(first, node)), None)
+        secant = (second.psi - first.psi) / (second.y - first.y) if second else math.nan
+        if not _EXPONENTS[0] <= secant <= _EXPONENTS[1]:
+            if len(nodes) > 1 and abs(first.psi) > SIGNIFICANT * first.sigma:
+                # ψ is flat, or falls: no power law to follow.
+                return None
+            reach = -first.psi / exponent
+            noise = 2.0 * first.sigma / exponent
+            return Estimate(first.y + reach, abs(reach), noise, exponent, False, abs(reach))
+        exponent = secant
+        y = first.y - first.psi / exponent
+        nearest, product = abs(first.y - y), abs(first.y - y) * abs(second.y - y)
+        error = (0.25 + 1.5 * abs(math.log(exponent))) * product
+        third = next((n for n in nodes if n not in (first, second) and _separated(first, n) and _separated(second, n)), None)
+        if third is not None:
+            bend = (secant - (third.psi - second.psi) / (third.y - second.y)) / (first.y - third.y)
+            error = min(max(1.5 * abs(bend / exponent), 0.05) * product, nearest)
+            inverse = _inverse_quadratic(first, second, third)
+            if abs(inverse - y) <= nearest / 2:
+                y = inverse
+        return Estimate(y, error, 2.0 * first.sigma / exponent, exponent, True, abs(first.y - y))
+
+    def directional_sharpness(self, crossing: float) -> float | None:
+        """Return ΔθᵀHΔθ/(Δθᵀg) from the two smallest probes, or None if they do not resolve it.
+
+        2w/η tends to it as η → 0; what is left is linear in η and is extrapolated away.
+
+        Args:
+            crossing: The critical learning rate.
+        """
+        slope = self.given_slope
+        finite = [probe for probe in self.probes if math.isfinite(probe.rise)]
+        if slope is None or len(finite) < 2 or finite[0].eta > 0.25 * crossing:
+            return None
+        (eta1, rise1), (eta2, rise2) = finite[:2]
+        near, far = (2.0 * (1.0 + rise / (slope * eta)) / eta for eta, rise in ((eta1, rise1), (eta2, rise2)))
+        correction = (near - far) * eta1 / (eta2 - eta1)
+        noise = 4.0 * self.noise_level / (slope * eta1 * eta1)
+        value = near + correction
+        return value if abs(correction) + noise <= 0.25 * abs(value) else None
+
+
+def _nearest(nodes: list[Coordinate]) -> list[Coordinate]:
+    """Return the nodes to fit, the one nearest to the crossing first."""
+    if all(node.psi > 0 for node in nodes):
+        return nodes[:3]
+    if all(node.psi < 0 for node in nodes):
+        return nodes[:-4:-1]
+    return sorted(nodes, key=lambda node: abs(node.psi))
+
+
+def _separated(a: Coordinate, b: Coordinate) -> bool:
+    """Return whether two nodes differ by more than their noise."""
+    return abs(a.psi - b.psi) > 4.0 * (a.sigma + b.sigma)
+
+
+def _inverse_quadratic(a: Coordinate, b: Coordinate, c: Coordinate) -> float:
+    """Return the y at ψ = 0 of the parabola y(ψ) through three nodes with different ψ."""
+    return (
+        a.y * b.psi * c.psi / ((a.psi - b.psi) * (a.psi - c.psi))
+        + b.y * a.psi * c.psi / ((b.psi - a.psi) * (b.psi - c.psi))
+        + c.y * a.psi * b.psi / ((c.psi - a.psi) * (c.psi - b.psi))
+    )

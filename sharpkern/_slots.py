@@ -1,0 +1,209 @@
+"""What an optimizer holds for each parameter: gradient, loss scale, master copy, group. Everything is only read."""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, OptState
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One parameter as the optimizer holds it.
+
+    Attributes:
+        label: what errors call it.
+        held: the tensor in the optimizer's group; its gradient and state belong to this one.
+        parameter: the model's parameter it stands for; another tensor only where the optimizer holds the masters.
+        master: higher-precision copy that ``parameter`` is the rounding of, or None.
+        group: its parameter group.
+        lr: the group's learning rate.
+        scale: what the loss was multiplied by when the gradient was taken.
+    """
+
+    label: str
+    held: Tensor
+    parameter: nn.Parameter
+    master: Tensor | None
+    group: Mapping[str, Any]
+    lr: float
+    scale: float
+
+    @property
+    def theta(self) -> Tensor:
+        """The values that the update starts from, in the best precision there is; shape and device of ``held``."""
+        return (self.held if self.master is None else self.master).detach()
+
+    def gradient(self) -> Tensor:
+        """Return the gradient without the loss scale, which is removed in the precision of ``theta``.
+
+        Returns:
+            Tensor of the shape of ``held``, the very ``.grad`` where there is no scale: must not be written.
+        """
+        assert self.held.grad is not None
+        grad = self.held.grad.detach()
+        return grad if self.scale == 1 else grad.to(self.theta.dtype) * (1 / self.scale)
+
+
+def read_slots(
+    optimizer: torch.optim.Optimizer, masters: Mapping[nn.Parameter, Tensor] | None, scaler: GradScaler | None
+) -> tuple[torch.optim.Optimizer, list[Slot]]:
+    """Return every parameter of the optimizer with what belongs to it.
+
+    Args:
+        optimizer: any torch optimizer, or a wrapper that lends the groups of the one it holds, as Accelerate's does.
+        masters: higher-precision copies by model parameter; the optimizer may hold either. None to look for
+            ``optimizer.state[parameter]["master_param"]`` only.
+        scaler: the loss scaler, or None.
+
+    Returns:
+        The innermost optimizer, and its slots in the order of its groups.
+
+    Raises:
+        TypeError: if an argument or a parameter is of a kind that is not supported.
+        ValueError: if a gradient is sparse, a group has no learning rate, or the masters belong to something else.
+    """
+    inner = unwrapped(optimizer)
+    scale = _loss_scale(optimizer, inner, scaler)
+    return inner, list(_slots(inner, _checked_masters(masters or {}), scale))
+
+
+def check_parameter(label: str, parameter: Tensor) -> None:
+    """Refuse a parameter that no direction can be formed for.
+
+    Args:
+        label: what the error calls it.
+        parameter: the parameter.
+
+    Raises:
+        TypeError: if it is complex, not floating, or a DTensor.
+        ValueError: if it is on the meta device.
+    """
+    if not parameter.is_floating_point():
+        raise TypeError(
+            f"{label} must be real and floating-point, got {parameter.dtype}; "
+            "keep complex weights as real ones and use torch.view_as_complex in the forward pass"
+        )
+    if parameter.is_meta:
+        raise ValueError(f"{label} must hold values, got a meta tensor; load the weights before measuring")
+    # Looked up only where it is loaded already: importing it takes longer than all of this package.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(parameter, distributed.DTensor):
+        raise TypeError(f"{label} must be a plain tensor, got a DTensor; DTensor parameters are not supported yet")
+
+
+def check_gradient(label: str, gradient: Tensor) -> None:
+    """Refuse a gradient that is not a dense tensor.
+
+    Args:
+        label: what the error calls its parameter.
+        gradient: the gradient.
+
+    Raises:
+        ValueError: if it is sparse.
+    """
+    if gradient.layout is not torch.strided:
+        raise ValueError(
+            f"the gradient of {label} must be dense, got {gradient.layout}; build the embedding with sparse=False"
+        )
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer inside wrappers that lend its groups, such as Accelerate's.
+
+    Args:
+        optimizer: an optimizer or a wrapper of one.
+
+    Returns:
+        The innermost optimizer, whose type and state count.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, torch.optim.Optimizer) and inner.param_groups is optimizer.param_groups:
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
+
+
+def _slots(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Parameter, Tensor], scale: float) -> Iterator[Slot]:
+    """Yield a slot for each parameter, its master found by the mapping either way, or in the state."""
+    parameter_of = {id(master): parameter for parameter, master in masters.items()}
+    seen: set[int] = set()
+    for g, group in enumerate(optimizer.param_groups):
+        lr = _group_lr(g, group)
+        for i, held in enumerate(group["params"]):
+            label = f"parameter {i} of group {g} (shape {list(held.shape)})"
+            check_parameter(label, held)
+            if held.grad is not None:
+                check_gradient(label, held.grad)
+            if id(held) in seen:
+                raise ValueError(
+                    f"{label} must stand in the optimizer once, got it twice; pass tied weights as "
+                    "model.parameters() gives them"
+                )
+            seen.add(id(held))
+            if id(held) in parameter_of:
+                parameter, master = parameter_of[id(held)], held
+            else:
+                # .get: the state is a defaultdict, and indexing it would create an entry.
+                parameter, master = held, masters.get(held, optimizer.state.get(held, {}).get("master_param"))
+            yield Slot(label, held, parameter, master, group, lr, scale)
+    if masters and not seen & {id(tensor) for pair in masters.items() for tensor in pair}:
+        raise ValueError(
+            "masters must belong to parameters that the optimizer holds, or be what it holds, got neither; "
+            "build the optimizer and the mapping from the same tensors"
+        )
+
+
+def _group_lr(index: int, group: Mapping[str, Any]) -> float:
+    """Return the learning rate of a group."""
+    lr = group.get("lr")
+    if lr is None or not 0 <= float(lr) < math.inf:
+        raise ValueError(
+            f"lr of group {index} must be a finite number >= 0, got {lr}; where the optimizer finds its own step, "
+            "use Direction.between(before, after, lr) with the rate it took"
+        )
+    return float(lr)
+
+
+def _checked_masters(masters: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:
+    """Return ``masters`` if each is a floating-point tensor of the shape and on the device of its parameter."""
+    for parameter, master in masters.items():
+        if not isinstance(parameter, nn.Parameter):
+            raise TypeError(
+                f"masters must have the model's parameters as keys, got {type(parameter).__name__}; "
+                "pass {parameter: fp32 tensor}"
+            )
+        if not master.is_floating_point() or (master.shape, master.device) != (parameter.shape, parameter.device):
+            raise ValueError(
+                "masters must be floating-point, of their parameter's shape and on its device, "
+                f"{list(parameter.shape)} on {parameter.device}, got {master.dtype}, {list(master.shape)} on "
+                f"{master.device}; pass each parameter's own copy"
+            )
+    return masters
+
+
+def _loss_scale(optimizer: torch.optim.Optimizer, inner: torch.optim.Optimizer, scaler: GradScaler | None) -> float:
+    """Return what the gradients are still multiplied by, from what the scaler and the optimizer say of each other."""
+    # A fused step divides by this attribute itself. Inside scaler.step() it holds the whole scale, beside found_inf.
+    own_scale = getattr(inner, "grad_scale", None)
+    scale = 1.0 if own_scale is None else float(own_scale)
+    if scaler is None:
+        return scale
+    if not isinstance(scaler, GradScaler):
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}; "
+            "with another loss scaler unscale the gradients first and leave scaler out"
+        )
+    if not scaler.is_enabled() or hasattr(inner, "found_inf"):
+        return scale
+    states = scaler._per_optimizer_states  # there is no public way to ask
+    stages = {states[id(one)]["stage"] for one in (optimizer, inner) if id(one) in states}
+    if OptState.STEPPED in stages:
+        raise ValueError(
+            "scaler must not have stepped this optimizer since its last update, got one that has; "
+            "call Direction.from_optimizer before scaler.step(optimizer)"
+        )
+    return scale if OptState.UNSCALED in stages else scale * scaler.get_scale()

@@ -1,0 +1,288 @@
+"""Which step sizes to try next: one at a time, several at a time, or by bisection.
+
+Each strategy is a generator. It yields step sizes, finds their losses in the curve when it is resumed, and returns an
+`Outcome`. All of them end: moves to one side grow, brackets shrink, and the number of evaluations is limited outside.
+"""
+
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from sharpkern._curve import Curve, Estimate
+
+# Without any rise the search goes up to this multiple of the first guess, or of the step that would bring a linear
+# loss to zero, whichever is larger.
+_REACH = 1e6
+# Rises this close to the noise are as far down as a search can see.
+_FLOOR = 20.0
+# Where an earlier crossing would hide: the guard looks at the estimate divided by these.
+_GUARDS = (4.0, 12.0)
+# Above this relative error from noise alone a crossing counts as not resolved.
+_TOO_NOISY = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a search ended: status, critical learning rate, its relative error, and the exponent if measured."""
+
+    status: str
+    eta: float = math.nan
+    error: float = math.nan
+    exponent: float | None = None
+
+
+Steps = Generator[tuple[float, ...], None, Outcome]
+
+
+def sequential(curve: Curve, guess: float, exponent: float, rtol: float, certify: bool) -> Steps:
+    """Try one step size at a time, each where the probes so far put the crossing.
+
+    Args:
+        curve: Receives the losses; empty at the start.
+        guess: Expected crossing.
+        exponent: Expected slope of ψ.
+        rtol: Relative error to reach.
+        certify: Whether to close the bracket to 2.5·rtol around the answer.
+
+    Yields:
+        One step size.
+
+    Returns:
+        The outcome.
+    """
+    yield (guess if curve.given_slope is not None else guess / 8.0,)
+    widths = [math.inf]
+    while True:
+        lo, hi = curve.bracket()
+        estimate = curve.estimate(exponent)
+        outcome = _dead_end(curve, guess, rtol)
+        if outcome is not None:
+            return outcome
+        if estimate is not None and _acceptable(curve, estimate, rtol):
+            check = next(_unchecked(curve, estimate, rtol, certify), None)
+            if check is None:
+                return _converged(curve, estimate)
+            yield (check,)
+            continue
+        widths.append(math.log(hi / lo) if lo > 0 else math.inf)
+        slow = len(widths) > 3 and widths[-1] < math.inf and widths[-1] > widths[-4] / 2
+        if slow:
+            widths = [math.inf]
+            yield (math.sqrt(lo * hi),)
+        else:
+            yield (_propose(curve, estimate, rtol, len(curve.probes)),)
+
+
+def batched(curve: Curve, guess: float, exponent: float, rtol: float, certify: bool, num: int, width: float) -> Steps:
+    """Try ``num`` step sizes at a time, on grids that close in on the crossing.
+
+    Args:
+        curve: Receives the losses; empty at the start.
+        guess: Expected crossing.
+        exponent: Expected slope of ψ.
+        rtol: Relative error to reach.
+        certify: Whether to close the bracket to 2.5·rtol around the answer.
+        num: Step sizes per pass, at least 2.
+        width: Half-width of the first grid, in log units.
+
+    Yields:
+        Up to ``num`` step sizes, ascending.
+
+    Returns:
+        The outcome.
+    """
+    center, passes = math.log(guess), 0
+    # With six or more, two of the first grid look for an earlier crossing.
+    watch = [center - width - math.log(divisor) for divisor in (_GUARDS[1], 3.5)] if num >= 6 else []
+    yield _grid(center, width, num - len(watch), watch)
+    while True:
+        passes += 1
+        lo, hi = curve.bracket()
+        estimate = curve.estimate(exponent)
+        outcome = _dead_end(curve, guess, rtol)
+        if outcome is not None:
+            return outcome
+        if estimate is not None and _acceptable(curve, estimate, rtol):
+            checks = tuple(_unchecked(curve, estimate, rtol, certify))[:num]
+            if not checks:
+                return _converged(curve, estimate)
+            yield tuple(sorted(checks))
+            continue
+        if lo > 0 and hi < math.inf:
+            inside = estimate is not None and lo < math.exp(estimate.y) < hi
+            if inside and estimate is not None and 3.0 * estimate.error < math.log(hi / lo):
+                yield _grid(estimate.y, max(1.5 * estimate.error, 0.02), num)
+            else:
+                step = math.log(hi / lo) / (num + 1)
+                yield tuple(lo * math.exp(step * i) for i in range(1, num + 1))
+            continue
+        width *= 1.5
+        center = math.log(_propose(curve, estimate, rtol, passes))
+        if hi == math.inf:
+            center = max(center, math.log(curve.probes[-1].eta) + width / 2)
+        elif lo == 0:
+            center = min(center, math.log(hi) - width / 2)
+        yield _grid(center, width, num)
+
+
+def bisection(curve: Curve, guess: float, rtol: float = 1 / 16) -> Steps:
+    """Double or halve the guess until the crossing is enclosed, then bisect and report the midpoint.
+
+    Args:
+        curve: Receives the losses; empty at the start.
+        guess: Expected crossing.
+        rtol: Width of the last bracket, relative to its lower end.
+
+    Yields:
+        One step size.
+
+    Returns:
+        The outcome.
+
+    Source: Kalra et al. 2026, arXiv 2601.16979, Algorithm 1.
+    """
+    eta = guess
+    while True:
+        yield (eta,)
+        outcome = _dead_end(curve, guess, rtol / 2)
+        if outcome is not None and outcome.status != "converged":
+            return outcome
+        lo, hi = curve.bracket()
+        if lo > 0 and hi / lo <= 1 + rtol:
+            middle = (lo + hi) / 2
+            return Outcome("converged", middle, (hi - lo) / 2 / middle)
+        if hi == math.inf:
+            eta *= 2
+        elif lo == 0:
+            eta = hi / 2
+        else:
+            eta = (lo + hi) / 2
+
+
+def _grid(center: float, width: float, num: int, more: list[float] | None = None) -> tuple[float, ...]:
+    """Return ``num`` step sizes evenly spaced in log within ``width`` of the center, and ``more``, ascending."""
+    ys = [center + width * (2 * i / (num - 1) - 1) for i in range(num)] + (more or [])
+    return tuple(math.exp(y) for y in sorted(ys))
+
+
+def _acceptable(curve: Curve, estimate: Estimate, rtol: float) -> bool:
+    """Return whether the estimate is exact enough, and backed by enough probes, to end the search."""
+    lo, hi = curve.bracket()
+    tolerance = max(rtol, estimate.noise)
+    # Without a given slope two probes determine ψ's exponent and slope only together.
+    enough = len(curve.probes) >= (2 if curve.given_slope is not None else 3)
+    enclosed = lo > 0 and hi < math.inf
+    return (
+        enough
+        and estimate.measured
+        and estimate.nearest < 0.7
+        and estimate.error <= tolerance
+        and (lo < math.exp(estimate.y) < hi or estimate.noise > rtol)
+        and (enclosed or estimate.exponent >= 0.25)
+    )
+
+
+def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> Iterator[float]:
+    """Yield the step sizes that must still be evaluated before the estimate may be returned.
+
+    An earlier crossing is possible where the loss would fall far below zero on a straight line, or where ψ is flat.
+    """
+    eta = math.exp(estimate.y)
+    slope = curve.slope()
+    if slope is None or slope * eta > 4.0 * abs(curve.base_loss) or estimate.exponent < 0.4:
+        for divisor in _GUARDS:
+            place = eta / divisor
+            if not any(place / 1.6 < probe.eta < 1.6 * place for probe in curve.probes):
+                yield place
+    if certify:
+        lo, hi = curve.bracket()
+        tolerance = max(rtol, estimate.noise)
+        if hi > lo * (1 + 2.5 * tolerance):
+            if lo < eta / (1 + 1.25 * tolerance):
+                yield eta / (1 + 1.1 * tolerance)
+            if hi > eta * (1 + 1.25 * tolerance):
+                yield eta * (1 + 1.1 * tolerance)
+
+
+def _converged(curve: Curve, estimate: Estimate) -> Outcome:
+    """Return the estimate as an outcome; one that drowns in noise is not resolved."""
+    if estimate.noise > _TOO_NOISY:
+        return Outcome("unresolved", exponent=estimate.exponent)
+    lo, hi = (math.log(eta) if eta > 0 else -math.inf for eta in curve.bracket())
+    error = min(estimate.reported_error, max(estimate.y - lo, hi - estimate.y) + estimate.noise)
+    return Outcome("converged", math.exp(estimate.y), math.expm1(error), estimate.exponent)
+
+
+def _dead_end(curve: Curve, guess: float, rtol: float) -> Outcome | None:
+    """Return the outcome where another probe can add nothing: bracket closed, top reached, or noise floor reached."""
+    lo, hi = curve.bracket()
+    if lo > 0 and hi <= lo * (1 + 2 * rtol):
+        middle = math.sqrt(lo * hi)
+        return Outcome("converged", middle, math.sqrt(hi / lo) - 1)
+    if hi == math.inf and curve.probes[-1].eta >= _limit(curve, guess):
+        return Outcome("unbounded", curve.probes[-1].eta) if lo > 0 else Outcome("unresolved")
+    rises = [probe for probe in curve.probes if curve.sign(probe) > 0]
+    if lo == 0 and len(rises) > 1 and hi <= 1.5 * _floor(curve, guess):
+        return Outcome("ascent") if _rises_at_once(curve) else Outcome("unresolved")
+    if lo == 0 and hi == math.inf and len(curve.probes) >= 8:
+        return Outcome("unresolved")
+    return None
+
+
+def _limit(curve: Curve, guess: float) -> float:
+    """Return the largest step size to try."""
+    to_zero = abs(curve.base_loss) / curve.given_slope if curve.given_slope else 0.0
+    return _REACH * max(guess, to_zero)
+
+
+def _floor(curve: Curve, guess: float) -> float:
+    """Return the smallest step size at which a rise like the lowest one would still stand out of the noise."""
+    eta, rise = next(probe for probe in curve.probes if curve.sign(probe) > 0)
+    steepest = max(rise / eta if rise < math.inf else 0.0, curve.given_slope or 0.0)
+    return _FLOOR * curve.noise_level / steepest if steepest > 0 else guess / _REACH**2
+
+
+def _rises_at_once(curve: Curve) -> bool:
+    """Return whether the rises shrink in proportion to η, as along a direction of ascent, and not faster."""
+    rises = [probe for probe in curve.probes if curve.sign(probe) > 0]
+    # A given slope that could not have been seen at this step size may still lead to a crossing below it.
+    hidden = curve.given_slope is not None and curve.given_slope * rises[0].eta <= 3.0 * curve.noise_level
+    if hidden or len(rises) < 2 or not math.isfinite(rises[1].rise):
+        return False
+    return rises[0].rise / rises[0].eta >= 0.5 * rises[1].rise / rises[1].eta
+
+
+def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) -> float:
+    """Return the next step size: the estimate where it is safe, otherwise a move that is sure to teach something."""
+    lo, hi = curve.bracket()
+    etas = [probe.eta for probe in curve.probes]
+    one_sided = passes if lo == 0 or hi == math.inf else 0
+    leap = 10.0 ** max(1, one_sided - 2)
+    if estimate is None or (hi == math.inf and estimate.exponent < 0.25):
+        if hi == math.inf:
+            return etas[-1] * leap
+        if lo > 0:
+            return math.sqrt(lo * hi)
+        floor = _floor(curve, hi)
+        return max(hi / leap, floor) if hi > 1.5 * floor else 10.0 * hi
+    eta = math.exp(estimate.y)
+    if not lo < eta < hi:
+        eta = math.sqrt(lo * hi) if 0 < lo < hi < math.inf else hi / 2 if eta >= hi else lo * 2
+    # The power law is local: it may be trusted over a decade or two.
+    push = math.exp(min(math.log(1.5) * 2 ** (one_sided - 3), math.log(4.0))) if one_sided >= 3 else 1.0
+    if hi == math.inf:
+        eta = min(max(eta, etas[-1] * push if lo > 0 else 0.0), etas[-1] * max(100.0, leap))
+    elif lo == 0:
+        eta = max(min(eta, hi / push), hi / leap, _floor(curve, hi))
+    return _away_from(etas, eta, estimate, rtol)
+
+
+def _away_from(etas: list[float], eta: float, estimate: Estimate, rtol: float) -> float:
+    """Return ``eta``, moved off where it would repeat an old probe, far enough for ψ to differ visibly."""
+    nearest = min(etas, key=lambda old: abs(math.log(eta / old)))
+    if abs(math.log(eta / nearest)) >= 0.1 * rtol:
+        return eta
+    distance = max(0.5 * rtol, 6.0 * estimate.noise)
+    if not estimate.measured:
+        distance = max(0.03, distance) * 4.0 ** (len(etas) - 1)
+    return nearest * math.exp(distance if eta >= nearest else -distance)

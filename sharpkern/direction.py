@@ -1,0 +1,318 @@
+"""Update directions: how the parameters move per unit learning rate, θ⁺ = θ − ηΔθ, and where that comes from."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from sharpkern._between import Weights, displacements
+from sharpkern._inner_product import inner_product, total
+from sharpkern._optimizer_update import optimizer_update
+from sharpkern._parameter_names import NameTable
+from sharpkern._placement import check_fit, checked_module, placed
+from sharpkern._slots import check_gradient, check_parameter
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """An update direction Δθ, made by one of the class methods.
+
+    Parameters are known by identity, never by position; a tied weight stands once, and parameters that are not listed
+    do not move. Nothing here is ever written.
+
+    Attributes:
+        parameters: the parameters that move; empty as long as only their names are known, see `bind`.
+        tensors: Δθ of each: its shape and device, and a floating dtype that may be wider than its own.
+        masters: for each the higher-precision copy that it is the rounding of, or None.
+        slope: Δθᵀg, accumulated in float64, in units of loss/learning-rate; None where no gradient belongs to Δθ.
+        norm_sq: |Δθ|², accumulated in float64.
+        lr: learning rate of the reference group, whose unit Δθ is per; None where it comes from no optimizer.
+
+    Source:
+        Kalra et al. 2026, "A Scalable Measure of Loss Landscape Curvature".
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model(torch.ones(3, 2)).mean().backward()
+        >>> Direction.from_optimizer(optimizer)
+        Direction(2 tensors, 3 elements, |Δθ| = 1.73, slope = 3, lr = 0.1)
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    tensors: tuple[Tensor, ...]
+    masters: tuple[Tensor | None, ...]
+    slope: float | None
+    norm_sq: float
+    lr: float | None
+    _names: tuple[str, ...] = field(default=(), repr=False)
+    _versions: tuple[int, ...] = field(default=(), repr=False)
+
+    @classmethod
+    @torch.no_grad()
+    def from_optimizer(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        *,
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
+        scaler: GradScaler | None = None,
+    ) -> "Direction":
+        """Return the update that the next ``optimizer.step()`` would make.
+
+        Call it between ``backward()`` (and clipping) and ``step()``. SGD, Adam and AdamW have a closed form; any other
+        optimizer takes one step on a copy of itself. The optimizer, its state, parameters and gradients are only read.
+
+        Args:
+            optimizer: any torch optimizer whose parameters hold their gradients.
+            masters: higher-precision copies of 16-bit weights, {parameter of the model: copy}, whether the optimizer
+                holds the parameters or the copies. Those an optimizer keeps as
+                ``state[parameter]["master_param"]`` are found without it.
+            scaler: the GradScaler of fp16 training, to divide by its scale if ``unscale_`` has not yet been called.
+
+        Returns:
+            The direction per unit learning rate of the reference group, which is the first with a positive rate and a
+            gradient: other groups move by their ratio to it. Parameters without gradient, and groups of rate 0, do not
+            move.
+
+        Raises:
+            TypeError: if an argument or a parameter is of a kind that is not supported, or the optimizer needs a
+                closure or cannot step on a copy.
+            ValueError: if there is no gradient, no positive learning rate, a gradient that is sparse or not finite, or
+                nothing that would move.
+
+        Memory:
+            One tensor of each parameter's size (SGD, Adam, AdamW); while another optimizer is copied, also its state
+            and the gradients.
+        """
+        updates, lr = optimizer_update(optimizer, masters, scaler)
+        slopes = [update.slope for update in updates if update.slope is not None]
+        return cls._checked(
+            [update.tensor for update in updates],
+            labels=[update.slot.label for update in updates],
+            if_zero="gradient and momentum are zero: check that the loss depends on the optimizer's parameters",
+            parameters=[update.slot.parameter for update in updates],
+            masters=[update.slot.master for update in updates],
+            slope=total(slopes) if len(slopes) == len(updates) else None,
+            lr=lr,
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_gradients(cls, model: nn.Module) -> "Direction":
+        """Return the gradient itself, the update of plain gradient descent.
+
+        Args:
+            model: a module whose parameters hold their gradients; those without do not move.
+
+        Returns:
+            The direction, with |g|² as its slope and no learning rate.
+
+        Raises:
+            TypeError: if ``model`` is no module or a parameter is complex.
+            ValueError: if there is no gradient, or one that is sparse, not finite or zero everywhere.
+
+        Memory:
+            None: it holds the gradients themselves, and refuses to be measured once they have changed.
+        """
+        named = [(name, p) for name, p in checked_module(model).named_parameters() if p.grad is not None]
+        if not named:
+            raise ValueError(
+                "model must hold a gradient in some parameter, got none; call loss.backward() before "
+                "Direction.from_gradients"
+            )
+        gradients = []
+        for name, parameter in named:
+            assert parameter.grad is not None
+            check_parameter(f"'{name}'", parameter)
+            check_gradient(f"'{name}'", parameter.grad)
+            gradients.append(parameter.grad.detach())
+        direction = cls._checked(
+            gradients,
+            labels=[f"'{name}'" for name, _ in named],
+            if_zero="check that the loss depends on the model",
+            parameters=[parameter for _, parameter in named],
+        )
+        return dataclasses.replace(direction, slope=direction.norm_sq)
+
+    @classmethod
+    @torch.no_grad()
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor] | Mapping[nn.Parameter, Tensor], model: nn.Module
+    ) -> "Direction":
+        """Return a direction of your own.
+
+        Args:
+            tensors: Δθ by the parameter's name or by the parameter: its shape and device, any floating dtype.
+                Parameters that are left out do not move.
+            model: the module that the names are of; prefixes of DDP, FSDP and torch.compile do not matter.
+
+        Returns:
+            The direction, with neither slope nor learning rate.
+
+        Raises:
+            TypeError: if an argument, a key, or a dtype is of a kind that is not supported.
+            ValueError: if a name is unknown, a shape or device differs, or values are not finite or all zeros.
+
+        Memory:
+            None: it holds the tensors themselves, and refuses to be measured once they have changed.
+        """
+        if not isinstance(tensors, Mapping):
+            raise TypeError(
+                f"tensors must be a mapping of names or parameters to tensors, got {type(tensors).__name__}; "
+                "pass {name: tensor}"
+            )
+        placements = placed(tensors.items(), model)
+        for name, parameter, tensor in placements:
+            check_fit(name, parameter, tensor)
+        return cls._checked(
+            [tensor.detach() for _, _, tensor in placements],
+            labels=[f"'{name}'" for name, _, _ in placements],
+            if_zero="pass a tensor that moves some parameter",
+            parameters=[parameter for _, parameter, _ in placements],
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def between(cls, before: Weights, after: Weights, lr: float) -> "Direction":
+        """Return the direction from one set of weights to another, (before − after)/lr: any step, with no formula.
+
+        Measure it at ``before``, where the step started.
+
+        Args:
+            before: the model, or its values by name (a state_dict) or by parameter.
+            after: the same after a step of learning rate ``lr``. A parameter that a mapping lacks while the other side
+                is a module does not move.
+            lr: learning rate of that step.
+
+        Returns:
+            The direction, without a slope. It belongs to the parameters of the side that holds them (of ``before`` if
+            both do); where neither does, the names are resolved when it is measured, see `bind`.
+
+        Raises:
+            TypeError: if a side is neither module nor mapping, or a parameter is complex.
+            ValueError: if ``lr`` is not positive, names or shapes differ, or nothing changed in between.
+
+        Memory:
+            One tensor of each parameter's size, in the dtype of the two sides; the sides can be dropped afterwards.
+        """
+        if not 0 < float(lr) < math.inf:
+            raise ValueError(f"lr must be a positive finite number, got {lr}; pass the learning rate of the step")
+        moved = displacements(before, after, float(lr))
+        return cls._checked(
+            [one.tensor for one in moved],
+            labels=[f"'{one.name}'" if one.name else "a parameter" for one in moved],
+            if_zero="before and after are equal: clone the weights before the step (state_dict() shares their memory)",
+            parameters=[one.parameter for one in moved if one.parameter is not None],
+            names=[one.name for one in moved if one.parameter is None],
+            lr=float(lr),
+        )
+
+    @torch.no_grad()
+    def bind(self, model: nn.Module) -> "Direction":
+        """Return the direction on the parameters of ``model``, once it is certain that it belongs to them.
+
+        Args:
+            model: the module about to be measured, wrapped or not.
+
+        Returns:
+            This direction if it has its parameters, else one whose names were looked up in ``model``: an exact match
+            first, then one without the prefixes of wrappers; buffers are dropped.
+
+        Raises:
+            TypeError: if ``model`` is no module.
+            ValueError: if a parameter is not of this model, a name is unknown, a shape differs, or the tensors were
+                changed since the direction was made.
+
+        Memory:
+            None, unless tensors have to go to another device.
+        """
+        parameters = {id(parameter) for parameter in checked_module(model).parameters()}
+        if not parameters:
+            raise ValueError("model must have parameters, got a module without any; pass the module that is trained")
+        if self._names:
+            return self._resolved(model)
+        foreign = [parameter for parameter in self.parameters if id(parameter) not in parameters]
+        if foreign:
+            raise ValueError(
+                f"direction must belong to the model's own parameters, got {len(foreign)} of {len(self.parameters)} "
+                f"that are not (the first of shape {list(foreign[0].shape)}); measure the model that the direction or "
+                "its optimizer was made from"
+            )
+        if self._versions != tuple(map(_version, self.tensors)):
+            raise ValueError(
+                "direction must hold what it was made with, got tensors written since (a backward, clipping or "
+                "zero_grad of its gradients); make the direction anew just before measuring"
+            )
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors of the direction take, the masters not counted."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def __repr__(self) -> str:
+        facts = [f"{len(self.tensors)} tensors", f"{sum(map(Tensor.numel, self.tensors))} elements"]
+        facts.append(f"|Δθ| = {math.sqrt(self.norm_sq):.3g}")
+        facts += [
+            f"{name} = {value:.3g}" for name, value in (("slope", self.slope), ("lr", self.lr)) if value is not None
+        ]
+        return f"Direction({', '.join(facts)}{', by name' if self._names else ''})"
+
+    def _resolved(self, model: nn.Module) -> "Direction":
+        """Return the direction with its names looked up in ``model``."""
+        buffers = NameTable(dict(model.named_buffers(remove_duplicate=False)))
+        named = zip(self._names, self.tensors, strict=True)
+        placements = placed(((name, tensor) for name, tensor in named if buffers.find(name) is None), model)
+        tensors = [tensor.to(parameter.device) for _, parameter, tensor in placements]
+        for (name, parameter, _), tensor in zip(placements, tensors, strict=True):
+            check_fit(name, parameter, tensor)
+        return self._checked(
+            tensors,
+            labels=[f"'{name}'" for name, _, _ in placements],
+            if_zero="only buffers differ between before and after",
+            parameters=[parameter for _, parameter, _ in placements],
+            lr=self.lr,
+        )
+
+    @classmethod
+    def _checked(
+        cls,
+        tensors: Sequence[Tensor],
+        *,
+        labels: Sequence[str],
+        if_zero: str,
+        parameters: Sequence[nn.Parameter],
+        masters: Sequence[Tensor | None] | None = None,
+        names: Sequence[str] = (),
+        slope: float | None = None,
+        lr: float | None = None,
+    ) -> "Direction":
+        """Return the direction if it is finite and moves something; ``if_zero`` is the remedy when it does not."""
+        norm_sq = total(inner_product(tensor, tensor) for tensor in tensors)
+        if not math.isfinite(norm_sq):
+            culprit = next(label for label, t in zip(labels, tensors, strict=True) if not t.isfinite().all())
+            raise ValueError(
+                f"direction for {culprit} must be finite, got nan or inf; check the gradients, weights and optimizer "
+                "state it was made from"
+            )
+        if norm_sq == 0:
+            raise ValueError(f"direction must move some parameter, got all zeros; {if_zero}")
+        return cls(
+            parameters=tuple(parameters),
+            tensors=tuple(tensors),
+            masters=tuple(masters or [None] * len(tensors)),
+            slope=slope,
+            norm_sq=norm_sq,
+            lr=lr,
+            _names=tuple(names),
+            _versions=tuple(map(_version, tensors)),
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """Return the count of in-place writes to ``tensor``, which inference tensors do not keep."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,85 @@
+"""Which engine evaluates the losses."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from sharpkern.engines.checks import Checks
+from sharpkern.engines.closure import Closure, LossFn
+from sharpkern.engines.inplace import InPlaceEngine
+from sharpkern.engines.table import Pair
+from sharpkern.engines.virtual import VirtualEngine, VirtualParameters
+
+ENGINES = ("auto", "virtual", "inplace")
+
+
+class Engine(Protocol):
+    """Evaluates losses along the direction, from the same random state each time."""
+
+    name: str
+
+    @property
+    def rounded(self) -> set[int]:
+        """Indices of the pairs whose θ + αΔθ was rounded to the weight's dtype."""
+
+    def losses(self, step_sizes: Sequence[float]) -> list[float]:
+        """Losses at θ − ηΔθ for each step size η."""
+
+    def close(self) -> None:
+        """Leave the parameters as they were, bit for bit."""
+
+
+def choose(engine: str, model: nn.Module, loss_fn: LossFn, checks: Checks) -> str:
+    """Name of the engine that ``engine`` stands for.
+
+    Returns:
+        str: ``"virtual"`` for ``"auto"``, and ``"inplace"`` where the model or the closure is compiled or scripted, or the
+        virtual engine was found unable before.
+    """
+    if engine != "auto":
+        return engine
+    return "inplace" if checks.unsupported or is_compiled(model, loss_fn) else "virtual"
+
+
+@contextmanager
+def open_engine(name: str, pairs: Sequence[Pair], closure: Closure, *, compiled: bool) -> Iterator[Engine]:
+    """Make an engine, and close it whatever happens.
+
+    Args:
+        name: ``"virtual"`` or ``"inplace"``.
+        pairs: the parameters that move.
+        closure: evaluates the user's loss.
+        compiled: the model or closure is compiled, so that no mode may look on.
+
+    Yields:
+        Engine: until the block ends.
+    """
+    engine: Engine
+    if name == "virtual":
+        engine = VirtualEngine(pairs, closure)
+    else:
+        # Without pairs the mode only takes losses to float32 and notes the products' precision.
+        engine = InPlaceEngine(pairs, closure, nullcontext() if compiled else VirtualParameters((), closure.precision))
+    try:
+        yield engine
+    finally:
+        try:
+            engine.close()
+        except KeyboardInterrupt:
+            engine.close()
+            raise
+
+
+def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:
+    """Whether the model, one of its modules or the closure was compiled by torch.compile or torch.jit."""
+    if hasattr(loss_fn, "_torchdynamo_orig_callable") or isinstance(loss_fn, torch.jit.ScriptFunction):
+        return True
+    return any(
+        isinstance(module, torch.jit.ScriptModule)
+        or hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

@@ -1,0 +1,72 @@
+"""One evaluation of the user's loss: from the same state each time, checked, reduced over ranks, as a Python float."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from sharpkern.engines.guards import Guard
+from sharpkern.engines.precision import LossPrecision, is_low
+
+LossFn = Callable[[], Tensor]
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Closure:
+    """The user's ``loss_fn``, called unchanged.
+
+    Args:
+        loss_fn: takes nothing, returns the scalar loss of the model's current parameters.
+        guard: rewound before every call.
+        precision: told the dtype of the loss.
+        reduce: applied to the loss before it is read, so that all ranks see the same number.
+
+    Attributes:
+        calls: evaluations so far.
+        random: whether the last call drew random numbers on the CPU.
+        precision: as given.
+    """
+
+    def __init__(self, loss_fn: LossFn, guard: Guard, precision: LossPrecision, reduce: Reduce | None = None) -> None:
+        self._loss_fn = loss_fn
+        self._guard = guard
+        self._reduce = reduce
+        self.precision = precision
+        self.calls = 0
+        self.random = False
+
+    def __call__(self, around: AbstractContextManager[object]) -> float:
+        """Evaluate the loss once.
+
+        Args:
+            around: entered around the user's function alone.
+
+        Returns:
+            float: the loss, nan and inf included.
+        """
+        self._guard.rewind()
+        self.calls += 1
+        with around:
+            loss = self._loss_fn()
+        self.random = self._guard.drew_random_numbers()
+        _check_loss(loss)
+        self.precision.loss_dtype = loss.dtype
+        loss = loss.detach().float() if is_low(loss.dtype) else loss.detach()
+        return float(loss if self._reduce is None else self._reduce(loss))
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor):
+        value = f" {loss}" if isinstance(loss, (int, float)) else ""
+        raise TypeError(
+            f"loss_fn must return a 0-dim floating-point tensor, got {type(loss).__name__}{value}; "
+            "return the loss itself, without .item()"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss_fn must return a scalar, got a tensor of shape {list(loss.shape)}; reduce it, for example by .mean()"
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"loss_fn must return a floating-point loss, got {loss.dtype}; return the loss, not a count")
+    if loss.device.type == "meta":
+        raise ValueError("loss_fn must return a loss with a value, got a meta tensor; put the model on a real device")

@@ -1,0 +1,197 @@
+"""What a loss evaluation may touch besides the parameters, kept at entry and put back: the measurement leaves no trace.
+
+A closure advances random streams, BatchNorm statistics and step counters, caches tensors on modules, fills ``.grad``.
+`preserved` notes all of it once; `Guard.rewind` goes back to that state before every evaluation, so that every step size
+sees the same dropout masks and the same running statistics, and leaving the block goes back for good.
+"""
+
+import random
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (dict, OrderedDict, list, set, deque)
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+Undo = Callable[[], None]
+
+
+class Guard:
+    """The state of a model's surroundings at the moment it was made.
+
+    Args:
+        model: its modules' flags, buffers, plain attributes and hooks are noted.
+        parameters: whose ``.grad`` and ``requires_grad`` are noted besides the model's own.
+
+    Memory: one copy of the buffers and of tensors kept as plain module attributes.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
+        self._parameters = list({id(p): p for p in (*model.parameters(), *parameters)}.values())
+        self._gradients = [p.grad for p in self._parameters]
+        self._contents, containers = _note_modules(model)
+        self._undo: list[Undo] = [
+            *containers,
+            *_note_randomness({t.device for t in (*self._parameters, *(t for t, _ in self._contents))}),
+            _note_autocast(),
+            _note_requires_grad(self._parameters),
+        ]
+        self._entry_stream = torch.get_rng_state()
+
+    def hide_gradients(self) -> None:
+        """Take ``.grad`` out of the closure's reach, for closures that begin with ``zero_grad()``."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def rewind(self) -> None:
+        """Put random streams, buffers, module attributes and flags back to where they were at entry."""
+        # One entry that fails must not keep the others from being restored.
+        with ExitStack() as stack:
+            for buffer, content in self._contents:
+                stack.callback(_restore_content, buffer, content)
+            for undo in self._undo:
+                stack.callback(undo)
+
+    def restore(self) -> None:
+        """As `rewind`, and put every ``.grad`` back: the same tensor object as at entry."""
+        with ExitStack() as stack:
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                stack.callback(setattr, parameter, "grad", gradient)
+            stack.callback(self.rewind)
+
+    def drew_random_numbers(self) -> bool:
+        """Whether the CPU's random stream has moved since the last rewind, as with dropout on the CPU."""
+        return not torch.equal(torch.get_rng_state(), self._entry_stream)
+
+    def version_counters(self) -> ExitStack:
+        """Context that leaves the buffers' autograd version counters as they are, so that a later backward still works."""
+        stack = ExitStack()
+        for buffer, _ in self._contents:
+            if not buffer.is_inference():
+                stack.enter_context(torch.autograd._unsafe_preserve_version_counter(buffer))
+        return stack
+
+
+@contextmanager
+def preserved(model: nn.Module, parameters: Iterable[Tensor] = (), *, grad: bool = False) -> Iterator[Guard]:
+    """Run a block of loss evaluations that leaves no trace.
+
+    Args:
+        model: the model that is evaluated.
+        parameters: parameters besides the model's own.
+        grad: leave autograd on, for Hessian-vector products by `torch.autograd.grad`; off by default.
+
+    Yields:
+        Guard: call `Guard.rewind` before every evaluation.
+
+    Memory: one copy of the model's buffers.
+    """
+    guard = Guard(model, parameters)
+    with guard.version_counters():
+        try:
+            guard.hide_gradients()
+            with torch.set_grad_enabled(grad):
+                yield guard
+        finally:
+            _finish(guard.restore)
+
+
+def _finish(restore: Undo) -> None:
+    """Run a restore to its end, also when the user interrupts it a second time."""
+    try:
+        restore()
+    except KeyboardInterrupt:
+        restore()
+        raise
+
+
+def _note_modules(model: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[Undo]]:
+    """Contents of every buffer and tensor attribute, and how to undo changes of modules' attributes."""
+    tensors: dict[int, Tensor] = {}
+    undo: list[Undo] = []
+    for module in model.modules():
+        attributes = vars(module)
+        undo.append(_undo_container(attributes))
+        undo.extend(_undo_container(value) for value in attributes.values() if type(value) in _CONTAINERS)
+        for value in (*module._buffers.values(), *attributes.values()):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                tensors.setdefault(id(value), value)
+    return [(tensor, tensor.detach().clone()) for tensor in tensors.values()], undo
+
+
+def _undo_container(container: Any) -> Undo:
+    saved = container.copy()
+
+    def undo() -> None:
+        if _same_members(container, saved):
+            return
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
+
+    return undo
+
+
+def _same_members(container: Any, saved: Any) -> bool:
+    """Whether both hold the same objects in the same order, without calling any object's ``==``."""
+    if len(container) != len(saved):
+        return False
+    if isinstance(container, dict):
+        return all(a is b and container[a] is saved[b] for a, b in zip(container, saved, strict=True))
+    if isinstance(container, set):
+        return {id(member) for member in container} == {id(member) for member in saved}
+    return all(a is b for a, b in zip(container, saved, strict=True))
+
+
+def _restore_content(tensor: Tensor, content: Tensor) -> None:
+    # An expanded tensor has several elements at one address: write each address once.
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        tensor.detach()[once].copy_(content[once])
+
+
+def _note_randomness(devices: set[torch.device]) -> list[Undo]:
+    python_state, cpu_state = random.getstate(), torch.get_rng_state()
+    undo: list[Undo] = [lambda: random.setstate(python_state), lambda: torch.set_rng_state(cpu_state)]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy_state = numpy.random.get_state()
+        undo.append(lambda: numpy.random.set_state(numpy_state))
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            undo.append(_undo_device_stream(device))
+    return undo
+
+
+def _undo_device_stream(device: torch.device) -> Undo:
+    accelerator = torch.get_device_module(device)
+    state = accelerator.get_rng_state(device)
+    return lambda: accelerator.set_rng_state(state, device)
+
+
+def _note_autocast() -> Undo:
+    cache = torch.is_autocast_cache_enabled()
+    states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_DEVICES]
+
+    def undo() -> None:
+        torch.set_autocast_cache_enabled(cache)
+        for kind, enabled, dtype in states:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+    return undo
+
+
+def _note_requires_grad(parameters: list[Tensor]) -> Undo:
+    flags = [parameter.requires_grad for parameter in parameters]
+
+    def undo() -> None:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+    return undo

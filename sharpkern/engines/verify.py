@@ -1,0 +1,112 @@
+"""Checks that would turn a silent wrong number into an error: repeatable losses, an independent evaluation, the slope."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+from sharpkern.engines.choose import Engine
+from sharpkern.engines.virtual import VirtualEngine
+from sharpkern.errors import EngineUnsupportedError, SlopeMismatchWarning
+from sharpkern.search import SearchResult
+
+# The loss falls by less than this share of what the gradient says: another batch, or another scale.
+_LEAST_SLOPE_RATIO = 0.8
+# With dropout the gradient is of other masks than the probes.
+_LEAST_SLOPE_RATIO_RANDOM = 0.3
+
+
+def check_repeatable(first: float, second: float, noise: float, *, given: bool) -> None:
+    """Refuse a closure that gives another loss at the same parameters.
+
+    Args:
+        first: the loss at θ.
+        second: the same, evaluated again.
+        noise: relative standard error of one loss.
+        given: ``first`` is the caller's ``base_loss``.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    if abs(first - second) <= max(1e-5, 20 * noise) * max(abs(first), abs(second)):
+        return
+    if given:
+        raise ValueError(
+            f"base_loss must be what loss_fn returns at the current parameters, got {first} and loss_fn returned {second}; "
+            "leave base_loss out"
+        )
+    raise ValueError(
+        f"loss_fn must return the same loss whenever it is called, got {first} and then {second} at the same parameters; "
+        "fetch the batch once, outside of the closure"
+    )
+
+
+def confirm_virtual(engine: Engine, base: float, probes: Sequence[tuple[float, float]], noise: float) -> bool:
+    """Compare the virtual engine with the storage oracle at the probe that shows the largest effect.
+
+    Args:
+        engine: the virtual engine.
+        base: loss at θ.
+        probes: step sizes and losses that it evaluated.
+        noise: relative standard error of one loss.
+
+    Returns:
+        bool: whether they could be compared; False where no probe stands out of the noise.
+
+    Raises:
+        EngineUnsupportedError: they differ.
+    """
+    floor = noise * abs(base)
+    effects = {(eta, loss): abs(loss - base) for eta, loss in probes if math.isfinite(loss)}
+    if not effects or not isinstance(engine, VirtualEngine):
+        return False
+    (eta, loss), effect = max(effects.items(), key=lambda item: item[1])
+    if effect < 50 * floor:
+        return False
+    oracle = engine.oracle_loss(eta)
+    if abs(oracle - loss) > 0.02 * effect + 20 * floor:
+        raise EngineUnsupportedError(
+            f"at the step size {eta:.3g} the virtual engine's loss is {loss}, an independent evaluation gives {oracle}"
+        )
+    return True
+
+
+def check_slope(
+    engine: Engine, base: float, slope: float, result: SearchResult, noise: float, *, random: bool, spare_forwards: int
+) -> None:
+    """Warn when the loss does not fall along the direction as fast as the gradient says.
+
+    Args:
+        engine: evaluates one small step, unless a probe was small already.
+        base: loss at θ.
+        slope: Δθᵀg.
+        result: of the line search.
+        noise: relative standard error of one loss.
+        random: the closure draws random numbers, so that its losses are not exactly the gradient's.
+        spare_forwards: evaluations that may still be made, at least 1.
+    """
+    upper = result.critical_lr if result.status == "converged" else min((eta for eta, _ in result.probes), default=0.0)
+    if result.status not in ("converged", "ascent") or upper <= 0:
+        return
+    resolved = 20 * noise * abs(base) / slope
+    small = [(eta, loss) for eta, loss in result.probes if resolved <= eta <= 0.1 * upper and math.isfinite(loss)]
+    if small or result.status == "ascent":
+        eta, loss = min(small or result.probes)
+    elif resolved <= 0.1 * upper:
+        eta = max(resolved, 0.02 * upper)
+        loss = engine.losses([eta])[0]
+    else:
+        return
+    least = _LEAST_SLOPE_RATIO_RANDOM if random else _LEAST_SLOPE_RATIO
+    ratio = (base - loss) / (eta * slope)
+    if ratio < least and eta / 10 > resolved and spare_forwards > 1:
+        # Strong curvature bends the loss this early? Then a smaller step agrees with the slope.
+        eta = max(resolved, eta / 100)
+        ratio = (base - engine.losses([eta])[0]) / (eta * slope)
+    if ratio < least:
+        warnings.warn(
+            f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: loss_fn must "
+            "evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that prefetches holds "
+            "the next batch already",
+            SlopeMismatchWarning,
+            stacklevel=5,
+        )

@@ -1,0 +1,290 @@
+"""The virtual engine: the model computes with θ − ηΔθ while θ itself is only read.
+
+A torch-function mode sees every call the closure makes on a parameter and answers it with the formed weight: the model,
+the closure and the parameters stay untouched. One layer's weight exists at a time, in a scratch buffer.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sharpkern.engines import calls
+from sharpkern.engines.closure import Closure
+from sharpkern.engines.precision import LossPrecision
+from sharpkern.engines.storage import StorageOracle, StorageWatch
+from sharpkern.engines.table import Pair, Scratch
+from sharpkern.errors import EngineUnsupportedError
+
+
+class VirtualParameters(TorchFunctionMode):
+    """While active, every torch call on a parameter of the table computes with θ + αΔθ in its place.
+
+    Args:
+        pairs: the parameters that move.
+        precision: told about the loss functions that are called.
+
+    Memory: the largest weight matrix (shared scratch); one row block for embeddings; a copy of the weights that a call
+    takes several of at once (an LSTM layer, `nn.MultiheadAttention`).
+    """
+
+    def __init__(self, pairs: Iterable[Pair], precision: LossPrecision) -> None:
+        super().__init__()
+        self._parameters = {id(pair.weight): pair for pair in pairs}
+        self._table = dict(self._parameters)
+        self._precision = precision
+        self._scratch = Scratch()
+        self.alpha = 0.0
+        self.read: set[int] = set()
+        self.rounded: set[int] = set()
+
+    def begin(self, alpha: float) -> None:
+        """Start a pass: forget the views of the last one."""
+        self._table = dict(self._parameters)
+        self.alpha = alpha
+        self.read = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = calls.name_of(func)
+        if name in calls.LOSSES:
+            args, kwargs = self._precision.widen_loss(args, kwargs)
+        if self._holds(args) or (kwargs and self._holds(kwargs.values())):
+            result = self._answer(func, name, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+        if name in calls.PRODUCTS:
+            self._precision.note_product(result)
+        return result
+
+    def _answer(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that names at least one parameter, or a view of one."""
+        first = self._pair(args[0]) if args else None
+        if calls.is_metadata(name):
+            return func(*args, **kwargs)
+        if name in calls.OPAQUE:
+            raise EngineUnsupportedError(
+                f"the model or loss_fn reads a parameter's memory by {name}(), where a formed weight cannot be put in its place"
+            )
+        if name == "requires_grad_":
+            return args[0]
+        if (
+            calls.writes(name, func)
+            and (first is not None or self._holds(args[:1]))
+            or self._holds([kwargs.get("out")])
+        ):
+            raise ValueError(
+                f"loss_fn must only evaluate the loss, got a write to a parameter by {name}; take training steps and "
+                "weight clipping out of the closure"
+            )
+        if first is not None and name in calls.LINEAR_IN_FIRST and not self._holds(args[1:]):
+            return self._apply_to_both(func, first, args[1:], kwargs)
+        if first is not None and name in calls.CASTS:
+            return self._cast(func, first, args[1:], kwargs)
+        if name == "embedding" and not calls.renormalises(args, kwargs):
+            weight = self._pair(args[1] if len(args) > 1 else kwargs["weight"])
+            if weight is not None:
+                return self._gather_rows(func, weight, args, kwargs)
+        if name in calls.NORMS or name in calls.ELEMENTWISE:
+            if any(pair.weight.dtype.itemsize < 4 for pair in self._pairs_in((args, kwargs))):
+                return self._in_full_precision(func, name, args, kwargs)
+        return self._with_formed(func, name, args, kwargs)
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def _apply_to_both(self, func: Any, pair: Pair, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Views and gathers are linear: f(W + αD) = f(W) + αf(D). A view stays a pair; a copy is formed."""
+        weights = func(pair.weight, *rest, **kwargs)
+        bases = weights if pair.base is pair.weight else func(pair.base, *rest, **kwargs)
+        deltas = func(pair.delta, *rest, **kwargs)
+        if isinstance(weights, Tensor):
+            return self._register(pair, weights, bases, deltas)
+        parts = (self._register(pair, *part) for part in zip(weights, bases, deltas, strict=True))
+        return type(weights)(parts) if type(weights) in (tuple, list) else tuple(parts)
+
+    def _register(self, pair: Pair, weight: Tensor, base: Tensor, delta: Tensor) -> Tensor:
+        if weight is pair.weight:
+            return weight
+        part = Pair(weight, base, delta, pair.owner)
+        if weight.untyped_storage().data_ptr() != pair.weight.untyped_storage().data_ptr():
+            return self._form(part)
+        # The pair holds the view, so that its id stays taken until the pass ends.
+        self._table[id(weight)] = part
+        return weight
+
+    def _cast(self, func: Any, pair: Pair, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Casts widen before they round: a bf16 weight taken to float32 keeps the whole displacement."""
+        empty = pair.weight.detach().new_empty(0)
+        result = func(empty, *rest, **kwargs)
+        if result is empty:
+            return pair.weight
+        if not isinstance(result, Tensor):
+            return result
+        self.read.add(pair.owner)
+        exact = result.dtype.is_floating_point and result.dtype.itemsize >= pair.wide.itemsize
+        if not exact:
+            self.rounded.add(pair.owner)
+        return func(pair.form(self.alpha, dtype=pair.wide if exact else pair.weight.dtype), *rest, **kwargs)
+
+    def _gather_rows(self, func: Any, pair: Pair, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        def rows(source: Tensor) -> Tensor:
+            if len(args) > 1:
+                return func(args[0], source, *args[2:], **kwargs)
+            return func(*args, **{**kwargs, "weight": source})
+
+        weight = rows(pair.weight)
+        self.read.add(pair.owner)
+        if self.alpha == 0:
+            return weight
+        base = weight if pair.base is pair.weight else rows(pair.base)
+        return self._form(Pair(weight, base, rows(pair.delta), pair.owner))
+
+    def _in_full_precision(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Norm weights near 1 swallow small steps when rounded to 16 bits: compute in float32, round the result."""
+        operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        result_dtype = operands[0].dtype
+        if name in calls.ELEMENTWISE and len(args) == 2:
+            result_dtype = torch.result_type(args[0], args[1])
+
+        def widen(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            pair = self._pair(value)
+            if pair is not None:
+                self.read.add(pair.owner)
+                return pair.form(self.alpha, dtype=pair.wide)
+            return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value
+
+        return calls.map_tensors(
+            func(*calls.map_values(widen, args), **calls.map_values(widen, kwargs)), lambda t: t.to(result_dtype)
+        )
+
+    def _with_formed(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any other call: form the weights it takes. Products consume theirs at once, so that one scratch serves all."""
+        free = [name in calls.PRODUCTS]
+
+        def formed(value: Any) -> Any:
+            pair = self._pair(value)
+            if pair is None:
+                return value
+            if self.alpha != 0 and free[0] and value.dim() > 1:
+                free[0] = False
+                return self._form(pair, self._scratch.take(pair.weight, pair.weight.dtype))
+            return self._form(pair)
+
+        result = func(*calls.map_values(formed, args), **calls.map_values(formed, kwargs))
+        if name in calls.PRODUCTS and isinstance(result, Tensor) and self._scratch.owns(result):
+            return result.clone()
+        return result
+
+    # -- the table ----------------------------------------------------------------------------------------------------
+
+    def _form(self, pair: Pair, out: Tensor | None = None) -> Tensor:
+        self.read.add(pair.owner)
+        self.rounded.add(pair.owner)
+        return pair.weight if self.alpha == 0 else pair.form(self.alpha, out=out)
+
+    def _pair(self, value: Any) -> Pair | None:
+        return self._table.get(id(value)) if isinstance(value, Tensor) else None
+
+    def _pairs_in(self, values: Any) -> list[Pair]:
+        found: list[Pair] = []
+        calls.map_values(lambda value: found.append(pair) if (pair := self._pair(value)) else None, values)
+        return found
+
+    def _holds(self, values: Iterable[Any]) -> bool:
+        """Whether a pair's tensor is among the values, or in lists inside them; on the path of every torch call."""
+        table = self._table
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in table:
+                    return True
+            elif isinstance(value, (list, tuple, dict)) and self._holds(
+                value.values() if isinstance(value, dict) else value
+            ):
+                return True
+        return False
+
+
+class VirtualEngine:
+    """Evaluates losses at θ − ηΔθ one step size at a time, without writing θ.
+
+    Args:
+        pairs: the parameters that move.
+        closure: evaluates the user's loss.
+
+    Memory: see `VirtualParameters`.
+    """
+
+    name = "virtual"
+
+    def __init__(self, pairs: Sequence[Pair], closure: Closure) -> None:
+        self._pairs = pairs
+        self._closure = closure
+        self._mode = VirtualParameters(pairs, closure.precision)
+        self._unused: set[int] = set()
+
+    @property
+    def rounded(self) -> set[int]:
+        """Indices of the pairs whose θ + αΔθ was rounded to the weight's dtype in some call."""
+        return self._mode.rounded
+
+    def losses(self, step_sizes: Sequence[float]) -> list[float]:
+        """Losses at θ − ηΔθ for each step size η.
+
+        Raises:
+            EngineUnsupportedError: a parameter is read where the mode cannot see it.
+        """
+        return [self._loss(eta) for eta in step_sizes]
+
+    def oracle_loss(self, eta: float) -> float:
+        """The loss at θ − ηΔθ by `StorageOracle`, which shares none of the mode's knowledge of torch's calls.
+
+        Memory: formed copies of the parameters that one operator reads.
+        """
+        # Casts that an enclosing autocast keeps are of θ itself.
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(False)
+        return self._closure(_eagerly(StorageOracle(self._pairs, -eta)))
+
+    def close(self) -> None:
+        """Nothing to put back: θ was not written."""
+
+    def _loss(self, eta: float) -> float:
+        loss = self._pass(eta)
+        unread = self._unread()
+        if unread:
+            # An expert without tokens, or a read that the mode cannot see? Look again, one level lower.
+            watch = StorageWatch(self._pairs)
+            loss = self._pass(eta, watch)
+            hidden = watch.touched & self._unread()
+            if hidden:
+                raise EngineUnsupportedError(
+                    f"{len(hidden)} of {len(self._pairs)} parameters are read where torch's Python calls do not show it "
+                    "(scripted code, or aliases of weights made before the measurement)"
+                )
+            self._unused |= unread
+        return loss
+
+    def _unread(self) -> set[int]:
+        return {pair.owner for pair in self._pairs} - self._mode.read - self._unused
+
+    def _pass(self, eta: float, watch: StorageWatch | None = None) -> float:
+        self._mode.begin(-eta)
+        return self._closure(_eagerly(self._mode, *([watch] if watch else [])))
+
+
+@contextmanager
+def _eagerly(*modes: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter the modes with compiled functions running as plain Python: Dynamo would apply α twice."""
+    with ExitStack() as stack:
+        # Nothing can be compiled before Dynamo is loaded, and loading it takes seconds.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for mode in modes:
+            stack.enter_context(mode)
+        yield

@@ -1,0 +1,376 @@
+"""The line search: the smallest step size at which a function of one number exceeds its value at zero.
+
+`LineSearch` asks for step sizes and is told losses, so that whoever evaluates them, one at a time or several per pass,
+stays in control; `find_critical_lr` drives it on a plain function. Nothing here knows about tensors.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, TypeAlias
+
+from sharpkern._curve import Curve
+from sharpkern._strategies import Outcome, Steps, batched, bisection, sequential
+
+Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "unresolved"]
+
+# The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
+_LARGEST_CORRECTION = 30.0
+# First half-width of a grid of K step sizes around a cold guess, and around a warm one.
+_WARM_WIDTH = math.log(2.0)
+_WIDTHS = (math.log(1.25), math.log(5.0))
+
+
+@dataclass
+class SearchMemory:
+    """What one search leaves to the next; plain floats, for a checkpoint.
+
+    Attributes:
+        eta: Last critical learning rate.
+        exponent: Slope of ψ there.
+        slope: Δθᵀg of that search.
+        norm_sq: |Δθ|² of that search.
+        half_width: Half-width of the next grid of step sizes, in log units.
+    """
+
+    eta: float | None = None
+    exponent: float | None = None
+    slope: float | None = None
+    norm_sq: float | None = None
+    half_width: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the fields as a dict of floats."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, float | None]) -> "SearchMemory":
+        """Return the memory that `to_dict` wrote."""
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Outcome of a line search. A failure never looks like a result: its numbers are nan.
+
+    Attributes:
+        status: "converged"; "ascent" (the loss rises at once: critical_lr 0, sharpness inf); "unbounded" (no rise up to
+            the largest step tried, which critical_lr then holds); "nonfinite" (the base loss is); "unresolved"
+            (differences below the noise, or evaluations used up before the crossing was known).
+        critical_lr: η_c, the smallest step size with f(η) > f(0).
+        sharpness: λ_c = 2/η_c, in 1/learning-rate.
+        bracket: Largest step known to lie before the first rise, and smallest known rise; 0 and inf where unknown.
+        error: Relative uncertainty of critical_lr.
+        exponent: Slope p of log(1 + (f(η) − f(0))/(slope·η)) against log η at the crossing; small means ill-conditioned.
+        probes: Pairs (η, loss) in the order evaluated, without the base loss.
+        evaluations: Number of probes.
+        passes: Number of times that losses were told.
+        slope: −f′(0): the given one, an estimate from the probes where none was given, or None.
+        directional_sharpness: ΔθᵀHΔθ/(Δθᵀg) where the probes resolve it, otherwise None.
+        memory: For the next search.
+    """
+
+    status: Status
+    critical_lr: float
+    sharpness: float
+    bracket: tuple[float, float]
+    error: float
+    exponent: float | None
+    probes: tuple[tuple[float, float], ...]
+    evaluations: int
+    passes: int
+    slope: float | None
+    directional_sharpness: float | None
+    memory: SearchMemory
+
+
+class LineSearch:
+    """Search for the first crossing f(η) > f(0), by asking for step sizes and being told losses.
+
+    Args:
+        base_loss: f(0).
+        slope: −f′(0) = Δθᵀg if known. It speeds the search up; a wrong one costs evaluations, not accuracy.
+        norm_sq: |Δθ|² if known; together with the slope it scales the last result to this direction.
+        initial_lr: First guess where there is no memory: the learning rate in use. None: 0.01·f(0)/slope.
+        memory: `SearchResult.memory` of the previous search.
+        rtol: Relative error to reach, in (0, 1).
+        method: "auto", or "bisection" (doubling or halving, then bisection to 1/16, for comparison).
+        certify: Whether to close the bracket around the answer to 2.5·rtol.
+        noise: Relative standard error of one loss.
+        max_evaluations: Most probes, the base loss not included.
+        num_parallel: Step sizes asked for at a time.
+
+    Raises:
+        TypeError: If an argument is not of the named type.
+        ValueError: If an argument is out of its range.
+
+    Determinism: The same losses lead to the same step sizes.
+
+    Source: Kalra et al. 2026, arXiv 2601.16979, for η_c and for "bisection".
+
+    Example:
+        >>> search = LineSearch(1.0, slope=1.0, initial_lr=0.1)
+        >>> while step_sizes := search.ask():
+        ...     search.tell([1.0 - eta + eta**2 for eta in step_sizes])
+        >>> round(search.result().critical_lr, 6)
+        1.0
+    """
+
+    def __init__(
+        self,
+        base_loss: float,
+        *,
+        slope: float | None = None,
+        norm_sq: float | None = None,
+        initial_lr: float | None = None,
+        memory: SearchMemory | None = None,
+        rtol: float = 0.01,
+        method: Literal["auto", "bisection"] = "auto",
+        certify: bool = False,
+        noise: float = 1e-6,
+        max_evaluations: int = 39,
+        num_parallel: int = 1,
+    ) -> None:
+        if method not in ("auto", "bisection"):
+            raise ValueError(f"method must be 'auto' or 'bisection', got {method!r}; leave it out for 'auto'")
+        if method == "bisection" and num_parallel != 1:
+            raise ValueError(
+                f"num_parallel must be 1 with method='bisection', got {num_parallel!r}; use method='auto' for more"
+            )
+        self._base_loss = _number("base_loss", base_loss, "the loss at step size 0")
+        self._given_slope = None if slope is None else _finite("slope", slope, "leave it out if it is not known")
+        self._norm_sq = None if norm_sq is None else _positive("norm_sq", norm_sq, "leave it out if it is not known")
+        if initial_lr is not None:
+            _positive("initial_lr", initial_lr, "leave it out for a guess from the loss and the slope")
+        rtol = _fraction("rtol", rtol, "leave it out for 0.01")
+        noise = _fraction("noise", noise, "leave it out for 1e-6")
+        self._max_evaluations = _count("max_evaluations", max_evaluations, "leave it out for 39")
+        self._num_parallel = _count("num_parallel", num_parallel, "leave it out for 1")
+        self._before = memory or SearchMemory()
+        self._probes: list[tuple[float, float]] = []
+        self._passes = 0
+        self._pending: tuple[float, ...] = ()
+        self._outcome: Outcome | None = None
+        self._guess = self._first_guess(initial_lr)
+        self._width = self._first_width()
+        positive = self._given_slope if self._given_slope is not None and self._given_slope > 0 else None
+        self._curve = Curve(self._base_loss, positive, self._guess, noise)
+        if not math.isfinite(self._base_loss):
+            self._outcome = Outcome("nonfinite")
+        elif self._given_slope is not None and self._given_slope <= 0:
+            self._outcome = Outcome("ascent")
+        else:
+            self._steps = self._strategy(method, rtol, certify)
+            self._advance()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result is known."""
+        return self._outcome is not None
+
+    def ask(self) -> tuple[float, ...]:
+        """Return the step sizes to evaluate next, at most ``num_parallel``; none when finished."""
+        return self._pending
+
+    def tell(self, losses: Sequence[float]) -> None:
+        """Take the losses at the step sizes asked for.
+
+        Args:
+            losses: One number per step size, in the same order. One that is not finite counts as a rise.
+
+        Raises:
+            ValueError: If their number differs from that of the step sizes, or nothing was asked for.
+        """
+        if len(losses) != len(self._pending) or not self._pending:
+            raise ValueError(
+                f"losses must hold one loss per step size asked for ({len(self._pending)}), got {len(losses)}; "
+                "call ask() again to see them"
+            )
+        for eta, loss in zip(self._pending, losses, strict=True):
+            self._probes.append((eta, _number("losses", loss, "pass floats, for example tensor.item()")))
+            self._curve.add(eta, self._probes[-1][1])
+        self._passes += 1
+        self._advance()
+
+    def result(self) -> SearchResult:
+        """Return the result.
+
+        Raises:
+            ValueError: If the search is not finished.
+        """
+        if self._outcome is None:
+            raise ValueError("result() must wait for a finished search, got one that still asks; tell() it its losses")
+        status, eta = self._outcome.status, self._outcome.eta
+        if status == "ascent":
+            eta, sharpness = 0.0, math.inf
+        else:
+            sharpness = 2.0 / eta
+        found = status == "converged"
+        return SearchResult(
+            status=status,
+            critical_lr=eta,
+            sharpness=sharpness,
+            bracket=self._curve.bracket() if self._probes else (0.0, math.inf),
+            error=self._outcome.error,
+            exponent=self._outcome.exponent,
+            probes=tuple(self._probes),
+            evaluations=len(self._probes),
+            passes=self._passes,
+            slope=self._slope(),
+            directional_sharpness=self._curve.directional_sharpness(eta) if found else None,
+            memory=self._memory() if found else self._before,
+        )
+
+    def _advance(self) -> None:
+        """Resume the strategy for its next step sizes, or take its outcome; never ask for more than is left."""
+        left = self._max_evaluations - len(self._probes)
+        try:
+            self._pending = next(self._steps)[:left]
+        except StopIteration as stop:
+            self._pending, self._outcome = (), stop.value
+            return
+        if not self._pending:
+            self._outcome = Outcome("unresolved")
+
+    def _strategy(self, method: str, rtol: float, certify: bool) -> Steps:
+        """Return the generator that chooses step sizes."""
+        exponent = min(max(self._before.exponent or 1.0, 0.3), 3.0)
+        if method == "bisection":
+            return bisection(self._curve, self._guess)
+        if self._num_parallel > 1:
+            return batched(self._curve, self._guess, exponent, rtol, certify, self._num_parallel, self._width)
+        return sequential(self._curve, self._guess, exponent, rtol, certify)
+
+    def _first_guess(self, initial_lr: float | None) -> float:
+        """Return the last crossing, scaled to this direction, or a first guess."""
+        before, slope = self._before, self._given_slope
+        if before.eta is None:
+            if initial_lr is not None:
+                return float(initial_lr)
+            falls = slope is not None and slope > 0 and self._base_loss != 0 and math.isfinite(self._base_loss)
+            return 0.01 * abs(self._base_loss) / slope if falls and slope else 1.0
+        # Half-way, in log units, between curvature that stays per unit step and curvature that stays per unit length.
+        ratio = 1.0
+        if slope is not None and slope > 0 and before.slope is not None and before.slope > 0:
+            ratio *= slope / before.slope
+        if self._norm_sq is not None and before.norm_sq is not None:
+            ratio *= before.norm_sq / self._norm_sq
+        return before.eta * min(max(math.sqrt(ratio), 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
+
+    def _first_width(self) -> float:
+        """Return the half-width of the first grid: that of the memory, or wide enough for a cold guess."""
+        if self._before.half_width is not None:
+            return self._before.half_width
+        if self._before.eta is not None:
+            return _WARM_WIDTH
+        # About 0.7 log units between neighbours, up to two decades to either side.
+        return min(0.35 * max(self._num_parallel, 4), math.log(100.0))
+
+    def _slope(self) -> float | None:
+        return self._given_slope if self._given_slope is not None else self._curve.slope()
+
+    def _memory(self) -> SearchMemory:
+        """Return what the next search may use of this one."""
+        assert self._outcome is not None
+        eta = self._outcome.eta
+        miss = abs(math.log(eta / self._guess))
+        width = min(max(0.7 * self._width + 0.9 * miss, _WIDTHS[0]), _WIDTHS[1])
+        exponent = self._outcome.exponent if self._outcome.exponent is not None else self._before.exponent
+        return SearchMemory(eta, exponent, self._slope(), self._norm_sq, width)
+
+
+def find_critical_lr(
+    f: Callable[[float], float],
+    *,
+    base_loss: float | None = None,
+    slope: float | None = None,
+    norm_sq: float | None = None,
+    initial_lr: float | None = None,
+    memory: SearchMemory | None = None,
+    rtol: float = 0.01,
+    method: Literal["auto", "bisection"] = "auto",
+    certify: bool = False,
+    noise: float = 1e-6,
+    max_evaluations: int = 39,
+    num_parallel: int = 1,
+) -> SearchResult:
+    """Return the smallest η > 0 with f(η) > f(0), for a plain function.
+
+    Args:
+        f: Loss as a function of the step size.
+        base_loss: f(0); evaluated if left out.
+        slope: As in `LineSearch`, like all that follow.
+        norm_sq: |Δθ|².
+        initial_lr: First guess.
+        memory: From the previous search.
+        rtol: Relative error to reach.
+        method: "auto" or "bisection".
+        certify: Whether to close the bracket.
+        noise: Relative standard error of one loss.
+        max_evaluations: Most evaluations of f, f(0) not included.
+        num_parallel: Step sizes chosen at a time.
+
+    Returns:
+        The result.
+
+    Raises:
+        TypeError: If an argument is not of the named type.
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> result = find_critical_lr(lambda eta: 3.0 - 2.0 * eta + 0.5 * eta**2)
+        >>> result.status, round(result.critical_lr, 4), round(result.sharpness, 4)
+        ('converged', 4.0, 0.5)
+    """
+    search = LineSearch(
+        f(0.0) if base_loss is None else base_loss,
+        slope=slope,
+        norm_sq=norm_sq,
+        initial_lr=initial_lr,
+        memory=memory,
+        rtol=rtol,
+        method=method,
+        certify=certify,
+        noise=noise,
+        max_evaluations=max_evaluations,
+        num_parallel=num_parallel,
+    )
+    while step_sizes := search.ask():
+        search.tell([f(eta) for eta in step_sizes])
+    return search.result()
+
+
+def _number(name: str, value: float, remedy: str) -> float:
+    """Return the value as a float; nan and inf are allowed."""
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}; {remedy}")
+    return float(value)
+
+
+def _finite(name: str, value: float, remedy: str) -> float:
+    number = _number(name, value, remedy)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number:g}; {remedy}")
+    return number
+
+
+def _positive(name: str, value: float, remedy: str) -> float:
+    number = _finite(name, value, remedy)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive, got {number:g}; {remedy}")
+    return number
+
+
+def _fraction(name: str, value: float, remedy: str) -> float:
+    number = _number(name, value, remedy)
+    if not 0 < number < 1:
+        raise ValueError(f"{name} must be a number in (0, 1), got {number:g}; {remedy}")
+    return number
+
+
+def _count(name: str, value: int, remedy: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}; {remedy}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}; {remedy}")
+    return value
