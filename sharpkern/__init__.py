@@ -1,11 +1,21 @@
 """Critical sharpness of neural networks while they train, with forward passes only."""
 
+# ruff: noqa: E402
+
 from sharpkern._checkout import expose_kernels
 
 expose_kernels()
 
-from sharpkern.critical import critical_sharpness as critical_sharpness  # noqa: E402
-from sharpkern.direction import Direction as Direction  # noqa: E402
-from sharpkern.measurement import Measurement as Measurement  # noqa: E402
+from sharpkern.critical import critical_sharpness as critical_sharpness
+from sharpkern.direction import Direction as Direction
+from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
+from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
+from sharpkern.errors import LossPrecisionWarning as LossPrecisionWarning
+from sharpkern.errors import RetainedWarning as RetainedWarning
+from sharpkern.errors import SharpkernWarning as SharpkernWarning
+from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
+from sharpkern.measurement import Measurement as Measurement
+from sharpkern.monitor import Monitor as Monitor
+from sharpkern.monitor import Record as Record
 
 __version__ = "0.1.0"

@@ -70,7 +70,7 @@ class _Side:
         if found is None:
             raise ValueError(
                 f"{self.role} must hold '{key}' like the other side, got no such name, only "
-                f"{self._named.close_to(key)}; pass the same set of weights on both sides"
+                f"{self._named.close_to(key)}; pass the same set of weights on both sides, keyed alike"
             )
         return found
 

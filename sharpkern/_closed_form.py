@@ -103,8 +103,8 @@ def _bias_corrections(
     step: Tensor | float, beta1: float, beta2: float, group: Mapping[str, Any]
 ) -> tuple[float, float]:
     """Return 1 − β₁ᵗ and 1 − β₂ᵗ for the step about to be taken, in the precision in which torch computes them."""
-    if (group["capturable"] or group["differentiable"]) and not group["fused"]:
-        # These variants keep the step on the device, in float32, where 1 − β₂ᵗ loses up to four digits early on.
+    if group["capturable"] and not group["fused"]:
+        # This variant keeps the step on the device, in float32, where 1 − β₂ᵗ loses up to four digits early on.
         step = torch.as_tensor(step, dtype=torch.float32) + 1
         return float(1 - beta1**step), float(1 - beta2**step)
     step = float(step) + 1

@@ -119,6 +119,10 @@ class Curve:
             return -rise / (eta * (1.0 - eta / self.guess)) if 1.1 * eta < self.guess else -2.0 * rise / eta
         return extrapolated
 
+    def trusts_slope(self) -> bool:
+        """Return whether a slope was given and no probe contradicts it."""
+        return self.given_slope is not None and self.slope() == self.given_slope
+
     def _extrapolated_slope(self) -> float | None:
         """Return −(f − f₀)/η extrapolated to 0 from the two smallest probes between which its change is visible."""
         finite = [probe for probe in self.probes if self.sign(probe) != 0 and math.isfinite(probe.rise)]
@@ -131,22 +135,29 @@ class Curve:
                 return slope if slope > max(error, 0.02 * abs(rise1 / eta1)) else None
         return None
 
-    def coordinates(self, etas_up_to: float = math.inf) -> list[Coordinate]:
-        """Return the probes as (y, ψ, σ), sorted by y, without those whose ψ is not finite or drowns in noise."""
+    def coordinates(self) -> list[Coordinate]:
+        """Return the probes around the first crossing as (y, ψ, σ), sorted by y.
+
+        Left out are those from the first fall after the first rise on, which belong to a later crossing, and those
+        whose ψ is not finite or drowns in noise.
+        """
         slope = self.slope()
         if slope is None:
             return []
         found = []
+        first_rise = self.bracket()[1]
         for eta, rise in self.probes:
+            if eta > first_rise and rise < 0:
+                break
             drop = slope * eta
             resolution = self.noise_level / drop
             w = 1.0 + rise / drop
-            if eta <= etas_up_to and resolution < 1 / 3 and max(2.0 * resolution, _SMALLEST_W) < w < math.inf:
+            if resolution < 1 / 3 and max(2.0 * resolution, _SMALLEST_W) < w < math.inf:
                 found.append(Coordinate(math.log(eta), math.log(w), resolution / w))
         return found
 
     def estimate(self, exponent: float) -> Estimate | None:
-        """Estimate the first crossing from up to three probes, none beyond the first rise.
+        """Estimate the first crossing from the up to three probes around it.
 
         Args:
             exponent: Slope of ψ to assume where the probes do not give it.
@@ -154,7 +165,7 @@ class Curve:
         Returns:
             The estimate, or None if no probe has a usable ψ.
         """
-        nodes = _nearest(self.coordinates(self.bracket()[1]))
+        nodes = _nearest(self.coordinates())
         if not nodes:
             return None
         first = nodes[0]
@@ -171,7 +182,12 @@ class Curve:
         y = first.y - first.psi / exponent
         nearest, product = abs(first.y - y), abs(first.y - y) * abs(second.y - y)
         error = (0.25 + 1.5 * abs(math.log(exponent))) * product
-        third = next((n for n in nodes if n not in (first, second) and _separated(first, n) and _separated(second, n)), None)
+        if not self.trusts_slope():
+            # Probes that served to find the slope show the exponent of a quadratic whatever the curve.
+            error += product
+        third = next(
+            (n for n in nodes if n not in (first, second) and _separated(first, n) and _separated(second, n)), None
+        )
         if third is not None:
             bend = (secant - (third.psi - second.psi) / (third.y - second.y)) / (first.y - third.y)
             error = min(max(1.5 * abs(bend / exponent), 0.05) * product, nearest)

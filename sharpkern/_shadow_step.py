@@ -116,7 +116,8 @@ def _after(shadow: torch.optim.Optimizer, stand_ins: Sequence[nn.Parameter]) -> 
 @contextlib.contextmanager
 def _random_streams_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Put the streams of Python, NumPy and torch back to where they were."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the stream others draw from
+    # NPY002: NumPy's global stream is the one that an optimizer may draw from.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
     with contextlib.ExitStack() as streams:
         # With no device named, fork_rng keeps the CPU's stream.

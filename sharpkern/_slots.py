@@ -191,6 +191,10 @@ def _loss_scale(optimizer: torch.optim.Optimizer, inner: torch.optim.Optimizer, 
     own_scale = getattr(inner, "grad_scale", None)
     scale = 1.0 if own_scale is None else float(own_scale)
     if scaler is None:
+        # Accelerate's wrapper carries the scaler of the run.
+        carried = getattr(optimizer, "scaler", None)
+        scaler = carried if isinstance(carried, GradScaler) else None
+    if scaler is None:
         return scale
     if not isinstance(scaler, GradScaler):
         raise TypeError(

@@ -169,8 +169,7 @@ def _acceptable(curve: Curve, estimate: Estimate, rtol: float) -> bool:
     """Return whether the estimate is exact enough, and backed by enough probes, to end the search."""
     lo, hi = curve.bracket()
     tolerance = max(rtol, estimate.noise)
-    # Without a given slope two probes determine ψ's exponent and slope only together.
-    enough = len(curve.probes) >= (2 if curve.given_slope is not None else 3)
+    enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
     enclosed = lo > 0 and hi < math.inf
     return (
         enough
@@ -274,15 +273,18 @@ def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) 
         eta = min(max(eta, etas[-1] * push if lo > 0 else 0.0), etas[-1] * max(100.0, leap))
     elif lo == 0:
         eta = max(min(eta, hi / push), hi / leap, _floor(curve, hi))
-    return _away_from(etas, eta, estimate, rtol)
+    return _away_from(curve, eta, estimate, rtol)
 
 
-def _away_from(etas: list[float], eta: float, estimate: Estimate, rtol: float) -> float:
+def _away_from(curve: Curve, eta: float, estimate: Estimate, rtol: float) -> float:
     """Return ``eta``, moved off where it would repeat an old probe, far enough for ψ to differ visibly."""
-    nearest = min(etas, key=lambda old: abs(math.log(eta / old)))
-    if abs(math.log(eta / nearest)) >= 0.1 * rtol:
-        return eta
     distance = max(0.5 * rtol, 6.0 * estimate.noise)
     if not estimate.measured:
-        distance = max(0.03, distance) * 4.0 ** (len(etas) - 1)
-    return nearest * math.exp(distance if eta >= nearest else -distance)
+        # Losses equal to f₀ so far: a crossing by luck, or nothing but noise. Look further away each time.
+        zeros = sum(curve.sign(probe) == 0 for probe in curve.probes)
+        distance = min(max(0.03, distance) * 4.0 ** max(zeros - 1, 0), math.log(100.0))
+    nearest = min((probe.eta for probe in curve.probes), key=lambda old: abs(math.log(eta / old)))
+    factor = math.exp(distance if eta >= nearest else -distance)
+    while any(abs(math.log(eta / probe.eta)) < 0.1 * rtol for probe in curve.probes):
+        eta *= factor
+    return eta

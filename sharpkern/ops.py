@@ -1,4 +1,4 @@
-"""Tensor operations of the engines: θ + αΔθ, formed or written, in the precision that loses nothing before the last rounding."""
+"""Tensor operations of the engines: θ + αΔθ, computed in float32 or wider and rounded once."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return widest
 
 
+@torch.no_grad()
 def form(
     base: Tensor, delta: Tensor, alpha: float, *, dtype: torch.dtype | None = None, out: Tensor | None = None
 ) -> Tensor:

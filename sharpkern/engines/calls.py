@@ -64,11 +64,11 @@ def is_metadata(name: str) -> bool:
     return name in _METADATA or name.startswith(("is_", "new_", "sym_")) or name.endswith("_like")
 
 
-def writes(name: str, func: Any) -> bool:
+def writes(name: str) -> bool:
     """Whether the call writes its first argument."""
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _INPLACE_OPERATORS)
-    return name == "set.data" or name.endswith("_") or getattr(func, "__name__", "").endswith("_")
+    return name == "set.data" or name.endswith("_")
 
 
 _INPLACE_OPERATORS = frozenset("add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split())

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from sharpkern.engines import calls
 from sharpkern.engines.closure import Closure
-from sharpkern.engines.precision import LossPrecision
+from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.storage import StorageOracle, StorageWatch
 from sharpkern.engines.table import Pair, Scratch
 from sharpkern.errors import EngineUnsupportedError
@@ -72,11 +72,7 @@ class VirtualParameters(TorchFunctionMode):
             )
         if name == "requires_grad_":
             return args[0]
-        if (
-            calls.writes(name, func)
-            and (first is not None or self._holds(args[:1]))
-            or self._holds([kwargs.get("out")])
-        ):
+        if (calls.writes(name) and self._holds(args[:1])) or self._holds([kwargs.get("out")]):
             raise ValueError(
                 f"loss_fn must only evaluate the loss, got a write to a parameter by {name}; take training steps and "
                 "weight clipping out of the closure"
@@ -89,9 +85,9 @@ class VirtualParameters(TorchFunctionMode):
             weight = self._pair(args[1] if len(args) > 1 else kwargs["weight"])
             if weight is not None:
                 return self._gather_rows(func, weight, args, kwargs)
-        if name in calls.NORMS or name in calls.ELEMENTWISE:
-            if any(pair.weight.dtype.itemsize < 4 for pair in self._pairs_in((args, kwargs))):
-                return self._in_full_precision(func, name, args, kwargs)
+        additive = name in calls.NORMS or name in calls.ELEMENTWISE
+        if additive and any(is_low(pair.weight.dtype) for pair in self._pairs_in((args, kwargs))):
+            return self._in_full_precision(func, name, args, kwargs)
         return self._with_formed(func, name, args, kwargs)
 
     # -- answers ------------------------------------------------------------------------------------------------------
@@ -157,7 +153,7 @@ class VirtualParameters(TorchFunctionMode):
             if pair is not None:
                 self.read.add(pair.owner)
                 return pair.form(self.alpha, dtype=pair.wide)
-            return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value
+            return value.float() if is_low(value.dtype) else value
 
         return calls.map_tensors(
             func(*calls.map_values(widen, args), **calls.map_values(widen, kwargs)), lambda t: t.to(result_dtype)
@@ -165,7 +161,8 @@ class VirtualParameters(TorchFunctionMode):
 
     def _with_formed(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any other call: form the weights it takes. Products consume theirs at once, so that one scratch serves all."""
-        free = [name in calls.PRODUCTS]
+        # A closure that differentiates by its inputs keeps the weights: then each is formed in memory of its own.
+        free = [name in calls.PRODUCTS and not torch.is_grad_enabled()]
 
         def formed(value: Any) -> Any:
             pair = self._pair(value)

@@ -1,0 +1,224 @@
+"""Critical sharpness beside the loss, every few steps of a training loop."""
+
+import csv
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sharpkern.critical import measure
+from sharpkern.direction import Direction
+from sharpkern.measurement import Measurement, Options
+from sharpkern.search import SearchMemory
+
+LossFn = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured step.
+
+    Attributes:
+        step: number of the Monitor's call, from 0.
+        lr: learning rate of the direction's reference group at that step.
+        measurement: of the gradient's own batch.
+        heldout: of the held-out loss along the same direction, or None.
+    """
+
+    step: int
+    lr: float | None
+    measurement: Measurement
+    heldout: Measurement | None = None
+
+    def row(self) -> dict[str, float | int | str | None]:
+        """The record as one flat row; learning rates, and sharpness in 1/learning-rate."""
+        m, heldout = self.measurement, self.heldout
+        return {
+            "step": self.step,
+            "lr": self.lr,
+            "loss": m.base_loss,
+            "lambda_c": m.sharpness,
+            "critical_lr": m.critical_lr,
+            "headroom": m.critical_lr / self.lr if self.lr else None,
+            "status": m.status,
+            "error": m.error,
+            "directional_sharpness": m.directional_sharpness,
+            "forwards": m.forwards,
+            "engine": m.engine,
+            "retained": m.retained,
+            "seconds": m.seconds,
+            "heldout_loss": heldout.base_loss if heldout else None,
+            "heldout_lambda_c": heldout.sharpness if heldout else None,
+            "heldout_critical_lr": heldout.critical_lr if heldout else None,
+            "heldout_status": heldout.status if heldout else None,
+        }
+
+
+class Monitor:
+    """Measures critical sharpness in a training loop; call it after ``backward()`` and before ``optimizer.step()``.
+
+    Args:
+        model: the model that is trained.
+        optimizer: its optimizer; Δθ is the update that its next step would make.
+        every: measure on every so many calls, from the first on; or a function of the call's number that says whether.
+        log: called with a flat dictionary and ``step=``, as ``wandb.log`` is; or an object with ``add_scalar``, such as
+            TensorBoard's ``SummaryWriter``.
+        masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
+        scaler: the loop's ``GradScaler``, if it has one.
+        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``.
+
+    Attributes:
+        history: one `Record` per measured step.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range.
+
+    Memory: while it measures, one Δθ of the size of the parameters, and what the engine takes; nothing between.
+
+    Example:
+        >>> import torch, sharpkern
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> monitor = sharpkern.Monitor(model, optimizer, every=10)
+        >>> x, y = torch.randn(8, 4), torch.randn(8, 1)
+        >>> for step in range(20):
+        ...     loss_fn = lambda: torch.nn.functional.mse_loss(model(x), y)
+        ...     optimizer.zero_grad()
+        ...     loss_fn().backward()
+        ...     _ = monitor(loss_fn)
+        ...     optimizer.step()
+        >>> [record.step for record in monitor.history]
+        [0, 10]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        every: int | Callable[[int], bool] = 1,
+        log: Any = None,
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
+        scaler: Any = None,
+        **options: Any,
+    ) -> None:
+        if not callable(every) and (isinstance(every, bool) or not isinstance(every, int)):
+            raise TypeError(f"every must be an int or a function of the step, got {every!r}; leave it out for every step")
+        if not callable(every) and every < 1:
+            raise ValueError(f"every must be at least 1, got {every}; leave it out for every step")
+        if log is not None and not callable(log) and not hasattr(log, "add_scalar"):
+            raise TypeError(f"log must be callable or have add_scalar, got {type(log).__name__}; pass wandb.log, for example")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one the loop steps"
+            )
+        self._model = model
+        self._optimizer = optimizer
+        self._every = every
+        self._log = log
+        self._masters = masters
+        self._scaler = scaler
+        self._options = Options(**options)
+        self._step = 0
+        self._memory: SearchMemory | None = None
+        self._heldout_memory: SearchMemory | None = None
+        self.history: list[Record] = []
+
+    def __call__(self, loss_fn: LossFn, heldout: LossFn | None = None) -> Measurement | None:
+        """Measure if this step is due.
+
+        Args:
+            loss_fn: the scalar loss of the batch whose gradient the parameters hold.
+            heldout: the loss of another batch, measured along the same direction: in many runs it is this one whose λ_c
+                sits at 2/lr, while that of the gradient's own batch lies below.
+
+        Returns:
+            Measurement: of ``loss_fn``; None on steps that are not due, which cost nothing.
+        """
+        step, self._step = self._step, self._step + 1
+        if not (self._every(step) if callable(self._every) else step % self._every == 0):
+            return None
+        direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+        measurement, self._memory = measure(self._model, loss_fn, direction, self._options, memory=self._memory)
+        other = None
+        if heldout is not None:
+            # The slope of another batch's loss is not the gradient's: the search finds it by itself.
+            sideways = replace(direction, slope=None)
+            other, self._heldout_memory = measure(
+                self._model, heldout, sideways, self._options, memory=self._heldout_memory
+            )
+        record = Record(step, direction.lr, measurement, other)
+        self.history.append(record)
+        self._send(record)
+        return measurement
+
+    def __str__(self) -> str:
+        if not self.history:
+            return "λ_c not measured yet"
+        record = self.history[-1]
+        m = record.measurement
+        if m.status != "converged":
+            return f"step {record.step}: loss {m.base_loss:.4g}, λ_c {m.status}"
+        against = f" = {m.critical_lr / record.lr:.3g} × lr" if record.lr else ""
+        return f"step {record.step}: loss {m.base_loss:.4g}, λ_c {m.sharpness:.4g}, η_c {m.critical_lr:.3g}{against}"
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write one row per measured step.
+
+        Args:
+            path: of the file, written anew.
+
+        Raises:
+            ValueError: nothing was measured yet.
+        """
+        if not self.history:
+            raise ValueError("history must hold a measurement to be written, got none; call the monitor first")
+        rows = [record.row() for record in self.history]
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw λ_c, 2/η and the loss against the step; needs the extra ``plot``.
+
+        Args:
+            path: of the image, its format by the ending.
+        """
+        from sharpkern.plot import plot_history
+
+        plot_history(self.history, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and what warm-starts the next search: plain numbers, for a checkpoint."""
+        return {
+            "step": self._step,
+            "memory": self._memory.to_dict() if self._memory else None,
+            "heldout_memory": self._heldout_memory.to_dict() if self._heldout_memory else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        self._step = state["step"]
+        self._memory = SearchMemory.from_dict(state["memory"]) if state["memory"] else None
+        self._heldout_memory = SearchMemory.from_dict(state["heldout_memory"]) if state["heldout_memory"] else None
+
+    def _send(self, record: Record) -> None:
+        if self._log is None:
+            return
+        names = ("lambda_c", "critical_lr", "headroom", "forwards", "directional_sharpness", "heldout_lambda_c")
+        row = record.row()
+        values = {f"sharpness/{name}": row[name] for name in names if row[name] is not None}
+        if hasattr(self._log, "add_scalar"):
+            for name, value in values.items():
+                self._log.add_scalar(name, value, record.step)
+        else:
+            self._log(values, step=record.step)

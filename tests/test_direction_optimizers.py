@@ -1,0 +1,362 @@
+"""Every optimizer's direction is what its real step then does, and asking for it leaves no trace."""
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from sharpkern.direction import Direction
+
+torch.set_num_threads(1)
+
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+STEPS = 50
+
+
+class Signum(torch.optim.Optimizer):
+    """A home-made optimizer: signs of a momentum, noise, decay that does not know of the gradient."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr})
+        self.num_calls = 0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        self.num_calls += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.1)
+                noise = torch.randn_like(p) * (0.5 + 0.1 * random.random() + 0.1 * np.random.rand())  # noqa: NPY002
+                p.add_(momentum.sign() + 0.01 * noise + 0.1 * p, alpha=-group["lr"])
+
+
+class AdamWithClipping(torch.optim.Adam):
+    """A subclass of a known optimizer, whose closed form is no longer known."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.01)
+        super().step()
+
+
+def variant(kind: type[torch.optim.Optimizer], **options: Any) -> MakeOptimizer:
+    return lambda params: kind(params, **options)
+
+
+SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+EXACT = {
+    "sgd": variant(SGD, lr=0.1),
+    "sgd-decay": variant(SGD, lr=0.1, weight_decay=0.1),
+    "sgd-momentum": variant(SGD, lr=0.1, momentum=0.9),
+    "sgd-dampening": variant(SGD, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    "sgd-nesterov": variant(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgd-maximize": variant(SGD, lr=0.01, momentum=0.9, weight_decay=0.01, maximize=True),
+    "sgd-foreach": variant(SGD, lr=0.1, momentum=0.9, weight_decay=0.01, foreach=True),
+    "sgd-tensor-lr": variant(SGD, lr=torch.tensor(0.1), momentum=0.9),
+}
+WITHIN_ULPS = {
+    "sgd-fused": variant(SGD, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True),
+    "adam": variant(ADAM, lr=0.01),
+    "adam-decay": variant(ADAM, lr=0.01, weight_decay=0.1),
+    "adam-amsgrad": variant(ADAM, lr=0.01, amsgrad=True, weight_decay=0.1),
+    "adam-maximize": variant(ADAM, lr=0.001, maximize=True),
+    "adam-betas": variant(ADAM, lr=0.01, betas=(0.4, 0.7), eps=1e-3),
+    "adam-foreach": variant(ADAM, lr=0.01, foreach=True),
+    "adam-fused": variant(ADAM, lr=0.01, weight_decay=0.1, fused=True),
+    "adam-tensor-lr": variant(ADAM, lr=torch.tensor(0.01)),
+    "adamw": variant(ADAMW, lr=0.01, weight_decay=0.1),
+    "adamw-amsgrad": variant(ADAMW, lr=0.01, amsgrad=True),
+    "adamw-foreach": variant(ADAMW, lr=0.01, foreach=True),
+    "adamw-fused": variant(ADAMW, lr=0.01, weight_decay=0.1, fused=True),
+    "adamw-maximize": variant(ADAMW, lr=0.001, weight_decay=0.1, maximize=True),
+}
+BY_SHADOW_STEP = {
+    "adafactor": variant(torch.optim.Adafactor, lr=0.01),
+    "radam": variant(torch.optim.RAdam, lr=0.01),
+    "nadam": variant(torch.optim.NAdam, lr=0.01),
+    "rmsprop": variant(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True),
+    "adagrad": variant(torch.optim.Adagrad, lr=0.01),
+    "adadelta": variant(torch.optim.Adadelta, lr=0.1),
+    "adamax": variant(torch.optim.Adamax, lr=0.01),
+    "asgd": variant(torch.optim.ASGD, lr=0.01),
+    "rprop": variant(torch.optim.Rprop, lr=0.01),
+    "home-made": variant(Signum),
+    "subclass": variant(AdamWithClipping, lr=0.01),
+}
+if hasattr(torch.optim, "Muon"):
+    BY_SHADOW_STEP["muon"] = variant(torch.optim.Muon, lr=0.01)
+ALL = EXACT | WITHIN_ULPS | BY_SHADOW_STEP
+
+
+def make_model(*, bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8, bias=bias), nn.Tanh(), nn.Linear(8, 4, bias=bias))
+
+
+def make_run(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    # Muon takes matrices only.
+    model = make_model(bias=name != "muon")
+    return model, ALL[name](model.parameters())
+
+
+def backward(model: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model.zero_grad()
+    x, y = (torch.randn(16, size, generator=generator) for size in (6, 4))
+    nn.functional.mse_loss(model(x), y).backward()
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Direction, list[Tensor], list[Tensor]]]:
+    """Train; at each step yield the direction asked for before it, and the weights before and after it."""
+    for step in range(STEPS):
+        backward(model, step)
+        direction = Direction.from_optimizer(optimizer)
+        before = [p.detach().clone() for p in direction.parameters]
+        optimizer.step()
+        yield direction, before, [p.detach().clone() for p in direction.parameters]
+
+
+def ulps(direction: Direction, before: list[Tensor], after: list[Tensor]) -> float:
+    """Largest error of θ − ηΔθ against the real step, in units of the rounding of θ and ηΔθ."""
+    worst = 0.0
+    for theta, delta, real in zip(before, direction.tensors, after, strict=True):
+        theta, delta, real = theta.double(), direction.lr * delta.double(), real.double()
+        worst = max(worst, float(((theta - delta - real).abs() / (theta.abs() + delta.abs())).max()))
+    return worst / torch.finfo(torch.float32).eps
+
+
+def trace(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Everything that asking for a direction must leave alone."""
+    state = {id(p): {k: (id(v), copy.deepcopy(v)) for k, v in s.items()} for p, s in optimizer.state.items()}
+    weights = [(id(p), p.detach().clone(), p._version) for p in model.parameters()]
+    grads = [(id(p.grad), None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    streams = [torch.get_rng_state(), random.getstate(), np.random.get_state()]  # noqa: NPY002
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [state, weights, grads, streams, copy.deepcopy(groups), sorted(vars(optimizer))]
+
+
+def seed_streams() -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return bool((a == b).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_sgd_is_bit_for_bit_what_the_step_writes(name):
+    for direction, before, after in steps(*make_run(name)):
+        for theta, delta, real in zip(before, direction.tensors, after, strict=True):
+            assert torch.equal(theta.add(delta, alpha=-direction.lr), real)
+
+
+@pytest.mark.parametrize("name", WITHIN_ULPS)
+def test_adam_is_within_ulps_of_what_the_step_writes(name):
+    worst = max(ulps(*one) for one in steps(*make_run(name)))
+    assert worst < 4, worst
+
+
+@pytest.mark.parametrize("name", BY_SHADOW_STEP)
+def test_any_other_optimizer_is_what_its_step_writes(name):
+    worst = max(ulps(*one) for one in steps(*make_run(name)))
+    assert worst < 2, worst
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_asking_leaves_no_trace(name):
+    """Trap 8, at the first step, where no state exists yet, and later."""
+    model, optimizer = make_run(name)
+    for step in range(3):
+        backward(model, step)
+        before = trace(model, optimizer)
+        Direction.from_optimizer(optimizer)
+        assert equal(before, trace(model, optimizer))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["sgd-momentum", "adamw", "home-made"])
+def test_a_run_that_asks_ends_where_a_run_ends_that_does_not(name):
+    ends = []
+    for asks in (True, False):
+        model, optimizer = make_run(name)
+        seed_streams()
+        for step in range(STEPS):
+            backward(model, step)
+            if asks:
+                Direction.from_optimizer(optimizer)
+            optimizer.step()
+        ends.append([*model.state_dict().values(), *(s for state in optimizer.state.values() for s in state.values())])
+    assert equal(*ends)
+
+
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-amsgrad", "adamw", "adafactor", "home-made"])
+def test_the_state_of_a_checkpoint_is_read_as_well(name):
+    model, optimizer = make_run(name)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    resumed = ALL[name](model.parameters())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    backward(model, 9)
+    seed_streams()
+    expected = Direction.from_optimizer(optimizer)
+    assert equal(Direction.from_optimizer(resumed).tensors, expected.tensors)
+
+
+def test_a_step_count_kept_as_a_number_is_read_as_well():
+    model, optimizer = make_run("adamw")
+    backward(model)
+    optimizer.step()
+    expected = Direction.from_optimizer(optimizer)
+    for state in optimizer.state.values():
+        state["step"] = float(state["step"])
+    assert equal(Direction.from_optimizer(optimizer).tensors, expected.tensors)
+
+
+def test_adamw_without_the_group_entry_of_newer_torch_decays_decoupled():
+    model, optimizer = make_run("adamw")
+    backward(model)
+    expected = Direction.from_optimizer(optimizer)
+    for group in optimizer.param_groups:
+        group.pop("decoupled_weight_decay", None)
+    assert equal(Direction.from_optimizer(optimizer).tensors, expected.tensors)
+
+
+def test_slope_and_norm_are_the_float64_sums():
+    model, optimizer = make_run("adamw")
+    backward(model)
+    direction = Direction.from_optimizer(optimizer)
+    pairs = list(zip(direction.parameters, direction.tensors, strict=True))
+    assert direction.slope == pytest.approx(
+        sum(float((d.double() * p.grad.double()).sum()) for p, d in pairs), rel=1e-14
+    )
+    assert direction.norm_sq == pytest.approx(sum(float(d.double().square().sum()) for _, d in pairs), rel=1e-14)
+    assert direction.nbytes == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_scheduler_and_hooks_stay_behind():
+    """The real step is patched by the scheduler and watched by hooks, of the instance and of all optimizers."""
+    model, optimizer = make_run("home-made")
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    calls: list[str] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: calls.append("post")),
+        register_optimizer_step_pre_hook(lambda *_: calls.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("global post")),
+    ]
+    try:
+        backward(model)
+        Direction.from_optimizer(optimizer)
+        assert calls == []
+        assert optimizer.num_calls == 0
+        optimizer.step()
+        assert calls == ["global pre", "pre", "post", "global post"]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_an_optimizer_that_keeps_its_model_steps_on_the_copy():
+    class Keeper(Signum):
+        """Reaches its parameters by way of the model, and reads marks on them."""
+
+        def step(self, closure: None = None) -> None:
+            for p in self.model.parameters():
+                p.data.add_(p.grad, alpha=-p.factor * self.param_groups[0]["lr"])
+
+    model = make_model()
+    optimizer = Keeper(model.parameters(), lr=0.1)
+    optimizer.model = model
+    for p in model.parameters():
+        p.factor = 3.0
+    backward(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    direction = Direction.from_optimizer(optimizer)
+    assert equal(before, [p.detach() for p in model.parameters()])
+    for p, delta in zip(direction.parameters, direction.tensors, strict=True):
+        torch.testing.assert_close(delta, 3 * p.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_what_moves_without_a_gradient_leaves_no_slope():
+    class Decay(Signum):
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                p.mul_(1 - self.param_groups[0]["lr"])
+
+    model = make_model()
+    optimizer = Decay(model.parameters(), lr=0.1)
+    backward(model)
+    assert Direction.from_optimizer(optimizer).slope is not None
+    model[0].weight.grad = None
+    direction = Direction.from_optimizer(optimizer)
+    assert direction.slope is None
+    assert len(direction.parameters) == 4
+
+
+def test_adam_of_16_bit_weights_does_not_lose_the_step():
+    """θ − θ′ of a bfloat16 step is mostly zeros; the shadow step is taken in float32."""
+    fine, coarse = make_model(), make_model().bfloat16()
+    fine.load_state_dict(coarse.state_dict())
+    backward(fine)
+    directions = []
+    for model in (fine, coarse):
+        for p, source in zip(model.parameters(), fine.parameters(), strict=True):
+            p.grad = source.grad.bfloat16().to(p.dtype)
+        optimizer = torch.optim.NAdam(model.parameters(), lr=1e-5)
+        for _ in range(2):
+            directions.append(Direction.from_optimizer(optimizer))
+            optimizer.step()
+    assert all(t.dtype is torch.float32 for t in directions[2].tensors)
+    for a, b in zip(directions[0].tensors, directions[2].tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.01, atol=0.01)
+    # The second step finds bfloat16 state.
+    for a, b in zip(directions[1].tensors, directions[3].tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-decay", "adamw"])
+def test_closed_forms_keep_the_dtype_of_parameter_and_state(name):
+    model = make_model().bfloat16()
+    optimizer = ALL[name](model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    assert all(t.dtype is torch.bfloat16 for t in Direction.from_optimizer(optimizer).tensors)
+    optimizer.step()
+    expected = [t.float() for t in Direction.from_optimizer(optimizer).tensors]
+    for state in optimizer.state.values():
+        state.update({key: value.float() for key, value in state.items() if key != "step"})
+    widened = Direction.from_optimizer(optimizer).tensors
+    assert all(t.dtype is torch.float32 for t in widened)
+    for a, b in zip(widened, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+
+
+def test_the_share_of_zero_gradients_is_zero_but_not_an_error():
+    model, optimizer = make_run("sgd-momentum")
+    backward(model)
+    for p in model[0].parameters():
+        p.grad.zero_()
+    direction = Direction.from_optimizer(optimizer)
+    assert float(direction.tensors[0].abs().sum()) == 0
+    assert math.isfinite(direction.slope)

@@ -1,0 +1,246 @@
+"""Directional sharpness against closed forms and dense Hessians, by both methods."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from sharpkern.direction import Direction
+from sharpkern.directional import _three_point, directional_sharpness
+from sharpkern.errors import EngineFallbackWarning
+
+torch.set_num_threads(1)
+
+
+def classifier(dtype=torch.float32, dropout=0.0):
+    """A small network with its batch, after a backward pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 4)).to(
+        dtype
+    )
+    inputs, labels = torch.randn(64, 6, dtype=dtype), torch.randint(0, 4, (64,))
+
+    def loss_fn():
+        return F.cross_entropy(model(inputs), labels)
+
+    loss_fn().backward()
+    return model, inputs, labels, loss_fn
+
+
+def dense_answer(model, inputs, labels, direction):
+    """ΔθᵀHΔθ/Δθᵀg from the whole Hessian in float64."""
+    model = copy.deepcopy(model).double()
+    names, shapes = zip(*((n, p.shape) for n, p in model.named_parameters()), strict=True)
+
+    def flat_loss(flat):
+        pieces = flat.split([s.numel() for s in shapes])
+        table = {n: piece.view(s) for n, piece, s in zip(names, pieces, shapes, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, table, inputs.double()), labels)
+
+    theta = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
+    delta = torch.cat([t.double().flatten() for t in direction.tensors])
+    (gradient,) = torch.autograd.grad(flat_loss(theta), theta)
+    return (delta @ torch.autograd.functional.hessian(flat_loss, theta.detach()) @ delta / (delta @ gradient)).item()
+
+
+@pytest.mark.parametrize(("method", "error"), [("hvp", 1e-5), ("forward", 0.01)])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_equals_the_dense_hessian(kind, method, error):
+    model, inputs, labels, loss_fn = classifier()
+    direction = Direction.from_optimizer(kind(model.parameters(), lr=1e-3))
+    expected = dense_answer(model, inputs, labels, direction)
+    assert directional_sharpness(model, loss_fn, direction, method=method) == pytest.approx(expected, rel=error)
+
+
+@pytest.mark.parametrize("method", ["hvp", "forward"])
+def test_in_float64(method):
+    model, inputs, labels, loss_fn = classifier(torch.float64)
+    direction = Direction.from_gradients(model)
+    expected = dense_answer(model, inputs, labels, direction)
+    assert directional_sharpness(model, loss_fn, direction, method=method) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["hvp", "forward"])
+def test_scales_with_the_direction_and_not_with_the_loss(method):
+    model, _, _, loss_fn = classifier(torch.float64)
+    gradients = {p: p.grad for p in model.parameters()}
+    one = directional_sharpness(model, loss_fn, Direction.from_tensors(gradients, model), method=method)
+    three = Direction.from_tensors({p: 3 * g for p, g in gradients.items()}, model)
+    assert directional_sharpness(model, loss_fn, three, method=method) == pytest.approx(3 * one, rel=1e-4)
+    same = directional_sharpness(
+        model, lambda: 1e3 * loss_fn(), Direction.from_tensors(gradients, model), method=method
+    )
+    assert same == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["hvp", "forward"])
+def test_clipped_gradients_do_not_bias_it(method):
+    model, inputs, labels, loss_fn = classifier()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+    direction = Direction.from_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    expected = dense_answer(model, inputs, labels, direction)
+    assert directional_sharpness(model, loss_fn, direction, method=method) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["hvp", "forward"])
+def test_a_frozen_parameter_moves_where_the_direction_says_so(method):
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+    model = nn.ParameterList([weight])
+    direction = Direction.from_tensors({weight: torch.ones(3, dtype=torch.float64)}, model)
+    # f = Σ(1 − η)³: f″/−f′ = 6/3 per unit of a direction of ones.
+    value = directional_sharpness(model, lambda: model[0].pow(3).sum(), direction, method=method)
+    assert value == pytest.approx(2, rel=1e-4)
+    assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("method", ["hvp", "forward"])
+def test_leaves_no_trace_and_repeats_itself_under_dropout(method):
+    model, _, _, loss_fn = classifier(dropout=0.5)
+    direction = Direction.from_gradients(model)
+    gradients = [p.grad for p in model.parameters()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    stream = torch.get_rng_state()
+    first = directional_sharpness(model, loss_fn, direction, method=method)
+    assert directional_sharpness(model, loss_fn, direction, method=method) == first
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_fused_attention_by_both_methods():
+    torch.manual_seed(0)
+    model, hidden = nn.Linear(8, 24, bias=False), torch.randn(4, 2, 6, 8)
+
+    def loss_fn():
+        q, k, v = model(hidden).chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).square().mean()
+
+    loss_fn().backward()
+    direction = Direction.from_gradients(model)
+    exact = directional_sharpness(model, loss_fn, direction, method="hvp")
+    assert directional_sharpness(model, loss_fn, direction) == pytest.approx(exact, rel=0.01)
+
+
+class OutOfSight(torch.autograd.Function):
+    """A fused kernel: its backward is right, and autograd cannot differentiate it again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (2 * ctx.saved_tensors[0] * grad).detach()
+
+
+def test_a_fused_kernel_is_refused_by_the_product_and_measured_by_the_differences():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), torch.randn(20, 6)
+
+    def fused():
+        return model[1](OutOfSight.apply(model[0](inputs))).square().mean()
+
+    def plain():
+        return model[1](model[0](inputs).square()).square().mean()
+
+    fused().backward()
+    direction = Direction.from_gradients(model)
+    with pytest.raises(RuntimeError, match=r"must be symmetric, got uᵀHv"):
+        directional_sharpness(model, fused, direction, method="hvp")
+    exact = directional_sharpness(model, plain, direction, method="hvp")
+    assert directional_sharpness(model, fused, direction) == pytest.approx(exact, rel=0.01)
+
+
+def test_falls_back_to_the_inplace_engine_with_a_warning():
+    model, _, _, loss_fn = classifier()
+    direction = Direction.from_gradients(model)
+    expected = directional_sharpness(model, loss_fn, direction, method="hvp")
+
+    def opaque():
+        # What a kernel that takes raw pointers does: the virtual engine cannot put another weight there.
+        model[0].weight.data_ptr()
+        return loss_fn()
+
+    with pytest.warns(EngineFallbackWarning, match="measuring in place"):
+        value = directional_sharpness(model, opaque, direction)
+    assert value == pytest.approx(expected, rel=0.01)
+
+
+def test_a_closure_that_draws_a_new_batch_each_time_is_refused():
+    model, inputs, _, _ = classifier()
+    batches = iter(range(1000))
+    with pytest.raises(ValueError, match=r"must return the same loss whenever it is called, got .* and then"):
+        directional_sharpness(
+            model, lambda: model(inputs.roll(next(batches), 1)).square().mean(), Direction.from_gradients(model)
+        )
+
+
+def test_unknown_method_is_refused():
+    model, _, _, loss_fn = classifier()
+    with pytest.raises(ValueError, match="method must be one of 'forward', 'hvp', got 'exact'; leave it out for"):
+        directional_sharpness(model, loss_fn, Direction.from_gradients(model), method="exact")
+
+
+def test_no_slope_is_nan_by_the_product():
+    weight = nn.Parameter(torch.zeros(2))
+    model = nn.ParameterList([weight])
+    direction = Direction.from_tensors({weight: torch.ones(2)}, model)
+    assert math.isnan(directional_sharpness(model, lambda: model[0].square().sum(), direction, method="hvp"))
+
+
+def three_point(f, first_step, noise=1e-14):
+    """The value and the number of losses it took."""
+    count = 0
+
+    def losses(step_sizes):
+        nonlocal count
+        count += len(step_sizes)
+        return [f(eta) for eta in step_sizes]
+
+    return _three_point(losses, f(0.0), first_step=first_step, noise=noise), count
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    scale=st.floats(-9, 9).map(lambda x: 10**x),
+    guess=st.floats(-4, 4).map(lambda x: 10**x),
+    slope=st.floats(-3, 0).map(lambda x: 10**x),
+    sign=st.sampled_from([1, -1]),
+)
+def test_a_quadratic_at_any_scale_and_first_guess(scale, guess, slope, sign):
+    # f = 1 − s·η + ½·s·λ·η² with λ = ±2/scale.
+    value, count = three_point(lambda eta: 1 - slope * eta + sign * slope * eta**2 / scale, guess * scale)
+    assert value == pytest.approx(sign * 2 / scale, rel=1e-3)
+    assert count <= 16
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(guess=st.floats(-3, 3).map(lambda x: 10**x), steepness=st.floats(1, 20))
+def test_a_curve_with_all_derivatives_rounded_to_float32(guess, steepness):
+    def f(eta):
+        return torch.tensor(math.exp(-steepness * min(max(eta, -30), 1e4)) + eta * eta).float().item()
+
+    value, _ = three_point(f, guess, noise=1e-6)
+    assert value == pytest.approx((steepness**2 + 2) / steepness, rel=0.01)
+
+
+@pytest.mark.parametrize("first_step", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(
+    "f", [lambda eta: 1.0, lambda eta: 1 - eta, lambda eta: math.nan, lambda eta: 0.0 if eta == 0 else math.inf]
+)
+def test_what_cannot_be_resolved_is_nan_after_a_bounded_number_of_losses(f, first_step):
+    value, count = three_point(f, first_step, noise=1e-6)
+    assert math.isnan(value)
+    assert count <= 16
+
+
+def test_a_wall_of_nan_beyond_the_first_step_is_walked_back_from():
+    value, count = three_point(lambda eta: math.nan if abs(eta) > 0.3 else 1 - eta + 3 * eta**2, 10.0)
+    assert value == pytest.approx(6, rel=1e-4)
+    assert count <= 12
