@@ -9,7 +9,8 @@ depend on s: a wrong slope bends ψ and costs probes, never accuracy. Where the 
 none was given, it is read off the two probes nearest to zero.
 """
 
-import math
+import math,os
+IQ=float(os.environ.get('IQ','0.3'))
 from bisect import insort
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,7 +21,7 @@ SIGNIFICANT = 3.0
 # Below this share of the slope, w is a difference of nearly equal numbers.
 _SMALLEST_W = 1e-4
 # Exponents outside are artefacts of two probes too close to one another.
-_EXPONENTS = (0.02, 8.0)
+_EXPONENTS = (0.02, 50.0)
 
 
 class Probe(NamedTuple):
@@ -108,8 +109,10 @@ class Curve:
         given, extrapolated = self.given_slope, self._extrapolated_slope()
         falls = [probe for probe in self.probes if self.sign(probe) < 0]
         if given is not None:
+            # The last fall counts: where the loss is concave at first, earlier ones pass below a right slope's line.
+            lo = self.bracket()[0]
             margin = SIGNIFICANT * self.noise_level
-            too_small = any(fall.rise < -given * fall.eta * (1.0 + 1e-9) - margin for fall in falls)
+            too_small = any(p.eta == lo and p.rise < -given * lo * (1.0 + 1e-9) - margin for p in falls)
             too_large = extrapolated is not None and extrapolated < given / 4
             if not too_small and not too_large:
                 return given
@@ -149,12 +152,16 @@ class Curve:
         for eta, rise in self.probes:
             if eta > first_rise and rise < 0:
                 break
-            drop = slope * eta
+            drop = self._drop(slope, eta)
             resolution = self.noise_level / drop
             w = 1.0 + rise / drop
             if resolution < 1 / 3 and max(2.0 * resolution, _SMALLEST_W) < w < math.inf:
                 found.append(Coordinate(math.log(eta), math.log(w), resolution / w))
         return found
+
+    def _drop(self, slope: float, eta: float) -> float:
+        """Return the fall at η that ψ compares with: sη, levelling off where a loss would pass below zero."""
+        return 1.0 / math.hypot(1.0 / (slope * eta), 1.0 / self.base_loss) if self.base_loss > 0 else slope * eta
 
     def estimate(self, exponent: float) -> Estimate | None:
         """Estimate the first crossing from the up to three probes around it.
@@ -192,8 +199,10 @@ class Curve:
             bend = (secant - (third.psi - second.psi) / (third.y - second.y)) / (first.y - third.y)
             error = min(max(1.5 * abs(bend / exponent), 0.05) * product, nearest)
             inverse = _inverse_quadratic(first, second, third)
-            if abs(inverse - y) <= nearest / 2:
+            shift = abs(inverse - y)
+            if shift <= nearest / 2:
                 y = inverse
+            error = max(error, IQ * shift)
         return Estimate(y, error, 2.0 * first.sigma / exponent, exponent, True, abs(first.y - y))
 
     def directional_sharpness(self, crossing: float) -> float | None:

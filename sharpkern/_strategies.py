@@ -17,6 +17,9 @@ _REACH = 1e6
 _FLOOR = 20.0
 # Where an earlier crossing would hide: the guard looks at the estimate divided by these.
 _GUARDS = (4.0, 12.0)
+_GUARD_FALL = 4.0
+_GUARD_EXPONENT = 0.4
+_COVERS = 1.6
 # Above this relative error from noise alone a crossing counts as not resolved.
 _TOO_NOISY = 0.1
 
@@ -187,11 +190,11 @@ def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> 
     An earlier crossing is possible where the loss would fall far below zero on a straight line, or where ψ is flat.
     """
     eta = math.exp(estimate.y)
-    slope = curve.slope()
-    if slope is None or slope * eta > 4.0 * abs(curve.base_loss) or estimate.exponent < 0.4:
+    slope = curve.given_slope or curve.slope() or math.inf
+    if slope * eta > _GUARD_FALL * abs(curve.base_loss) or estimate.exponent < _GUARD_EXPONENT:
         for divisor in _GUARDS:
             place = eta / divisor
-            if not any(place / 1.6 < probe.eta < 1.6 * place for probe in curve.probes):
+            if not any(place / _COVERS < probe.eta < _COVERS * place for probe in curve.probes):
                 yield place
     if certify:
         lo, hi = curve.bracket()

@@ -1,4 +1,4 @@
-"""Critical sharpness: the step size along the optimizer's own update at which the loss rises, by forward passes only."""
+"""Critical sharpness: how far along the optimizer's own update the loss starts to rise, by forward passes only."""
 
 import math
 import time
@@ -41,8 +41,8 @@ def critical_sharpness(
 ) -> Measurement:
     """Measure λ_c = 2/η_c, η_c being the smallest η with L(θ − ηΔθ) > L(θ).
 
-    Nothing of the run changes: parameters, gradients, optimizer state, buffers, flags and random streams are bit for bit
-    what they were, also when ``loss_fn`` raises. Every evaluation starts from the random state at entry, so that
+    Nothing of the run changes: parameters, gradients, optimizer state, buffers, flags and random streams are bit for
+    bit what they were, also when ``loss_fn`` raises. Every evaluation starts from the random state at entry, so that
     dropout masks are equal.
 
     Args:
@@ -53,8 +53,8 @@ def critical_sharpness(
         initial_lr: first guess of η_c; the optimizer's learning rate by default.
         rtol: relative error of η_c to reach, in (0, 1).
         method: "auto", or "bisection" (doubling and bisection to 1/16, the published search).
-        engine: "auto"; "virtual" computes with θ − ηΔθ without ever writing θ; "inplace" writes and restores θ. An engine
-            that is named is used or raises; "auto" warns when it has to leave the virtual one.
+        engine: "auto"; "virtual" computes with θ − ηΔθ without ever writing θ; "inplace" writes and restores θ. An
+            engine that is named is used or raises; "auto" warns when it has to leave the virtual one.
         base_loss: L(θ), if it is known already; saves one evaluation.
         certify: evaluate further until the bracket around η_c is closed to 2.5·rtol.
         noise: relative standard error of one loss; by default from the precision seen in the pass.
@@ -68,8 +68,8 @@ def critical_sharpness(
     Raises:
         EngineUnsupportedError: the virtual engine was named and cannot evaluate this model or closure.
         TypeError: an argument is of the wrong kind, or ``loss_fn`` does not return a floating-point tensor.
-        ValueError: an argument is out of range, the direction moves none of the model's parameters, or ``loss_fn`` is not
-            repeatable or does not depend on the parameters.
+        ValueError: an argument is out of range, the direction moves none of the model's parameters, or ``loss_fn`` is
+            not repeatable or does not depend on the parameters.
 
     Memory: virtual: the largest weight matrix and the buffers; inplace: a copy of the parameters that move.
 
@@ -265,8 +265,8 @@ class _Run:
         losses = {loss for _, loss in result.probes}
         if len(result.probes) > 1 and losses == {self._base}:
             raise ValueError(
-                f"loss_fn must depend on the parameters that the direction moves, got {self._base} at every step size up to "
-                f"{max(eta for eta, _ in result.probes):.3g}; compute the loss anew from the model in every call"
+                f"loss_fn must depend on the parameters that the direction moves, got {self._base} at every step size "
+                f"up to {max(eta for eta, _ in result.probes):.3g}; compute the loss anew from the model in every call"
             )
 
 

@@ -18,23 +18,24 @@ class Measurement:
     """One measured critical sharpness.
 
     Attributes:
-        critical_lr: η_c, the smallest step size at which the loss rises; a learning rate. 0 for "ascent", the largest step
-            tried for "unbounded", nan for "nonfinite" and "unresolved".
+        critical_lr: η_c, the smallest step size at which the loss rises; a learning rate. 0 for "ascent", the largest
+            step tried for "unbounded", nan for "nonfinite" and "unresolved".
         sharpness: λ_c = 2/η_c, in 1/learning-rate; inf for "ascent", nan where η_c is.
-        bracket: (lo, hi), the largest step known to lie before the rise and the smallest known rise; 0 and inf if unknown.
+        bracket: (lo, hi), the largest step known to lie before the rise and the smallest known rise; 0 and inf if
+            unknown.
         base_loss: L(θ).
         slope: Δθᵀg, how fast the loss falls along −Δθ; None where no gradient belongs to the direction.
-        directional_sharpness: ΔθᵀHΔθ/(Δθᵀg) estimated from the same probes, in 1/learning-rate, or None where they do not
-            resolve it.
+        directional_sharpness: ΔθᵀHΔθ/(Δθᵀg) estimated from the same probes, in 1/learning-rate, or None where they do
+            not resolve it.
         error: relative uncertainty of critical_lr.
-        exponent: how steeply the loss crosses its base value; 1 on a quadratic, small for an ill-conditioned crossing, None
-            if unknown.
+        exponent: how steeply the loss crosses its base value; 1 on a quadratic, small for an ill-conditioned crossing,
+            None if unknown.
         probes: (η, loss) in the order evaluated by the search, the base loss not among them.
         forwards: evaluations of the closure, all of them: base loss, probes and checks.
         status: "converged"; "ascent"; "unbounded"; "nonfinite", the base loss is nan or inf; "unresolved".
         engine: "virtual" or "inplace", which evaluated the losses.
-        retained: share of the displacement at η_c that survives rounding to the weights' dtype; 1.0 = all. Estimated from up
-            to 65536 elements of each tensor; nan where there is no η_c.
+        retained: share of the displacement at η_c that survives rounding to the weights' dtype; 1.0 = all. Estimated
+            from up to 65536 elements of each tensor; nan where there is no η_c.
         seconds: wall time.
 
     Source: Kalra et al. 2026, arXiv 2601.16979.
@@ -81,7 +82,8 @@ class Options:
             raise TypeError(f"max_forwards must be an int, got {self.max_forwards!r}; leave it out for 40")
         if self.max_forwards < 2:
             raise ValueError(
-                f"max_forwards must be at least 2 (the base loss and one probe), got {self.max_forwards}; leave it out for 40"
+                f"max_forwards must be at least 2 (the base loss and one probe), got {self.max_forwards}; "
+                "leave it out for 40"
             )
         _check_choice("method", self.method, METHODS)
         _check_choice("engine", self.engine, ENGINES)

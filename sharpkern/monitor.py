@@ -107,14 +107,14 @@ class Monitor:
         **options: Any,
     ) -> None:
         if not callable(every) and (isinstance(every, bool) or not isinstance(every, int)):
-            raise TypeError(f"every must be an int or a function of the step, got {every!r}; leave it out for every step")
+            raise TypeError(f"every must be an int or a function of the step, got {every!r}; leave it out for 1")
         if not callable(every) and every < 1:
-            raise ValueError(f"every must be at least 1, got {every}; leave it out for every step")
+            raise ValueError(f"every must be at least 1, got {every}; leave it out for 1")
         if log is not None and not callable(log) and not hasattr(log, "add_scalar"):
-            raise TypeError(f"log must be callable or have add_scalar, got {type(log).__name__}; pass wandb.log, for example")
+            raise TypeError(f"log must be callable or have add_scalar, got {type(log).__name__}; pass wandb.log")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one the loop steps"
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the loop's own"
             )
         self._model = model
         self._optimizer = optimizer

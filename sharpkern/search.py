@@ -16,6 +16,8 @@ Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "un
 
 # The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
 _LARGEST_CORRECTION = 30.0
+# At the crossing the slope alone would typically have taken this share off the loss.
+_USUAL_FALL = 0.1
 # First half-width of a grid of K step sizes around a cold guess, and around a warm one.
 _WARM_WIDTH = math.log(2.0)
 _WIDTHS = (math.log(1.25), math.log(5.0))
@@ -151,7 +153,7 @@ class LineSearch:
         self._passes = 0
         self._pending: tuple[float, ...] = ()
         self._outcome: Outcome | None = None
-        self._guess = self._first_guess(initial_lr)
+        self._guess = self._first_guess(initial_lr, method)
         self._width = self._first_width()
         positive = self._given_slope if self._given_slope is not None and self._given_slope > 0 else None
         self._curve = Curve(self._base_loss, positive, self._guess, noise)
@@ -234,21 +236,21 @@ class LineSearch:
 
     def _strategy(self, method: str, rtol: float, certify: bool) -> Steps:
         """Return the generator that chooses step sizes."""
-        exponent = min(max(self._before.exponent or 1.0, 0.3), 3.0)
+        exponent = min(max(self._before.exponent or 1.0, 0.3), 30.0)
         if method == "bisection":
             return bisection(self._curve, self._guess)
         if self._num_parallel > 1:
             return batched(self._curve, self._guess, exponent, rtol, certify, self._num_parallel, self._width)
         return sequential(self._curve, self._guess, exponent, rtol, certify)
 
-    def _first_guess(self, initial_lr: float | None) -> float:
+    def _first_guess(self, initial_lr: float | None, method: str) -> float:
         """Return the last crossing, scaled to this direction, or a first guess."""
         before, slope = self._before, self._given_slope
         if before.eta is None:
-            if initial_lr is not None:
-                return float(initial_lr)
-            falls = slope is not None and slope > 0 and self._base_loss != 0 and math.isfinite(self._base_loss)
-            return 0.01 * abs(self._base_loss) / slope if falls and slope else 1.0
+            usual = 0.0
+            if slope is not None and slope > 0 and method == "auto" and math.isfinite(self._base_loss):
+                usual = _USUAL_FALL * abs(self._base_loss) / slope
+            return max(float(initial_lr or 0.0), usual) or 1.0
         # Half-way, in log units, between curvature that stays per unit step and curvature that stays per unit length.
         ratio = 1.0
         if slope is not None and slope > 0 and before.slope is not None and before.slope > 0:
@@ -275,7 +277,8 @@ class LineSearch:
         eta = self._outcome.eta
         miss = abs(math.log(eta / self._guess))
         width = min(max(0.7 * self._width + 0.9 * miss, _WIDTHS[0]), _WIDTHS[1])
-        exponent = self._outcome.exponent if self._outcome.exponent is not None else self._before.exponent
+        measured = self._outcome.exponent is not None and self._curve.trusts_slope()
+        exponent = self._outcome.exponent if measured else self._before.exponent
         return SearchMemory(eta, exponent, self._slope(), self._norm_sq, width)
 
 

@@ -63,7 +63,9 @@ def _transformers(architecture: str, config: str, **values: Any) -> Callable[[],
         shape = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
         ends = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-        return getattr(transformers, architecture)(getattr(transformers, config)(**{**shape, **heads, **ends, **values}))
+        return getattr(transformers, architecture)(
+            getattr(transformers, config)(**{**shape, **heads, **ends, **values})
+        )
 
     return build
 

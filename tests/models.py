@@ -16,7 +16,9 @@ class Block(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         B, T, C = x_BTC.shape
@@ -30,7 +32,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Decoder with SDPA, dropout and a head tied to the embedding."""
 
-    def __init__(self, vocabulary: int = 128, width: int = 32, layers: int = 2, context: int = 32, dropout: float = 0.1) -> None:
+    def __init__(
+        self, vocabulary: int = 128, width: int = 32, layers: int = 2, context: int = 32, dropout: float = 0.1
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, 4, dropout) for _ in range(layers))

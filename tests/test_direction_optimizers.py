@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +14,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sharpkern.direction import Direction
-
-torch.set_num_threads(1)
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 STEPS = 50
@@ -36,7 +35,7 @@ class Signum(torch.optim.Optimizer):
                     continue
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.1)
-                noise = torch.randn_like(p) * (0.5 + 0.1 * random.random() + 0.1 * np.random.rand())  # noqa: NPY002
+                noise = torch.randn_like(p) * (0.5 + 0.1 * random.random() + 0.1 * np.random.rand())
                 p.add_(momentum.sign() + 0.01 * noise + 0.1 * p, alpha=-group["lr"])
 
 
@@ -139,7 +138,7 @@ def trace(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     state = {id(p): {k: (id(v), copy.deepcopy(v)) for k, v in s.items()} for p, s in optimizer.state.items()}
     weights = [(id(p), p.detach().clone(), p._version) for p in model.parameters()]
     grads = [(id(p.grad), None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    streams = [torch.get_rng_state(), random.getstate(), np.random.get_state()]  # noqa: NPY002
+    streams = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     return [state, weights, grads, streams, copy.deepcopy(groups), sorted(vars(optimizer))]
 
@@ -147,7 +146,7 @@ def trace(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
 def seed_streams() -> None:
     torch.manual_seed(1)
     random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -172,7 +171,18 @@ def test_sgd_is_bit_for_bit_what_the_step_writes(name):
 @pytest.mark.parametrize("name", WITHIN_ULPS)
 def test_adam_is_within_ulps_of_what_the_step_writes(name):
     worst = max(ulps(*one) for one in steps(*make_run(name)))
-    assert worst < 4, worst
+    assert worst < 3, worst
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"amsgrad": True, "weight_decay": 0.1}])
+@pytest.mark.parametrize("kind", [ADAM, ADAMW])
+def test_capturable_adam_is_within_ulps_of_what_the_step_writes(kind, options, monkeypatch):
+    """Its bias corrections are of float32, up to 3e-5 off; torch keeps it from CPUs, where nothing captures."""
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda **_: ["cpu"])
+    model = make_model()
+    optimizer = kind(model.parameters(), lr=0.01, capturable=True, **options)
+    worst = max(ulps(*one) for one in steps(model, optimizer))
+    assert worst < 3, worst
 
 
 @pytest.mark.parametrize("name", BY_SHADOW_STEP)

@@ -50,7 +50,11 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
         "torch": torch.get_rng_state(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()),
+        "autocast": (
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+        ),
         "grad_mode": torch.is_grad_enabled(),
     }
 
@@ -211,7 +215,7 @@ def test_the_guard_keeps_restoring_when_one_restore_fails(monkeypatch: pytest.Mo
 
     model = Noisy()
     stream = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="planted"), guards.preserved(model):
+    with pytest.raises(RuntimeError, match="planted"), guards.preserved(model):  # noqa: PT012
         torch.rand(3)
         monkeypatch.setattr(guards, "_restore_content", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
     assert torch.equal(torch.get_rng_state(), stream)

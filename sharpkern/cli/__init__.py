@@ -1,0 +1,37 @@
+"""The command line: ``sharpkern demo`` and ``sharpkern env``."""
+
+from typing import Annotated
+
+import typer
+
+from sharpkern.cli import demo, env
+
+app = typer.Typer(
+    name="sharpkern",
+    help=(
+        "Critical sharpness of neural networks while they train: how far the optimizer could step along its own update "
+        "before the loss rises. Forward passes only."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(f"sharpkern {env.version_of('sharpkern') or 'from a checkout'}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[  # noqa: FBT002
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Hold the options that stand before the command."""
+
+
+app.command("demo", help=demo.HELP)(demo.command)
+app.command("env", help=env.HELP)(env.command)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 # Answered by θ itself: they tell nothing of its values.
 _METADATA = frozenset(
-    "shape size dim ndim ndimension stride storage_offset numel nelement element_size itemsize nbytes dtype device layout "
-    "requires_grad grad grad_fn get_device names has_names retains_grad retain_grad output_nr register_hook "
+    "shape size dim ndim ndimension stride storage_offset numel nelement element_size itemsize nbytes dtype device "
+    "layout requires_grad grad grad_fn get_device names has_names retains_grad retain_grad output_nr register_hook "
     "register_post_accumulate_grad_hook broadcast_shapes result_type promote_types can_cast set.grad set.requires_grad "
     "_version _base _is_view _is_zerotensor __len__ __hash__".split()
 )
@@ -16,8 +16,8 @@ _METADATA = frozenset(
 # f(W + αD) = f(W) + αf(D): views and gathers along their first argument.
 LINEAR_IN_FIRST = frozenset(
     "t T mT H mH adjoint transpose permute view reshape reshape_as view_as flatten ravel unflatten squeeze unsqueeze "
-    "__getitem__ chunk unsafe_chunk split unsafe_split split_with_sizes tensor_split hsplit vsplit dsplit unbind select "
-    "narrow expand expand_as broadcast_to detach data alias swapaxes swapdims movedim moveaxis diagonal unfold "
+    "__getitem__ chunk unsafe_chunk split unsafe_split split_with_sizes tensor_split hsplit vsplit dsplit unbind "
+    "select narrow expand expand_as broadcast_to detach data alias swapaxes swapdims movedim moveaxis diagonal unfold "
     "index_select".split()
 )
 

@@ -12,6 +12,7 @@ from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.inplace import InPlaceEngine
 from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine, VirtualParameters
+from sharpkern.errors import EngineUnsupportedError
 
 ENGINES = ("auto", "virtual", "inplace")
 
@@ -36,9 +37,14 @@ def choose(engine: str, model: nn.Module, loss_fn: LossFn, checks: Checks) -> st
     """Name of the engine that ``engine`` stands for.
 
     Returns:
-        str: ``"virtual"`` for ``"auto"``, and ``"inplace"`` where the model or the closure is compiled or scripted, or the
-        virtual engine was found unable before.
+        str: ``"virtual"`` for ``"auto"``, and ``"inplace"`` where the model or the closure is compiled or scripted, or
+        the virtual engine was found unable before.
+
+    Raises:
+        EngineUnsupportedError: the virtual engine was named for a scripted model.
     """
+    if engine == "virtual" and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise EngineUnsupportedError("the model is scripted: its reads of parameters cannot be seen; use engine='auto'")
     if engine != "auto":
         return engine
     return "inplace" if checks.unsupported or is_compiled(model, loss_fn) else "virtual"

@@ -1,8 +1,8 @@
 """What a loss evaluation may touch besides the parameters, kept at entry and put back: the measurement leaves no trace.
 
 A closure advances random streams, BatchNorm statistics and step counters, caches tensors on modules, fills ``.grad``.
-`preserved` notes all of it once; `Guard.rewind` goes back to that state before every evaluation, so that every step size
-sees the same dropout masks and the same running statistics, and leaving the block goes back for good.
+`preserved` notes all of it once; `Guard.rewind` goes back to that state before every evaluation, so that every step
+size sees the same dropout masks and the same running statistics, and leaving the block goes back for good.
 """
 
 import random
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -69,11 +70,11 @@ class Guard:
         return not torch.equal(torch.get_rng_state(), self._entry_stream)
 
     def version_counters(self) -> ExitStack:
-        """Context that leaves the buffers' autograd version counters as they are, so that a later backward still works."""
+        """Context that leaves the buffers' version counters alone, so that a backward begun before still works."""
         stack = ExitStack()
         for buffer, _ in self._contents:
             if not buffer.is_inference():
-                stack.enter_context(torch.autograd._unsafe_preserve_version_counter(buffer))
+                stack.enter_context(_unsafe_preserve_version_counter(buffer))
         return stack
 
 

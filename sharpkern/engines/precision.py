@@ -1,5 +1,6 @@
 """How finely a loss can be resolved: losses are computed in float32, and what the products rounded before is noted."""
 
+import math
 from typing import Any
 
 import torch
@@ -66,9 +67,9 @@ class LossPrecision:
         if is_low(self.loss_dtype):
             return torch.finfo(self.loss_dtype).eps
         if self.unit_roundoff is not None:
-            if self.num_targets is None:
+            if not self.num_targets:
                 return _UNSEEN_NOISE
-            return max(1.5 * self.unit_roundoff / self.num_targets**0.5, _FLOAT32_NOISE)
+            return max(1.5 * self.unit_roundoff / math.sqrt(self.num_targets), _FLOAT32_NOISE)
         if low_and_unseen:
             return _UNSEEN_NOISE
         return 1e-14 if self.loss_dtype == torch.float64 else _FLOAT32_NOISE

@@ -1,4 +1,4 @@
-"""Checks that would turn a silent wrong number into an error: repeatable losses, an independent evaluation, the slope."""
+"""Checks that turn a silent wrong number into an error: repeatable losses, an independent evaluation, the slope."""
 
 import math
 import warnings
@@ -31,12 +31,12 @@ def check_repeatable(first: float, second: float, noise: float, *, given: bool) 
         return
     if given:
         raise ValueError(
-            f"base_loss must be what loss_fn returns at the current parameters, got {first} and loss_fn returned {second}; "
-            "leave base_loss out"
+            f"base_loss must be what loss_fn returns at the current parameters, got {first} and loss_fn returned "
+            f"{second}; leave base_loss out"
         )
     raise ValueError(
-        f"loss_fn must return the same loss whenever it is called, got {first} and then {second} at the same parameters; "
-        "fetch the batch once, outside of the closure"
+        f"loss_fn must return the same loss whenever it is called, got {first} and then {second} at the same "
+        "parameters; fetch the batch once, outside of the closure"
     )
 
 
@@ -104,9 +104,9 @@ def check_slope(
         ratio = (base - engine.losses([eta])[0]) / (eta * slope)
     if ratio < least:
         warnings.warn(
-            f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: loss_fn must "
-            "evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that prefetches holds "
-            "the next batch already",
+            f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: "
+            "loss_fn must evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that "
+            "prefetches holds the next batch already",
             SlopeMismatchWarning,
             stacklevel=5,
         )

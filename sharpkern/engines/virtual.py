@@ -68,7 +68,7 @@ class VirtualParameters(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in calls.OPAQUE:
             raise EngineUnsupportedError(
-                f"the model or loss_fn reads a parameter's memory by {name}(), where a formed weight cannot be put in its place"
+                f"the model or loss_fn reads a parameter's memory by {name}(), where no formed weight can be put"
             )
         if name == "requires_grad_":
             return args[0]
@@ -85,8 +85,8 @@ class VirtualParameters(TorchFunctionMode):
             weight = self._pair(args[1] if len(args) > 1 else kwargs["weight"])
             if weight is not None:
                 return self._gather_rows(func, weight, args, kwargs)
-        additive = name in calls.NORMS or name in calls.ELEMENTWISE
-        if additive and any(is_low(pair.weight.dtype) for pair in self._pairs_in((args, kwargs))):
+        elementwise = name in calls.NORMS or name in calls.ELEMENTWISE
+        if elementwise and any(is_low(pair.weight.dtype) for pair in self._pairs_in((args, kwargs))):
             return self._in_full_precision(func, name, args, kwargs)
         return self._with_formed(func, name, args, kwargs)
 
@@ -127,12 +127,12 @@ class VirtualParameters(TorchFunctionMode):
         return func(pair.form(self.alpha, dtype=pair.wide if exact else pair.weight.dtype), *rest, **kwargs)
 
     def _gather_rows(self, func: Any, pair: Pair, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        def rows(source: Tensor) -> Tensor:
+        def rows(source: Tensor) -> Any:
             if len(args) > 1:
                 return func(args[0], source, *args[2:], **kwargs)
             return func(*args, **{**kwargs, "weight": source})
 
-        weight = rows(pair.weight)
+        weight: Tensor = rows(pair.weight)
         self.read.add(pair.owner)
         if self.alpha == 0:
             return weight
@@ -160,7 +160,7 @@ class VirtualParameters(TorchFunctionMode):
         )
 
     def _with_formed(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any other call: form the weights it takes. Products consume theirs at once, so that one scratch serves all."""
+        """Any other call: form the weights it takes. Products consume theirs at once: one scratch serves them all."""
         # A closure that differentiates by its inputs keeps the weights: then each is formed in memory of its own.
         free = [name in calls.PRODUCTS and not torch.is_grad_enabled()]
 
@@ -257,12 +257,17 @@ class VirtualEngine:
         if unread:
             # An expert without tokens, or a read that the mode cannot see? Look again, one level lower.
             watch = StorageWatch(self._pairs)
-            loss = self._pass(eta, watch)
+            try:
+                loss = self._pass(eta, watch)
+            except RuntimeError as error:
+                if "TorchScript" not in str(error):
+                    raise
+                raise EngineUnsupportedError("scripted code, which no mode can look into, reads parameters") from error
             hidden = watch.touched & self._unread()
             if hidden:
                 raise EngineUnsupportedError(
-                    f"{len(hidden)} of {len(self._pairs)} parameters are read where torch's Python calls do not show it "
-                    "(scripted code, or aliases of weights made before the measurement)"
+                    f"{len(hidden)} of {len(self._pairs)} parameters are read where torch's Python calls do not show "
+                    "it (scripted code, or aliases of weights made before the measurement)"
                 )
             self._unused |= unread
         return loss

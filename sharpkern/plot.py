@@ -1,0 +1,132 @@
+"""Plots of a training run: sharpness against the step with the line 2/η, and the loss below.
+
+Drawn on a `matplotlib.figure.Figure` of their own, so that neither the user's backend nor an open figure is touched.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sharpkern._extras import missing
+
+if TYPE_CHECKING:
+    from sharpkern.measurement import Measurement
+    from sharpkern.monitor import Record
+
+# Okabe and Ito's palette, told apart with every kind of colour vision.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#555555"
+_EXTRA_STYLES = (("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "v"))
+
+# Measurements without a value on a log axis: where they are marked, as a fraction of its height, and how.
+_MARKS = {
+    "ascent": (0.97, "^", "uphill at once"),
+    "unresolved": (0.03, "x", "unresolved"),
+    "nonfinite": (0.03, "*", "loss not finite"),
+}
+
+
+def plot_history(
+    history: "Sequence[Record]",
+    path: str | os.PathLike[str],
+    *,
+    extra: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw λ_c and 2/η against the step, and the loss below, into an image file.
+
+    No measurement is dropped: one that goes uphill at once stands at the upper edge, one that is unresolved at the
+    lower, and an "unbounded" one is an open triangle at its bound, below which the true value lies.
+
+    Args:
+        history: The records of a `Monitor`.
+        path: The file; its ending says the format.
+        extra: Further curves on the sharpness axis, {label: [(step, value), …]}; values at or below zero stand at the
+            lower edge.
+        title: Stands above the plot.
+
+    Raises:
+        ValueError: If the history is empty.
+        ImportError: If matplotlib is not installed.
+    """
+    if not history:
+        raise ValueError(
+            "history must hold at least one record to draw, got none; call the monitor in the training loop"
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing("matplotlib", "plot", "plotting") from error
+    figure = Figure(figsize=(7.5, 5.0), dpi=140, layout="constrained")
+    sharpness_axes, loss_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+
+    rated = [(record.step, 2 / record.lr) for record in history if record.lr]
+    if rated:
+        sharpness_axes.plot(*_columns(rated), color="black", linestyle="--", linewidth=1.2, label=r"$2/\eta$", zorder=1)
+    _draw_measurements(
+        sharpness_axes, history, lambda record: record.measurement, r"critical sharpness $\lambda_c$", _BLUE
+    )
+    _draw_measurements(sharpness_axes, history, lambda record: record.heldout, r"held-out $\lambda_c$", _ORANGE)
+    for (label, points), (color, marker) in zip((extra or {}).items(), _EXTRA_STYLES, strict=False):
+        _draw_extra(sharpness_axes, label, points, color, marker)
+    sharpness_axes.set_yscale("log")
+    sharpness_axes.set_ylabel("sharpness (1/learning rate)")
+    # The labels of points at an edge repeat; a legend names each once.
+    handles, labels = sharpness_axes.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    sharpness_axes.legend(entries.values(), entries.keys(), loc="best", fontsize="small", framealpha=0.9)
+
+    loss_axes.plot(*_columns([(r.step, r.measurement.base_loss) for r in history]), color=_GREY, linewidth=1.2)
+    heldout_losses = [(r.step, r.heldout.base_loss) for r in history if r.heldout]
+    if heldout_losses:
+        loss_axes.plot(*_columns(heldout_losses), color=_ORANGE, linewidth=1.2)
+    loss_axes.set_ylabel("loss")
+    loss_axes.set_xlabel("step")
+
+    for axes in (sharpness_axes, loss_axes):
+        axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    if title is not None:
+        figure.suptitle(title, fontsize="medium")
+    figure.savefig(path)
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Return the steps and the values of a curve."""
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _draw_measurements(
+    axes: Any, history: "Sequence[Record]", pick: "Callable[[Record], Measurement | None]", label: str, color: str
+) -> None:
+    """Draw one series of measurements: a line through those that converged, and a mark for each of the others."""
+    picked = [(record.step, pick(record)) for record in history]
+    taken = [(step, measurement) for step, measurement in picked if measurement is not None]
+    if not taken:
+        return
+    # nan interrupts the line where there is no value to go through.
+    line = [(step, m.sharpness if m.status == "converged" else math.nan) for step, m in taken]
+    lonely = sum(m.status == "converged" for _, m in taken) < 2
+    axes.plot(*_columns(line), color=color, linewidth=1.4, marker="o" if lonely else None, label=label, zorder=3)
+    bounds = [(step, m.sharpness) for step, m in taken if m.status == "unbounded"]
+    if bounds:
+        axes.plot(*_columns(bounds), "v", color=color, fillstyle="none", label="no rise found: upper bound", zorder=3)
+    for status, (height, marker, meaning) in _MARKS.items():
+        steps = [step for step, m in taken if m.status == status]
+        _draw_at_edge(axes, steps, height, marker, color, meaning)
+
+
+def _draw_extra(axes: Any, label: str, points: Sequence[tuple[int, float]], color: str, marker: str) -> None:
+    """Draw a further curve, its values at or below zero at the lower edge."""
+    positive = [(step, value if value > 0 else math.nan) for step, value in points]
+    style = {"color": color, "linewidth": 1.0, "marker": marker, "markersize": 3, "zorder": 2}
+    axes.plot(*_columns(positive), label=label, **style)
+    _draw_at_edge(axes, [step for step, value in points if value <= 0], 0.03, "_", color, "at or below zero")
+
+
+def _draw_at_edge(axes: Any, steps: Sequence[int], height: float, marker: str, color: str, label: str) -> None:
+    """Mark steps at a height of the axes instead of at a value."""
+    if steps:
+        transform = axes.get_xaxis_transform()
+        axes.plot(steps, [height] * len(steps), marker, color=color, markersize=5, transform=transform, label=label)
