@@ -4,13 +4,13 @@ With f(η) = L(θ − ηΔθ), f₀ = f(0), slope s = Δθᵀg and y = log η, t
 
     ψ(y) = log w,   w = 1 + (f(η) − f₀)/(sη),
 
-which on a quadratic is a straight line of slope 1, and elsewhere close to one of slope p, the *exponent*. The zero does not
-depend on s: a wrong slope bends ψ and costs probes, never accuracy. Where the probes contradict the slope, or where
-none was given, it is read off the two probes nearest to zero.
+which on a quadratic is a straight line of slope 1, and elsewhere close to one of slope p, the *exponent*. The zero does
+not depend on s: a wrong slope bends ψ and costs probes, never accuracy. Where the probes contradict the slope, or where
+none was given, it is read off the two probes nearest to zero. Far out, where sη exceeds the whole loss, f₀ takes its
+place: no fall can be compared with more.
 """
 
-import math,os
-IQ=float(os.environ.get('IQ','0.3'))
+import math
 from bisect import insort
 from dataclasses import dataclass
 from itertools import combinations
@@ -83,7 +83,9 @@ class Curve:
         self.probes: list[Probe] = []
 
     def add(self, eta: float, loss: float) -> None:
-        """Record a loss; one that is not finite is a rise."""
+        """Record a loss, the first one at each step size; one that is not finite is a rise."""
+        if any(eta == probe.eta for probe in self.probes):
+            return
         rise = loss - self.base_loss
         insort(self.probes, Probe(eta, rise if math.isfinite(rise) else math.inf))
 
@@ -153,6 +155,8 @@ class Curve:
             if eta > first_rise and rise < 0:
                 break
             drop = self._drop(slope, eta)
+            if drop == 0:
+                continue
             resolution = self.noise_level / drop
             w = 1.0 + rise / drop
             if resolution < 1 / 3 and max(2.0 * resolution, _SMALLEST_W) < w < math.inf:
@@ -177,33 +181,36 @@ class Curve:
             return None
         first = nodes[0]
         second = next((node for node in nodes[1:] if _separated(first, node)), None)
-        secant = (second.psi - first.psi) / (second.y - first.y) if second else math.nan
-        if not _EXPONENTS[0] <= secant <= _EXPONENTS[1]:
-            if len(nodes) > 1 and abs(first.psi) > SIGNIFICANT * first.sigma:
-                # ψ is flat, or falls: no power law to follow.
-                return None
-            reach = -first.psi / exponent
-            noise = 2.0 * first.sigma / exponent
-            return Estimate(first.y + reach, abs(reach), noise, exponent, False, abs(reach))
-        exponent = secant
+        if second is not None and _EXPONENTS[0] <= _secant(first, second) <= _EXPONENTS[1]:
+            apart = [node for node in nodes if _separated(first, node) and _separated(second, node)]
+            return self._interpolate(first, second, apart[0] if apart else None)
+        if len(nodes) > 1 and abs(first.psi) > SIGNIFICANT * first.sigma:
+            # ψ is flat, or falls: no power law to follow.
+            return None
+        reach = -first.psi / exponent
+        noise = 2.0 * first.sigma / exponent
+        return Estimate(first.y + reach, abs(reach), noise, exponent, measured=False, nearest=abs(reach))
+
+    def _interpolate(self, first: Coordinate, second: Coordinate, third: Coordinate | None) -> Estimate:
+        """Return the zero of ψ by a secant through the first two nodes, or by a parabola y(ψ) through three."""
+        exponent = _secant(first, second)
         y = first.y - first.psi / exponent
-        nearest, product = abs(first.y - y), abs(first.y - y) * abs(second.y - y)
-        error = (0.25 + 1.5 * abs(math.log(exponent))) * product
-        if not self.trusts_slope():
-            # Probes that served to find the slope show the exponent of a quadratic whatever the curve.
-            error += product
-        third = next(
-            (n for n in nodes if n not in (first, second) and _separated(first, n) and _separated(second, n)), None
-        )
-        if third is not None:
-            bend = (secant - (third.psi - second.psi) / (third.y - second.y)) / (first.y - third.y)
-            error = min(max(1.5 * abs(bend / exponent), 0.05) * product, nearest)
-            inverse = _inverse_quadratic(first, second, third)
-            shift = abs(inverse - y)
+        nearest = abs(first.y - y)
+        product = nearest * abs(second.y - y)
+        if third is None:
+            # A quadratic has exponent 1 and no error; the further from it, the more ψ is bent.
+            error = (0.15 + 1.5 * abs(math.log(exponent))) * product
+            if not self.trusts_slope():
+                # Probes that served to find the slope show the exponent of a quadratic whatever the curve.
+                error += product
+        else:
+            bend = (exponent - _secant(second, third)) / (first.y - third.y)
+            parabola = _parabola_zero(first, second, third)
+            shift = abs(parabola - y)
+            error = max(min(max(1.5 * abs(bend / exponent), 0.1) * product, nearest), 0.3 * shift)
             if shift <= nearest / 2:
-                y = inverse
-            error = max(error, IQ * shift)
-        return Estimate(y, error, 2.0 * first.sigma / exponent, exponent, True, abs(first.y - y))
+                y = parabola
+        return Estimate(y, error, 2.0 * first.sigma / exponent, exponent, measured=True, nearest=abs(first.y - y))
 
     def directional_sharpness(self, crossing: float) -> float | None:
         """Return ΔθᵀHΔθ/(Δθᵀg) from the two smallest probes, or None if they do not resolve it.
@@ -215,7 +222,7 @@ class Curve:
         """
         slope = self.given_slope
         finite = [probe for probe in self.probes if math.isfinite(probe.rise)]
-        if slope is None or len(finite) < 2 or finite[0].eta > 0.25 * crossing:
+        if slope is None or not self.trusts_slope() or len(finite) < 2 or finite[0].eta > 0.25 * crossing:
             return None
         (eta1, rise1), (eta2, rise2) = finite[:2]
         near, far = (2.0 * (1.0 + rise / (slope * eta)) / eta for eta, rise in ((eta1, rise1), (eta2, rise2)))
@@ -239,7 +246,12 @@ def _separated(a: Coordinate, b: Coordinate) -> bool:
     return abs(a.psi - b.psi) > 4.0 * (a.sigma + b.sigma)
 
 
-def _inverse_quadratic(a: Coordinate, b: Coordinate, c: Coordinate) -> float:
+def _secant(a: Coordinate, b: Coordinate) -> float:
+    """Return the slope of ψ between two nodes."""
+    return (b.psi - a.psi) / (b.y - a.y)
+
+
+def _parabola_zero(a: Coordinate, b: Coordinate, c: Coordinate) -> float:
     """Return the y at ψ = 0 of the parabola y(ψ) through three nodes with different ψ."""
     return (
         a.y * b.psi * c.psi / ((a.psi - b.psi) * (a.psi - c.psi))

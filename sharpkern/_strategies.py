@@ -7,19 +7,24 @@ Each strategy is a generator. It yields step sizes, finds their losses in the cu
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from sharpkern._curve import Curve, Estimate
+
+Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "unresolved"]
 
 # Without any rise the search goes up to this multiple of the first guess, or of the step that would bring a linear
 # loss to zero, whichever is larger.
 _REACH = 1e6
 # Rises this close to the noise are as far down as a search can see.
 _FLOOR = 20.0
-# Where an earlier crossing would hide: the guard looks at the estimate divided by these.
+# A loss that changes nowhere over this ratio of step sizes is flat as far as its noise lets see.
+_FLAT = 1e6
+# Where an earlier crossing would hide: the guard looks at the estimate divided by these ...
 _GUARDS = (4.0, 12.0)
-_GUARD_FALL = 4.0
+# ... where the slope alone would take this many times the loss off, or the exponent is below this.
+_GUARD_FALL = 2.0
 _GUARD_EXPONENT = 0.4
-_COVERS = 1.6
 # Above this relative error from noise alone a crossing counts as not resolved.
 _TOO_NOISY = 0.1
 
@@ -28,7 +33,7 @@ _TOO_NOISY = 0.1
 class Outcome:
     """How a search ended: status, critical learning rate, its relative error, and the exponent if measured."""
 
-    status: str
+    status: Status
     eta: float = math.nan
     error: float = math.nan
     exponent: float | None = None
@@ -37,12 +42,11 @@ class Outcome:
 Steps = Generator[tuple[float, ...], None, Outcome]
 
 
-def sequential(curve: Curve, guess: float, exponent: float, rtol: float, certify: bool) -> Steps:
+def sequential(curve: Curve, exponent: float, rtol: float, certify: bool) -> Steps:
     """Try one step size at a time, each where the probes so far put the crossing.
 
     Args:
-        curve: Receives the losses; empty at the start.
-        guess: Expected crossing.
+        curve: Receives the losses; empty at the start. Its guess is where the search begins.
         exponent: Expected slope of ψ.
         rtol: Relative error to reach.
         certify: Whether to close the bracket to 2.5·rtol around the answer.
@@ -53,18 +57,20 @@ def sequential(curve: Curve, guess: float, exponent: float, rtol: float, certify
     Returns:
         The outcome.
     """
-    yield (guess if curve.given_slope is not None else guess / 8.0,)
+    # Without a slope the first probe is there to show it.
+    yield (curve.guess if curve.given_slope is not None else curve.guess / 8.0,)
     widths = [math.inf]
     while True:
         lo, hi = curve.bracket()
         estimate = curve.estimate(exponent)
-        outcome = _dead_end(curve, guess, rtol)
+        outcome = _dead_end(curve)
         if outcome is not None:
             return outcome
-        if estimate is not None and _acceptable(curve, estimate, rtol):
-            check = next(_unchecked(curve, estimate, rtol, certify), None)
+        settled = _settled(curve, estimate, rtol)
+        if settled is not None:
+            check = next(_unchecked(curve, settled, rtol, certify), None)
             if check is None:
-                return _converged(curve, estimate)
+                return _converged(curve, settled)
             yield (check,)
             continue
         widths.append(math.log(hi / lo) if lo > 0 else math.inf)
@@ -76,12 +82,11 @@ def sequential(curve: Curve, guess: float, exponent: float, rtol: float, certify
             yield (_propose(curve, estimate, rtol, len(curve.probes)),)
 
 
-def batched(curve: Curve, guess: float, exponent: float, rtol: float, certify: bool, num: int, width: float) -> Steps:
+def batched(curve: Curve, exponent: float, rtol: float, certify: bool, num: int, width: float) -> Steps:
     """Try ``num`` step sizes at a time, on grids that close in on the crossing.
 
     Args:
-        curve: Receives the losses; empty at the start.
-        guess: Expected crossing.
+        curve: Receives the losses; empty at the start. Its guess is where the search begins.
         exponent: Expected slope of ψ.
         rtol: Relative error to reach.
         certify: Whether to close the bracket to 2.5·rtol around the answer.
@@ -94,7 +99,7 @@ def batched(curve: Curve, guess: float, exponent: float, rtol: float, certify: b
     Returns:
         The outcome.
     """
-    center, passes = math.log(guess), 0
+    center, passes = math.log(curve.guess), 0
     # With six or more, two of the first grid look for an earlier crossing.
     watch = [center - width - math.log(divisor) for divisor in (_GUARDS[1], 3.5)] if num >= 6 else []
     yield _grid(center, width, num - len(watch), watch)
@@ -102,13 +107,14 @@ def batched(curve: Curve, guess: float, exponent: float, rtol: float, certify: b
         passes += 1
         lo, hi = curve.bracket()
         estimate = curve.estimate(exponent)
-        outcome = _dead_end(curve, guess, rtol)
+        outcome = _dead_end(curve)
         if outcome is not None:
             return outcome
-        if estimate is not None and _acceptable(curve, estimate, rtol):
-            checks = tuple(_unchecked(curve, estimate, rtol, certify))[:num]
+        settled = _settled(curve, estimate, rtol)
+        if settled is not None:
+            checks = tuple(_unchecked(curve, settled, rtol, certify))[:num]
             if not checks:
-                return _converged(curve, estimate)
+                return _converged(curve, settled)
             yield tuple(sorted(checks))
             continue
         if lo > 0 and hi < math.inf:
@@ -128,13 +134,12 @@ def batched(curve: Curve, guess: float, exponent: float, rtol: float, certify: b
         yield _grid(center, width, num)
 
 
-def bisection(curve: Curve, guess: float, rtol: float = 1 / 16) -> Steps:
+def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
     """Double or halve the guess until the crossing is enclosed, then bisect and report the midpoint.
 
     Args:
-        curve: Receives the losses; empty at the start.
-        guess: Expected crossing.
-        rtol: Width of the last bracket, relative to its lower end.
+        curve: Receives the losses; empty at the start. Its guess is the first step size.
+        width: Width of the last bracket, relative to its lower end.
 
     Yields:
         One step size.
@@ -144,22 +149,23 @@ def bisection(curve: Curve, guess: float, rtol: float = 1 / 16) -> Steps:
 
     Source: Kalra et al. 2026, arXiv 2601.16979, Algorithm 1.
     """
-    eta = guess
+    eta = curve.guess
     while True:
         yield (eta,)
-        outcome = _dead_end(curve, guess, rtol / 2)
-        if outcome is not None and outcome.status != "converged":
+        outcome = _dead_end(curve)
+        if outcome is not None:
             return outcome
-        lo, hi = curve.bracket()
-        if lo > 0 and hi / lo <= 1 + rtol:
-            middle = (lo + hi) / 2
-            return Outcome("converged", middle, (hi - lo) / 2 / middle)
+        # The plain sign decides, also where noise may have made it: a midpoint without a sign would never end.
+        hi = min((probe.eta for probe in curve.probes if probe.rise > 0), default=math.inf)
+        lo = max((probe.eta for probe in curve.probes if probe.eta < hi), default=0.0)
         if hi == math.inf:
-            eta *= 2
+            eta = 2 * lo
         elif lo == 0:
             eta = hi / 2
-        else:
+        elif hi / lo > 1 + width:
             eta = (lo + hi) / 2
+        else:
+            return Outcome("converged", (lo + hi) / 2, (hi - lo) / (hi + lo))
 
 
 def _grid(center: float, width: float, num: int, more: list[float] | None = None) -> tuple[float, ...]:
@@ -168,20 +174,23 @@ def _grid(center: float, width: float, num: int, more: list[float] | None = None
     return tuple(math.exp(y) for y in sorted(ys))
 
 
-def _acceptable(curve: Curve, estimate: Estimate, rtol: float) -> bool:
-    """Return whether the estimate is exact enough, and backed by enough probes, to end the search."""
+def _settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:
+    """Return the estimate if it is exact enough and backed by enough probes, or the middle of a closed bracket."""
     lo, hi = curve.bracket()
-    tolerance = max(rtol, estimate.noise)
-    enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
     enclosed = lo > 0 and hi < math.inf
-    return (
-        enough
-        and estimate.measured
-        and estimate.nearest < 0.7
-        and estimate.error <= tolerance
-        and (lo < math.exp(estimate.y) < hi or estimate.noise > rtol)
-        and (enclosed or estimate.exponent >= 0.25)
-    )
+    if estimate is not None:
+        tolerance = max(rtol, estimate.noise)
+        # Without a slope to trust, two probes determine it and ψ only together.
+        enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
+        inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
+        conditioned = enclosed or estimate.exponent >= 0.25
+        exact = estimate.measured and estimate.nearest < 0.7 and estimate.error <= tolerance
+        if enough and inside and conditioned and exact:
+            return estimate
+    if enclosed and hi <= lo * (1 + 2 * rtol):
+        half = math.log(hi / lo) / 2
+        return Estimate(math.log(lo) + half, half, 0.0, 1.0, measured=False, nearest=half)
+    return None
 
 
 def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> Iterator[float]:
@@ -190,20 +199,24 @@ def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> 
     An earlier crossing is possible where the loss would fall far below zero on a straight line, or where ψ is flat.
     """
     eta = math.exp(estimate.y)
-    slope = curve.given_slope or curve.slope() or math.inf
+    slope = max(curve.given_slope or 0.0, curve.slope() or 0.0) or math.inf
     if slope * eta > _GUARD_FALL * abs(curve.base_loss) or estimate.exponent < _GUARD_EXPONENT:
         for divisor in _GUARDS:
-            place = eta / divisor
-            if not any(place / _COVERS < probe.eta < _COVERS * place for probe in curve.probes):
-                yield place
+            yield from _unless_near(curve, eta / divisor, 1.6)
     if certify:
         lo, hi = curve.bracket()
         tolerance = max(rtol, estimate.noise)
         if hi > lo * (1 + 2.5 * tolerance):
             if lo < eta / (1 + 1.25 * tolerance):
-                yield eta / (1 + 1.1 * tolerance)
+                yield from _unless_near(curve, eta / (1 + 1.1 * tolerance), 1 + 0.3 * tolerance)
             if hi > eta * (1 + 1.25 * tolerance):
-                yield eta * (1 + 1.1 * tolerance)
+                yield from _unless_near(curve, eta * (1 + 1.1 * tolerance), 1 + 0.3 * tolerance)
+
+
+def _unless_near(curve: Curve, eta: float, factor: float) -> Iterator[float]:
+    """Yield ``eta`` unless a probe lies within ``factor`` of it."""
+    if not any(eta / factor < probe.eta < eta * factor for probe in curve.probes):
+        yield eta
 
 
 def _converged(curve: Curve, estimate: Estimate) -> Outcome:
@@ -212,36 +225,34 @@ def _converged(curve: Curve, estimate: Estimate) -> Outcome:
         return Outcome("unresolved", exponent=estimate.exponent)
     lo, hi = (math.log(eta) if eta > 0 else -math.inf for eta in curve.bracket())
     error = min(estimate.reported_error, max(estimate.y - lo, hi - estimate.y) + estimate.noise)
-    return Outcome("converged", math.exp(estimate.y), math.expm1(error), estimate.exponent)
+    exponent = estimate.exponent if estimate.measured else None
+    return Outcome("converged", math.exp(estimate.y), math.expm1(error), exponent)
 
 
-def _dead_end(curve: Curve, guess: float, rtol: float) -> Outcome | None:
-    """Return the outcome where another probe can add nothing: bracket closed, top reached, or noise floor reached."""
+def _dead_end(curve: Curve) -> Outcome | None:
+    """Return the outcome where another probe can add nothing: the top or the noise floor is reached."""
     lo, hi = curve.bracket()
-    if lo > 0 and hi <= lo * (1 + 2 * rtol):
-        middle = math.sqrt(lo * hi)
-        return Outcome("converged", middle, math.sqrt(hi / lo) - 1)
-    if hi == math.inf and curve.probes[-1].eta >= _limit(curve, guess):
+    if hi == math.inf and curve.probes[-1].eta >= _limit(curve):
         return Outcome("unbounded", curve.probes[-1].eta) if lo > 0 else Outcome("unresolved")
     rises = [probe for probe in curve.probes if curve.sign(probe) > 0]
-    if lo == 0 and len(rises) > 1 and hi <= 1.5 * _floor(curve, guess):
+    if lo == 0 and len(rises) > 1 and hi <= 1.5 * _floor(curve):
         return Outcome("ascent") if _rises_at_once(curve) else Outcome("unresolved")
-    if lo == 0 and hi == math.inf and len(curve.probes) >= 8:
+    if lo == 0 and hi == math.inf and curve.probes[-1].eta > _FLAT * curve.probes[0].eta:
         return Outcome("unresolved")
     return None
 
 
-def _limit(curve: Curve, guess: float) -> float:
+def _limit(curve: Curve) -> float:
     """Return the largest step size to try."""
     to_zero = abs(curve.base_loss) / curve.given_slope if curve.given_slope else 0.0
-    return _REACH * max(guess, to_zero)
+    return _REACH * max(curve.guess, to_zero)
 
 
-def _floor(curve: Curve, guess: float) -> float:
+def _floor(curve: Curve) -> float:
     """Return the smallest step size at which a rise like the lowest one would still stand out of the noise."""
     eta, rise = next(probe for probe in curve.probes if curve.sign(probe) > 0)
     steepest = max(rise / eta if rise < math.inf else 0.0, curve.given_slope or 0.0)
-    return _FLOOR * curve.noise_level / steepest if steepest > 0 else guess / _REACH**2
+    return _FLOOR * curve.noise_level / steepest if steepest > 0 else curve.guess / _REACH**2
 
 
 def _rises_at_once(curve: Curve) -> bool:
@@ -262,10 +273,10 @@ def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) 
     leap = 10.0 ** max(1, one_sided - 2)
     if estimate is None or (hi == math.inf and estimate.exponent < 0.25):
         if hi == math.inf:
-            return etas[-1] * leap
+            return min(etas[-1] * leap, _limit(curve))
         if lo > 0:
             return math.sqrt(lo * hi)
-        floor = _floor(curve, hi)
+        floor = _floor(curve)
         return max(hi / leap, floor) if hi > 1.5 * floor else 10.0 * hi
     eta = math.exp(estimate.y)
     if not lo < eta < hi:
@@ -273,9 +284,9 @@ def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) 
     # The power law is local: it may be trusted over a decade or two.
     push = math.exp(min(math.log(1.5) * 2 ** (one_sided - 3), math.log(4.0))) if one_sided >= 3 else 1.0
     if hi == math.inf:
-        eta = min(max(eta, etas[-1] * push if lo > 0 else 0.0), etas[-1] * max(100.0, leap))
+        eta = min(max(eta, etas[-1] * push if lo > 0 else 0.0), etas[-1] * max(100.0, leap), _limit(curve))
     elif lo == 0:
-        eta = max(min(eta, hi / push), hi / leap, _floor(curve, hi))
+        eta = max(min(eta, hi / push), hi / leap, _floor(curve))
     return _away_from(curve, eta, estimate, rtol)
 
 

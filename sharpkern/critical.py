@@ -195,7 +195,7 @@ class _Run:
         self._refuse_constant(result)
         self._verify(result)
         if 0 < result.critical_lr < math.inf:
-            self._retained = retained_share(self._pairs, engine.rounded, -result.critical_lr)
+            self._retained = self._kept(result.critical_lr)
         return result
 
     def measurement(self, result: SearchResult, seconds: float) -> Measurement:
@@ -231,6 +231,9 @@ class _Run:
             seconds=seconds,
         )
 
+    def _kept(self, eta: float) -> float:
+        return retained_share(self._pairs, self._engine.rounded, -eta)
+
     def _spare_forwards(self) -> int:
         return self._options.max_forwards - self._closure.calls
 
@@ -257,6 +260,7 @@ class _Run:
                 self._direction.slope,
                 result,
                 self._noise(),
+                kept=self._kept,
                 random=self._closure.random,
                 spare_forwards=self._spare_forwards(),
             )

@@ -35,7 +35,7 @@ class Measurement:
         status: "converged"; "ascent"; "unbounded"; "nonfinite", the base loss is nan or inf; "unresolved".
         engine: "virtual" or "inplace", which evaluated the losses.
         retained: share of the displacement at η_c that survives rounding to the weights' dtype; 1.0 = all. Estimated
-            from up to 65536 elements of each tensor; nan where there is no η_c.
+            from about 4096 elements of each tensor; nan where there is no η_c.
         seconds: wall time.
 
     Source: Kalra et al. 2026, arXiv 2601.16979.

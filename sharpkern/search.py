@@ -7,12 +7,10 @@ stays in control; `find_critical_lr` drives it on a plain function. Nothing here
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from sharpkern._curve import Curve
-from sharpkern._strategies import Outcome, Steps, batched, bisection, sequential
-
-Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "unresolved"]
+from sharpkern._strategies import Outcome, Status, Steps, batched, bisection, sequential
 
 # The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
 _LARGEST_CORRECTION = 30.0
@@ -63,7 +61,8 @@ class SearchResult:
         sharpness: λ_c = 2/η_c, in 1/learning-rate.
         bracket: Largest step known to lie before the first rise, and smallest known rise; 0 and inf where unknown.
         error: Relative uncertainty of critical_lr.
-        exponent: Slope p of log(1 + (f(η) − f(0))/(slope·η)) against log η at the crossing; small means ill-conditioned.
+        exponent: Steepness of the crossing: slope of log(1 + (f(η) − f(0))/(slope·η)) against log η, 1 on a quadratic;
+            small means ill-conditioned.
         probes: Pairs (η, loss) in the order evaluated, without the base loss.
         evaluations: Number of probes.
         passes: Number of times that losses were told.
@@ -93,7 +92,8 @@ class LineSearch:
         base_loss: f(0).
         slope: −f′(0) = Δθᵀg if known. It speeds the search up; a wrong one costs evaluations, not accuracy.
         norm_sq: |Δθ|² if known; together with the slope it scales the last result to this direction.
-        initial_lr: First guess where there is no memory: the learning rate in use. None: 0.01·f(0)/slope.
+        initial_lr: First guess where there is no memory, usually the learning rate in use. "auto" starts at
+            0.1·f(0)/slope instead if that is larger: in a warm-up the learning rate says little about the crossing.
         memory: `SearchResult.memory` of the previous search.
         rtol: Relative error to reach, in (0, 1).
         method: "auto", or "bisection" (doubling or halving, then bisection to 1/16, for comparison).
@@ -145,7 +145,7 @@ class LineSearch:
         if initial_lr is not None:
             _positive("initial_lr", initial_lr, "leave it out for a guess from the loss and the slope")
         rtol = _fraction("rtol", rtol, "leave it out for 0.01")
-        noise = _fraction("noise", noise, "leave it out for 1e-6")
+        noise = _fraction("noise", noise, "leave it out for 1e-6", zero=True)
         self._max_evaluations = _count("max_evaluations", max_evaluations, "leave it out for 39")
         self._num_parallel = _count("num_parallel", num_parallel, "leave it out for 1")
         self._before = memory or SearchMemory()
@@ -238,10 +238,10 @@ class LineSearch:
         """Return the generator that chooses step sizes."""
         exponent = min(max(self._before.exponent or 1.0, 0.3), 30.0)
         if method == "bisection":
-            return bisection(self._curve, self._guess)
+            return bisection(self._curve)
         if self._num_parallel > 1:
-            return batched(self._curve, self._guess, exponent, rtol, certify, self._num_parallel, self._width)
-        return sequential(self._curve, self._guess, exponent, rtol, certify)
+            return batched(self._curve, exponent, rtol, certify, self._num_parallel, self._width)
+        return sequential(self._curve, exponent, rtol, certify)
 
     def _first_guess(self, initial_lr: float | None, method: str) -> float:
         """Return the last crossing, scaled to this direction, or a first guess."""
@@ -364,10 +364,10 @@ def _positive(name: str, value: float, remedy: str) -> float:
     return number
 
 
-def _fraction(name: str, value: float, remedy: str) -> float:
+def _fraction(name: str, value: float, remedy: str, zero: bool = False) -> float:
     number = _number(name, value, remedy)
-    if not 0 < number < 1:
-        raise ValueError(f"{name} must be a number in (0, 1), got {number:g}; {remedy}")
+    if not (0 < number < 1 or (zero and number == 0)):
+        raise ValueError(f"{name} must be a number in {'[' if zero else '('}0, 1), got {number:g}; {remedy}")
     return number
 
 

@@ -25,7 +25,7 @@ class PeakBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._live = {key: (ref, size) for key, (ref, size) in self._live.items() if not ref.expired()}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _pointer(leaf) not in given:
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta" and _pointer(leaf) not in given:
                 storage = leaf.untyped_storage()
                 self._live[_pointer(leaf)] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))

@@ -1,7 +1,7 @@
-"""``sharpkern demo``: full-batch gradient descent on handwritten digits, watched until it stands at the edge of stability.
+"""``sharpkern demo``: full-batch gradient descent on handwritten digits, watched to the edge of stability and along it.
 
-The Hessian sharpness λ_max rises while the network trains, until it meets 2/η, where a step no longer contracts along the
-sharpest direction. The critical sharpness λ_c of the update stays far below, then jumps to 2/η too.
+The Hessian sharpness λ_max rises while the network trains, until it meets 2/η, where a step no longer contracts along
+the sharpest direction. The critical sharpness λ_c of the update stays far below, then jumps to 2/η too.
 """
 
 import csv
@@ -32,8 +32,8 @@ HELP = (
     "Writes demo.csv and demo.png, and says in words what was seen."
 )
 
-# Odd, both: at the edge of stability the iterate swings from side to side with a period of two steps, and an even stride
-# would only ever see one of the sides.
+# Odd, both: at the edge of stability the iterate swings from side to side with a period of two steps, and an even
+# stride would only ever see one of the sides.
 MONITOR_EVERY = 3
 HESSIAN_EVERY = 15
 
@@ -163,7 +163,7 @@ def train(
         if not loss.isfinite():
             run.diverged_at = step
             break
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         monitor(loss_fn)
         if step % HESSIAN_EVERY == 0:
             top = hessian_sharpness(model, loss_fn, v0=eigenvector)
@@ -236,7 +236,7 @@ def _end(run: DemoRun) -> str:
         verdict = (
             "λ_c does not stand at 2/η: the edge of stability was NOT seen; try more steps or another learning rate"
         )
-    return f"Medians over the last {LAST_SHARE:.0%}: {listed}; {verdict}."
+    return f"Medians over the last {100 * LAST_SHARE:.0f} %: {listed}; {verdict}."
 
 
 def _cost(run: DemoRun) -> str:

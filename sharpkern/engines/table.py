@@ -72,12 +72,12 @@ class Scratch:
         Memory: grows to the largest tensor asked for.
         """
         key = (dtype, like.device)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < like.numel():
+        if key in self._buffers and self._buffers[key].numel() < like.numel():
             # The smaller buffer goes before the larger one comes.
-            self._buffers.pop(key, None)
-            buffer = self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
-        flat = buffer[: like.numel()]
+            del self._buffers[key]
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        flat = self._buffers[key][: like.numel()]
         dense = torch.empty_like(like, device="meta")
         return flat.as_strided(dense.size(), dense.stride())
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sharpkern.engines.choose import Engine
 from sharpkern.engines.virtual import VirtualEngine
@@ -71,7 +71,15 @@ def confirm_virtual(engine: Engine, base: float, probes: Sequence[tuple[float, f
 
 
 def check_slope(
-    engine: Engine, base: float, slope: float, result: SearchResult, noise: float, *, random: bool, spare_forwards: int
+    engine: Engine,
+    base: float,
+    slope: float,
+    result: SearchResult,
+    noise: float,
+    *,
+    kept: Callable[[float], float],
+    random: bool,
+    spare_forwards: int,
 ) -> None:
     """Warn when the loss does not fall along the direction as fast as the gradient says.
 
@@ -81,6 +89,7 @@ def check_slope(
         slope: Δθᵀg.
         result: of the line search.
         noise: relative standard error of one loss.
+        kept: share of the displacement at a step size that survives rounding of the weights.
         random: the closure draws random numbers, so that its losses are not exactly the gradient's.
         spare_forwards: evaluations that may still be made, at least 1.
     """
@@ -102,7 +111,7 @@ def check_slope(
         # Strong curvature bends the loss this early? Then a smaller step agrees with the slope.
         eta = max(resolved, eta / 100)
         ratio = (base - engine.losses([eta])[0]) / (eta * slope)
-    if ratio < least:
+    if ratio < least * kept(eta):
         warnings.warn(
             f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: "
             "loss_fn must evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that "

@@ -1,0 +1,167 @@
+"""The Monitor in a loop: schedule, warm start, held-out loss, log, CSV."""
+
+import csv
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sharpkern
+from tests.models import MLP
+
+
+class Loop:
+    """Full-batch training of an MLP."""
+
+    def __init__(self, lr: float = 0.1, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = MLP()
+        self.x, self.y = torch.randn(64, 16), torch.randint(0, 10, (64,))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        self.monitor = sharpkern.Monitor(self.model, self.optimizer, **options)
+
+    def loss(self) -> torch.Tensor:
+        return F.cross_entropy(self.model(self.x), self.y)
+
+    def run(self, steps: int, **heldout: Any) -> list[sharpkern.Measurement | None]:
+        measured = []
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.loss().backward()
+            measured.append(self.monitor(self.loss, **heldout))
+            self.optimizer.step()
+        return measured
+
+
+def test_every_is_a_number_or_a_function() -> None:
+    assert [m is not None for m in Loop(every=3).run(7)] == [True, False, False, True, False, False, True]
+    assert [m is not None for m in Loop(every=lambda step: step in (1, 4)).run(5)] == [False, True, False, False, True]
+
+
+def test_steps_that_are_not_due_touch_nothing() -> None:
+    loop = Loop(every=10)
+    loop.run(1)
+
+    def never() -> torch.Tensor:
+        raise AssertionError("the closure was called on a step that is not due")
+
+    loop.optimizer.zero_grad()
+    assert loop.monitor(never, heldout=never) is None
+    assert len(loop.monitor.history) == 1
+
+
+def test_the_warm_start_survives_a_checkpoint() -> None:
+    straight, first = Loop(), Loop()
+    straight.run(6)
+    first.run(3)
+    state = pickle.loads(pickle.dumps(first.monitor.state_dict()))
+    second = sharpkern.Monitor(first.model, first.optimizer)
+    second.load_state_dict(state)
+    first.monitor = second
+    first.run(3)
+    resumed = second.history
+    assert [record.step for record in resumed] == [3, 4, 5]
+    for a, b in zip(straight.monitor.history[3:], resumed, strict=True):
+        assert a.measurement.critical_lr == b.measurement.critical_lr
+        assert a.measurement.probes == b.measurement.probes
+
+
+def test_a_checkpoint_of_the_monitor_loads_without_pickled_classes(tmp_path: Path) -> None:
+    loop = Loop()
+    loop.run(2, heldout=lambda: loop.loss() * 1.0)
+    torch.save(loop.monitor.state_dict(), tmp_path / "monitor.pt")
+    loop.monitor.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
+
+
+def test_a_warm_start_takes_fewer_forwards_than_a_cold_one() -> None:
+    loop = Loop()
+    loop.run(12)
+    warm = [record.measurement.forwards for record in loop.monitor.history[8:]]
+    assert max(warm) < loop.monitor.history[0].measurement.forwards
+    assert sum(warm) / len(warm) <= 4.5
+
+
+def test_the_heldout_loss_is_measured_along_the_same_direction() -> None:
+    loop = Loop()
+    x, y = torch.randn(64, 16), torch.randint(0, 10, (64,))
+    heldout = lambda: F.cross_entropy(loop.model(x), y)
+    loop.run(3, heldout=heldout)
+    record = loop.monitor.history[-1]
+    assert record.heldout is not None
+    assert record.heldout.base_loss != record.measurement.base_loss
+    assert record.heldout.slope is None
+    # The same loss as held-out loss has the same critical learning rate, though its slope was not given.
+    same = Loop()
+    same.run(2, heldout=lambda: same.loss() * 1.0)
+    record = same.monitor.history[-1]
+    assert record.heldout.critical_lr == pytest.approx(record.measurement.critical_lr, rel=2e-2)
+
+
+class Writer:
+    """Has the one method of TensorBoard's SummaryWriter that is needed."""
+
+    def __init__(self) -> None:
+        self.scalars: list[tuple[str, float, int]] = []
+
+    def add_scalar(self, tag: str, value: float, global_step: int) -> None:
+        self.scalars.append((tag, value, global_step))
+
+
+def test_log_fits_wandb_and_summary_writer() -> None:
+    calls: list[tuple[dict[str, float], int]] = []
+    Loop(every=2, log=lambda values, step: calls.append((values, step))).run(3)
+    assert [step for _, step in calls] == [0, 2]
+    values, _ = calls[0]
+    assert values["sharpness/lambda_c"] == pytest.approx(2 / values["sharpness/critical_lr"])
+    assert values["sharpness/headroom"] == pytest.approx(values["sharpness/critical_lr"] / 0.1)
+    writer = Writer()
+    Loop(every=2, log=writer).run(3)
+    assert ("sharpness/lambda_c", values["sharpness/lambda_c"], 0) in writer.scalars
+
+
+def test_history_becomes_a_table(tmp_path: Path) -> None:
+    loop = Loop(every=2)
+    loop.run(5)
+    loop.monitor.to_csv(tmp_path / "run.csv")
+    with open(tmp_path / "run.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 2, 4]
+    for row, record in zip(rows, loop.monitor.history, strict=True):
+        assert float(row["lambda_c"]) == record.measurement.sharpness
+        assert row["status"] == record.measurement.status
+    loop.monitor.plot(tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_progress_line_tells_the_last_measurement() -> None:
+    loop = Loop()
+    assert "not measured" in str(loop.monitor)
+    loop.run(1)
+    m = loop.monitor.history[0].measurement
+    assert str(loop.monitor) == (
+        f"step 0: loss {m.base_loss:.4g}, λ_c {m.sharpness:.4g}, η_c {m.critical_lr:.3g} = {m.critical_lr / 0.1:.3g} × lr"
+    )
+    bad = sharpkern.Monitor(loop.model, loop.optimizer)
+    bad(lambda: loop.loss() * math.nan)
+    assert str(bad) == "step 0: loss nan, λ_c nonfinite"
+
+
+def test_a_loop_with_adamw_and_a_schedule() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 10))
+    x, y = torch.randn(64, 16), torch.randint(0, 10, (64,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
+    monitor = sharpkern.Monitor(model, optimizer)
+    for _ in range(8):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        measured = monitor(lambda: F.cross_entropy(model(x), y))
+        optimizer.step()
+        schedule.step()
+        assert measured.status == "converged"
+    assert [round(record.lr, 5) for record in monitor.history[:3]] == [0.001, 0.0028, 0.0046]
