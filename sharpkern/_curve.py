@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 # A loss difference below this many noise levels has no sign.
 SIGNIFICANT = 3.0
+# The crossing feels the noise of a probe and of the base loss; this many standard errors of one loss cover both.
+_NOISE = 3.0
 # Below this share of the slope, w is a difference of nearly equal numbers.
 _SMALLEST_W = 1e-4
 # Exponents outside are artefacts of two probes too close to one another.
@@ -188,7 +190,7 @@ class Curve:
             # ψ is flat, or falls: no power law to follow.
             return None
         reach = -first.psi / exponent
-        noise = 2.0 * first.sigma / exponent
+        noise = _NOISE * first.sigma / exponent
         return Estimate(first.y + reach, abs(reach), noise, exponent, measured=False, nearest=abs(reach))
 
     def _interpolate(self, first: Coordinate, second: Coordinate, third: Coordinate | None) -> Estimate:
@@ -210,7 +212,7 @@ class Curve:
             error = max(min(max(1.5 * abs(bend / exponent), 0.1) * product, nearest), 0.3 * shift)
             if shift <= nearest / 2:
                 y = parabola
-        return Estimate(y, error, 2.0 * first.sigma / exponent, exponent, measured=True, nearest=abs(first.y - y))
+        return Estimate(y, error, _NOISE * first.sigma / exponent, exponent, measured=True, nearest=abs(first.y - y))
 
     def directional_sharpness(self, crossing: float) -> float | None:
         """Return ΔθᵀHΔθ/(Δθᵀg) from the two smallest probes, or None if they do not resolve it.

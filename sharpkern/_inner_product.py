@@ -5,7 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22  # elements widened at a time: two buffers of 32 MiB
+# Elements widened at a time. On the CPU they should stay in the cache, which is up to ten times faster; elsewhere a
+# launch should be worth its while.
+_CPU_CHUNK = 1 << 16
+_DEVICE_CHUNK = 1 << 22
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
@@ -20,13 +23,14 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
         that a loop over parameters waits for the device once, at its end.
 
     Memory:
-        64 MiB at most, plus a copy of an input that is not contiguous.
+        1 MiB on the CPU, 64 MiB elsewhere, plus a copy of an input that is not contiguous.
     """
     wide = torch.float32 if a.device.type == "mps" else torch.float64
-    total = torch.zeros((), dtype=wide, device=a.device)
-    for chunk_a, chunk_b in zip(torch.split(a.reshape(-1), _CHUNK), torch.split(b.reshape(-1), _CHUNK), strict=True):
-        total += torch.dot(chunk_a.to(wide), chunk_b.to(wide))
-    return total
+    result = torch.zeros((), dtype=wide, device=a.device)
+    chunk = _CPU_CHUNK if a.device.type == "cpu" else _DEVICE_CHUNK
+    for chunk_a, chunk_b in zip(torch.split(a.reshape(-1), chunk), torch.split(b.reshape(-1), chunk), strict=True):
+        result += torch.dot(chunk_a.to(wide), chunk_b.to(wide))
+    return result
 
 
 def total(terms: Iterable[Tensor]) -> float:

@@ -35,7 +35,8 @@ def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot]) -> list
         TypeError: if the step needs a closure, or cannot run on a copy.
 
     Memory:
-        A copy of parameters, gradients and state; of these the result, one tensor per parameter, is kept.
+        A copy of parameters, gradients and state, and what the step itself allocates; of these the result, one tensor
+        per parameter, is kept.
 
     Determinism:
         Random numbers are those that the real step will draw, and the streams are put back.

@@ -64,7 +64,8 @@ class Direction:
         """Return the update that the next ``optimizer.step()`` would make.
 
         Call it between ``backward()`` (and clipping) and ``step()``. SGD, Adam and AdamW have a closed form; any other
-        optimizer takes one step on a copy of itself. The optimizer, its state, parameters and gradients are only read.
+        optimizer takes one step on a copy of itself. The optimizer, its state, parameters and gradients are only read;
+        hooks of the step do not run, so what one of them changes is not seen.
 
         Args:
             optimizer: any torch optimizer whose parameters hold their gradients.

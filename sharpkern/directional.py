@@ -24,12 +24,14 @@ from sharpkern.engines.choose import choose, is_compiled, open_engine
 from sharpkern.engines.closure import Closure
 from sharpkern.engines.guards import preserved
 from sharpkern.engines.precision import LossPrecision
+from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
 from sharpkern.engines.verify import check_repeatable, confirm_virtual
-from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError
+from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, RetainedWarning
 
 _METHODS = ("forward", "hvp")
 _MAX_ROUNDS = 8
+_RETAINED_FLOOR = 0.9
 # Standard deviation of a second difference of three losses, in units of one loss's.
 _SECOND_DIFFERENCE = math.sqrt(6)
 
@@ -134,7 +136,15 @@ def _by_differences(
             value = _three_point(losses, base, first_step=direction.lr or _small_step(direction), noise=noise)
             if name == "virtual" and not checks.agrees:
                 checks.agrees = confirm_virtual(engine, base, probes, noise)
-            return value
+            kept = retained_share(pairs, engine.rounded, probes[-1][0])
+    if kept < _RETAINED_FLOOR:
+        warnings.warn(
+            f"only {kept:.2f} of the displacement by ±{abs(probes[-1][0]):.2g}·Δθ survives rounding to the weights' "
+            "dtype; pass the optimizer's float32 masters to Direction.from_optimizer(masters=...)",
+            RetainedWarning,
+            stacklevel=3,
+        )
+    return value
 
 
 def _small_step(direction: Direction) -> float:

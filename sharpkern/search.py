@@ -139,7 +139,7 @@ class LineSearch:
             raise ValueError(
                 f"num_parallel must be 1 with method='bisection', got {num_parallel!r}; use method='auto' for more"
             )
-        self._base_loss = _number("base_loss", base_loss, "the loss at step size 0")
+        self._base_loss = _number("base_loss", base_loss, "pass the loss at step size 0")
         self._given_slope = None if slope is None else _finite("slope", slope, "leave it out if it is not known")
         self._norm_sq = None if norm_sq is None else _positive("norm_sq", norm_sq, "leave it out if it is not known")
         if initial_lr is not None:
@@ -188,9 +188,10 @@ class LineSearch:
                 f"losses must hold one loss per step size asked for ({len(self._pending)}), got {len(losses)}; "
                 "call ask() again to see them"
             )
-        for eta, loss in zip(self._pending, losses, strict=True):
-            self._probes.append((eta, _number("losses", loss, "pass floats, for example tensor.item()")))
-            self._curve.add(eta, self._probes[-1][1])
+        values = [_number("losses", loss, "pass floats, for example tensor.item()") for loss in losses]
+        for eta, loss in zip(self._pending, values, strict=True):
+            self._probes.append((eta, loss))
+            self._curve.add(eta, loss)
         self._passes += 1
         self._advance()
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import sharpkern
 from sharpkern.cli import app
-from sharpkern.cli.demo import DemoRun, HessianPoint, digits, network, summary, train
+from sharpkern.cli.digits import DemoRun, HessianPoint, digits, network, train
+from sharpkern.cli.summary import summary
 from sharpkern.measurement import Measurement
 from sharpkern.monitor import Record
 
@@ -189,6 +191,7 @@ def test_env_is_markdown_without_host_or_paths():
     result = invoke("env")
     assert result.exit_code == 0
     report = dict(re.fullmatch(r"- ([^:]+): (.+)", line).groups() for line in result.output.splitlines())
+    assert report["sharpkern"] == sharpkern.__version__
     assert report["torch"] == torch.__version__
     assert report["Python"].startswith(platform.python_version())
     assert platform.system() in report["system"]
@@ -219,7 +222,7 @@ def test_help_and_version():
     assert "how far the optimizer could step along its own update before the loss rises" in said
     assert "demo" in said
     assert "env" in said
-    assert re.match(r"sharpkern (\d+\.\d+|from a checkout)", invoke("--version").output)
+    assert invoke("--version").output == f"sharpkern {sharpkern.__version__}\n"
 
 
 def test_the_demo_reaches_the_edge_of_stability():

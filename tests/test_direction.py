@@ -382,7 +382,7 @@ def test_a_name_that_two_parameters_share_without_their_wrappers_is_unknown():
 
 
 def test_inner_products_are_summed_over_all_chunks(monkeypatch):
-    monkeypatch.setattr("sharpkern._inner_product._CHUNK", 7)
+    monkeypatch.setattr("sharpkern._inner_product._CPU_CHUNK", 7)
     a, b = torch.randn(5, 9), torch.randn(9, 5).T
     assert float(inner_product(a, b)) == pytest.approx(float((a.double() * b.double()).sum()), rel=1e-14)
 

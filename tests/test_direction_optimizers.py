@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sharpkern.direction import Direction
+from tests.memory import bytes_of, peak_bytes
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 STEPS = 50
@@ -360,6 +361,19 @@ def test_closed_forms_keep_the_dtype_of_parameter_and_state(name):
     assert all(t.dtype is torch.float32 for t in widened)
     for a, b in zip(widened, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-decay", "adamw-amsgrad"])
+def test_closed_forms_allocate_the_direction_and_four_of_one_parameter(name):
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(20)])
+    optimizer = ALL[name](model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept: list[Direction] = []
+    peak = peak_bytes(lambda: kept.append(Direction.from_optimizer(optimizer)))
+    # Inner products widen one parameter twice to float64; what is left over are 0-dim tensors.
+    assert bytes_of(model.parameters()) == kept[0].nbytes <= peak <= kept[0].nbytes + 4 * 64 * 64 * 4 + 1000
 
 
 def test_the_share_of_zero_gradients_is_zero_but_not_an_error():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sharpkern.direction import Direction
 from sharpkern.directional import _three_point, directional_sharpness
-from sharpkern.errors import EngineFallbackWarning
+from sharpkern.errors import EngineFallbackWarning, RetainedWarning
 
 torch.set_num_threads(1)
 
@@ -170,6 +170,14 @@ def test_falls_back_to_the_inplace_engine_with_a_warning():
     with pytest.warns(EngineFallbackWarning, match="measuring in place"):
         value = directional_sharpness(model, opaque, direction)
     assert value == pytest.approx(expected, rel=0.01)
+
+
+def test_steps_that_rounding_swallows_are_told(monkeypatch):
+    # The share itself has its own tests; here it is only bad luck.
+    monkeypatch.setattr("sharpkern.directional.retained_share", lambda pairs, rounded, alpha: 0.5)
+    model, _, _, loss_fn = classifier()
+    with pytest.warns(RetainedWarning, match=r"only 0\.50 of the displacement by ±.*·Δθ survives .*float32 masters"):
+        directional_sharpness(model, loss_fn, Direction.from_gradients(model))
 
 
 def test_a_closure_that_draws_a_new_batch_each_time_is_refused():

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+import sharpkern
 from sharpkern.cli import demo, env
 
 app = typer.Typer(
@@ -20,7 +21,7 @@ app = typer.Typer(
 def _print_version(wanted: bool) -> None:
     """Print the version and stop."""
     if wanted:
-        typer.echo(f"sharpkern {env.version_of('sharpkern') or 'from a checkout'}")
+        typer.echo(f"sharpkern {sharpkern.__version__}")
         raise typer.Exit
 
 

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import typer
 
+import sharpkern
+
 HELP = "Print versions and devices, as Markdown that pastes into a bug report."
 
 _PACKAGES = (
@@ -34,25 +36,18 @@ def report() -> Iterator[tuple[str, str]]:
     Yields:
         Pairs of a name and its value.
     """
-    yield "sharpkern", version_of("sharpkern") or "from a checkout"
+    yield "sharpkern", sharpkern.__version__
     yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "system", f"{platform.system()} {platform.machine()}"
     for package in _PACKAGES:
-        yield package, version_of(package) or "not installed"
+        yield package, _version_of(package) or "not installed"
     yield "torch built for", _backend()
     yield "CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
     yield from _devices()
 
 
-def version_of(package: str) -> str | None:
-    """Return the installed version.
-
-    Args:
-        package: The name it is distributed under.
-
-    Returns:
-        The version, or None if the package is not installed.
-    """
+def _version_of(package: str) -> str | None:
+    """Return the installed version of a distribution, None if there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

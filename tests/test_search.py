@@ -1,0 +1,404 @@
+"""The line search on functions whose first crossing is known."""
+
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharpkern.search import LineSearch, SearchMemory, SearchResult, find_critical_lr
+
+Function = Callable[[float], float]
+FIXED = settings(derandomize=True, max_examples=100, deadline=None)
+
+
+def softplus(x: float) -> float:
+    return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
+
+
+def wall(height: float) -> Function:
+    return lambda eta: 1 - eta if eta < 0.7 else height
+
+
+# name: (f with f(0) = 1, slope at 0, first crossing)
+KNOWN: dict[str, tuple[Function, float, float]] = {
+    "quadratic": (lambda x: 1 - x + x**2, 1.0, 1.0),
+    "quartic": (lambda x: 1 - x + x**4 / 4, 1.0, 4 ** (1 / 3)),
+    "power 1.3": (lambda x: 1 - x + 1.2 * x**1.3, 1.0, 1.2 ** (-1 / 0.3)),
+    "softplus": (lambda x: 1 + softplus(5 * x - 10) - softplus(-10) - x / 2, 0.4997730106564878, 2.1281978457541944),
+    "wall to inf": (wall(math.inf), 1.0, 0.7),
+    "wall to nan": (wall(math.nan), 1.0, 0.7),
+    "kink": (lambda x: abs(x - 1), 1.0, 2.0),
+    "negative curvature": (lambda x: 1 - x - 5 * x**2 + 4 * x**3, 1.0, (5 + math.sqrt(41)) / 8),
+    "two crossings": (lambda x: 1 - x * (1 - x) * (1 - x / 4) * (1 - x / 12), 1.0, 1.0),
+}
+ENDLESS: dict[str, Function] = {"falling": lambda x: 1 - x, "saturating": lambda x: math.exp(-min(x, 700))}
+
+
+def assert_sound(result: SearchResult, f: Function, budget: int) -> None:
+    """Check what holds for every result: budget, record, a sign change in the bracket, and no number in a failure."""
+    base = f(0.0)
+    lo, hi = result.bracket
+    assert result.evaluations == len(result.probes) <= budget
+    assert result.passes <= result.evaluations
+    assert all(loss == f(eta) or math.isnan(loss) for eta, loss in result.probes)
+    assert lo < hi
+    assert lo == 0 or f(lo) < base
+    assert hi == math.inf or not f(hi) <= base
+    if result.status == "converged":
+        assert result.sharpness == 2 / result.critical_lr
+        assert result.error > 0
+    elif result.status in ("nonfinite", "unresolved"):
+        assert math.isnan(result.critical_lr)
+        assert math.isnan(result.sharpness)
+
+
+@pytest.mark.parametrize("num_parallel", [1, 4, 8])
+@pytest.mark.parametrize("slope_factor", [1.0, None, 1e-3, 1e3])
+@pytest.mark.parametrize("name", KNOWN)
+def test_finds_the_first_crossing_from_any_guess(name: str, slope_factor: float | None, num_parallel: int) -> None:
+    f, slope, crossing = KNOWN[name]
+    given_slope = None if slope_factor is None else slope_factor * slope
+    for miss in (1e-4, 1e-2, 0.3, 1.0, 3.0, 1e2, 1e4):
+        result = find_critical_lr(f, slope=given_slope, initial_lr=miss * crossing, num_parallel=num_parallel)
+        assert result.status == "converged"
+        assert result.critical_lr == pytest.approx(crossing, rel=max(0.012, result.error))
+        assert result.error < 0.1
+        assert_sound(result, f, 39)
+
+
+@pytest.mark.parametrize("num_parallel", [1, 4, 8])
+@pytest.mark.parametrize("slope", [1.0, None, 1e-3, 1e3])
+@pytest.mark.parametrize("name", ENDLESS)
+def test_no_rise_up_to_the_top_is_unbounded(name: str, slope: float | None, num_parallel: int) -> None:
+    f = ENDLESS[name]
+    for miss in (1e-4, 1.0, 1e4):
+        result = find_critical_lr(f, slope=slope, initial_lr=miss, num_parallel=num_parallel)
+        assert result.status == "unbounded"
+        assert result.critical_lr == max(eta for eta, _ in result.probes)
+        assert result.sharpness == 2 / result.critical_lr
+        assert result.bracket[1] == math.inf
+        assert_sound(result, f, 39)
+
+
+@pytest.mark.parametrize("num_parallel", [1, 4, 8])
+@pytest.mark.parametrize("f", [lambda x: 1 + x, lambda x: 1 + x + x**2, lambda x: 3 - math.exp(-x) - 1])
+def test_ascent_is_found_out_without_a_slope(f: Function, num_parallel: int) -> None:
+    for guess in (1e-4, 1.0, 1e4):
+        result = find_critical_lr(f, initial_lr=guess, num_parallel=num_parallel)
+        assert (result.status, result.critical_lr, result.sharpness) == ("ascent", 0.0, math.inf)
+        assert_sound(result, f, 39)
+
+
+@pytest.mark.parametrize("method", ["auto", "bisection"])
+@pytest.mark.parametrize("slope", [0.0, -1.0])
+def test_a_slope_that_does_not_fall_is_ascent_without_evaluations(slope: float, method: Any) -> None:
+    search = LineSearch(1.0, slope=slope, method=method)
+    assert search.finished
+    assert search.ask() == ()
+    assert (search.result().status, search.result().evaluations) == ("ascent", 0)
+
+
+def test_a_crossing_below_the_noise_is_not_called_ascent() -> None:
+    # Rises everywhere that can be seen, but in proportion to η²: the crossing at 1e-5 is hidden in the noise.
+    result = find_critical_lr(lambda x: 1 - 1e-5 * x + x**2, initial_lr=1.0)
+    assert result.status == "unresolved"
+    assert 1e-5 < result.bracket[1] < 0.1
+
+
+@pytest.mark.parametrize("base_loss", [math.nan, math.inf, -math.inf])
+def test_nonfinite_base_loss(base_loss: float) -> None:
+    search = LineSearch(base_loss, slope=1.0)
+    assert search.finished
+    assert search.result().status == "nonfinite"
+    assert math.isnan(search.result().critical_lr)
+
+
+@pytest.mark.parametrize("method", ["auto", "bisection"])
+@pytest.mark.parametrize("height", [math.nan, math.inf])
+def test_trap_5_nonfinite_counts_as_a_rise(height: float, method: Any) -> None:
+    result = find_critical_lr(wall(height), slope=1.0, initial_lr=0.1, method=method)
+    assert result.status == "converged"
+    assert result.critical_lr == pytest.approx(0.7, rel=1 / 16)
+    assert result.bracket[0] < 0.7 <= result.bracket[1]
+
+
+@pytest.mark.parametrize("method", ["auto", "bisection"])
+@pytest.mark.parametrize(
+    ("f", "status"),
+    [
+        (lambda x: 1 + x, "ascent"),
+        (lambda x: math.nan if x else 1.0, "unresolved"),
+        (lambda x: 1 - x, "unbounded"),
+        (lambda x: 1 - x + 1e12 * x**2, "unresolved"),
+    ],
+)
+def test_trap_4_no_guess_comes_back_as_a_result(f: Function, status: str, method: Any) -> None:
+    result = find_critical_lr(f, initial_lr=1e-3, method=method)
+    assert result.status == status
+    assert not 0 < result.critical_lr <= 1e-3
+    assert_sound(result, f, 39)
+
+
+@pytest.mark.parametrize("num_parallel", [1, 4, 8])
+@pytest.mark.parametrize("slope", [None, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("seed", range(5))
+def test_trap_29_pure_noise_is_unresolved(seed: int, slope: float | None, num_parallel: int) -> None:
+    rng = random.Random(seed)
+    result = find_critical_lr(
+        lambda eta: 2.0 + 2.0 * rng.gauss(0.0, 3e-7), slope=slope, initial_lr=0.1, num_parallel=num_parallel
+    )
+    assert result.status == "unresolved"
+
+
+def test_noise_is_part_of_the_reported_error() -> None:
+    rng = random.Random(0)
+    misses = []
+    for _ in range(200):
+        # Base loss and probes each carry noise of 2e-4; the loss falls by 0.1 at most.
+        base = 1.0 + rng.gauss(0.0, 2e-4)
+        search = LineSearch(base, slope=0.1, initial_lr=rng.uniform(0.3, 3.0), noise=2e-4)
+        while step_sizes := search.ask():
+            search.tell([1.0 - 0.1 * eta + 0.1 * eta**2 + rng.gauss(0.0, 2e-4) for eta in step_sizes])
+        result = search.result()
+        assert result.status == "converged"
+        misses.append(abs(result.critical_lr - 1.0) / result.error)
+    assert sorted(misses)[189] < 1.0
+    assert max(misses) < 3.0
+
+
+def test_noise_beyond_a_tenth_is_unresolved() -> None:
+    result = find_critical_lr(lambda x: 1 - 0.1 * x + 0.1 * x**2, slope=0.1, initial_lr=1.2, noise=1e-2)
+    assert result.status == "unresolved"
+
+
+@given(log_scale=st.floats(-9, 9), miss=st.floats(-4, 4), base=st.floats(0.01, 100), share=st.floats(0.01, 4))
+@FIXED
+def test_quadratic_equals_its_closed_form(log_scale: float, miss: float, base: float, share: float) -> None:
+    # f = base·(1 − share·x + share·x²) with x = η/η_c, never below zero.
+    crossing = 10.0**log_scale
+    result = find_critical_lr(
+        lambda eta: base * (1 - share * eta / crossing + share * (eta / crossing) ** 2),
+        slope=share * base / crossing,
+        initial_lr=crossing * 10.0**miss,
+    )
+    assert result.status == "converged"
+    assert result.critical_lr == pytest.approx(crossing, rel=result.error)
+    if share <= 1:
+        # Beyond, the loss comes close to zero on the way, and ψ is no straight line any more.
+        assert result.sharpness == pytest.approx(2 / crossing, rel=0.01)
+
+
+@given(name=st.sampled_from(sorted(KNOWN)), miss=st.floats(-3, 3), power=st.integers(-30, 30), known=st.booleans())
+@FIXED
+def test_stretching_the_step_size_stretches_the_answer(name: str, miss: float, power: int, known: bool) -> None:
+    f, slope, crossing = KNOWN[name]
+    # A power of two is exact, so that every decision must be the same.
+    scale = 2.0**power
+    guess = crossing * 10.0**miss
+    plain = find_critical_lr(f, slope=slope if known else None, initial_lr=guess)
+    stretched = find_critical_lr(
+        lambda eta: f(eta / scale), slope=slope / scale if known else None, initial_lr=guess * scale
+    )
+    assert stretched.status == plain.status
+    assert stretched.critical_lr == pytest.approx(scale * plain.critical_lr, rel=1e-6)
+    assert stretched.sharpness == pytest.approx(plain.sharpness / scale, rel=1e-6)
+    assert stretched.evaluations == plain.evaluations
+
+
+@given(name=st.sampled_from(sorted(KNOWN)), miss=st.floats(-3, 3), power=st.integers(-30, 30), known=st.booleans())
+@FIXED
+def test_scaling_the_loss_changes_nothing(name: str, miss: float, power: int, known: bool) -> None:
+    f, slope, crossing = KNOWN[name]
+    scale = 2.0**power
+    guess = crossing * 10.0**miss
+    plain = find_critical_lr(f, slope=slope if known else None, initial_lr=guess)
+    scaled = find_critical_lr(lambda eta: scale * f(eta), slope=scale * slope if known else None, initial_lr=guess)
+    assert scaled.critical_lr == pytest.approx(plain.critical_lr, rel=1e-6)
+    assert scaled.evaluations == plain.evaluations
+
+
+@given(
+    losses=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=60, max_size=60),
+    base=st.floats(-10, 10, width=32),
+    slope=st.none() | st.floats(1e-6, 1e6),
+    budget=st.integers(1, 39),
+    num_parallel=st.sampled_from([1, 2, 4, 8]),
+    certify=st.booleans(),
+)
+@FIXED
+def test_any_losses_end_within_the_budget(
+    losses: list[float], base: float, slope: float | None, budget: int, num_parallel: int, certify: bool
+) -> None:
+    search = LineSearch(
+        base, slope=slope, initial_lr=0.1, max_evaluations=budget, num_parallel=num_parallel, certify=certify
+    )
+    supply = iter(losses)
+    while step_sizes := search.ask():
+        assert len(step_sizes) <= num_parallel
+        assert all(0 < eta < math.inf for eta in step_sizes)
+        assert list(step_sizes) == sorted(step_sizes)
+        assert search.ask() == step_sizes
+        search.tell([next(supply) for _ in step_sizes])
+    result = search.result()
+    assert search.finished
+    assert result.evaluations <= budget
+    assert result.status in ("converged", "ascent", "unbounded", "unresolved")
+    assert result.bracket[0] < result.bracket[1]
+
+
+@pytest.mark.parametrize("num_parallel", [1, 4])
+def test_certify_closes_the_bracket(num_parallel: int) -> None:
+    for rtol in (0.1, 0.01, 1e-3):
+        result = find_critical_lr(
+            KNOWN["quartic"][0], slope=1.0, initial_lr=1.0, rtol=rtol, certify=True, num_parallel=num_parallel
+        )
+        lo, hi = result.bracket
+        assert lo < 4 ** (1 / 3) < hi
+        assert hi / lo - 1 <= 2.5 * rtol
+
+
+def test_a_tighter_tolerance_is_reached() -> None:
+    for rtol in (0.1, 1e-2, 1e-3, 1e-5):
+        result = find_critical_lr(KNOWN["quartic"][0], slope=1.0, initial_lr=0.3, rtol=rtol, noise=0.0)
+        assert result.critical_lr == pytest.approx(4 ** (1 / 3), rel=rtol)
+
+
+@pytest.mark.parametrize("num_parallel", [1, 4, 8])
+def test_a_later_crossing_is_not_returned_in_place_of_the_first(num_parallel: int) -> None:
+    f, slope, _ = KNOWN["two crossings"]
+    for guess in (10.0, 11.0, 12.0, 13.0, 20.0):
+        result = find_critical_lr(f, slope=slope, initial_lr=guess, num_parallel=num_parallel)
+        assert result.critical_lr == pytest.approx(1.0, rel=0.01)
+
+
+def test_memory_makes_the_next_search_cheap_and_survives_a_checkpoint() -> None:
+    def measure(crossing: float, memory: SearchMemory | None) -> SearchResult:
+        # Curvature and length of the direction change by the same factor: the usual case of a shorter step.
+        return find_critical_lr(
+            lambda eta: 1 - 0.2 * eta / crossing + 0.2 * (eta / crossing) ** 3,
+            slope=0.2 / crossing,
+            norm_sq=1 / crossing,
+            initial_lr=1e-4,
+            memory=memory,
+        )
+
+    first = measure(1.0, None)
+    restored = SearchMemory.from_dict(first.memory.to_dict())
+    assert restored == first.memory
+    assert restored.eta == first.critical_lr
+    assert restored.exponent == pytest.approx(2.0, rel=0.1)
+    second = measure(1.05, restored)
+    assert second.evaluations == 2
+    assert second == measure(1.05, first.memory)
+
+
+def test_memory_scales_with_slope_and_length() -> None:
+    memory = SearchMemory(eta=3.0, slope=1.0, norm_sq=1.0)
+    assert LineSearch(1.0, slope=4.0, norm_sq=0.25, memory=memory).ask() == pytest.approx((12.0,))
+    assert LineSearch(1.0, slope=4.0, memory=memory).ask() == pytest.approx((6.0,))
+    assert LineSearch(1.0, slope=1e9, memory=memory).ask() == pytest.approx((90.0,))
+
+
+def test_a_failed_search_keeps_the_memory() -> None:
+    memory = SearchMemory(eta=3.0, exponent=1.5, slope=1.0, norm_sq=1.0, half_width=0.5)
+    assert LineSearch(1.0, slope=-1.0, memory=memory).result().memory == memory
+
+
+def test_a_tiny_learning_rate_does_not_slow_the_first_search() -> None:
+    # In a warm-up the first learning rates lie many decades below the crossing.
+    result = find_critical_lr(lambda x: 1 - 0.1 * x + 0.1 * x**2, slope=0.1, initial_lr=1e-9)
+    assert result.evaluations <= 3
+
+
+def test_bisection_doubles_halves_and_reports_the_midpoint() -> None:
+    def f(x: float) -> float:
+        return 1 - x + x**2
+
+    up = find_critical_lr(f, slope=1.0, initial_lr=0.3, method="bisection")
+    assert [eta for eta, _ in up.probes[:3]] == [0.3, 0.6, 1.2]
+    down = find_critical_lr(f, slope=1.0, initial_lr=3.0, method="bisection")
+    assert [eta for eta, _ in down.probes[:3]] == [3.0, 1.5, 0.75]
+    for result in (up, down):
+        lo, hi = result.bracket
+        assert hi / lo - 1 <= 1 / 16
+        assert result.critical_lr == (lo + hi) / 2
+        assert result.critical_lr == pytest.approx(1.0, rel=result.error)
+        assert result.exponent is None
+
+
+def test_directional_sharpness_where_a_probe_is_near_zero() -> None:
+    # f″(0)/(−f′(0)) is 0.8.
+    def f(x: float) -> float:
+        return 1 - 0.1 * x + 0.04 * x**2 + 0.01 * x**3
+
+    near = find_critical_lr(f, slope=0.1, initial_lr=0.2, memory=SearchMemory(eta=0.2))
+    assert min(eta for eta, _ in near.probes) <= 0.25 * near.critical_lr
+    assert near.directional_sharpness == pytest.approx(0.8, rel=0.1)
+    far = find_critical_lr(f, slope=0.1, initial_lr=1.5, memory=SearchMemory(eta=1.5))
+    assert far.directional_sharpness is None
+    clipped = find_critical_lr(f, slope=0.05, memory=SearchMemory(eta=0.2))
+    assert clipped.directional_sharpness is None
+
+
+def test_the_slope_is_estimated_where_none_is_given() -> None:
+    result = find_critical_lr(lambda x: 1 - 0.1 * x + 0.1 * x**2, initial_lr=0.5)
+    assert result.slope == pytest.approx(0.1, rel=0.01)
+
+
+def test_ask_tell_contract() -> None:
+    search = LineSearch(1.0, slope=1.0)
+    with pytest.raises(ValueError, match=r"result\(\) must wait for a finished search, got one that still asks"):
+        search.result()
+    with pytest.raises(ValueError, match=r"losses must hold one loss per step size asked for \(1\), got 2; call ask"):
+        search.tell([1.0, 2.0])
+    with pytest.raises(TypeError, match="losses must be a number, got str; pass floats"):
+        search.tell(["low"])  # type: ignore[list-item]
+    # A refused tell leaves nothing behind.
+    assert len(search.ask()) == 1
+    search.tell([0.9])
+    assert len(search.ask()) == 1
+    assert not search.finished
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rtol": -1}, ValueError, "rtol must be a number in (0, 1), got -1; leave it out for 0.01"),
+        ({"rtol": 0}, ValueError, "rtol must be a number in (0, 1), got 0; leave it out for 0.01"),
+        ({"rtol": "1%"}, TypeError, "rtol must be a number, got str; leave it out for 0.01"),
+        ({"noise": 1.0}, ValueError, "noise must be a number in [0, 1), got 1; leave it out for 1e-6"),
+        ({"max_evaluations": 0}, ValueError, "max_evaluations must be at least 1, got 0; leave it out for 39"),
+        ({"max_evaluations": 3.5}, TypeError, "max_evaluations must be an integer, got float; leave it out for 39"),
+        ({"num_parallel": 0}, ValueError, "num_parallel must be at least 1, got 0; leave it out for 1"),
+        ({"num_parallel": True}, TypeError, "num_parallel must be an integer, got bool; leave it out for 1"),
+        ({"method": "newton"}, ValueError, "method must be 'auto' or 'bisection', got 'newton'; leave it out"),
+        ({"method": "bisection", "num_parallel": 4}, ValueError, "num_parallel must be 1 with method='bisection'"),
+        ({"slope": math.nan}, ValueError, "slope must be finite, got nan; leave it out if it is not known"),
+        ({"slope": None, "norm_sq": 0.0}, ValueError, "norm_sq must be positive, got 0; leave it out"),
+        ({"initial_lr": 0.0}, ValueError, "initial_lr must be positive, got 0; leave it out for a guess"),
+        ({"base_loss": True}, TypeError, "base_loss must be a number, got bool; pass the loss at step size 0"),
+    ],
+)
+def test_bad_arguments_say_what_rule_got_and_remedy(options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error) as caught:
+        find_critical_lr(lambda x: 1 - x, **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_imports_no_torch() -> None:
+    # The package's own __init__ is left out: it may import what it likes.
+    folder = Path(__file__).parent.parent / "sharpkern"
+    script = (
+        "import sys, types; package = types.ModuleType('sharpkern');"
+        f"package.__path__ = [{str(folder)!r}]; sys.modules.update(sharpkern=package, torch=None, numpy=None);"
+        "from sharpkern.search import find_critical_lr as find;"
+        "assert abs(find(lambda x: 1 - x + x * x).critical_lr - 1) < 0.01"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
