@@ -90,8 +90,7 @@ def directional_sharpness(
 def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction) -> float:
     """Return ΔθᵀHΔθ / Δθᵀg by an exact Hessian-vector product, slope and curvature from one graph."""
     generator = torch.Generator().manual_seed(0)
-    with preserved(model, direction.parameters, grad=True) as guard:
-        guard.rewind()
+    with preserved(model, direction.parameters, grad=True):
         for parameter in direction.parameters:
             # A frozen parameter moves too if the direction says so.
             parameter.requires_grad_()

@@ -29,7 +29,7 @@ class HessianResult:
             nan if the loss is not finite.
         residual: |Hv − λv| / |λ| for the unit vector v found.
         iterations: Hessian-vector products computed.
-        converged: Whether the residual reached ``tol``.
+        converged: Whether the residual reached ``tol``, or the limit that rounding sets.
         vector: v, flat, over the parameters in the model's order; give it as ``v0`` to the next measurement.
     """
 
@@ -91,8 +91,7 @@ def hessian_sharpness(
         raise ValueError("model must have parameters that require gradients, got none; unfreeze some of them")
     parameters = tuple(scales)
     start = _start(parameters, v0)
-    with preserved(model, parameters, grad=True) as guard:
-        guard.rewind()
+    with preserved(model, parameters, grad=True):
         graph = GradientGraph(loss_fn, parameters)
 
         def product(vector: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""Perturbed weights for several step sizes at once: out[k] = W + α_k D.
+
+W and D are read once for all K step sizes: with bf16 operands 4 + 2K bytes move per element, K single calls move 6K.
+Arithmetic is fp32 with one fused multiply-add; the result is rounded once, to nearest even or stochastically.
+
+Stochastic rounding gives each element one random number for all step sizes (common random numbers), so that the
+difference between two of them is the step's and not the rounding's. It keeps displacements too small for the dtype on
+average: E[out[k]] = W + α_k D.
+
+Source: Kalra et al. 2026, Def. 2.1 (W − ηΔθ at every probe of the line search).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import (
+    Case,
+    Config,
+    check_alpha,
+    check_dtype,
+    check_floats,
+    check_layout,
+    check_no_overlap,
+    check_stacked,
+    choose,
+    load_tile,
+    on_device,
+    options,
+    perturbed,
+    stacked,
+    store_tile,
+)
+
+_CONFIGS = (
+    # Small tensors: more programs, so that all multiprocessors have one.
+    Case(None, None, 1 << 18, Config(block=512, threads=64)),
+    Case(None, None, None, Config(block=2048, threads=256)),
+)
+
+
+@triton.jit
+def _scrambled(bits):
+    """Return 32 well mixed bits for 32 different ones: the finalizer of MurmurHash3."""
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _round_to_bf16(x, random):
+    """Return fp32 values that bf16 holds exactly: the neighbour further from zero with probability of its nearness."""
+    # The lower 16 bits are what bf16 lacks: a carry out of them moves the magnitude up by one unit.
+    raised = (x.to(tl.int32, bitcast=True) + random) & -65536
+    return tl.where(x == x, raised.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _form_tile(
+    out, out_stride, W, D, alpha, n, offsets, seed, K: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr
+):
+    inside = offsets < n
+    w = load_tile(W + offsets, inside, MASKED)
+    d = load_tile(D + offsets, inside, MASKED)
+    if STOCHASTIC:
+        # Above 2³² elements the upper half of the offset enters as a part of the key.
+        key = _scrambled((offsets >> 32).to(tl.uint32) ^ seed.to(tl.uint32))
+        random = (_scrambled(offsets.to(tl.uint32) ^ key) & 0xFFFF).to(tl.int32)
+    out += offsets
+    for k in tl.static_range(K):
+        x = perturbed(w, d, tl.load(alpha + k))
+        if STOCHASTIC:
+            x = _round_to_bf16(x, random)
+        store_tile(out, x, inside, MASKED)
+        out += out_stride
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _form_kernel(
+    out, out_stride, W, D, alpha, n, seed, K: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr
+):
+    pid = tl.program_id(0).to(tl.int64)
+    start = pid * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        _form_tile(out, out_stride, W, D, alpha, n, offsets, seed, K, STOCHASTIC, MASKED=False)
+    else:
+        _form_tile(out, out_stride, W, D, alpha, n, offsets, seed, K, STOCHASTIC, MASKED=True)
+
+
+def form(
+    W: Tensor,
+    D: Tensor,
+    alpha: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return W + α_k D for K step sizes, W and D read once.
+
+    Args:
+        W: the parameter, any shape and size, float32, float16 or bfloat16, CUDA, without gaps in memory.
+        D: the direction, shape and strides of ``W``, its own dtype of the three.
+        alpha: signed step sizes (−η along an update), [K] float32 on the same device, K ≤ 16.
+        dtype: of the result, ``W.dtype`` by default; ignored when ``out`` is given.
+        seed: rounds stochastically to bfloat16 with this seed, 0 ≤ seed < 2³¹; None rounds to nearest even. The same
+            seed gives the same random numbers for every call and every k.
+        out: written and returned if given, [K, *W.shape], each slice with the strides of ``W``.
+
+    Returns:
+        Tensor: [K, *W.shape]. Where α_k = 0, slice k is W, bit for bit, if the dtype is that of W.
+
+    Raises:
+        TypeError: if a dtype is not one of the three, or alpha is no float32 tensor, or a seed is given for a result
+            that is not bfloat16.
+        ValueError: if a device, shape or stride does not fit, ``out`` overlaps an operand, or the seed is out of range.
+
+    Memory:
+        Allocates the result, if ``out`` is None.
+
+    Determinism:
+        Elementwise; the same bits on every run.
+    """
+    check_floats(W=W, D=D, out=out)
+    check_layout(W=W, D=D)
+    num_steps = check_alpha(alpha, W)
+    if out is None:
+        check_dtype(dtype or W.dtype)
+        out = stacked(W, num_steps, dtype or W.dtype)
+    else:
+        check_stacked(out, W, num_steps)
+        check_no_overlap("out", out, W=W, D=D, alpha=alpha)
+    _check_seed(seed, out.dtype)
+    n = W.numel()
+    if n == 0:
+        return out
+    config = choose(_CONFIGS, out, n)
+    with on_device(W):
+        _form_kernel[(triton.cdiv(n, config.block),)](
+            out,
+            out.stride(0),
+            W,
+            D,
+            alpha,
+            n,
+            seed or 0,
+            K=num_steps,
+            STOCHASTIC=seed is not None,
+            BLOCK=config.block,
+            **options(config, W),
+        )
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _check_seed(seed: int | None, dtype: torch.dtype) -> None:
+    """Refuse stochastic rounding where it is not defined.
+
+    Raises:
+        TypeError: if the result is not bfloat16.
+        ValueError: if the seed is out of range.
+    """
+    if seed is None:
+        return
+    if dtype != torch.bfloat16:
+        raise TypeError(f"seed must be None unless the result is bfloat16, got a result of {dtype}; leave it out")
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be in [0, 2**31), got {seed}; reduce it modulo 2**31")
