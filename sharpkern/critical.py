@@ -288,8 +288,6 @@ def _check_arguments(model: object, loss_fn: object, direction: object) -> None:
             f"direction must be a sharpkern.Direction, got {type(direction).__name__}; make one by "
             "Direction.from_optimizer(optimizer)"
         )
-    if next(model.parameters(), None) is None:
-        raise ValueError("model must have parameters, got a model with none; pass the model that is trained")
 
 
 def _as_number(base_loss: object) -> float:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from sharpkern._between import Weights, displacements
-from sharpkern._inner_product import inner_product, total
-from sharpkern._optimizer_update import optimizer_update
-from sharpkern._parameter_names import NameTable
-from sharpkern._placement import check_fit, checked_module, placed
-from sharpkern._slots import check_gradient, check_parameter
+from sharpkern.ops import inner_product, total
+from sharpkern.updates.between import Weights, displacements
+from sharpkern.updates.names import NameTable
+from sharpkern.updates.optimizer import optimizer_update
+from sharpkern.updates.placement import check_fit, checked_module, placed
+from sharpkern.updates.slots import check_gradient, check_parameter
 
 
 @dataclass(frozen=True, eq=False)

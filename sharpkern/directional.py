@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._hvp import GradientGraph, check_symmetry
-from sharpkern._inner_product import inner_product, total
 from sharpkern.direction import Direction
 from sharpkern.engines.checks import Checks, checks_of
 from sharpkern.engines.choose import choose, is_compiled, open_engine
@@ -28,6 +27,7 @@ from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
 from sharpkern.engines.verify import check_repeatable, confirm_virtual
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, RetainedWarning
+from sharpkern.ops import inner_product, total
 
 _METHODS = ("forward", "hvp")
 _MAX_ROUNDS = 8

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from sharpkern._curve import Curve
-from sharpkern._strategies import Outcome, Status, Steps, batched, bisection, sequential
+from sharpkern._strategies import Outcome, Steps, batched, bisection, sequential
+from sharpkern._strategies import Status as Status
 
 # The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
 _LARGEST_CORRECTION = 30.0

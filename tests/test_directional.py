@@ -248,6 +248,14 @@ def test_what_cannot_be_resolved_is_nan_after_a_bounded_number_of_losses(f, firs
     assert count <= 16
 
 
+def test_curvature_within_three_standard_errors_is_nan():
+    def f(eta):
+        return 1 - 0.04 * eta + 0.04 * eta**2
+
+    assert three_point(f, 0.3, noise=5e-4)[0] == pytest.approx(2, rel=1e-6)
+    assert math.isnan(three_point(f, 0.3, noise=1e-3)[0])
+
+
 def test_a_wall_of_nan_beyond_the_first_step_is_walked_back_from():
     value, count = three_point(lambda eta: math.nan if abs(eta) > 0.3 else 1 - eta + 3 * eta**2, 10.0)
     assert value == pytest.approx(6, rel=1e-4)

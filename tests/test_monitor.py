@@ -144,7 +144,8 @@ def test_the_progress_line_tells_the_last_measurement() -> None:
     loop.run(1)
     m = loop.monitor.history[0].measurement
     assert str(loop.monitor) == (
-        f"step 0: loss {m.base_loss:.4g}, λ_c {m.sharpness:.4g}, η_c {m.critical_lr:.3g} = {m.critical_lr / 0.1:.3g} × lr"
+        f"step 0: loss {m.base_loss:.4g}, λ_c {m.sharpness:.4g}, "
+        f"η_c {m.critical_lr:.3g} = {m.critical_lr / 0.1:.3g} × lr"
     )
     bad = sharpkern.Monitor(loop.model, loop.optimizer)
     bad(lambda: loop.loss() * math.nan)

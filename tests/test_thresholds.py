@@ -64,7 +64,7 @@ def test_adamw_with_a_frozen_preconditioner(beta1, decay):
 
 
 def test_adam_with_l2_decay_is_exact_for_the_loss_with_its_penalty():
-    preconditioner, decay = 0.01, 0.05
+    preconditioner, decay = 0.5, 40.0
     threshold = stability_threshold(Adam([parameter()], lr=LR, weight_decay=decay))
     penalty = decay / preconditioner
     assert run_frozen_adam(0.98 * threshold - penalty, preconditioner, 0.9, 0.0, decay) < 1e-2

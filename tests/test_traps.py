@@ -308,7 +308,7 @@ def test_a_closure_that_draws_its_batch_is_refused_with_both_numbers() -> None:
 def test_a_mismatch_with_the_oracle_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MLP()
     monkeypatch.setattr(VirtualEngine, "oracle_loss", lambda self, eta: 0.5)
-    with pytest.raises(sharpkern.EngineUnsupportedError, match="an independent evaluation gives 0.5"):
+    with pytest.raises(sharpkern.EngineUnsupportedError, match=r"an independent evaluation gives 0\.5"):
         sharpkern.critical_sharpness(model, classification(model), random_direction(model), engine="virtual")
 
 

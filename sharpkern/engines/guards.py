@@ -5,8 +5,6 @@ A closure advances random streams, BatchNorm statistics and step counters, cache
 size sees the same dropout masks and the same running statistics, and leaving the block goes back for good.
 """
 
-import random
-import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from sharpkern.randomness import note_streams
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -38,7 +38,7 @@ class Guard:
         self._contents, containers = _note_modules(model)
         self._undo: list[Undo] = [
             *containers,
-            *_note_randomness({t.device for t in (*self._parameters, *(t for t, _ in self._contents))}),
+            *note_streams(t.device for t in (*self._parameters, *(t for t, _ in self._contents))),
             _note_autocast(),
             _note_requires_grad(self._parameters),
         ]
@@ -153,25 +153,6 @@ def _restore_content(tensor: Tensor, content: Tensor) -> None:
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
     with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
         tensor.detach()[once].copy_(content[once])
-
-
-def _note_randomness(devices: set[torch.device]) -> list[Undo]:
-    python_state, cpu_state = random.getstate(), torch.get_rng_state()
-    undo: list[Undo] = [lambda: random.setstate(python_state), lambda: torch.set_rng_state(cpu_state)]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy_state = numpy.random.get_state()
-        undo.append(lambda: numpy.random.set_state(numpy_state))
-    for device in devices:
-        if device.type not in ("cpu", "meta"):
-            undo.append(_undo_device_stream(device))
-    return undo
-
-
-def _undo_device_stream(device: torch.device) -> Undo:
-    accelerator = torch.get_device_module(device)
-    state = accelerator.get_rng_state(device)
-    return lambda: accelerator.set_rng_state(state, device)
 
 
 def _note_autocast() -> Undo:

@@ -27,7 +27,7 @@ class StorageWatch(TorchDispatchMode):
     """
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._owners: dict[int, set[int]] = {}
         for pair in pairs:
             self._owners.setdefault(_pointer(pair.weight), set()).add(pair.owner)
@@ -50,7 +50,7 @@ class StorageOracle(TorchDispatchMode):
     """
 
     def __init__(self, pairs: Iterable[Pair], alpha: float) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pairs = {_pointer(pair.weight): pair for pair in pairs}
         self._alpha = alpha
 

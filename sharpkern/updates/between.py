@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sharpkern._parameter_names import NameTable
-from sharpkern._slots import check_parameter
+from sharpkern.updates.names import NameTable
+from sharpkern.updates.slots import check_parameter
 
 Weights = nn.Module | Mapping[str, Tensor] | Mapping[nn.Parameter, Tensor]
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sharpkern._parameter_names import NameTable
-from sharpkern._slots import check_parameter
+from sharpkern.updates.names import NameTable
+from sharpkern.updates.slots import check_parameter
 
 
 def checked_module(model: nn.Module) -> nn.Module:

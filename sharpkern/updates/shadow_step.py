@@ -3,17 +3,16 @@
 import contextlib
 import copy
 import inspect
-import random
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from sharpkern._slots import Slot
+from sharpkern.randomness import note_streams
+from sharpkern.updates.slots import Slot
 
 
 def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot]) -> list[Tensor]:
@@ -117,19 +116,10 @@ def _after(shadow: torch.optim.Optimizer, stand_ins: Sequence[nn.Parameter]) -> 
 @contextlib.contextmanager
 def _random_streams_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Put the streams of Python, NumPy and torch back to where they were."""
-    # NPY002: NumPy's global stream is the one that an optimizer may draw from.
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
     with contextlib.ExitStack() as streams:
-        # With no device named, fork_rng keeps the CPU's stream.
-        streams.enter_context(torch.random.fork_rng(devices=[]))
-        for device in devices:
-            streams.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+        for undo in note_streams(tensor.device for tensor in tensors):
+            streams.callback(undo)
+        yield
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from sharpkern._closed_form import CLOSED_FORMS, Formula
-from sharpkern._inner_product import inner_product, total
-from sharpkern._shadow_step import shadow_step
-from sharpkern._slots import Slot, read_slots
+from sharpkern.ops import inner_product, total
+from sharpkern.updates.closed_form import CLOSED_FORMS, Formula
+from sharpkern.updates.shadow_step import shadow_step
+from sharpkern.updates.slots import Slot, read_slots
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,199 @@
+"""Line searches side by side on real training runs, against the first crossing in float64.
+
+    python bench/bench_line_search.py [--quick] [--json PATH]
+
+Every method measures the same points, warm-started from its own last result; the free base loss is not counted.
+"""
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from runs import Point, Run, standard_runs
+
+import sharpkern
+from sharpkern.search import SearchMemory, SearchResult, find_critical_lr
+
+METHODS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "auto, rtol 0.1": {"rtol": 0.1},
+    "auto, rtol 0.001": {"rtol": 0.001},
+    "auto, certify": {"certify": True},
+    "auto, slope unknown": {},
+    "auto, 4 at a time": {"num_parallel": 4},
+    "auto, 8 at a time": {"num_parallel": 8},
+    "bisection": {"method": "bisection"},
+}
+QUICK = ("auto", "auto, 8 at a time", "bisection")
+# An answer this far off, in log units, is another crossing and not an inexact one.
+OTHER_CROSSING = 0.25
+
+
+@dataclass
+class Series:
+    """Results of one method on one run."""
+
+    memory: SearchMemory | None = None
+    steps: list[int] = field(default_factory=list)
+    results: list[SearchResult] = field(default_factory=list)
+    truths: list[float | None] = field(default_factory=list)
+
+    def measure(self, point: Point, base_loss: float, truth: float | None, slope: float | None, options: Any) -> None:
+        """Measure one point, starting from the last result."""
+        result = find_critical_lr(
+            point.loss,
+            base_loss=base_loss,
+            slope=slope,
+            norm_sq=point.norm_sq,
+            initial_lr=point.lr,
+            memory=self.memory,
+            **options,
+        )
+        self.memory = result.memory
+        self.steps.append(point.step)
+        self.results.append(result)
+        self.truths.append(truth)
+
+    def row(self, run: str, method: str) -> dict[str, Any]:
+        """Return the summary; errors are relative, over the points where both sides found a crossing."""
+        pairs = [
+            (abs(math.log(result.critical_lr / truth)), result.error)
+            for result, truth in zip(self.results, self.truths, strict=True)
+            if truth is not None and result.status == "converged"
+        ]
+        errors, reported = (np.array(column) for column in zip(*pairs, strict=True))
+        evaluations = np.array([result.evaluations for result in self.results])
+        first = [result.evaluations for step, result in zip(self.steps, self.results, strict=True) if step < 10]
+        median, p95, p99 = (float(np.percentile(errors, q)) for q in (50, 95, 99))
+        return {
+            "run": run,
+            "method": method,
+            "points": len(self.results),
+            "steps": [self.steps[0], self.steps[-1]],
+            "evaluations_mean": float(evaluations.mean()),
+            "evaluations_p95": float(np.percentile(evaluations, 95)),
+            "passes_mean": float(np.mean([result.passes for result in self.results])),
+            "evaluations_first_ten_steps": float(np.mean(first)) if first else None,
+            "error_median": median,
+            "error_p95": p95,
+            "error_p99": p99,
+            "other_crossings": int((errors > OTHER_CROSSING).sum()),
+            "covered": float((errors <= reported).mean()),
+            "statuses": {
+                status: [r.status for r in self.results].count(status)
+                for status in sorted({r.status for r in self.results})
+            },
+            "no_crossing_in_scan": sum(truth is None for truth in self.truths),
+        }
+
+
+def measure_run(run: Run, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Train the run and return one row per method."""
+    series = {method: Series() for method in methods}
+    for point in run.points():
+        truth, base_loss = point.first_crossing(), point.loss(0.0)
+        for method in methods:
+            slope = None if method == "auto, slope unknown" else point.slope
+            series[method].measure(point, base_loss, truth, slope, METHODS[method])
+    return [series[method].row(run.name, method) for method in methods]
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Return the rows as a table for people."""
+    columns = (
+        "run",
+        "method",
+        "points",
+        "evaluations",
+        "p95",
+        "passes",
+        "first 10",
+        "error %",
+        "p95",
+        "p99",
+        "other",
+        "covered",
+    )
+    shown = Table(*columns, title="Line search: evaluations (base loss not counted) and error of η_c")
+    last = None
+    for row in rows:
+        if row["run"] != last:
+            shown.add_section()
+        first = row["evaluations_first_ten_steps"]
+        shown.add_row(
+            row["run"] if row["run"] != last else "",
+            row["method"],
+            str(row["points"]),
+            f"{row['evaluations_mean']:.2f}",
+            f"{row['evaluations_p95']:.0f}",
+            f"{row['passes_mean']:.2f}",
+            "" if first is None else f"{first:.1f}",
+            *(f"{100 * row[key]:.3f}" for key in ("error_median", "error_p95", "error_p99")),
+            str(row["other_crossings"]),
+            f"{100 * row['covered']:.1f}",
+        )
+        last = row["run"]
+    return shown
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and conditions, without anything that names the machine."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "sharpkern": sharpkern.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+    }
+
+
+def append_json(path: Path, record: dict[str, Any]) -> None:
+    """Append a record to the list in a JSON file."""
+    records = json.loads(path.read_text()) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*records, record], indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="short runs, three methods, under a minute")
+    parser.add_argument("--json", type=Path, help="append the rows to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=150)
+    started = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    for run in standard_runs(arguments.quick):
+        methods = QUICK if arguments.quick else tuple(METHODS)
+        if run.other_batch:
+            methods = tuple(method for method in methods if method in ("auto, slope unknown", "bisection"))
+        rows += measure_run(run, methods)
+        print(f"{run.name}: done after {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    console.print(table(rows))
+    if arguments.json:
+        append_json(arguments.json, {"environment": environment(), "quick": arguments.quick, "line_search": rows})
+
+
+if __name__ == "__main__":
+    main()

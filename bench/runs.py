@@ -1,0 +1,272 @@
+"""Real training runs, frozen at chosen steps: the loss along the update, in fp32 and in float64.
+
+Each run trains as usual; at the steps to measure it yields a `Point` that evaluates L(θ − ηΔθ) for any η. Δθ is what
+the optimizer's own step did, (θ − θ′)/η, so that the runs need no formula.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with causal attention."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, time, width] to the same."""
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+
+
+class GPT(nn.Module):
+    """Small decoder-only language model on bytes."""
+
+    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4, context: int = 64) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(num_layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map bytes [batch, time] to logits [batch, time, 256]."""
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy over all tokens."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def digits() -> Batch:
+    """Return scikit-learn's digits, 1797 × 64, with a fifth of the labels replaced at random."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.from_numpy(labels)
+    noisy = torch.rand(len(targets), generator=generator) < 0.2
+    random_labels = torch.randint(0, 10, (len(targets),), generator=generator)
+    return torch.from_numpy(images).float() / 16, torch.where(noisy, random_labels, targets)
+
+
+def text() -> Tensor:
+    """Return the bytes of Python's help topics."""
+    from pydoc_data.topics import topics
+
+    return torch.frombuffer(bytearray("\n".join(topics.values()), "utf-8"), dtype=torch.uint8).long()
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to train, and at which steps to measure.
+
+    Attributes:
+        name: Title in the table.
+        kind: "digits" (MLP) or "text" (GPT).
+        num_steps: Training steps.
+        lr: Peak learning rate.
+        measured: Steps to measure.
+        batch_size: None for the full batch.
+        momentum: Of SGD (digits).
+        warmup: Steps of linear warm-up.
+        decay: Steps of linear decay at the end.
+        other_batch: Whether to measure the loss of another batch than the gradient's.
+        seed: Of the weights and the batches.
+    """
+
+    name: str
+    kind: str
+    num_steps: int
+    lr: float
+    measured: Sequence[int]
+    batch_size: int | None = None
+    momentum: float = 0.0
+    warmup: int = 0
+    decay: int = 0
+    other_batch: bool = False
+    seed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        up = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        down = min(1.0, (self.num_steps - step) / self.decay) if self.decay else 1.0
+        return self.lr * up * down
+
+    def points(self) -> Iterator["Point"]:
+        """Train, and yield a point at each step to measure."""
+        torch.manual_seed(self.seed)
+        draw = self._batches(torch.Generator().manual_seed(self.seed + 1))
+        loss_of: Loss
+        if self.kind == "digits":
+            widths = (64, 128, 128, 128, 10)
+            layers = [layer for i, o in pairwise(widths) for layer in (nn.Linear(i, o), nn.GELU())]
+            model: nn.Module = nn.Sequential(*layers[:-1])
+            loss_of = F.cross_entropy
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=self.momentum)
+        else:
+            model, loss_of = GPT(), token_loss
+            optimizer = torch.optim.AdamW(model.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1)
+        measured = set(self.measured)
+        for step in range(self.num_steps):
+            lr = self.lr_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = draw()
+            optimizer.zero_grad()
+            loss_of(model(batch[0]), batch[1]).backward()
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            optimizer.step()
+            if step in measured:
+                direction = {name: (before[name] - p.detach()) / lr for name, p in model.named_parameters()}
+                gradient = {name: p.grad for name, p in model.named_parameters()}
+                slope = sum(float((gradient[name].double() * d.double()).sum()) for name, d in direction.items())
+                used = draw() if self.other_batch else batch
+                yield Point(step, lr, None if self.other_batch else slope, model, loss_of, used, before, direction)
+
+    def _batches(self, generator: torch.Generator) -> Callable[[], Batch]:
+        """Return a function that draws the next batch."""
+        if self.kind == "digits":
+            images, targets = digits()
+
+            def draw() -> Batch:
+                if self.batch_size is None:
+                    return images, targets
+                rows = torch.randint(0, len(images), (self.batch_size,), generator=generator)
+                return images[rows], targets[rows]
+
+        else:
+            data, num_rows = text(), self.batch_size or 1
+
+            def draw() -> Batch:
+                starts = torch.randint(0, len(data) - 65, (num_rows,), generator=generator)
+                rows = torch.stack([data[start : start + 65] for start in starts])
+                return rows[:, :-1], rows[:, 1:]
+
+        return draw
+
+
+class Point:
+    """The loss along the update at one training step.
+
+    Args:
+        step: Training step.
+        lr: Learning rate there.
+        slope: Δθᵀg, None where the loss is not the gradient's.
+        model: For its architecture.
+        loss_of: Loss of outputs and targets.
+        batch: Inputs and targets.
+        weights: θ by name.
+        direction: Δθ by name.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        lr: float,
+        slope: float | None,
+        model: nn.Module,
+        loss_of: Loss,
+        batch: Batch,
+        weights: dict[str, Tensor],
+        direction: dict[str, Tensor],
+    ) -> None:
+        self.step, self.lr, self.slope = step, lr, slope
+        self.norm_sq = sum(float((d.double() ** 2).sum()) for d in direction.values())
+        self._model, self._loss_of, self._batch = model, loss_of, batch
+        self._weights, self._direction = weights, direction
+
+    def loss(self, eta: float) -> float:
+        """Return L(θ − ηΔθ) in fp32, as a measurement sees it."""
+        return self._evaluate(self._model, self._batch, self._weights, self._direction, eta)
+
+    def first_crossing(self) -> float | None:
+        """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none.
+
+        The scan has 20 steps per decade and ends four and a half decades above the learning rate.
+        """
+        model = copy.deepcopy(self._model).double()
+        inputs, targets = self._batch
+        batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
+        weights = {name: w.double() for name, w in self._weights.items()}
+        direction = {name: d.double() for name, d in self._direction.items()}
+
+        def rise(eta: float) -> float:
+            return self._evaluate(model, batch, weights, direction, eta) - base
+
+        base = 0.0
+        base = rise(0.0)
+        lo = self.lr / 30
+        if rise(lo) > 0:
+            return None
+        top = self.lr * 10**4.5
+        while lo < top:
+            hi = lo * 10**0.05
+            if not rise(hi) <= 0:
+                return _bisect(rise, lo, hi)
+            lo = hi
+        return None
+
+    def _evaluate(
+        self, model: nn.Module, batch: Batch, weights: dict[str, Tensor], direction: dict[str, Tensor], eta: float
+    ) -> float:
+        with torch.no_grad():
+            moved = {name: torch.sub(w, direction[name], alpha=eta) for name, w in weights.items()}
+            return float(self._loss_of(functional_call(model, moved, (batch[0],)), batch[1]))
+
+
+def _bisect(rise: Callable[[float], float], lo: float, hi: float) -> float:
+    """Return the sign change in [lo, hi] to 1e-5."""
+    while hi / lo > 1 + 1e-5:
+        middle = math.sqrt(lo * hi)
+        lo, hi = (lo, middle) if not rise(middle) <= 0 else (middle, hi)
+    return hi
+
+
+def standard_runs(quick: bool) -> list[Run]:
+    """Return the runs of the benchmark.
+
+    Args:
+        quick: A short version of each, for under a minute in all.
+    """
+    gpt = {"kind": "text", "batch_size": 16, "warmup": 100}
+    if quick:
+        return [
+            Run("MLP, full batch (demo)", "digits", 60, 0.1, range(0, 60, 12)),
+            Run("MLP, SGD batch 64", "digits", 150, 0.1, range(0, 150, 5), batch_size=64),
+            Run("GPT, AdamW", num_steps=130, lr=3e-3, measured=[*range(3), *range(60, 130, 8)], **gpt),
+        ]
+    return [
+        Run("MLP, full batch (demo)", "digits", 600, 0.1, range(0, 600, 4)),
+        Run("MLP, SGD batch 64", "digits", 400, 0.1, range(0, 400, 2), batch_size=64),
+        Run("MLP, SGD momentum", "digits", 400, 0.03, range(0, 400, 2), batch_size=64, momentum=0.9),
+        Run("MLP, SGD lr 0.5", "digits", 300, 0.5, range(0, 300, 3), batch_size=64, seed=2),
+        Run("GPT, AdamW", num_steps=600, lr=3e-3, measured=[*range(10), *range(10, 600, 6)], decay=150, **gpt),
+        Run("GPT, lr 3e-2", num_steps=200, lr=3e-2, measured=[*range(10), *range(10, 200, 6)], seed=6, **gpt),
+        Run("GPT, no warm-up", "text", 60, 1e-3, range(0, 60, 2), batch_size=16, seed=22),
+        Run("GPT, another batch", num_steps=400, lr=3e-3, measured=range(100, 400, 6), other_batch=True, seed=7, **gpt),
+    ]

@@ -1,0 +1,33 @@
+"""The random streams a computation may draw from, noted so that they can be put back."""
+
+import random
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
+    """Note the streams of Python, NumPy and torch.
+
+    Args:
+        devices: whose streams are noted besides the CPU's.
+
+    Returns:
+        One function for each stream that puts it back to where it is now; they may be called again and again.
+    """
+    python, cpu = random.getstate(), torch.get_rng_state()
+    undo = [lambda: random.setstate(python), lambda: torch.set_rng_state(cpu)]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        # The global stream is the one that user code draws from.
+        legacy = numpy.random.get_state()
+        undo.append(lambda: numpy.random.set_state(legacy))
+    undo.extend(_note_device(device) for device in set(devices) if device.type not in ("cpu", "meta"))
+    return undo
+
+
+def _note_device(device: torch.device) -> Callable[[], None]:
+    accelerator = torch.get_device_module(device)
+    state = accelerator.get_rng_state(device)
+    return lambda: accelerator.set_rng_state(state, device)

@@ -1,0 +1,185 @@
+"""Compile for GPUs that are not there: what a launcher would launch, and what the compiler made of it."""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sharpkern.kernels import _launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Bytes of shared memory that one program may have.
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a launcher asked for it."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the compiler made of one launch; bytes per program for shared memory, per thread for the stack."""
+
+    kernel: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    instructions: int
+    wide_loads: int
+    wide_stores: int
+    matrix: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary for the table."""
+        return asdict(self)
+
+
+@contextmanager
+def recorded(architecture: str) -> Iterator[list[Launch]]:
+    """Let launchers run on CPU tensors as if on this architecture, and collect their launches instead of making them."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        arguments |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        launches.append(Launch(kernel, arguments, options, grid))
+
+    with (
+        mock.patch.object(_launch, "INTERPRETED", True),
+        mock.patch.object(_launch, "architecture", lambda device: architecture),
+        mock.patch.object(JITFunction, "run", run),
+    ):
+        yield launches
+
+
+def launches_of(call: Callable[[], object], architecture: str) -> list[Launch]:
+    """The launches that a call of a launcher on CPU tensors asks for."""
+    with recorded(architecture) as launches:
+        call()
+    return launches
+
+
+def compile_launch(launch: Launch, architecture: str) -> Any:
+    """Compile a launch with the specialisation that Triton would give it: alignment, and constants of 1."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            divisible = value.data_ptr() % 16 == 0
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = specialised and value % 16 == 0
+        if divisible:
+            attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=TARGETS[architecture], options=launch.options)
+
+
+def facts_of(compiled: Any, architecture: str) -> Facts:
+    """Read registers, memory and instructions from compiled code."""
+    read = _amd_facts if architecture.startswith("gfx") else _nvidia_facts
+    return read(compiled)
+
+
+def sass_of(compiled: Any) -> str:
+    """The machine code of a kernel for an NVIDIA GPU."""
+    return _cuobjdump(compiled, "-sass")
+
+
+def _cuobjdump(compiled: Any, *flags: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(_BINARIES / "cuobjdump"), *flags, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia_facts(compiled: Any) -> Facts:
+    text = _cuobjdump(compiled, "-sass", "-res-usage")
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", text, re.MULTILINE))
+    return Facts(
+        kernel=compiled.metadata.name,
+        registers=int(usage["REG"]),
+        shared=compiled.metadata.shared,
+        stack=int(usage["STACK"]) + int(usage["LOCAL"]),
+        spills=sum(count for name, count in opcodes.items() if name.split(".")[0] in {"LDL", "STL"}),
+        instructions=opcodes.total(),
+        wide_loads=sum(count for name, count in opcodes.items() if name.startswith("LDG") and ".128" in name),
+        wide_stores=sum(count for name, count in opcodes.items() if name.startswith("STG") and ".128" in name),
+        matrix=_matrix(opcodes, r"(HMMA|HGMMA|UTC\w*MMA)\b"),
+    )
+
+
+def _amd_facts(compiled: Any) -> Facts:
+    text = compiled.asm["amdgcn"]
+    entry = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    opcodes = Counter(re.findall(r"^\t([a-z]+_\w+)", text, re.MULTILINE))
+    return Facts(
+        kernel=compiled.metadata.name,
+        registers=entry["vgpr_count"],
+        shared=compiled.metadata.shared,
+        stack=entry["private_segment_fixed_size"],
+        spills=entry["vgpr_spill_count"] + entry["sgpr_spill_count"],
+        instructions=opcodes.total(),
+        wide_loads=sum(count for name, count in opcodes.items() if re.match(r"(global|buffer)_load_dwordx4", name)),
+        wide_stores=sum(count for name, count in opcodes.items() if re.match(r"(global|buffer)_store_dwordx4", name)),
+        matrix=_matrix(opcodes, r"(v_mfma)_"),
+    )
+
+
+def _matrix(opcodes: Counter[str], pattern: str) -> dict[str, int]:
+    """Count of matrix instructions by opcode."""
+    found: Counter[str] = Counter()
+    for name, count in opcodes.items():
+        if match := re.match(pattern, name):
+            found[match[1]] += count
+    return dict(found)
+
+
+def table_text(rows: dict[str, Any]) -> str:
+    """The committed form of the table."""
+    return json.dumps(rows, indent=1, sort_keys=True) + "\n"
