@@ -6,6 +6,7 @@ run on CPU tensors instead, which is how their numerics are tested without a GPU
 
 import functools
 import os
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -85,11 +86,6 @@ def options(config: Config, tensor: Tensor) -> dict[str, int | bool]:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which launches go to the device of ``tensor``, which need not be the current one."""
     return nullcontext() if INTERPRETED else torch.cuda.device(tensor.device)
-
-
-def triton_dtype(tensor: Tensor) -> tl.dtype:
-    """Return the Triton dtype of a tensor whose address travels as an integer."""
-    return _TRITON_DTYPES[tensor.dtype]
 
 
 def check_device(**tensors: Tensor | None) -> None:
@@ -187,7 +183,7 @@ def check_layout(**tensors: Tensor | None) -> None:
                 f"{name} must have the shape of {first}, {list(reference.shape)}, got {list(tensor.shape)}; pass the "
                 "tensors of one parameter"
             )
-        if _steps(tensor) != _steps(reference):
+        if tensor.stride() != reference.stride() and _steps(tensor) != _steps(reference):
             raise ValueError(
                 f"{name} must have the strides of {first}, {list(reference.stride())}, got {list(tensor.stride())}; "
                 f"copy it into torch.empty_like({first})"
@@ -196,6 +192,8 @@ def check_layout(**tensors: Tensor | None) -> None:
 
 def is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor is a permutation of a contiguous one, so that its elements can be walked in memory."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(_steps(tensor)):
         if stride != expected:
@@ -204,19 +202,22 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def check_no_overlap(name: str, out: Tensor, **inputs: Tensor | None) -> None:
-    """Refuse an output that shares memory with an input: programs run in no order.
+def check_no_overlap(outputs: Sequence[Tensor], inputs: Iterable[Tensor | None]) -> None:
+    """Refuse outputs that share memory with an input or with each other: programs run in no order. None is skipped.
 
     Raises:
-        ValueError: if it does.
+        ValueError: if one does.
     """
-    start, end = _span(out)
-    for other_name, other in inputs.items():
-        if other is None:
-            continue
-        other_start, other_end = _span(other)
-        if start < other_end and other_start < end:
-            raise ValueError(f"{name} must not share memory with {other_name}, got tensors that overlap; copy one")
+    spans = [(*_span(tensor), True) for tensor in outputs]
+    spans += [(*_span(tensor), False) for tensor in inputs if tensor is not None]
+    written = read = 0
+    for start, end, is_output in sorted(spans):
+        if start < max(written, read if is_output else 0):
+            raise ValueError("an output must not share memory with another operand, got tensors that overlap; copy one")
+        if is_output:
+            written = max(written, end)
+        else:
+            read = max(read, end)
 
 
 def stacked(like: Tensor, num: int, dtype: torch.dtype) -> Tensor:
@@ -258,10 +259,73 @@ def _steps(tensor: Tensor) -> list[tuple[int, int]]:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Return the first byte of a tensor and the one after its last."""
-    if tensor.numel() == 0:
-        return 0, 0
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     last = sum((size - 1) * stride for stride, size in _steps(tensor))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+class Batch(NamedTuple):
+    """Tensors that one launch walks together: equal dtypes in each role, equal alignment.
+
+    Attributes:
+        dtypes: the Triton dtype of each role.
+        aligned: whether every address is a multiple of 16 bytes.
+        rows: [tensors, roles + 1] int64, the addresses of one row of operands and its number of elements.
+        chunks: [chunks, 2] int32, which row, and which part of it.
+    """
+
+    dtypes: tuple[tl.dtype, ...]
+    aligned: bool
+    rows: Tensor
+    chunks: Tensor
+
+
+def batches(chunk: int, *roles: Sequence[Tensor]) -> list[Batch]:
+    """Group the operands of a whole model into as few launches as their dtypes and alignments allow.
+
+    Args:
+        chunk: elements that one program walks.
+        roles: one list of tensors per role, equally long; tensors at the same index have equally many elements.
+
+    Returns:
+        The groups, in order of first appearance; tensors without elements are left out.
+
+    Memory:
+        The tables of the 16 most recent groups stay on the device: 8 (roles + 1) bytes per tensor and 8 per chunk.
+    """
+    groups: dict[tuple[tuple[tl.dtype, ...], bool], list[tuple[int, ...]]] = {}
+    for operands in zip(*roles, strict=True):
+        addresses = [tensor.data_ptr() for tensor in operands]
+        key = tuple(_TRITON_DTYPES[tensor.dtype] for tensor in operands), not any(address % 16 for address in addresses)
+        if operands[0].numel():
+            groups.setdefault(key, []).append((*addresses, operands[0].numel()))
+    if not groups:
+        return []
+    device = roles[0][0].device
+    # Tables of another stream may still be on their way to the device.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return [Batch(*key, *_tables(tuple(rows), chunk, device, stream)) for key, rows in groups.items()]
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """Build the tables of `Batch`. They depend on the arguments alone, so a later call may have the same ones."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    counts = -(-table[:, -1] // chunk)
+    row = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    part = torch.arange(row.numel()) - (counts.cumsum(0) - counts)[row]
+    return table.to(device), torch.stack([row, part], dim=1).to(torch.int32).to(device)
+
+
+@triton.jit
+def operand(row, role: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the pointer to element ``start`` of one operand of a row of `Batch.rows`."""
+    pointer = tl.load(row + role).to(tl.pointer_type(DTYPE)) + start
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit

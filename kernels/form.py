@@ -131,7 +131,7 @@ def form(
         out = stacked(W, num_steps, dtype or W.dtype)
     else:
         check_stacked(out, W, num_steps)
-        check_no_overlap("out", out, W=W, D=D, alpha=alpha)
+        check_no_overlap([out], [W, D, alpha])
     _check_seed(seed, out.dtype)
     n = W.numel()
     if n == 0:

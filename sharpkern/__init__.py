@@ -8,14 +8,18 @@ expose_kernels()
 
 from sharpkern.critical import critical_sharpness as critical_sharpness
 from sharpkern.direction import Direction as Direction
+from sharpkern.directional import directional_sharpness as directional_sharpness
 from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
 from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
 from sharpkern.errors import LossPrecisionWarning as LossPrecisionWarning
 from sharpkern.errors import RetainedWarning as RetainedWarning
 from sharpkern.errors import SharpkernWarning as SharpkernWarning
 from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
+from sharpkern.hessian import HessianResult as HessianResult
+from sharpkern.hessian import hessian_sharpness as hessian_sharpness
 from sharpkern.measurement import Measurement as Measurement
 from sharpkern.monitor import Monitor as Monitor
 from sharpkern.monitor import Record as Record
+from sharpkern.thresholds import stability_threshold as stability_threshold
 
 __version__ = "0.1.0"

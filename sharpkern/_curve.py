@@ -145,25 +145,28 @@ class Curve:
     def coordinates(self) -> list[Coordinate]:
         """Return the probes around the first crossing as (y, ψ, σ), sorted by y.
 
-        Left out are those from the first fall after the first rise on, which belong to a later crossing, and those
-        whose ψ is not finite or drowns in noise.
+        Left out are those whose ψ is not finite or drowns in noise, and, to either side of the first rise, all from
+        where ψ stops growing with y: they belong to another crossing, or to a dip before or a bump behind this one.
         """
         slope = self.slope()
         if slope is None:
             return []
         found = []
-        first_rise = self.bracket()[1]
         for eta, rise in self.probes:
-            if eta > first_rise and rise < 0:
-                break
             drop = self._drop(slope, eta)
-            if drop == 0:
-                continue
-            resolution = self.noise_level / drop
-            w = 1.0 + rise / drop
+            resolution = self.noise_level / drop if drop > 0 else math.inf
+            w = 1.0 + rise / drop if drop > 0 else 0.0
             if resolution < 1 / 3 and max(2.0 * resolution, _SMALLEST_W) < w < math.inf:
                 found.append(Coordinate(math.log(eta), math.log(w), resolution / w))
-        return found
+        first_rise = math.log(self.bracket()[1])
+        start = next((i for i, node in enumerate(found) if node.y >= first_rise), len(found))
+        top = max(start, 1)
+        while top < len(found) and found[top].psi > found[top - 1].psi:
+            top += 1
+        bottom = min(start, len(found) - 1)
+        while bottom > 0 and found[bottom - 1].psi < found[bottom].psi:
+            bottom -= 1
+        return found[bottom:top]
 
     def _drop(self, slope: float, eta: float) -> float:
         """Return the fall at η that ψ compares with: sη, levelling off where a loss would pass below zero."""

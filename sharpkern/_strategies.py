@@ -58,7 +58,7 @@ def sequential(curve: Curve, exponent: float, rtol: float, certify: bool) -> Ste
         The outcome.
     """
     # Without a slope the first probe is there to show it.
-    yield (curve.guess if curve.given_slope is not None else curve.guess / 8.0,)
+    yield (curve.guess if curve.given_slope is not None else curve.guess / 3.0,)
     widths = [math.inf]
     while True:
         lo, hi = curve.bracket()

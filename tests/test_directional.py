@@ -225,7 +225,7 @@ def test_a_quadratic_at_any_scale_and_first_guess(scale, guess, slope, sign):
     # f = 1 − s·η + ½·s·λ·η² with λ = ±2/scale.
     value, count = three_point(lambda eta: 1 - slope * eta + sign * slope * eta**2 / scale, guess * scale)
     assert value == pytest.approx(sign * 2 / scale, rel=1e-3)
-    assert count <= 16
+    assert count <= 20
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
@@ -245,7 +245,7 @@ def test_a_curve_with_all_derivatives_rounded_to_float32(guess, steepness):
 def test_what_cannot_be_resolved_is_nan_after_a_bounded_number_of_losses(f, first_step):
     value, count = three_point(f, first_step, noise=1e-6)
     assert math.isnan(value)
-    assert count <= 16
+    assert count <= 20
 
 
 def test_curvature_within_three_standard_errors_is_nan():

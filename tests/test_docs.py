@@ -1,0 +1,70 @@
+"""What the documentation shows runs as it is written."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sharpkern
+from tests.models import MLP
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(sharpkern.__path__, "sharpkern.")
+    if not module.name.startswith("sharpkern.kernels")
+]
+
+
+def examples(module: str) -> list[doctest.DocTest]:
+    return [test for test in doctest.DocTestFinder().find(importlib.import_module(module)) if test.examples]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings(module: str) -> None:
+    for example in examples(module):
+        result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example)
+        assert result.failed == 0, example.name
+
+
+def test_public_functions_have_examples() -> None:
+    shown = {example.name.rsplit(".", 1)[-1] for module in MODULES for example in examples(module)}
+    assert {"critical_sharpness", "Monitor", "Direction", "stability_threshold"} <= shown
+
+
+def test_the_readme_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loop, single = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = MLP()
+    names = {
+        "F": F,
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "batches": [(torch.randn(32, 16), torch.randint(0, 10, (32,))) for _ in range(60)],
+    }
+    exec(loop, names)
+    assert [record.step for record in names["monitor"].history] == [0, 50]
+    assert (tmp_path / "sharpness.csv").exists()
+    assert (tmp_path / "sharpness.png").exists()
+    exec(single, names)
+    assert names["m"].status == "converged"
+
+
+def test_the_readme_has_two_commands_and_names_what_is_there() -> None:
+    commands = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert len(commands) == 2
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"`sharpkern\.(\w+)", README):
+        assert hasattr(sharpkern, name) or name == "kernels", name
+
+
+def test_one_version() -> None:
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version == sharpkern.__version__

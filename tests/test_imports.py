@@ -1,0 +1,142 @@
+"""Which room may import which, and what importing the package costs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sharpkern"
+
+# From the outermost room inwards: a module imports its own room and rooms further in, never outwards.
+ROOMS = {
+    "command line": ["cli"],
+    "loop": ["monitor", "plot"],
+    "quantities": ["critical", "directional", "hessian", "thresholds", "_hvp"],
+    "results": ["measurement"],
+    "parts": ["search", "_curve", "_strategies", "direction", "updates", "engines"],
+    "ground": ["ops", "randomness", "errors", "_checkout", "_extras"],
+}
+LEVEL = {module: level for level, modules in enumerate(ROOMS.values()) for module in modules}
+# Within "parts", the search, the directions and the engines know nothing of each other, with one exception.
+PARTS = {
+    "search": {"search", "_curve", "_strategies"},
+    "direction": {"direction", "updates"},
+    "engines": {"engines"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names that a file imports, inside functions too, but not for type checking only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+            if node.module == "sharpkern":
+                yield from (f"sharpkern.{alias.name}" for alias in node.names)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def wrong_arrows(path: Path) -> list[str]:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    arrows = []
+    for name in imports(path):
+        if not name.startswith("sharpkern.") or room(name) not in LEVEL:
+            continue
+        other = room(name)
+        outward = LEVEL[other] < LEVEL[own]
+        family = next((members for members in PARTS.values() if own in members), None)
+        sideways = family is not None and any(other in members for members in PARTS.values()) and other not in family
+        if outward or sideways:
+            arrows.append(f"{own} → {other}")
+    return arrows
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_inwards(path: Path) -> None:
+    assert path.relative_to(PACKAGE).parts[0].removesuffix(".py") in LEVEL, "give the new module a room above"
+    # The checks after a search read its result.
+    allowed = ["engines → search"] if path.name == "verify.py" else []
+    assert [arrow for arrow in wrong_arrows(path) if arrow not in allowed] == []
+
+
+def test_a_wrong_arrow_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    planted = tmp_path / "engines" / "planted.py"
+    planted.parent.mkdir()
+    planted.write_text(
+        "def f():\n    from sharpkern.monitor import Monitor\nimport sharpkern.direction\n", encoding="utf-8"
+    )
+    assert wrong_arrows(planted) == ["engines → direction", "engines → monitor"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
+def test_kernels_import_torch_triton_and_launch_only(path: Path) -> None:
+    standard = sys.stdlib_module_names
+    names = {name.split(".")[0] if not name.startswith(".") else name for name in imports(path)}
+    assert names - standard <= {"torch", "triton", "._launch", ".", "__future__"}
+
+
+def python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+BLOCK = "import sys\nfor name in {names}: sys.modules[name] = None\n"
+
+
+def test_the_package_works_with_triton_and_every_extra_absent() -> None:
+    absent = ["triton", "matplotlib", "scipy", "sklearn", "transformers", "rich", "typer"]
+    program = """
+import torch, sharpkern
+model = torch.nn.Linear(3, 1)
+loss_fn = lambda: model(torch.ones(2, 3)).square().mean()
+loss_fn().backward()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+print(sharpkern.critical_sharpness(model, loss_fn, sharpkern.Direction.from_optimizer(optimizer)).status)
+"""
+    assert python(BLOCK.format(names=absent) + program).strip() == "converged"
+
+
+def test_the_block_can_fail() -> None:
+    with pytest.raises(AssertionError, match="ModuleNotFoundError"):
+        python(BLOCK.format(names=["triton"]) + "import triton")
+
+
+def test_the_search_imports_no_torch() -> None:
+    program = """
+import importlib.util, sys, types
+package = types.ModuleType("sharpkern"); package.__path__ = ["sharpkern"]; sys.modules["sharpkern"] = package
+import sharpkern.search
+print("torch" in sys.modules, round(sharpkern.search.find_critical_lr(lambda eta: eta * eta - eta).critical_lr, 6))
+"""
+    assert python(program).split() == ["False", "1.0"]
+
+
+def test_importing_costs_next_to_nothing_on_top_of_torch() -> None:
+    program = """
+import time, torch
+start = time.perf_counter()
+import sharpkern
+print(time.perf_counter() - start)
+"""
+    assert min(float(python(program)) for _ in range(3)) < 0.1
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    heavy = "{'triton', 'scipy', 'matplotlib', 'sklearn', 'transformers', 'typer', 'rich', 'torch._dynamo'}"
+    program = (
+        f"import torch, sys; before = set(sys.modules); import sharpkern; print(({heavy} & set(sys.modules)) - before)"
+    )
+    assert python(program).strip() == "set()"
