@@ -190,6 +190,28 @@ def check_layout(**tensors: Tensor | None) -> None:
             )
 
 
+def check_lists(**lists: Sequence[Tensor]) -> None:
+    """Refuse lists of operands, one tensor per parameter and role, that one launch could not walk.
+
+    Raises:
+        ValueError: if they differ in length, or what `check_layout` and `check_device` refuse.
+        TypeError: what `check_floats` refuses.
+    """
+    lengths = [len(tensors) for tensors in lists.values()]
+    if len(set(lengths)) != 1:
+        raise ValueError(f"{', '.join(lists)} must be equally long, got {lengths}; pass one of each per parameter")
+    devices = {}
+    for index, operands in enumerate(zip(*lists.values(), strict=True)):
+        named = {f"{role}[{index}]": tensor for role, tensor in zip(lists, operands, strict=True)}
+        check_floats(**named)
+        check_layout(**named)
+        devices[operands[0].device] = index
+    if len(devices) > 1:
+        raise ValueError(
+            f"all tensors must be on one device, got {', '.join(map(str, devices))}; call once per device"
+        )
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor is a permutation of a contiguous one, so that its elements can be walked in memory."""
     if tensor.is_contiguous():

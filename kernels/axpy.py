@@ -20,8 +20,7 @@ from ._launch import (
     Config,
     batches,
     check_alpha,
-    check_floats,
-    check_layout,
+    check_lists,
     check_no_overlap,
     choose,
     load_tile,
@@ -69,6 +68,7 @@ def _axpy_kernel(
     delta = operand(row, 2, start, DELTA, ALIGNED)
     alpha = tl.load(alpha)
 
+    # The last tile of a tensor is the only one that needs a mask, and the mask would narrow the loads of the others.
     full = num // BLOCK * BLOCK
     for first in range(0, full, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
@@ -98,17 +98,9 @@ def axpy_(theta: Sequence[Tensor], base: Sequence[Tensor], delta: Sequence[Tenso
     Determinism:
         Elementwise; the same bits on every run, and θ₀ bit for bit where α = 0 and the dtypes agree.
     """
-    if not len(theta) == len(base) == len(delta):
-        raise ValueError(
-            f"theta, base and delta must be equally long, got {len(theta)}, {len(base)} and {len(delta)}; pass one of "
-            "each per parameter"
-        )
+    check_lists(theta=theta, base=base, delta=delta)
     if not theta:
         return
-    for index, (t, b, d) in enumerate(zip(theta, base, delta, strict=True)):
-        names = f"theta[{index}]", f"base[{index}]", f"delta[{index}]"
-        check_floats(**{"theta[0]": theta[0]}, **dict(zip(names, (t, b, d), strict=True)))
-        check_layout(**dict(zip(names, (t, b, d), strict=True)))
     check_no_overlap(theta, [*base, *delta, alpha])
     if check_alpha(alpha, theta[0]) != 1:
         raise ValueError(f"alpha must hold one step size, got {alpha.numel()}; call once per step size")

@@ -18,8 +18,7 @@ from ._launch import (
     Case,
     Config,
     batches,
-    check_floats,
-    check_layout,
+    check_lists,
     choose,
     load_tile,
     on_device,
@@ -49,18 +48,15 @@ def _lane_sums(a, b, BLOCK: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def _add_tile(
-    sums, theta, delta, grad, inside, BLOCK: tl.constexpr, LANE: tl.constexpr, MASKED: tl.constexpr
-):
-    slope, delta_sq, theta_sq, grad_sq = sums
+def _tile_sums(theta, delta, grad, inside, BLOCK: tl.constexpr, LANE: tl.constexpr, MASKED: tl.constexpr):
     t = load_tile(theta, inside, MASKED)
     d = load_tile(delta, inside, MASKED)
     g = load_tile(grad, inside, MASKED)
     return (
-        slope + _lane_sums(d, g, BLOCK, LANE),
-        delta_sq + _lane_sums(d, d, BLOCK, LANE),
-        theta_sq + _lane_sums(t, t, BLOCK, LANE),
-        grad_sq + _lane_sums(g, g, BLOCK, LANE),
+        _lane_sums(d, g, BLOCK, LANE),
+        _lane_sums(d, d, BLOCK, LANE),
+        _lane_sums(t, t, BLOCK, LANE),
+        _lane_sums(g, g, BLOCK, LANE),
     )
 
 
@@ -86,19 +82,25 @@ def _chunk_sums_kernel(
     delta = operand(row, 1, start, DELTA, ALIGNED)
     grad = operand(row, 2, start, GRAD, ALIGNED)
 
-    zeros = tl.zeros([BLOCK // LANE], tl.float64)
-    sums = (zeros, zeros, zeros, zeros)
+    dg = tl.zeros([BLOCK // LANE], tl.float64)
+    dd = tl.zeros([BLOCK // LANE], tl.float64)
+    tt = tl.zeros([BLOCK // LANE], tl.float64)
+    gg = tl.zeros([BLOCK // LANE], tl.float64)
+    # The last tile of a tensor is the only one that needs a mask, and the mask would narrow the loads of the others.
     full = num // BLOCK * BLOCK
     for first in range(0, full, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
-        sums = _add_tile(sums, theta + offsets, delta + offsets, grad + offsets, offsets < num, BLOCK, LANE, False)
+        sums = _tile_sums(theta + offsets, delta + offsets, grad + offsets, offsets < num, BLOCK, LANE, MASKED=False)
+        dg, dd, tt, gg = dg + sums[0], dd + sums[1], tt + sums[2], gg + sums[3]
     if full < num:
         offsets = full + tl.arange(0, BLOCK)
-        sums = _add_tile(sums, theta + offsets, delta + offsets, grad + offsets, offsets < num, BLOCK, LANE, True)
+        sums = _tile_sums(theta + offsets, delta + offsets, grad + offsets, offsets < num, BLOCK, LANE, MASKED=True)
+        dg, dd, tt, gg = dg + sums[0], dd + sums[1], tt + sums[2], gg + sums[3]
     partial += pid
-    for quantity in tl.static_range(4):
-        tl.store(partial, tl.sum(sums[quantity]))
-        partial += partial_stride
+    tl.store(partial, tl.sum(dg))
+    tl.store(partial + partial_stride, tl.sum(dd))
+    tl.store(partial + 2 * partial_stride, tl.sum(tt))
+    tl.store(partial + 3 * partial_stride, tl.sum(gg))
 
 
 @triton.jit
@@ -110,3 +112,56 @@ def _total_kernel(total, partial, num, BLOCK: tl.constexpr):
         offsets = first + tl.arange(0, BLOCK)
         sums += tl.load(partial + offsets, mask=offsets < num, other=0.0)
     tl.store(total + pid, tl.sum(sums))
+
+
+def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
+    """Return Δθᵀg, |Δθ|², |θ|² and |g|², summed over all tensors of a model.
+
+    Args:
+        theta: parameters, dense tensors of any shape and size, float32, float16 or bfloat16, all on one CUDA device.
+        delta: Δθ, tensor by tensor the shape and strides of ``theta``, any of the three dtypes.
+        grad: g, likewise.
+
+    Returns:
+        Tensor: [4] float64 on the device, in this order; zeros for empty lists, on the CPU if there is no tensor at all.
+
+    Raises:
+        TypeError: if a dtype is none of the three.
+        ValueError: if the lists differ in length, or a device, shape or stride does not fit.
+
+    Memory:
+        32 bytes per 64 Ki elements, and tables of the same size that are kept for the next call.
+
+    Determinism:
+        The same bits on every run with the same lists on the same architecture.
+    """
+    check_lists(theta=theta, delta=delta, grad=grad)
+    if not theta:
+        return torch.zeros(4, dtype=torch.float64)
+    config = choose(_CONFIGS, theta[0], sum(tensor.numel() for tensor in theta))
+    chunk = _TILES * config.block
+    groups = batches(chunk, theta, delta, grad)
+    num_chunks = sum(len(batch.chunks) for batch in groups)
+    partial = torch.empty(4, num_chunks, dtype=torch.float64, device=theta[0].device)
+    total = torch.zeros(4, dtype=torch.float64, device=theta[0].device)
+    with on_device(theta[0]):
+        first = 0
+        for batch in groups:
+            _chunk_sums_kernel[(len(batch.chunks),)](
+                partial[:, first:],
+                num_chunks,
+                batch.rows,
+                batch.chunks,
+                *batch.dtypes,
+                batch.aligned,
+                CHUNK=chunk,
+                BLOCK=config.block,
+                LANE=_LANE,
+                **options(config, theta[0]),
+            )
+            first += len(batch.chunks)
+        if num_chunks:
+            _total_kernel[(4,)](
+                total, partial, num_chunks, BLOCK=_TOTAL_CONFIG.block, **options(_TOTAL_CONFIG, theta[0])
+            )
+    return total

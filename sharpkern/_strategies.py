@@ -234,9 +234,13 @@ def _dead_end(curve: Curve) -> Outcome | None:
     lo, hi = curve.bracket()
     if hi == math.inf and curve.probes[-1].eta >= _limit(curve):
         return Outcome("unbounded", curve.probes[-1].eta) if lo > 0 else Outcome("unresolved")
-    rises = [probe for probe in curve.probes if curve.sign(probe) > 0]
-    if lo == 0 and len(rises) > 1 and hi <= 1.5 * _floor(curve):
-        return Outcome("ascent") if _rises_at_once(curve) else Outcome("unresolved")
+    if lo == 0 and hi < math.inf and curve.probes[-1].eta > hi:
+        # One small rise may be the near side of a crossing: it takes two steps that show nothing to prove the floor.
+        bottom = _num_below(curve, hi) > 1
+        if (bottom or hi <= 1.5 * _floor(curve)) and _rises_at_once(curve):
+            return Outcome("ascent")
+        if bottom:
+            return Outcome("unresolved")
     if lo == 0 and hi == math.inf and curve.probes[-1].eta > _FLAT * curve.probes[0].eta:
         return Outcome("unresolved")
     return None
@@ -251,8 +255,13 @@ def _limit(curve: Curve) -> float:
 def _floor(curve: Curve) -> float:
     """Return the smallest step size at which a rise like the lowest one would still stand out of the noise."""
     eta, rise = next(probe for probe in curve.probes if curve.sign(probe) > 0)
-    steepest = max(rise / eta if rise < math.inf else 0.0, curve.given_slope or 0.0)
+    steepest = max(rise / eta if rise < math.inf else 0.0, curve.given_slope or curve.slope() or 0.0)
     return _FLOOR * curve.noise_level / steepest if steepest > 0 else curve.guess / _REACH**2
+
+
+def _num_below(curve: Curve, eta: float) -> int:
+    """Return the number of probes below ``eta``."""
+    return sum(probe.eta < eta for probe in curve.probes)
 
 
 def _rises_at_once(curve: Curve) -> bool:
@@ -276,8 +285,9 @@ def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) 
             return min(etas[-1] * leap, _limit(curve))
         if lo > 0:
             return math.sqrt(lo * hi)
-        floor = _floor(curve)
-        return max(hi / leap, floor) if hi > 1.5 * floor else 10.0 * hi
+        if _num_below(curve, hi) > 1:
+            return 10.0 * etas[-1]
+        return max(etas[0] / leap, min(_floor(curve), etas[0] / 4.0))
     eta = math.exp(estimate.y)
     if not lo < eta < hi:
         eta = math.sqrt(lo * hi) if 0 < lo < hi < math.inf else hi / 2 if eta >= hi else lo * 2
@@ -286,7 +296,7 @@ def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) 
     if hi == math.inf:
         eta = min(max(eta, etas[-1] * push if lo > 0 else 0.0), etas[-1] * max(100.0, leap), _limit(curve))
     elif lo == 0:
-        eta = max(min(eta, hi / push), hi / leap, _floor(curve))
+        eta = max(min(eta, hi / push), hi / leap, min(_floor(curve), hi / 4.0))
     return _away_from(curve, eta, estimate, rtol)
 
 

@@ -3,11 +3,11 @@
 With f(η) = L(θ − ηΔθ), λ_dir = −f″(0)/f′(0). Central differences at ±h give both derivatives from the same two losses,
 so a gradient that was clipped or scaled does not matter. A second difference has two errors, which h balances:
 
-- truncation, b·h². Two step sizes show b, and the value is extrapolated to h = 0; until then b is taken for |λ|³, as
-  if f bent away from its parabola on the scale of the crossing;
+- truncation, in the order of h²|λ|³ where f bends away from its parabola on the scale of the crossing;
 - rounding of the losses by δ = noise·f: √6·δ/(h²|f′|).
 
-They are equal at h⁴ = √6·δ/(|f′|·b), for a float32 loss a few hundredths of the critical learning rate.
+They are equal at h⁴ = √6·δ/|f′λ³|, for a float32 loss a few hundredths of the critical learning rate. A second value at
+h/2 shows what truncation really is: nothing beyond rounding, or a part in h² to extrapolate away, or h was too large.
 """
 
 import math
@@ -155,31 +155,36 @@ def _small_step(direction: Direction) -> float:
 def _three_point(
     losses: Callable[[Sequence[float]], list[float]], base: float, *, first_step: float, noise: float
 ) -> float:
-    """Return −f″(0)/f′(0) from f(0) and pairs f(±h), h moved until it balances truncation and rounding."""
+    """Return −f″(0)/f′(0) from f(0) and pairs f(±h): first at the h that seems best, then at half of it as a check."""
     step = first_step
-    # The last value at a larger step, (h, value): it shows how much of this one is truncation.
-    coarser: tuple[float, float] | None = None
+    # Value and uncertainty at twice the step, once the step seems good.
+    twice: tuple[float, float] | None = None
     for _ in range(_MAX_ROUNDS):
         ahead, behind = losses((step, -step))
         if not (math.isfinite(ahead) and math.isfinite(behind)):
-            step /= 10
+            step, twice = step / 10, None
             continue
         delta = noise * max(abs(base), abs(ahead), abs(behind))
         slope = (behind - ahead) / (2 * step)
         if abs(slope) * step <= 10 * delta:
-            step, coarser = step * 100, None
+            if twice:
+                break
+            step *= 100
             continue
         value = (ahead - 2 * base + behind) / step**2 / slope
         uncertainty = _SECOND_DIFFERENCE * delta / step**2 / abs(slope)
-        bend = (coarser[1] - value) / (coarser[0] ** 2 - step**2) if coarser else 0.0
-        # Where rounding hides the curvature its size is unknown, but no larger than the uncertainty.
-        expected_bend = max(abs(value), uncertainty) ** 3
-        best = (uncertainty * step**2 / max(abs(bend), expected_bend)) ** 0.25
-        settled = 0.5 <= best / step <= 2
-        if settled and coarser:
-            value -= bend * step**2
-            return value if abs(value) > 3 * uncertainty else math.nan
-        following = step / 2 if settled else step * min(max(best / step, 1 / 30), 30)
-        coarser = (step, value) if following < step else None
-        step = following
+        if twice:
+            truncation = (twice[0] - value) / 3
+            if abs(truncation) <= uncertainty:
+                # The two agree to within rounding, of which the larger step has less.
+                return twice[0] if abs(twice[0]) > 3 * twice[1] else math.nan
+            if abs(truncation) <= 0.1 * abs(value):
+                return value - truncation
+        else:
+            # Where rounding hides the curvature its size is unknown, but no larger than the uncertainty.
+            best = step * (uncertainty / step**2 / max(abs(value), uncertainty) ** 3) ** 0.25
+            if not 0.5 <= best / step <= 2:
+                step *= min(max(best / step, 1 / 30), 30)
+                continue
+        step, twice = step / 2, (value, uncertainty)
     return math.nan

@@ -35,9 +35,8 @@ class Guard:
     def __init__(self, model: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
         self._parameters = list({id(p): p for p in (*model.parameters(), *parameters)}.values())
         self._gradients = [p.grad for p in self._parameters]
-        self._contents, containers = _note_modules(model)
+        self._contents, self._containers = _note_modules(model)
         self._undo: list[Undo] = [
-            *containers,
             *note_streams(t.device for t in (*self._parameters, *(t for t, _ in self._contents))),
             _note_autocast(),
             _note_requires_grad(self._parameters),
@@ -51,19 +50,26 @@ class Guard:
 
     def rewind(self) -> None:
         """Put random streams, buffers, module attributes and flags back to where they were at entry."""
-        # One entry that fails must not keep the others from being restored.
-        with ExitStack() as stack:
-            for buffer, content in self._contents:
-                stack.callback(_restore_content, buffer, content)
-            for undo in self._undo:
-                stack.callback(undo)
+        _each(*self._undo, self._restore_contents, self._restore_containers)
 
     def restore(self) -> None:
         """As `rewind`, and put every ``.grad`` back: the same tensor object as at entry."""
-        with ExitStack() as stack:
-            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-                stack.callback(setattr, parameter, "grad", gradient)
-            stack.callback(self.rewind)
+        _each(self.rewind, self._restore_gradients)
+
+    def _restore_gradients(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _restore_contents(self) -> None:
+        for tensor, content in self._contents:
+            _restore_content(tensor, content)
+
+    def _restore_containers(self) -> None:
+        for container, saved in self._containers:
+            # Most are the hook tables of modules without hooks.
+            if (container or saved) and not _same_members(container, saved):
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
 
     def drew_random_numbers(self) -> bool:
         """Whether the CPU's random stream has moved since the last rewind, as with dropout on the CPU."""
@@ -111,30 +117,30 @@ def _finish(restore: Undo) -> None:
         raise
 
 
-def _note_modules(model: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[Undo]]:
-    """Contents of every buffer and tensor attribute, and how to undo changes of modules' attributes."""
+def _each(*steps: Undo) -> None:
+    """Take every step, also when one of them fails; then raise what the first of those raised."""
+    failures: list[BaseException] = []
+    for step in steps:
+        try:
+            step()
+        except BaseException as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+
+
+def _note_modules(model: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Any, Any]]]:
+    """Every buffer and tensor attribute with its contents, every module's containers of attributes with theirs."""
     tensors: dict[int, Tensor] = {}
-    undo: list[Undo] = []
+    containers: list[tuple[Any, Any]] = []
     for module in model.modules():
         attributes = vars(module)
-        undo.append(_undo_container(attributes))
-        undo.extend(_undo_container(value) for value in attributes.values() if type(value) in _CONTAINERS)
+        held = [attributes, *(value for value in attributes.values() if type(value) in _CONTAINERS)]
+        containers.extend((container, container.copy()) for container in held)
         for value in (*module._buffers.values(), *attributes.values()):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 tensors.setdefault(id(value), value)
-    return [(tensor, tensor.detach().clone()) for tensor in tensors.values()], undo
-
-
-def _undo_container(container: Any) -> Undo:
-    saved = container.copy()
-
-    def undo() -> None:
-        if _same_members(container, saved):
-            return
-        container.clear()
-        (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
-
-    return undo
+    return [(tensor, tensor.detach().clone()) for tensor in tensors.values()], containers
 
 
 def _same_members(container: Any, saved: Any) -> bool:
