@@ -1,4 +1,4 @@
-"""Line searches side by side on real training runs, against the first crossing in float64.
+"""Line searches side by side on real training runs, against the first crossing in float64; then time and memory.
 
     python bench/bench_line_search.py [--quick] [--json PATH]
 
@@ -17,8 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# The checkout, also where the package is not installed.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import numpy as np
 import torch
+from cost import cost_rows
 from rich.console import Console
 from rich.table import Table
 from runs import Point, Run, standard_runs
@@ -148,6 +152,31 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def cost_table(rows: list[dict[str, Any]]) -> Table:
+    """Return the cost rows as a table for people."""
+    columns = (
+        "tokens",
+        "engine",
+        "forwards",
+        "plain forward ms",
+        "time / plain forwards",
+        "extra MB",
+        "largest matrix MB",
+        "all parameters MB",
+    )
+    shown = Table(*columns, title="One measurement of a GPT of 5 M parameters, one thread")
+    for row in rows:
+        shown.add_row(
+            str(row["tokens"]),
+            row["engine"],
+            str(row["forwards"]),
+            f"{row['plain_forward_ms']:.1f}",
+            f"{row['ratio_to_plain_forwards']:.2f}",
+            *(f"{row[key] / 1e6:.2f}" for key in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")),
+        )
+    return shown
+
+
 def environment() -> dict[str, Any]:
     """Return versions and conditions, without anything that names the machine."""
 
@@ -191,8 +220,11 @@ def main() -> None:
         rows += measure_run(run, methods)
         print(f"{run.name}: done after {time.perf_counter() - started:.0f} s", file=sys.stderr)
     console.print(table(rows))
+    costs = [row for num_tokens in (256, 1024) for row in cost_rows(num_tokens, 2 if arguments.quick else 7)]
+    console.print(cost_table(costs))
     if arguments.json:
-        append_json(arguments.json, {"environment": environment(), "quick": arguments.quick, "line_search": rows})
+        record = {"environment": environment(), "quick": arguments.quick, "line_search": rows, "cost": costs}
+        append_json(arguments.json, record)
 
 
 if __name__ == "__main__":

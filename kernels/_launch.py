@@ -164,6 +164,19 @@ def check_alpha(alpha: Tensor, like: Tensor) -> int:
     return alpha.numel()
 
 
+def check_scalars(scalars: Tensor, num: int, maker: str, like: Tensor) -> None:
+    """Refuse hyperparameters that are not ``num`` float32 numbers on the device of ``like``, as ``maker`` returns them.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if scalars.dtype != torch.float32 or scalars.shape != (num,) or scalars.device != like.device:
+        raise ValueError(
+            f"scalars must be {num} float32 numbers on {like.device}, got {list(scalars.shape)} of {scalars.dtype} on "
+            f"{scalars.device}; make them with {maker}"
+        )
+
+
 def check_layout(**tensors: Tensor | None) -> None:
     """Refuse tensors that do not fill memory element by element in the order of the first; None is skipped.
 
@@ -242,36 +255,42 @@ def check_no_overlap(outputs: Sequence[Tensor], inputs: Iterable[Tensor | None])
             read = max(read, end)
 
 
-def stacked(like: Tensor, num: int, dtype: torch.dtype) -> Tensor:
-    """Allocate ``num`` tensors of the shape and strides of a dense tensor, each starting at an aligned address.
+def output(
+    out: Tensor | None, like: Tensor, num: int, dtype: torch.dtype | None, operands: Iterable[Tensor | None]
+) -> Tensor:
+    """Return the output of a kernel that writes ``num`` tensors of the shape and strides of a dense tensor.
 
     Args:
-        like: shape, strides and device.
+        out: checked and returned if given.
+        like: shape, strides, device, and the dtype where ``dtype`` is None.
         num: how many.
-        dtype: of the result.
+        dtype: of the output, if it is to be allocated.
+        operands: what the output must not share memory with.
 
     Returns:
-        Tensor: [num, *shape], uninitialised.
-    """
-    # A start at a multiple of 16 elements keeps the stores of every slice as wide as those of the first.
-    distance = -(-like.numel() // 16) * 16
-    memory = torch.empty(num * distance, dtype=dtype, device=like.device)
-    return memory.as_strided((num, *like.shape), (distance, *like.stride()))
-
-
-def check_stacked(out: Tensor, like: Tensor, num: int) -> None:
-    """Refuse an output that `stacked` could not have returned, up to the distance of its slices.
+        Tensor: [num, *shape]; if allocated, each slice starts at an aligned address.
 
     Raises:
-        ValueError: if shape or strides are others, or the slices overlap.
+        TypeError: if the dtype is none of float32, float16, bfloat16.
+        ValueError: if shape or strides of ``out`` are others, or it overlaps an operand or itself.
     """
+    if out is None:
+        dtype = dtype or like.dtype
+        check_dtype(dtype)
+        # A start at a multiple of 16 elements keeps the stores of every slice as wide as those of the first.
+        distance = -(-like.numel() // 16) * 16
+        memory = torch.empty(num * distance, dtype=dtype, device=like.device)
+        return memory.as_strided((num, *like.shape), (distance, *like.stride()))
+    check_floats(W=like, out=out)
     if out.shape != (num, *like.shape):
         raise ValueError(f"out must have shape {[num, *like.shape]}, got {list(out.shape)}; leave it out to allocate")
     if _steps(out[0]) != _steps(like) or (num > 1 and out.stride(0) < like.numel()):
         raise ValueError(
-            f"each of out must have the strides of the parameter, {list(like.stride())}, and not overlap, got "
-            f"{list(out.stride())}; leave it out to allocate"
+            f"each slice of out must have the parameter's strides, {list(like.stride())}, and not overlap the next, "
+            f"got {list(out.stride())}; leave it out to allocate"
         )
+    check_no_overlap([out], operands)
+    return out
 
 
 def _steps(tensor: Tensor) -> list[tuple[int, int]]:

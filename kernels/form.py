@@ -19,17 +19,14 @@ from ._launch import (
     Case,
     Config,
     check_alpha,
-    check_dtype,
     check_floats,
     check_layout,
-    check_no_overlap,
-    check_stacked,
     choose,
     load_tile,
     on_device,
     options,
+    output,
     perturbed,
-    stacked,
     store_tile,
 )
 
@@ -123,15 +120,10 @@ def form(
     Determinism:
         Elementwise; the same bits on every run.
     """
-    check_floats(W=W, D=D, out=out)
+    check_floats(W=W, D=D)
     check_layout(W=W, D=D)
     num_steps = check_alpha(alpha, W)
-    if out is None:
-        check_dtype(dtype or W.dtype)
-        out = stacked(W, num_steps, dtype or W.dtype)
-    else:
-        check_stacked(out, W, num_steps)
-        check_no_overlap([out], [W, D, alpha])
+    out = output(out, W, num_steps, dtype, [W, D, alpha])
     _check_seed(seed, out.dtype)
     n = W.numel()
     if n == 0:

@@ -22,6 +22,8 @@ SIGNIFICANT = 3.0
 _NOISE = 3.0
 # Below this share of the slope, w is a difference of nearly equal numbers.
 _SMALLEST_W = 1e-4
+# Probes are close enough to 0 for the directional sharpness if w grows with η to the power 1 ± this.
+_PROPORTIONAL = 0.1
 # Exponents outside are artefacts of two probes too close to one another.
 _EXPONENTS = (0.02, 50.0)
 
@@ -220,7 +222,8 @@ class Curve:
     def directional_sharpness(self, crossing: float) -> float | None:
         """Return ΔθᵀHΔθ/(Δθᵀg) from the two smallest probes, or None if they do not resolve it.
 
-        2w/η tends to it as η → 0; what is left is linear in η and is extrapolated away.
+        1 + (f − f₀)/(sη) starts as half of it times η. The two probes must show this proportion; what is left of a
+        linear trend in their ratios is extrapolated away.
 
         Args:
             crossing: The critical learning rate.
@@ -230,11 +233,12 @@ class Curve:
         if slope is None or not self.trusts_slope() or len(finite) < 2 or finite[0].eta > 0.25 * crossing:
             return None
         (eta1, rise1), (eta2, rise2) = finite[:2]
-        near, far = (2.0 * (1.0 + rise / (slope * eta)) / eta for eta, rise in ((eta1, rise1), (eta2, rise2)))
-        correction = (near - far) * eta1 / (eta2 - eta1)
-        noise = 4.0 * self.noise_level / (slope * eta1 * eta1)
-        value = near + correction
-        return value if abs(correction) + noise <= 0.25 * abs(value) else None
+        w1, w2 = 1.0 + rise1 / (slope * eta1), 1.0 + rise2 / (slope * eta2)
+        if w1 <= 0 or w2 <= 0 or abs(math.log(w2 / w1) / math.log(eta2 / eta1) - 1.0) > _PROPORTIONAL:
+            return None
+        near, far = 2.0 * w1 / eta1, 2.0 * w2 / eta2
+        noise = _NOISE * self.noise_level / (slope * eta1 * w1)
+        return near + (near - far) * eta1 / (eta2 - eta1) if noise <= _PROPORTIONAL else None
 
 
 def _nearest(nodes: list[Coordinate]) -> list[Coordinate]:

@@ -196,13 +196,16 @@ def _settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate |
 def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> Iterator[float]:
     """Yield the step sizes that must still be evaluated before the estimate may be returned.
 
-    An earlier crossing is possible where the loss would fall far below zero on a straight line, or where ψ is flat.
+    An earlier crossing is possible where the loss would fall far below zero on a straight line, where ψ is flat, and
+    around a probe that lies higher than its neighbours.
     """
     eta = math.exp(estimate.y)
     slope = max(curve.given_slope or 0.0, curve.slope() or 0.0) or math.inf
     if slope * eta > _GUARD_FALL * abs(curve.base_loss) or estimate.exponent < _GUARD_EXPONENT:
         for divisor in _GUARDS:
             yield from _unless_near(curve, eta / divisor, 1.6)
+    for bump in _bumps(curve):
+        yield from _unless_near(curve, bump, 1.25)
     if certify:
         lo, hi = curve.bracket()
         tolerance = max(rtol, estimate.noise)
@@ -211,6 +214,16 @@ def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> 
                 yield from _unless_near(curve, eta / (1 + 1.1 * tolerance), 1 + 0.3 * tolerance)
             if hi > eta * (1 + 1.25 * tolerance):
                 yield from _unless_near(curve, eta * (1 + 1.1 * tolerance), 1 + 0.3 * tolerance)
+
+
+def _bumps(curve: Curve) -> Iterator[float]:
+    """Yield the middles of the gaps to either side of each fall that is higher than its neighbours, and high."""
+    before = [probe for probe in curve.probes if probe.eta < curve.bracket()[1]]
+    deepest = min((probe.rise for probe in before), default=0.0)
+    for left, top, right in zip(before, before[1:], before[2:], strict=False):
+        if top.rise > max(left.rise, right.rise, 0.5 * deepest):
+            yield math.sqrt(top.eta * right.eta)
+            yield math.sqrt(left.eta * top.eta)
 
 
 def _unless_near(curve: Curve, eta: float, factor: float) -> Iterator[float]:

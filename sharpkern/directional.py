@@ -1,4 +1,4 @@
-"""Directional sharpness λ_dir = ΔθᵀHΔθ / Δθᵀg: the curvature along the update, from three losses or one exact product.
+"""Directional sharpness λ_dir = ΔθᵀHΔθ / Δθᵀg: the curvature along the update, from a few losses or one exact product.
 
 With f(η) = L(θ − ηΔθ), λ_dir = −f″(0)/f′(0). Central differences at ±h give both derivatives from the same two losses,
 so a gradient that was clipped or scaled does not matter. A second difference has two errors, which h balances:
@@ -155,7 +155,7 @@ def _small_step(direction: Direction) -> float:
 def _three_point(
     losses: Callable[[Sequence[float]], list[float]], base: float, *, first_step: float, noise: float
 ) -> float:
-    """Return −f″(0)/f′(0) from f(0) and pairs f(±h): first at the h that seems best, then at half of it as a check."""
+    """Return −f″(0)/f′(0) from f(0) and pairs f(±h): at the h that seems best, and at half of it as a check."""
     step = first_step
     # Value and uncertainty at twice the step, once the step seems good.
     twice: tuple[float, float] | None = None
@@ -169,7 +169,8 @@ def _three_point(
         if abs(slope) * step <= 10 * delta:
             if twice:
                 break
-            step *= 100
+            # Either the step is lost in rounding, or it is so large that only the parabola's rise is seen.
+            step *= 1 / 30 if abs(ahead - 2 * base + behind) > 10 * delta else 100
             continue
         value = (ahead - 2 * base + behind) / step**2 / slope
         uncertainty = _SECOND_DIFFERENCE * delta / step**2 / abs(slope)

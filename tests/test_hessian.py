@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from sharpkern.hessian import hessian_sharpness
 
-torch.set_num_threads(1)
-
 
 class Quadratic(nn.Module):
     """½ xᵀAx with a chosen spectrum in a random basis."""

@@ -40,7 +40,7 @@ def _rise(run: DemoRun) -> str:
     text = (
         f"λ_max never reached it: its largest value was {largest:.3g}."
         if reached is None
-        else f"λ_max reached it at step {reached}."
+        else f"λ_max reached it by step {reached}."
     )
     jumped = next((step for step, value in _critical(run) if value >= run.threshold / 2), None)
     if jumped is None:

@@ -1,0 +1,177 @@
+"""form_adam and form_sgd against what torch's own step does, in fp64 and in the dtype at hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharpkern.kernels.form_adam import adam_scalars, form_adam
+from sharpkern.kernels.form_sgd import form_sgd, sgd_scalars
+from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, same_bits
+
+LR = 0.0625
+ALPHA = torch.tensor([-LR, 0.0, 0.3])
+
+SGD = [
+    {},
+    {"weight_decay": 0.1},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": True},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+]
+
+ADAM = [
+    (torch.optim.AdamW, {"weight_decay": 0.1}),
+    (torch.optim.AdamW, {"weight_decay": 0.0, "maximize": True}),
+    (torch.optim.Adam, {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}),
+    (torch.optim.Adam, {"amsgrad": True}),
+    (torch.optim.Adam, {"betas": (0.0, 0.99)}),
+]
+
+
+def trained(optimizer_class, options, size, steps, dtype=torch.float32):
+    """A parameter with a gradient that its optimizer has not seen, after some steps."""
+    parameter = torch.nn.Parameter(randn(size).to(dtype))
+    optimizer = optimizer_class([parameter], lr=LR, foreach=False, **options)
+    for step in range(steps + 1):
+        parameter.grad = randn(size, seed=step + 1).to(dtype)
+        if step < steps:
+            optimizer.step()
+    return parameter, optimizer
+
+
+def stepped(parameter, optimizer, dtype):
+    """The parameter after one more step of a copy of everything in another dtype, lr = LR."""
+    moved = torch.nn.Parameter(parameter.detach().to(dtype, copy=True))
+    twin = type(optimizer)([moved], foreach=False)
+    twin.param_groups[0] = {**optimizer.param_groups[0], "params": [moved]}
+    twin.state[moved] = copy.deepcopy(optimizer.state[parameter])
+    for key, value in twin.state[moved].items():
+        if isinstance(value, Tensor) and key != "step":
+            twin.state[moved][key] = value.to(dtype)
+    moved.grad = parameter.grad.to(dtype)
+    twin.step()
+    return moved.detach()
+
+
+def from_adam_state(parameter, optimizer, alpha=ALPHA, **kwargs):
+    state, group = optimizer.state.get(parameter, {}), optimizer.param_groups[0]
+    scalars = adam_scalars(
+        float(state.get("step", 0)) + 1,
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+    )
+    return form_adam(
+        parameter.detach(),
+        parameter.grad,
+        state.get("exp_avg"),
+        state.get("exp_avg_sq"),
+        alpha,
+        scalars,
+        max_exp_avg_sq=state.get("max_exp_avg_sq"),
+        decoupled=isinstance(optimizer, torch.optim.AdamW),
+        maximize=group["maximize"],
+        **kwargs,
+    )
+
+
+def from_sgd_state(parameter, optimizer, alpha=ALPHA, **kwargs):
+    state, group = optimizer.state.get(parameter, {}), optimizer.param_groups[0]
+    scalars = sgd_scalars(
+        weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=group["dampening"]
+    )
+    return form_sgd(
+        parameter.detach(),
+        parameter.grad,
+        state.get("momentum_buffer"),
+        alpha,
+        scalars,
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        **kwargs,
+    )
+
+
+def assert_is_the_step(out, parameter, optimizer):
+    """Slice 0 is what the step writes, slice 1 the parameter, slice 2 as far along the same line as its α says."""
+    exact = stepped(parameter, optimizer, torch.float64)
+    in_torch = stepped(parameter, optimizer, torch.float32)
+    theta = parameter.detach().double()
+    # The terms of the update cancel at some elements: they are rounded at the size of the terms.
+    floor = 4 * torch.finfo(torch.float32).eps * LR * (1 + (theta - exact).abs() / LR)
+    assert_within_budget(out[0], exact, in_torch, floor=floor)
+    assert same_bits(out[1], parameter.detach())
+    line = theta + (exact - theta) * (ALPHA[2].double() / ALPHA[0].double())
+    assert_within_budget(out[2], line, line.float(), roundings=1.0, floor=6 * floor)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize(("optimizer_class", "options"), ADAM)
+def test_adam_is_what_the_step_does(optimizer_class, options, steps, size):
+    parameter, optimizer = trained(optimizer_class, options, size, steps)
+    assert_is_the_step(from_adam_state(parameter, optimizer), parameter, optimizer)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("options", SGD)
+def test_sgd_is_what_the_step_does(options, steps, size):
+    parameter, optimizer = trained(torch.optim.SGD, options, size, steps)
+    assert_is_the_step(from_sgd_state(parameter, optimizer), parameter, optimizer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_state_and_weights_of_different_dtypes(dtype, state_dtype):
+    parameter, optimizer = trained(torch.optim.AdamW, {"eps": 1e-3}, 1000, 3)
+    parameter = torch.nn.Parameter(parameter.detach().to(dtype))
+    parameter.grad = randn(1000, seed=9, dtype=dtype)
+    state = {k: v.to(state_dtype) if k != "step" else v for k, v in next(iter(optimizer.state.values())).items()}
+    optimizer.state[parameter] = state
+    out = from_adam_state(parameter, optimizer, ALPHA[:1])
+    exact = stepped(parameter, optimizer, torch.float64)
+    floor = 1e-6 * LR * (1 + (parameter.detach().double() - exact).abs() / LR)
+    assert out.dtype == dtype
+    assert_within_budget(out[0], exact, exact.to(dtype), floor=floor)
+
+
+def test_a_gradient_already_in_the_state_is_not_applied_again():
+    parameter, optimizer = trained(torch.optim.AdamW, {}, 1000, 3)
+    wanted = from_adam_state(parameter, optimizer)
+    before = parameter.detach().clone()
+    optimizer.step()
+    state = optimizer.state[parameter]
+    scalars = adam_scalars(float(state["step"]), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    out = form_adam(before, None, state["exp_avg"], state["exp_avg_sq"], ALPHA, scalars)
+    assert torch.allclose(out, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_state_is_not_written_and_out_is():
+    parameter, optimizer = trained(torch.optim.AdamW, {}, 1000, 3)
+    before = copy.deepcopy(optimizer.state[parameter])
+    out = torch.full((3, 1000), torch.nan)
+    assert from_adam_state(parameter, optimizer, out=out) is out
+    assert out.isfinite().all()
+    assert all(same_bits(before[key], optimizer.state[parameter][key]) for key in before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_result_dtype_is_free(dtype):
+    parameter, optimizer = trained(torch.optim.SGD, {"momentum": 0.9}, 1000, 3)
+    out = from_sgd_state(parameter, optimizer, ALPHA[:1], dtype=dtype)
+    exact = stepped(parameter, optimizer, torch.float64)
+    assert_within_budget(out[0], exact, stepped(parameter, optimizer, torch.float32).to(dtype), floor=1e-8)
+
+
+def test_runs_twice_to_the_same_bits():
+    parameter, optimizer = trained(torch.optim.AdamW, {}, 4097, 2)
+    assert same_bits(from_adam_state(parameter, optimizer), from_adam_state(parameter, optimizer))
+
+
+def test_one_moment_without_the_other_is_refused():
+    theta = torch.zeros(4)
+    with pytest.raises(ValueError, match="exp_avg and exp_avg_sq must both be given"):
+        form_adam(theta, theta.clone(), theta.clone(), None, ALPHA, torch.zeros(7))
