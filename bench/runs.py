@@ -261,7 +261,7 @@ def standard_runs(quick: bool) -> list[Run]:
             Run("GPT, AdamW", num_steps=130, lr=3e-3, measured=[*range(3), *range(60, 130, 8)], **gpt),
         ]
     return [
-        Run("MLP, full batch (demo)", "digits", 600, 0.1, range(0, 600, 4)),
+        Run("MLP, full batch (demo)", "digits", 600, 0.1, range(0, 600, 6)),
         Run("MLP, SGD batch 64", "digits", 400, 0.1, range(0, 400, 2), batch_size=64),
         Run("MLP, SGD momentum", "digits", 400, 0.03, range(0, 400, 2), batch_size=64, momentum=0.9),
         Run("MLP, SGD lr 0.5", "digits", 300, 0.5, range(0, 300, 3), batch_size=64, seed=2),

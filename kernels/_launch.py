@@ -1,4 +1,4 @@
-"""What every launcher shares: checks before a launch, fixed launch configurations, and the small tiles of all kernels.
+"""How every launcher launches: fixed configurations, tables for whole models, and the small tiles of all kernels.
 
 Kernels run on CUDA and HIP devices. Under Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported) they
 run on CPU tensors instead, which is how their numerics are tested without a GPU.
@@ -6,7 +6,7 @@ run on CPU tensors instead, which is how their numerics are tested without a GPU
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-# Each step size is unrolled in the kernels; beyond this many the registers of one thread run out.
-MAX_STEP_SIZES = 16
-
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def runs_on(device: torch.device) -> bool:
+    """Return whether kernels run on a device."""
+    return device.type == ("cpu" if INTERPRETED else "cuda")
 
 
 class Config(NamedTuple):
@@ -86,225 +86,6 @@ def options(config: Config, tensor: Tensor) -> dict[str, int | bool]:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which launches go to the device of ``tensor``, which need not be the current one."""
     return nullcontext() if INTERPRETED else torch.cuda.device(tensor.device)
-
-
-def check_device(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not dense CUDA tensors of one device; None is skipped.
-
-    Raises:
-        ValueError: if one is.
-    """
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first, reference = next(iter(given.items()))
-    for name, tensor in given.items():
-        if tensor.layout != torch.strided or not (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")):
-            raise ValueError(
-                f"{name} must be a dense CUDA tensor, got {tensor.layout} on {tensor.device}; move it to a GPU, or use "
-                "the torch implementation"
-            )
-        if tensor.device != reference.device:
-            raise ValueError(
-                f"{name} must be on the device of {first}, {reference.device}, got {tensor.device}; move it there"
-            )
-
-
-def check_floats(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not float32, float16 or bfloat16 on one CUDA device; None is skipped.
-
-    Raises:
-        TypeError: if a dtype is another.
-        ValueError: if a device is another.
-    """
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}; convert it, or use the torch "
-                "implementation"
-            )
-    check_device(**tensors)
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse an output dtype that the kernels do not write.
-
-    Raises:
-        TypeError: if it is none of float32, float16, bfloat16.
-    """
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}; convert the result instead")
-
-
-def check_alpha(alpha: Tensor, like: Tensor) -> int:
-    """Refuse step sizes that are not a contiguous float32 vector on the device of ``like``.
-
-    A Python float is not taken on purpose: reading step sizes from memory keeps one compiled kernel for all of them,
-    and a float that passes through torch.compile would arrive as fp64.
-
-    Args:
-        alpha: signed step sizes, [K], float32.
-        like: an operand of the same launch.
-
-    Returns:
-        K.
-
-    Raises:
-        TypeError: if alpha is no float32 tensor.
-        ValueError: if its shape or device is another, or K is 0 or too large.
-    """
-    if not isinstance(alpha, Tensor) or alpha.dtype != torch.float32:
-        got = alpha.dtype if isinstance(alpha, Tensor) else type(alpha).__name__
-        raise TypeError(f"alpha must be a float32 tensor, got {got}; pass torch.tensor([...], device={like.device!s})")
-    if alpha.device != like.device:
-        raise ValueError(f"alpha must be on {like.device}, got {alpha.device}; move it there")
-    if alpha.dim() != 1 or not 1 <= alpha.numel() <= MAX_STEP_SIZES or not alpha.is_contiguous():
-        raise ValueError(
-            f"alpha must be a contiguous vector of 1 to {MAX_STEP_SIZES} step sizes, got shape {list(alpha.shape)}; "
-            "call once per part"
-        )
-    return alpha.numel()
-
-
-def check_scalars(scalars: Tensor, num: int, maker: str, like: Tensor) -> None:
-    """Refuse hyperparameters that are not ``num`` float32 numbers on the device of ``like``, as ``maker`` returns them.
-
-    Raises:
-        ValueError: if they are not.
-    """
-    if scalars.dtype != torch.float32 or scalars.shape != (num,) or scalars.device != like.device:
-        raise ValueError(
-            f"scalars must be {num} float32 numbers on {like.device}, got {list(scalars.shape)} of {scalars.dtype} on "
-            f"{scalars.device}; make them with {maker}"
-        )
-
-
-def check_layout(**tensors: Tensor | None) -> None:
-    """Refuse tensors that do not fill memory element by element in the order of the first; None is skipped.
-
-    Raises:
-        ValueError: if the first has gaps or overlaps, or another has different shape or strides.
-    """
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first, reference = next(iter(given.items()))
-    if not is_dense(reference):
-        raise ValueError(
-            f"{first} must fill its memory without gaps, got shape {list(reference.shape)} with strides "
-            f"{list(reference.stride())}; pass a contiguous copy"
-        )
-    for name, tensor in given.items():
-        if tensor.shape != reference.shape:
-            raise ValueError(
-                f"{name} must have the shape of {first}, {list(reference.shape)}, got {list(tensor.shape)}; pass the "
-                "tensors of one parameter"
-            )
-        if tensor.stride() != reference.stride() and _steps(tensor) != _steps(reference):
-            raise ValueError(
-                f"{name} must have the strides of {first}, {list(reference.stride())}, got {list(tensor.stride())}; "
-                f"copy it into torch.empty_like({first})"
-            )
-
-
-def check_lists(**lists: Sequence[Tensor]) -> None:
-    """Refuse lists of operands, one tensor per parameter and role, that one launch could not walk.
-
-    Raises:
-        ValueError: if they differ in length, or what `check_layout` and `check_device` refuse.
-        TypeError: what `check_floats` refuses.
-    """
-    lengths = [len(tensors) for tensors in lists.values()]
-    if len(set(lengths)) != 1:
-        raise ValueError(f"{', '.join(lists)} must be equally long, got {lengths}; pass one of each per parameter")
-    devices = {}
-    for index, operands in enumerate(zip(*lists.values(), strict=True)):
-        named = {f"{role}[{index}]": tensor for role, tensor in zip(lists, operands, strict=True)}
-        check_floats(**named)
-        check_layout(**named)
-        devices[operands[0].device] = index
-    if len(devices) > 1:
-        raise ValueError(
-            f"all tensors must be on one device, got {', '.join(map(str, devices))}; call once per device"
-        )
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Return whether a tensor is a permutation of a contiguous one, so that its elements can be walked in memory."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(_steps(tensor)):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def check_no_overlap(outputs: Sequence[Tensor], inputs: Iterable[Tensor | None]) -> None:
-    """Refuse outputs that share memory with an input or with each other: programs run in no order. None is skipped.
-
-    Raises:
-        ValueError: if one does.
-    """
-    spans = [(*_span(tensor), True) for tensor in outputs]
-    spans += [(*_span(tensor), False) for tensor in inputs if tensor is not None]
-    written = read = 0
-    for start, end, is_output in sorted(spans):
-        if start < max(written, read if is_output else 0):
-            raise ValueError("an output must not share memory with another operand, got tensors that overlap; copy one")
-        if is_output:
-            written = max(written, end)
-        else:
-            read = max(read, end)
-
-
-def output(
-    out: Tensor | None, like: Tensor, num: int, dtype: torch.dtype | None, operands: Iterable[Tensor | None]
-) -> Tensor:
-    """Return the output of a kernel that writes ``num`` tensors of the shape and strides of a dense tensor.
-
-    Args:
-        out: checked and returned if given.
-        like: shape, strides, device, and the dtype where ``dtype`` is None.
-        num: how many.
-        dtype: of the output, if it is to be allocated.
-        operands: what the output must not share memory with.
-
-    Returns:
-        Tensor: [num, *shape]; if allocated, each slice starts at an aligned address.
-
-    Raises:
-        TypeError: if the dtype is none of float32, float16, bfloat16.
-        ValueError: if shape or strides of ``out`` are others, or it overlaps an operand or itself.
-    """
-    if out is None:
-        dtype = dtype or like.dtype
-        check_dtype(dtype)
-        # A start at a multiple of 16 elements keeps the stores of every slice as wide as those of the first.
-        distance = -(-like.numel() // 16) * 16
-        memory = torch.empty(num * distance, dtype=dtype, device=like.device)
-        return memory.as_strided((num, *like.shape), (distance, *like.stride()))
-    check_floats(W=like, out=out)
-    if out.shape != (num, *like.shape):
-        raise ValueError(f"out must have shape {[num, *like.shape]}, got {list(out.shape)}; leave it out to allocate")
-    if _steps(out[0]) != _steps(like) or (num > 1 and out.stride(0) < like.numel()):
-        raise ValueError(
-            f"each slice of out must have the parameter's strides, {list(like.stride())}, and not overlap the next, "
-            f"got {list(out.stride())}; leave it out to allocate"
-        )
-    check_no_overlap([out], operands)
-    return out
-
-
-def _steps(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return (stride, size) of the dimensions that are walked: the stride of a dimension of size 1 means nothing."""
-    return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the first byte of a tensor and the one after its last."""
-    start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes
-    last = sum((size - 1) * stride for stride, size in _steps(tensor))
-    return start, start + (last + 1) * tensor.element_size()
 
 
 class Batch(NamedTuple):

@@ -15,21 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import (
-    Case,
-    Config,
-    batches,
-    check_alpha,
-    check_lists,
-    check_no_overlap,
-    choose,
-    load_tile,
-    on_device,
-    operand,
-    options,
-    perturbed,
-    store_tile,
-)
+from ._launch import Case, Config, batches, choose, load_tile, on_device, operand, options, perturbed, store_tile
+from ._operands import check_alpha, check_lists, check_no_overlap
 
 _CONFIGS = (
     Case(None, None, 1 << 22, Config(block=512, threads=64)),

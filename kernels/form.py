@@ -15,20 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import (
-    Case,
-    Config,
-    check_alpha,
-    check_floats,
-    check_layout,
-    choose,
-    load_tile,
-    on_device,
-    options,
-    output,
-    perturbed,
-    store_tile,
-)
+from ._launch import Case, Config, choose, load_tile, on_device, options, perturbed, store_tile
+from ._operands import check_alpha, check_floats, check_layout, output
 
 _CONFIGS = (
     # Small tensors: more programs, so that all multiprocessors have one.
@@ -74,9 +62,7 @@ def _form_tile(
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _form_kernel(
-    out, out_stride, W, D, alpha, n, seed, K: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr
-):
+def _form_kernel(out, out_stride, W, D, alpha, n, seed, K: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
     offsets = start + tl.arange(0, BLOCK)

@@ -16,21 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import (
-    Case,
-    Config,
-    check_alpha,
-    check_floats,
-    check_layout,
-    check_scalars,
-    choose,
-    load_tile,
-    on_device,
-    options,
-    output,
-    perturbed,
-    store_tile,
-)
+from ._launch import Case, Config, choose, load_tile, on_device, options, perturbed, store_tile
+from ._operands import check_alpha, check_floats, check_layout, check_scalars, output
 
 _CONFIGS = (
     Case(None, None, 1 << 18, Config(block=512, threads=64)),

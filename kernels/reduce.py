@@ -14,17 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import (
-    Case,
-    Config,
-    batches,
-    check_lists,
-    choose,
-    load_tile,
-    on_device,
-    operand,
-    options,
-)
+from ._launch import Case, Config, batches, choose, load_tile, on_device, operand, options
+from ._operands import check_lists
 
 _CONFIGS = (
     Case(None, None, 1 << 22, Config(block=512, threads=64)),
@@ -123,7 +114,7 @@ def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tens
         grad: g, likewise.
 
     Returns:
-        Tensor: [4] float64 on the device, in this order; zeros for empty lists, on the CPU if there is no tensor at all.
+        Tensor: [4] float64 on the device, in this order; zeros, on the CPU, for empty lists.
 
     Raises:
         TypeError: if a dtype is none of the three.

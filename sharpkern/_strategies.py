@@ -42,56 +42,16 @@ class Outcome:
 Steps = Generator[tuple[float, ...], None, Outcome]
 
 
-def sequential(curve: Curve, exponent: float, rtol: float, certify: bool) -> Steps:
-    """Try one step size at a time, each where the probes so far put the crossing.
+def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int, width: float) -> Steps:
+    """Try step sizes where the probes so far put the crossing, until they agree, and look where they may be deceived.
 
     Args:
         curve: Receives the losses; empty at the start. Its guess is where the search begins.
         exponent: Expected slope of ψ.
         rtol: Relative error to reach.
         certify: Whether to close the bracket to 2.5·rtol around the answer.
-
-    Yields:
-        One step size.
-
-    Returns:
-        The outcome.
-    """
-    # Without a slope the first probe is there to show it.
-    yield (curve.guess if curve.given_slope is not None else curve.guess / 3.0,)
-    widths = [math.inf]
-    while True:
-        lo, hi = curve.bracket()
-        estimate = curve.estimate(exponent)
-        outcome = _dead_end(curve)
-        if outcome is not None:
-            return outcome
-        settled = _settled(curve, estimate, rtol)
-        if settled is not None:
-            check = next(_unchecked(curve, settled, rtol, certify), None)
-            if check is None:
-                return _converged(curve, settled)
-            yield (check,)
-            continue
-        widths.append(math.log(hi / lo) if lo > 0 else math.inf)
-        slow = len(widths) > 3 and widths[-1] < math.inf and widths[-1] > widths[-4] / 2
-        if slow:
-            widths = [math.inf]
-            yield (math.sqrt(lo * hi),)
-        else:
-            yield (_propose(curve, estimate, rtol, len(curve.probes)),)
-
-
-def batched(curve: Curve, exponent: float, rtol: float, certify: bool, num: int, width: float) -> Steps:
-    """Try ``num`` step sizes at a time, on grids that close in on the crossing.
-
-    Args:
-        curve: Receives the losses; empty at the start. Its guess is where the search begins.
-        exponent: Expected slope of ψ.
-        rtol: Relative error to reach.
-        certify: Whether to close the bracket to 2.5·rtol around the answer.
-        num: Step sizes per pass, at least 2.
-        width: Half-width of the first grid, in log units.
+        num: Step sizes per pass.
+        width: Half-width of the first grid, in log units; of no use if ``num`` is 1.
 
     Yields:
         Up to ``num`` step sizes, ascending.
@@ -99,39 +59,72 @@ def batched(curve: Curve, exponent: float, rtol: float, certify: bool, num: int,
     Returns:
         The outcome.
     """
-    center, passes = math.log(curve.guess), 0
-    # With six or more, two of the first grid look for an earlier crossing.
-    watch = [center - width - math.log(divisor) for divisor in (_GUARDS[1], 3.5)] if num >= 6 else []
-    yield _grid(center, width, num - len(watch), watch)
+    chooser = _Single(curve, rtol) if num == 1 else _Grids(curve, rtol, num, width)
+    yield chooser.first()
     while True:
-        passes += 1
-        lo, hi = curve.bracket()
-        estimate = curve.estimate(exponent)
         outcome = _dead_end(curve)
         if outcome is not None:
             return outcome
+        estimate = curve.estimate(exponent)
         settled = _settled(curve, estimate, rtol)
-        if settled is not None:
-            checks = tuple(_unchecked(curve, settled, rtol, certify))[:num]
-            if not checks:
-                return _converged(curve, settled)
-            yield tuple(sorted(checks))
+        if settled is None:
+            yield chooser.after(estimate)
             continue
+        checks = tuple(_unchecked(curve, settled, rtol, certify))[:num]
+        if not checks:
+            return _converged(curve, settled)
+        yield tuple(sorted(checks))
+
+
+class _Single:
+    """One step size at a time."""
+
+    def __init__(self, curve: Curve, rtol: float) -> None:
+        self._curve, self._rtol = curve, rtol
+        self._widths = [math.inf]
+
+    def first(self) -> tuple[float, ...]:
+        # Without a slope the first probe is there to show it.
+        return (self._curve.guess if self._curve.given_slope is not None else self._curve.guess / 3.0,)
+
+    def after(self, estimate: Estimate | None) -> tuple[float, ...]:
+        lo, hi = self._curve.bracket()
+        self._widths.append(math.log(hi / lo) if lo > 0 else math.inf)
+        if len(self._widths) > 3 and math.inf > self._widths[-1] > self._widths[-4] / 2:
+            # Three moves have not halved the bracket: do it by force.
+            self._widths = [math.inf]
+            return (math.sqrt(lo * hi),)
+        return (_propose(self._curve, estimate, self._rtol, len(self._curve.probes)),)
+
+
+class _Grids:
+    """Several step sizes at a time, on grids that close in on the crossing."""
+
+    def __init__(self, curve: Curve, rtol: float, num: int, width: float) -> None:
+        self._curve, self._rtol, self._num, self._width = curve, rtol, num, width
+        self._passes = 0
+
+    def first(self) -> tuple[float, ...]:
+        center = math.log(self._curve.guess)
+        # With six or more, two of the first grid look for an earlier crossing.
+        watch = [center - self._width - math.log(divisor) for divisor in (12.0, 3.5)] if self._num >= 6 else []
+        return tuple(math.exp(y) for y in watch) + _grid(center, self._width, self._num - len(watch))
+
+    def after(self, estimate: Estimate | None) -> tuple[float, ...]:
+        self._passes += 1
+        lo, hi = self._curve.bracket()
         if lo > 0 and hi < math.inf:
-            inside = estimate is not None and lo < math.exp(estimate.y) < hi
-            if inside and estimate is not None and 3.0 * estimate.error < math.log(hi / lo):
-                yield _grid(estimate.y, max(1.5 * estimate.error, 0.02), num)
-            else:
-                step = math.log(hi / lo) / (num + 1)
-                yield tuple(lo * math.exp(step * i) for i in range(1, num + 1))
-            continue
-        width *= 1.5
-        center = math.log(_propose(curve, estimate, rtol, passes))
+            span = math.log(hi / lo)
+            if estimate is not None and lo < math.exp(estimate.y) < hi and 3.0 * estimate.error < span:
+                return _grid(estimate.y, max(1.5 * estimate.error, 0.02), self._num)
+            return _grid(math.log(lo * hi) / 2, span / 2 * (self._num - 1) / (self._num + 1), self._num)
+        self._width *= 1.5
+        center = math.log(_propose(self._curve, estimate, self._rtol, self._passes))
         if hi == math.inf:
-            center = max(center, math.log(curve.probes[-1].eta) + width / 2)
+            center = max(center, math.log(self._curve.probes[-1].eta) + self._width / 2)
         elif lo == 0:
-            center = min(center, math.log(hi) - width / 2)
-        yield _grid(center, width, num)
+            center = min(center, math.log(hi) - self._width / 2)
+        return _grid(center, self._width, self._num)
 
 
 def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
@@ -168,10 +161,9 @@ def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
             return Outcome("converged", (lo + hi) / 2, (hi - lo) / (hi + lo))
 
 
-def _grid(center: float, width: float, num: int, more: list[float] | None = None) -> tuple[float, ...]:
-    """Return ``num`` step sizes evenly spaced in log within ``width`` of the center, and ``more``, ascending."""
-    ys = [center + width * (2 * i / (num - 1) - 1) for i in range(num)] + (more or [])
-    return tuple(math.exp(y) for y in sorted(ys))
+def _grid(center: float, width: float, num: int) -> tuple[float, ...]:
+    """Return ``num`` step sizes evenly spaced in log, within ``width`` of the center."""
+    return tuple(math.exp(center + width * (2 * i / (num - 1) - 1)) for i in range(num))
 
 
 def _settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:

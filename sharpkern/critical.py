@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from sharpkern.direction import Direction
 from sharpkern.engines.checks import Checks, checks_of
-from sharpkern.engines.choose import Engine, choose, is_compiled, open_engine
-from sharpkern.engines.closure import Closure
+from sharpkern.engines.choose import Engine, choose, fall_back, is_compiled, open_engine
+from sharpkern.engines.closure import Closure, default_reduce
 from sharpkern.engines.guards import preserved
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import Pair, make_pairs
 from sharpkern.engines.verify import check_repeatable, check_slope, confirm_virtual
-from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, LossPrecisionWarning, RetainedWarning
+from sharpkern.errors import LossPrecisionWarning, RetainedWarning
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import LineSearch, SearchMemory, SearchResult
 
@@ -130,20 +130,14 @@ def measure(
     compiled = is_compiled(model, loss_fn)
     name = choose(options.engine, model, loss_fn, checks)
     with preserved(model, direction.parameters) as guard:
-        closure = Closure(loss_fn, guard, LossPrecision(), options.reduce or _default_reduce(model))
-        while True:
-            try:
-                with open_engine(name, pairs, closure, compiled=compiled) as engine:
-                    run = _Run(engine, closure, direction, pairs, options, checks, known_base)
-                    result = run.search(memory)
-                break
-            except EngineUnsupportedError as reason:
-                if options.engine != "auto" or name == "inplace":
-                    raise
-                checks.unsupported, name = str(reason), "inplace"
-                warnings.warn(
-                    f"measuring in place, θ is written and restored: {reason}", EngineFallbackWarning, stacklevel=3
-                )
+        closure = Closure(loss_fn, guard, LossPrecision(), options.reduce or default_reduce(model))
+
+        def search(engine_name: str) -> tuple[_Run, SearchResult]:
+            with open_engine(engine_name, pairs, closure, compiled=compiled) as engine:
+                run = _Run(engine, closure, direction, pairs, options, checks, known_base)
+                return run, run.search(memory)
+
+        run, result = fall_back(search, name, options.engine, checks)
     checks.num_measurements += 1
     return run.measurement(result, time.perf_counter() - started), result.memory
 
@@ -296,17 +290,3 @@ def _as_number(base_loss: object) -> float:
     if isinstance(base_loss, bool) or not isinstance(base_loss, (int, float)):
         raise TypeError(f"base_loss must be a number, got {base_loss!r}; leave it out to have it evaluated")
     return float(base_loss)
-
-
-def _default_reduce(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Mean over the process group of a DistributedDataParallel model."""
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return None
-    group = model.process_group
-
-    def mean(loss: Tensor) -> Tensor:
-        total = loss.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total / torch.distributed.get_world_size(group)
-
-    return mean

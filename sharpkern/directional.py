@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from sharpkern._hvp import GradientGraph, check_symmetry
 from sharpkern.direction import Direction
 from sharpkern.engines.checks import Checks, checks_of
-from sharpkern.engines.choose import choose, is_compiled, open_engine
-from sharpkern.engines.closure import Closure
+from sharpkern.engines.choose import choose, fall_back, is_compiled, open_engine
+from sharpkern.engines.closure import Closure, default_reduce
 from sharpkern.engines.guards import preserved
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
 from sharpkern.engines.verify import check_repeatable, confirm_virtual
-from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, RetainedWarning
+from sharpkern.errors import RetainedWarning
 from sharpkern.ops import inner_product, total
 
 _METHODS = ("forward", "hvp")
@@ -77,15 +77,11 @@ def directional_sharpness(
     if method == "hvp":
         return _by_product(model, loss_fn, direction)
     checks = checks_of(model, loss_fn)
-    name = choose("auto", model, loss_fn, checks)
-    try:
+
+    def measure(name: str) -> float:
         return _by_differences(model, loss_fn, direction, name, checks)
-    except EngineUnsupportedError as reason:
-        if name == "inplace":
-            raise
-        checks.unsupported = str(reason)
-        warnings.warn(f"measuring in place, θ is written and restored: {reason}", EngineFallbackWarning, stacklevel=2)
-        return _by_differences(model, loss_fn, direction, "inplace", checks)
+
+    return fall_back(measure, choose("auto", model, loss_fn, checks), "auto", checks)
 
 
 def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction) -> float:
@@ -119,7 +115,7 @@ def _by_differences(
     pairs = make_pairs(direction.parameters, direction.tensors, direction.masters)
     precision = LossPrecision()
     with preserved(model, direction.parameters) as guard:
-        closure = Closure(loss_fn, guard, precision)
+        closure = Closure(loss_fn, guard, precision, default_reduce(model))
         with open_engine(name, pairs, closure, compiled=is_compiled(model, loss_fn)) as engine:
             (base,) = engine.losses([0.0])
             noise = precision.noise()

@@ -1,23 +1,25 @@
 """Hessian sharpness: the largest eigenvalue of the loss Hessian, plain or preconditioned as Adam does.
 
-Lanczos builds an orthonormal basis V of {v, Hv, H²v, …} with one exact Hessian-vector product per vector, and the
-largest eigenvalue of the small matrix T = VᵀHV climbs to that of H from below. "Largest" is algebraic: far below zero
-may lie an eigenvalue of larger magnitude, which is no sharpness (GPT-2 at its initialization has −19).
+Lanczos' method (ARPACK, by scipy) builds a basis of {v, Hv, H²v, …} with one exact Hessian-vector product per vector.
+"Largest" is algebraic: far below zero may lie an eigenvalue of larger magnitude, which is no sharpness (GPT-2 at its
+initialization has −19).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 
+from sharpkern._extras import missing
 from sharpkern._hvp import GradientGraph, check_symmetry
 from sharpkern.engines.guards import preserved
 
-# Vectors held at a time. More make a restart rarer and cost one copy of the parameters each.
-_BASIS_SIZE = 16
+# Vectors that ARPACK holds at a time, and products before its first answer. More make a restart rarer.
+_BASIS_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ def hessian_sharpness(
     Raises:
         TypeError: If the preconditioner is not a `torch.optim.Adam` or `AdamW`.
         ValueError: If ``tol``, ``max_iter`` or ``v0`` is out of range, or there is nothing to differentiate.
+        ImportError: If scipy, the extra ``hessian``, is missing.
 
-    Memory: 17 vectors of the size of θ in float32, and the graph of a forward and a backward pass.
+    Memory: about 10 vectors of the size of θ in float64 on the host, and the graph of a forward and a backward pass.
     Determinism: as deterministic as the model's backward passes.
-    Source: Cohen et al. 2021 and 2022 (arXiv 2103.00065, 2207.14484); Wu and Simon 2000 for the thick restart.
+    Source: Cohen et al. 2021 and 2022 (arXiv 2103.00065, 2207.14484).
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -150,41 +153,89 @@ def _start(parameters: tuple[nn.Parameter, ...], v0: Tensor | None) -> Tensor:
     return start
 
 
+class _StoppedError(Exception):
+    """The products are used up, or one of them is not finite."""
+
+
+class _Products:
+    """Counts the products of a symmetric operator, and keeps what can be said when there may be no more.
+
+    Args:
+        product: v ↦ Hv, flat.
+        limit: most products to compute.
+    """
+
+    def __init__(self, product: Callable[[Tensor], Tensor], limit: int) -> None:
+        self._product = product
+        self._limit = limit
+        self.count = 0
+        self.magnitude = 0.0
+        self._first: tuple[Tensor, Tensor] | None = None
+        self.best: tuple[float, float, Tensor] = (-math.inf, math.nan, torch.empty(0))
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        if self.count == self._limit:
+            raise _StoppedError
+        self.count += 1
+        curved = self._product(vector)
+        norm = vector.norm()
+        # The Rayleigh quotient of any vector is a lower bound of the largest eigenvalue.
+        value = float(vector @ curved / norm**2)
+        length = float((curved - value * vector).norm() / norm)
+        if not math.isfinite(length):
+            self.best = (math.nan, math.nan, vector)
+            raise _StoppedError
+        self.magnitude = max(self.magnitude, float(curved.norm() / norm))
+        if self._first is None:
+            self._first = (vector.clone(), curved)
+        elif self.count == 2:
+            other, other_curved = self._first
+            scale = float((other_curved.norm() * norm).maximum(curved.norm() * other.norm()))
+            check_symmetry(float(other @ curved), float(vector @ other_curved), scale)
+        if value > self.best[0]:
+            self.best = (value, length, vector / norm)
+        return curved
+
+
 def _largest_eigenpair(product: Callable[[Tensor], Tensor], start: Tensor, tol: float, max_iter: int) -> HessianResult:
-    """Run Lanczos with full reorthogonalization, restarted from the best Ritz vectors when the basis is full."""
-    size = min(_BASIS_SIZE, start.numel())
-    basis = torch.empty(size, start.numel(), dtype=start.dtype, device=start.device)
-    basis[0] = start / start.norm()
-    projected = torch.zeros(size, size, dtype=torch.float64)
-    num_vectors, length = 0, 0.0
-    for iterations in range(1, max_iter + 1):
-        remainder = product(basis[num_vectors])
-        num_vectors += 1
-        spanned = basis[:num_vectors]
-        coefficients = spanned @ remainder
-        remainder = remainder - coefficients @ spanned
-        # Once more: rounding leaves a share of the basis behind that would grow into copies of eigenvalues.
-        correction = spanned @ remainder
-        remainder = remainder - correction @ spanned
-        column = (coefficients + correction).double().cpu()
-        if num_vectors == 2 == iterations:
-            check_symmetry(column[0].item(), length, scale=max(length, column.norm().item()))
-        length = remainder.norm().item()
-        if not math.isfinite(length) or not column.isfinite().all():
-            return HessianResult(math.nan, math.nan, iterations, False, start)
-        projected[:num_vectors, num_vectors - 1] = projected[num_vectors - 1, :num_vectors] = column
-        values, vectors = torch.linalg.eigh(projected[:num_vectors, :num_vectors])
-        value, ritz = values[-1].item(), vectors[:, -1]
-        distance = length * abs(ritz[-1].item())
-        rounding = torch.finfo(start.dtype).eps * values.abs().max().item()
-        converged = distance <= max(tol * abs(value), 10 * rounding) or num_vectors == start.numel()
-        if converged or iterations == max_iter:
-            break
-        if num_vectors == size:
-            num_vectors = size // 2
-            basis[:num_vectors] = vectors[:, -num_vectors:].T.to(basis) @ basis
-            projected.zero_()
-            projected.diagonal()[:num_vectors] = values[-num_vectors:]
-        basis[num_vectors] = remainder / length
-    residual = distance / abs(value) if value else math.inf if distance else 0.0
-    return HessianResult(value, residual, iterations, converged, ritz.to(spanned) @ spanned)
+    """Find the largest eigenvalue by ARPACK, or by the whole matrix where that takes no more products."""
+    products = _Products(product, max_iter)
+    try:
+        if start.numel() <= _BASIS_SIZE:
+            matrix = torch.stack([products(unit) for unit in torch.eye(start.numel()).to(start)])
+            value, vector = (part[..., -1] for part in torch.linalg.eigh(matrix))
+            distance = float((matrix @ vector - value * vector).norm())
+        else:
+            vector = _arpack(products, start, tol)
+            curved = products(vector)
+            value = vector @ curved
+            distance = float((curved - value * vector).norm())
+    except _StoppedError:
+        value, distance, vector = products.best
+        residual = distance / abs(value) if value else math.inf
+        return HessianResult(value, residual, products.count, False, vector)
+    rounding = 10 * torch.finfo(start.dtype).eps * products.magnitude
+    converged = distance <= max(tol * abs(float(value)), rounding)
+    residual = distance / abs(float(value)) if value else math.inf if distance else 0.0
+    return HessianResult(float(value), residual, products.count, converged, vector)
+
+
+def _arpack(products: _Products, start: Tensor, tol: float) -> Tensor:
+    """Return the unit eigenvector of the largest algebraic eigenvalue."""
+    try:
+        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    except ImportError:
+        raise missing("scipy", "hessian", "hessian_sharpness") from None
+
+    def matvec(vector: Any) -> Any:
+        return products(torch.from_numpy(vector.ravel()).to(start)).double().cpu().numpy()
+
+    size = start.numel()
+    operator = LinearOperator((size, size), matvec=matvec, dtype="float64")
+    try:
+        # Half the tolerance: ARPACK estimates the residual, and its vector is rounded to the parameters' precision.
+        _, vectors = eigsh(operator, k=1, which="LA", v0=start.double().cpu().numpy(), ncv=_BASIS_SIZE, tol=tol / 2)
+    except ArpackNoConvergence:
+        raise _StoppedError from None
+    vector: Tensor = torch.from_numpy(vectors[:, 0]).to(start)
+    return vector.div_(vector.norm())

@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from sharpkern._curve import Curve
-from sharpkern._strategies import Outcome, Steps, batched, bisection, sequential
+from sharpkern._strategies import Outcome, Steps, adaptive, bisection
 from sharpkern._strategies import Status as Status
 
 # The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
 _LARGEST_CORRECTION = 30.0
 # At the crossing the slope alone would typically have taken this share off the loss.
 _USUAL_FALL = 0.1
+# Step sizes beyond this, or below its inverse, are no measurement any more.
+_LARGEST = 1e100
 # First half-width of a grid of K step sizes around a cold guess, and around a warm one.
 _WARM_WIDTH = math.log(2.0)
 _WIDTHS = (math.log(1.25), math.log(5.0))
@@ -233,17 +235,15 @@ class LineSearch:
         except StopIteration as stop:
             self._pending, self._outcome = (), stop.value
             return
-        if not self._pending:
-            self._outcome = Outcome("unresolved")
+        if not self._pending or not all(1 / _LARGEST < eta < _LARGEST for eta in self._pending):
+            self._pending, self._outcome = (), Outcome("unresolved")
 
     def _strategy(self, method: str, rtol: float, certify: bool) -> Steps:
         """Return the generator that chooses step sizes."""
         exponent = min(max(self._before.exponent or 1.0, 0.3), 30.0)
         if method == "bisection":
             return bisection(self._curve)
-        if self._num_parallel > 1:
-            return batched(self._curve, exponent, rtol, certify, self._num_parallel, self._width)
-        return sequential(self._curve, exponent, rtol, certify)
+        return adaptive(self._curve, exponent, rtol, certify, self._num_parallel, self._width)
 
     def _first_guess(self, initial_lr: float | None, method: str) -> float:
         """Return the last crossing, scaled to this direction, or a first guess."""

@@ -278,16 +278,15 @@ def test_a_later_crossing_is_not_returned_in_place_of_the_first(num_parallel: in
         assert result.critical_lr == pytest.approx(1.0, rel=0.01)
 
 
-@pytest.mark.parametrize("num_parallel", [4, 8])
-def test_a_probe_above_its_neighbours_leads_to_the_bump_between(num_parallel: int) -> None:
-    # A rise of one per cent between 1 and 1.4 on the way down to a crossing at 6.5, as seen in the first steps of a GPT.
+@pytest.mark.parametrize("guess", [2.0, 4.0, 5.0, 8.0])
+def test_a_probe_above_its_neighbours_leads_to_the_bump_beside_it(guess: float) -> None:
+    # A small rise between 1 and 1.4, on the way down to a crossing at 6.5, as seen in the first steps of a GPT.
     def f(x: float) -> float:
         return 1 - 0.3 * x * (1 - x) * (1 - x / 1.4) * (1 - x / 6.5)
 
-    for guess in (2.0, 4.0, 8.0):
-        memory = SearchMemory(eta=guess, half_width=math.log(5.0))
-        result = find_critical_lr(f, slope=0.3, memory=memory, num_parallel=num_parallel)
-        assert result.critical_lr == pytest.approx(1.0, rel=0.02)
+    memory = SearchMemory(eta=guess, half_width=math.log(5.0))
+    result = find_critical_lr(f, slope=0.3, memory=memory, num_parallel=8)
+    assert result.critical_lr == pytest.approx(1.0, rel=0.01)
 
 
 def test_memory_makes_the_next_search_cheap_and_survives_a_checkpoint() -> None:

@@ -84,7 +84,7 @@ def command(
     Raises:
         Exit: With code 1 if an optional package is missing.
     """
-    for package in ("sklearn", "matplotlib"):
+    for package in ("sklearn", "scipy", "matplotlib"):
         if find_spec(package) is None:
             typer.echo(str(missing(package, "demo", "sharpkern demo")), err=True)
             raise typer.Exit(1)

@@ -1,8 +1,9 @@
 """Which engine evaluates the losses."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -12,7 +13,9 @@ from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.inplace import InPlaceEngine
 from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine, VirtualParameters
-from sharpkern.errors import EngineUnsupportedError
+from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError
+
+Result = TypeVar("Result")
 
 ENGINES = ("auto", "virtual", "inplace")
 
@@ -48,6 +51,31 @@ def choose(engine: str, model: nn.Module, loss_fn: LossFn, checks: Checks) -> st
     if engine != "auto":
         return engine
     return "inplace" if checks.unsupported or is_compiled(model, loss_fn) else "virtual"
+
+
+def fall_back(run: Callable[[str], Result], name: str, asked: str, checks: Checks) -> Result:
+    """Run with an engine, and with the in-place one if the virtual one turns out unable and none was named.
+
+    Args:
+        run: takes the name of an engine.
+        name: of the engine to begin with.
+        asked: what the caller asked for, "auto" or a name.
+        checks: told why the virtual engine cannot be used.
+
+    Returns:
+        Result: what ``run`` returned.
+
+    Raises:
+        EngineUnsupportedError: the engine was named and is unable.
+    """
+    try:
+        return run(name)
+    except EngineUnsupportedError as reason:
+        if asked != "auto" or name == "inplace":
+            raise
+        checks.unsupported = str(reason)
+        warnings.warn(f"measuring in place, θ is written and restored: {reason}", EngineFallbackWarning, stacklevel=4)
+        return run("inplace")
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sharpkern.engines.guards import Guard
 from sharpkern.engines.precision import LossPrecision, is_low
@@ -70,3 +71,17 @@ def _check_loss(loss: object) -> None:
         raise TypeError(f"loss_fn must return a floating-point loss, got {loss.dtype}; return the loss, not a count")
     if loss.device.type == "meta":
         raise ValueError("loss_fn must return a loss with a value, got a meta tensor; put the model on a real device")
+
+
+def default_reduce(model: nn.Module) -> Reduce | None:
+    """Mean over the process group of a DistributedDataParallel model."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return None
+    group = model.process_group
+
+    def mean(loss: Tensor) -> Tensor:
+        total = loss.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total / torch.distributed.get_world_size(group)
+
+    return mean

@@ -1,0 +1,98 @@
+"""Embedding look-up with perturbed weights: out[k, t] = W[i_t] + α_k D[i_t].
+
+Only the rows that occur are read, and once for all K step sizes: 4 + 2K bytes per element of the output with bf16
+operands. The full perturbed table is never formed. Arithmetic is fp32 with one fused multiply-add.
+
+Source: Kalra et al. 2026, Def. 2.1 (W − ηΔθ at every probe of the line search).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Case, Config, choose, load_tile, on_device, options, perturbed, store_tile
+from ._operands import check_alpha, check_device, check_dtype, check_floats, check_rows
+
+# Bounded by the length of a row.
+_CONFIGS = (
+    Case(None, None, 513, Config(block=512, threads=64)),
+    Case(None, None, None, Config(block=1024, threads=128)),
+)
+
+
+@triton.jit
+def _embedding_kernel(
+    out, out_stride, indices, W, W_stride, D, D_stride, alpha, num_rows, length, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    pid = tl.program_id(0).to(tl.int64)
+    parts = tl.cdiv(length, BLOCK)
+    token = pid // parts
+    columns = (pid % parts) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < length
+
+    index = tl.load(indices + token).to(tl.int64)
+    known = (index >= 0) & (index < num_rows)
+    row = tl.where(known, index, 0)
+    w = load_tile(W + row * W_stride + columns, inside, True)
+    d = load_tile(D + row * D_stride + columns, inside, True)
+    out += token * length + columns
+    for k in tl.static_range(K):
+        x = perturbed(w, d, tl.load(alpha + k))
+        store_tile(out, tl.where(known, x, float("nan")), inside, True)
+        out += out_stride
+
+
+def embedding(indices: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return rows of W + α_k D for K step sizes.
+
+    Args:
+        indices: rows to take, any shape, int64 or int32, CUDA; copied if not contiguous.
+        W: the table, [V, C], float32, float16 or bfloat16; elements of a row next to each other, any distance of rows.
+        D: the direction, [V, C], its own dtype of the three, strides as free as those of ``W``.
+        alpha: signed step sizes, [K] float32, K ≤ 16.
+        dtype: of the result, ``W.dtype`` by default; float32 keeps displacements that 16 bits would round away.
+
+    Returns:
+        Tensor: [K, *indices.shape, C]. An index outside [0, V) gives a row of NaN: the device is not stopped.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a device, shape or stride does not fit.
+
+    Memory:
+        Allocates the result.
+
+    Determinism:
+        Elementwise; the same bits on every run.
+    """
+    check_floats(W=W, D=D)
+    check_device(W=W, indices=indices)
+    check_rows(W=W, D=D)
+    if indices.dtype not in {torch.int64, torch.int32}:
+        raise TypeError(f"indices must be int64 or int32, got {indices.dtype}; convert them")
+    num_steps = check_alpha(alpha, W)
+    dtype = dtype or W.dtype
+    check_dtype(dtype)
+    num_rows, length = W.shape
+    out = torch.empty(num_steps, *indices.shape, length, dtype=dtype, device=W.device)
+    if out.numel() == 0:
+        return out
+    config = choose(_CONFIGS, W, length)
+    with on_device(W):
+        _embedding_kernel[(indices.numel() * triton.cdiv(length, config.block),)](
+            out,
+            indices.numel() * length,
+            indices.contiguous(),
+            W,
+            W.stride(0),
+            D,
+            D.stride(0),
+            alpha,
+            num_rows,
+            length,
+            K=num_steps,
+            BLOCK=config.block,
+            **options(config, W),
+        )
+    return out

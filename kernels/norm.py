@@ -1,0 +1,204 @@
+"""RMSNorm and LayerNorm with perturbed weights, the perturbation never rounded.
+
+    out[k] = (x[k] − mean) / √(mean of squares + ε) · (W + α_k D) + (b + α_k d)
+
+RMSNorm takes no mean off and adds no bias. Norm weights lie near 1, where bf16 steps by 2⁻⁷: rounded to it, W + αD
+would not move at all at the learning rates of large models. Here it stays fp32 until it has met x. One program
+normalises one row, which it holds in registers: x is read once, 4 bytes move per element with bf16 operands.
+
+Source: Zhang and Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm); Kalra et al. 2026, Def. 2.1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Case, Config, choose, load_tile, on_device, options, perturbed, store_tile
+from ._operands import check_alpha, check_dtype, check_floats
+
+# The longest row: a program of 512 threads holds 64 elements in each.
+MAX_LENGTH = 32768
+
+# Bounded by the length of a row, which decides the block as well.
+_CONFIGS = (
+    Case(None, None, 1025, Config(block=1024, threads=128)),
+    Case(None, None, 4097, Config(block=4096, threads=256)),
+    Case(None, None, None, Config(block=MAX_LENGTH, threads=512)),
+)
+
+
+@triton.jit
+def _perturbed_vector(values, direction, alpha, columns, inside):
+    """Return w + αd of a vector, or w where there is no direction."""
+    w = load_tile(values + columns, inside, True)
+    if direction is not None:
+        w = perturbed(w, load_tile(direction + columns, inside, True), alpha)
+    return w
+
+
+@triton.jit
+def _norm_kernel(
+    out,
+    x,
+    x_stride,
+    weight,
+    weight_direction,
+    bias,
+    bias_direction,
+    alpha,
+    rows_per_step,
+    length,
+    EPS: tl.constexpr,
+    CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < length
+    alpha = tl.load(alpha + pid // rows_per_step)
+
+    x = load_tile(x + pid * x_stride + columns, inside, True)
+    if CENTERED:
+        x = tl.where(inside, x - tl.sum(x) / length, 0.0)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x) / length + EPS))
+    y = x * scale * _perturbed_vector(weight, weight_direction, alpha, columns, inside)
+    if bias is not None:
+        y += _perturbed_vector(bias, bias_direction, alpha, columns, inside)
+    store_tile(out + pid * length + columns, y, inside, True)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    weight_direction: Tensor | None,
+    alpha: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return RMSNorm of x[k] with weight W + α_k D, for K step sizes.
+
+    Args:
+        x: one input per step size, [K, ..., C], float32, float16 or bfloat16, CUDA; copied unless its rows have equal
+            distances and their elements lie next to each other.
+        weight: W, [C], any of the three dtypes, contiguous.
+        weight_direction: D, likewise; None if the weight does not move.
+        alpha: signed step sizes, [K] float32, K ≤ 16.
+        eps: added to the mean of squares.
+        dtype: of the result, ``x.dtype`` by default.
+
+    Returns:
+        Tensor: [K, ..., C].
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a device or shape does not fit, or C exceeds 32768.
+
+    Memory:
+        Allocates the result.
+
+    Determinism:
+        Fixed order of additions in a row; the same bits on every run.
+    """
+    return _norm(x, weight, weight_direction, None, None, alpha, eps, dtype, centered=False)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    weight_direction: Tensor | None,
+    bias: Tensor | None,
+    bias_direction: Tensor | None,
+    alpha: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return LayerNorm of x[k] with weight W + α_k D and bias b + α_k d, for K step sizes.
+
+    Args:
+        x: as for `rms_norm`.
+        weight: W, [C], any of the three dtypes, contiguous.
+        weight_direction: D, likewise; None if the weight does not move.
+        bias: b, likewise; None if there is none.
+        bias_direction: d, likewise; None if the bias does not move.
+        alpha: signed step sizes, [K] float32, K ≤ 16.
+        eps: added to the variance.
+        dtype: of the result, ``x.dtype`` by default.
+
+    Returns:
+        Tensor: [K, ..., C].
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a device or shape does not fit, C exceeds 32768, or a direction has no bias to move.
+
+    Memory:
+        Allocates the result.
+
+    Determinism:
+        Fixed order of additions in a row; the same bits on every run.
+    """
+    if bias is None and bias_direction is not None:
+        raise ValueError("bias_direction must be None without a bias, got a tensor; pass the bias that it moves")
+    return _norm(x, weight, weight_direction, bias, bias_direction, alpha, eps, dtype, centered=True)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor,
+    weight_direction: Tensor | None,
+    bias: Tensor | None,
+    bias_direction: Tensor | None,
+    alpha: Tensor,
+    eps: float,
+    dtype: torch.dtype | None,
+    *,
+    centered: bool,
+) -> Tensor:
+    """Check, allocate and launch."""
+    vectors = {
+        "weight": weight,
+        "weight_direction": weight_direction,
+        "bias": bias,
+        "bias_direction": bias_direction,
+    }
+    check_floats(x=x, **vectors)
+    num_steps = check_alpha(alpha, x)
+    if x.dim() < 2 or x.shape[0] != num_steps or x.shape[-1] > MAX_LENGTH:
+        raise ValueError(
+            f"x must have shape [{num_steps}, ..., C] with one input per step size and C at most {MAX_LENGTH}, got "
+            f"{list(x.shape)}; expand it if the inputs are equal"
+        )
+    length = x.shape[-1]
+    for name, vector in vectors.items():
+        if vector is not None and (vector.shape != (length,) or not vector.is_contiguous()):
+            raise ValueError(
+                f"{name} must be a contiguous vector of the length of x's rows, {length}, got shape "
+                f"{list(vector.shape)} with strides {list(vector.stride())}; pass a contiguous copy"
+            )
+    dtype = dtype or x.dtype
+    check_dtype(dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    rows = x.reshape(-1, length)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    config = choose(_CONFIGS, x, length)
+    with on_device(x):
+        _norm_kernel[(len(rows),)](
+            out,
+            rows,
+            rows.stride(0),
+            *vectors.values(),
+            alpha,
+            len(rows) // num_steps,
+            length,
+            EPS=eps,
+            CENTERED=centered,
+            BLOCK=min(config.block, triton.next_power_of_2(length)),
+            **options(config, x),
+        )
+    return out
