@@ -160,6 +160,7 @@ def cost_table(rows: list[dict[str, Any]]) -> Table:
         "forwards",
         "plain forward ms",
         "time / plain forwards",
+        "direction, in forwards",
         "extra MB",
         "largest matrix MB",
         "all parameters MB",
@@ -172,6 +173,7 @@ def cost_table(rows: list[dict[str, Any]]) -> Table:
             str(row["forwards"]),
             f"{row['plain_forward_ms']:.1f}",
             f"{row['ratio_to_plain_forwards']:.2f}",
+            f"{row['direction_in_plain_forwards']:.2f}",
             *(f"{row[key] / 1e6:.2f}" for key in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")),
         )
     return shown

@@ -46,31 +46,32 @@ def cost_rows(num_tokens: int, repeats: int) -> list[dict[str, Any]]:
         with torch.no_grad():
             loss_fn()
 
+    direction = sharpkern.Direction.from_optimizer(optimizer)
+
     def measure(engine: str) -> sharpkern.Measurement:
-        return sharpkern.critical_sharpness(
-            model, loss_fn, sharpkern.Direction.from_optimizer(optimizer), engine=engine
-        )
+        return sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine)
 
     found = {engine: measure(engine) for engine in ENGINES}
     values = [measurement.sharpness for measurement in found.values()]
     if not abs(values[0] / values[1] - 1) < 1e-3:
         raise RuntimeError(f"engines disagree, nothing is timed: {dict(zip(ENGINES, values, strict=True))}")
     plain: list[float] = []
+    building: list[float] = []
     seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     for _ in range(repeats):
         plain.append(_seconds(forward))
+        building.append(_seconds(lambda: sharpkern.Direction.from_optimizer(optimizer)))
         for engine in ENGINES:
             # Forwards differ between rounds: now and then a measurement checks the slope as well.
             started = time.perf_counter()
             forwards = measure(engine).forwards
             seconds[engine].append((time.perf_counter() - started) / forwards)
             plain.append(_seconds(forward))
-    direction = sharpkern.Direction.from_optimizer(optimizer)
     parameters = [p.numel() * p.element_size() for p in model.parameters()]
     forward_peak = peak_bytes(forward)
     rows = []
     for engine in ENGINES:
-        peak = peak_bytes(lambda e=engine: sharpkern.critical_sharpness(model, loss_fn, direction, engine=e))
+        peak = peak_bytes(lambda e=engine: measure(e))
         rows.append(
             {
                 "tokens": num_tokens,
@@ -80,6 +81,7 @@ def cost_rows(num_tokens: int, repeats: int) -> list[dict[str, Any]]:
                 "status": found[engine].status,
                 "plain_forward_ms": 1e3 * median(plain),
                 "ratio_to_plain_forwards": median(seconds[engine]) / median(plain),
+                "direction_in_plain_forwards": median(building) / median(plain),
                 "extra_bytes": peak - forward_peak,
                 "largest_matrix_bytes": max(parameters),
                 "parameter_bytes": sum(parameters),
@@ -88,7 +90,7 @@ def cost_rows(num_tokens: int, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _seconds(function: Callable[[], None]) -> float:
+def _seconds(function: Callable[[], object]) -> float:
     started = time.perf_counter()
     function()
     return time.perf_counter() - started

@@ -25,18 +25,18 @@ VOCABULARY_CHUNK = 4096
 _FORM_CONFIGS = (Case(None, None, None, Config(block=2048, threads=256)),)
 _UPDATE_CONFIGS = (Case(None, None, None, Config(block=VOCABULARY_CHUNK, threads=256)),)
 
-# Products of 16-bit matrices with an fp32 result: torch 2.8 and later, on CUDA.
-_HAS_WIDE_PRODUCT = "dtype_out" in torch.ops.aten.mm.overloads()
+# Products of 16-bit matrices with an fp32 result: torch 2.8 and later, with CUDA.
+_HAS_WIDE_PRODUCT = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
-@triton.jit
-def _form_chunk_kernel(out, W, D, alpha, n, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["k"])
+def _form_chunk_kernel(out, W, D, alpha, k, n, BLOCK: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     offsets = pid * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n
     w = load_tile(W + offsets, inside, True)
     if D is not None:
-        w = perturbed(w, load_tile(D + offsets, inside, True), tl.load(alpha))
+        w = perturbed(w, load_tile(D + offsets, inside, True), tl.load(alpha + k))
     store_tile(out + offsets, w, inside, True)
 
 
@@ -103,7 +103,7 @@ def linear_cross_entropy(
         ValueError: if a device, shape, stride, reduction or softcap does not fit.
 
     Memory:
-        4096 C elements of ``hidden.dtype``, 4096 T of fp32 and 3 T of fp32. Before torch 2.8 16-bit products need the
+        4096 C elements of ``hidden.dtype``, 4096 T of fp32 and 3 T of fp32. Before torch 2.8, and with HIP, 16-bit products need the
         chunk and the hidden states of one step size in fp32 as well, and run at fp32 speed.
 
     Determinism:
@@ -118,14 +118,13 @@ def linear_cross_entropy(
     memory = torch.empty(num_tokens * height, dtype=torch.float32, device=W.device)
     losses = torch.zeros(num_steps, dtype=torch.float64, device=W.device)
     for k in range(num_steps if num_tokens else 0):
-        maximum, total, target = (
-            torch.tensor([-torch.inf, 0.0, torch.nan], device=W.device)
-            .repeat_interleave(num_tokens)
-            .view(3, num_tokens)
-        )
+        maximum = torch.full((num_tokens,), -torch.inf, dtype=torch.float32, device=W.device)
+        total = torch.zeros(num_tokens, dtype=torch.float32, device=W.device)
+        # A label that no chunk contains leaves NaN.
+        target = torch.full((num_tokens,), torch.nan, dtype=torch.float32, device=W.device)
         for first in range(0, num_rows, height):
             rows = slice(first, min(first + height, num_rows))
-            weight = _form_chunk(chunk[: rows.stop - first], W[rows], None if D is None else D[rows], alpha[k:])
+            weight = _form_chunk(chunk[: rows.stop - first], W[rows], None if D is None else D[rows], alpha, k)
             logits = _product(hidden[k], weight, memory[: num_tokens * len(weight)].view(num_tokens, -1))
             _update(maximum, total, target, logits, labels, first, softcap)
         token_losses = maximum.double() + total.double().log() - target.double()
@@ -133,12 +132,12 @@ def linear_cross_entropy(
     return losses / counted.sum() if reduction == "mean" else losses
 
 
-def _form_chunk(out: Tensor, W: Tensor, D: Tensor | None, alpha: Tensor) -> Tensor:
-    """Write some rows of W + αD, in the dtype of ``out``."""
+def _form_chunk(out: Tensor, W: Tensor, D: Tensor | None, alpha: Tensor, k: int) -> Tensor:
+    """Write some rows of W + α_k D, in the dtype of ``out``."""
     config = choose(_FORM_CONFIGS, W, W.numel())
     with on_device(W):
         _form_chunk_kernel[(triton.cdiv(W.numel(), config.block),)](
-            out, W, D, alpha, W.numel(), BLOCK=config.block, **options(config, W)
+            out, W, D, alpha, k, W.numel(), BLOCK=config.block, **options(config, W)
         )
     return out
 

@@ -21,6 +21,8 @@ from ._operands import check_alpha, check_floats, check_layout, output
 _CONFIGS = (
     # Small tensors: more programs, so that all multiprocessors have one.
     Case(None, None, 1 << 18, Config(block=512, threads=64)),
+    # 4 elements of fp32 or 8 of 16 bits per thread: one 16-byte store for each step size.
+    Case(None, 4, None, Config(block=1024, threads=256)),
     Case(None, None, None, Config(block=2048, threads=256)),
 )
 

@@ -6,8 +6,8 @@ With f(η) = L(θ − ηΔθ), f₀ = f(0), slope s = Δθᵀg and y = log η, t
 
 which on a quadratic is a straight line of slope 1, and elsewhere close to one of slope p, the *exponent*. The zero does
 not depend on s: a wrong slope bends ψ and costs probes, never accuracy. Where the probes contradict the slope, or where
-none was given, it is read off the two probes nearest to zero. Far out, where sη exceeds the whole loss, f₀ takes its
-place: no fall can be compared with more.
+none was given, it is read off the two probes nearest to zero. Far out, where the line of slope s has long passed below
+zero, f₀ takes the place of sη: no fall can be compared with more.
 """
 
 import math
@@ -24,6 +24,8 @@ _NOISE = 3.0
 _SMALLEST_W = 1e-4
 # Probes are close enough to 0 for the directional sharpness if w grows with η to the power 1 ± this.
 _PROPORTIONAL = 0.1
+# On a quadratic above zero the slope takes at most this many times the loss off up to the crossing.
+_QUADRATIC = 4.0
 # Exponents outside are artefacts of two probes too close to one another.
 _EXPONENTS = (0.02, 50.0)
 
@@ -88,7 +90,7 @@ class Curve:
 
     def add(self, eta: float, loss: float) -> None:
         """Record a loss, the first one at each step size; one that is not finite is a rise."""
-        if any(eta == probe.eta for probe in self.probes):
+        if any(math.isclose(eta, probe.eta, rel_tol=1e-12) for probe in self.probes):
             return
         rise = loss - self.base_loss
         insort(self.probes, Probe(eta, rise if math.isfinite(rise) else math.inf))
@@ -171,8 +173,15 @@ class Curve:
         return found[bottom:top]
 
     def _drop(self, slope: float, eta: float) -> float:
-        """Return the fall at η that ψ compares with: sη, levelling off where a loss would pass below zero."""
-        return 1.0 / math.hypot(1.0 / (slope * eta), 1.0 / self.base_loss) if self.base_loss > 0 else slope * eta
+        """Return the fall at η that ψ compares with.
+
+        It is sη, and levels off at f₀ where the last fall lies further out than any quadratic that stays above zero
+        would have it.
+        """
+        fall, whole = slope * eta, self.base_loss
+        if 0 < _QUADRATIC * whole < slope * self.bracket()[0] and fall > 0:
+            return 1.0 / math.hypot(1.0 / fall, 1.0 / whole)
+        return fall
 
     def estimate(self, exponent: float) -> Estimate | None:
         """Estimate the first crossing from the up to three probes around it.

@@ -9,15 +9,17 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from sharpkern._curve import Curve, Estimate
+from sharpkern._curve import SIGNIFICANT, Curve, Estimate
 
 Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "unresolved"]
 
 # Without any rise the search goes up to this multiple of the first guess, or of the step that would bring a linear
 # loss to zero, whichever is larger.
-_REACH = 1e6
+_REACH = 1e9
 # Rises this close to the noise are as far down as a search can see.
 _FLOOR = 20.0
+# A probe that shows nothing proves so for step sizes up to this ratio above it.
+_CLOSE = 4.5
 # A loss that changes nowhere over this ratio of step sizes is flat as far as its noise lets see.
 _FLAT = 1e6
 # Where an earlier crossing would hide: the guard looks at the estimate divided by these ...
@@ -140,7 +142,7 @@ def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
     Returns:
         The outcome.
 
-    Source: Kalra et al. 2026, arXiv 2601.16979, Algorithm 1.
+    Source: Kalra et al. 2026, arXiv 2601.16979.
     """
     eta = curve.guess
     while True:
@@ -175,7 +177,9 @@ def _settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate |
         # Without a slope to trust, two probes determine it and ψ only together.
         enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
         inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
+        # From one side only, a nearly flat ψ may cross anywhere further on, or not at all.
         conditioned = enclosed or estimate.exponent >= 0.25
+        # No extrapolation beyond a factor of two, however straight ψ looks.
         exact = estimate.measured and estimate.nearest < 0.7 and estimate.error <= tolerance
         if enough and inside and conditioned and exact:
             return estimate
@@ -195,7 +199,7 @@ def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> 
     slope = max(curve.given_slope or 0.0, curve.slope() or 0.0) or math.inf
     if slope * eta > _GUARD_FALL * abs(curve.base_loss) or estimate.exponent < _GUARD_EXPONENT:
         for divisor in _GUARDS:
-            yield from _unless_near(curve, eta / divisor, 1.6)
+            yield from _unless_near(curve, eta / divisor, 1.3)
     for bump in _bumps(curve):
         yield from _unless_near(curve, bump, 1.25)
     if certify:
@@ -213,7 +217,7 @@ def _bumps(curve: Curve) -> Iterator[float]:
     before = [probe for probe in curve.probes if probe.eta < curve.bracket()[1]]
     deepest = min((probe.rise for probe in before), default=0.0)
     for left, top, right in zip(before, before[1:], before[2:], strict=False):
-        if top.rise > max(left.rise, right.rise, 0.5 * deepest):
+        if top.rise > max(max(left.rise, right.rise) + SIGNIFICANT * curve.noise_level, 0.5 * deepest):
             yield math.sqrt(top.eta * right.eta)
             yield math.sqrt(left.eta * top.eta)
 
@@ -240,8 +244,9 @@ def _dead_end(curve: Curve) -> Outcome | None:
     if hi == math.inf and curve.probes[-1].eta >= _limit(curve):
         return Outcome("unbounded", curve.probes[-1].eta) if lo > 0 else Outcome("unresolved")
     if lo == 0 and hi < math.inf and curve.probes[-1].eta > hi:
-        # One small rise may be the near side of a crossing: it takes two steps that show nothing to prove the floor.
-        bottom = _num_below(curve, hi) > 1
+        # A small rise may be the near side of a crossing: two steps that show nothing, one close by, prove the floor.
+        below = _below(curve, hi)
+        bottom = len(below) > 1 and hi <= _CLOSE * below[-1]
         if (bottom or hi <= 1.5 * _floor(curve)) and _rises_at_once(curve):
             return Outcome("ascent")
         if bottom:
@@ -264,16 +269,16 @@ def _floor(curve: Curve) -> float:
     return _FLOOR * curve.noise_level / steepest if steepest > 0 else curve.guess / _REACH**2
 
 
-def _num_below(curve: Curve, eta: float) -> int:
-    """Return the number of probes below ``eta``."""
-    return sum(probe.eta < eta for probe in curve.probes)
+def _below(curve: Curve, eta: float) -> list[float]:
+    """Return the step sizes evaluated below ``eta``."""
+    return [probe.eta for probe in curve.probes if probe.eta < eta]
 
 
 def _rises_at_once(curve: Curve) -> bool:
     """Return whether the rises shrink in proportion to η, as along a direction of ascent, and not faster."""
     rises = [probe for probe in curve.probes if curve.sign(probe) > 0]
     # A given slope that could not have been seen at this step size may still lead to a crossing below it.
-    hidden = curve.given_slope is not None and curve.given_slope * rises[0].eta <= 3.0 * curve.noise_level
+    hidden = curve.given_slope is not None and curve.given_slope * rises[0].eta <= SIGNIFICANT * curve.noise_level
     if hidden or len(rises) < 2 or not math.isfinite(rises[1].rise):
         return False
     return rises[0].rise / rises[0].eta >= 0.5 * rises[1].rise / rises[1].eta
@@ -290,7 +295,10 @@ def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) 
             return min(etas[-1] * leap, _limit(curve))
         if lo > 0:
             return math.sqrt(lo * hi)
-        if _num_below(curve, hi) > 1:
+        below = _below(curve, hi)
+        if below and hi > _CLOSE * below[-1]:
+            return math.sqrt(below[-1] * hi)
+        if len(below) > 1:
             return 10.0 * etas[-1]
         return max(etas[0] / leap, min(_floor(curve), etas[0] / 4.0))
     eta = math.exp(estimate.y)
@@ -313,7 +321,8 @@ def _away_from(curve: Curve, eta: float, estimate: Estimate, rtol: float) -> flo
         zeros = sum(curve.sign(probe) == 0 for probe in curve.probes)
         distance = min(max(0.03, distance) * 4.0 ** max(zeros - 1, 0), math.log(100.0))
     nearest = min((probe.eta for probe in curve.probes), key=lambda old: abs(math.log(eta / old)))
-    factor = math.exp(distance if eta >= nearest else -distance)
+    # Rounding must not decide between up and down.
+    factor = math.exp(distance if eta > nearest * (1 - 1e-9) else -distance)
     while any(abs(math.log(eta / probe.eta)) < 0.1 * rtol for probe in curve.probes):
         eta *= factor
     return eta

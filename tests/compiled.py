@@ -1,6 +1,5 @@
 """Compile for GPUs that are not there: what a launcher would launch, and what the compiler made of it."""
 
-import json
 import re
 import subprocess
 import tempfile
@@ -14,11 +13,10 @@ from unittest import mock
 
 import torch
 import triton
+from sharpkern.kernels import _launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from sharpkern.kernels import _launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -72,7 +70,7 @@ class Facts:
 
 @contextmanager
 def recorded(architecture: str) -> Iterator[list[Launch]]:
-    """Let launchers run on CPU tensors as if on this architecture, and collect their launches instead of making them."""
+    """Let launchers run on CPU tensors as if on this architecture; their launches are collected and not made."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
@@ -83,7 +81,7 @@ def recorded(architecture: str) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(_launch, "INTERPRETED", True),
-        mock.patch.object(_launch, "architecture", lambda device: architecture),
+        mock.patch.object(_launch, "architecture", return_value=architecture),
         mock.patch.object(JITFunction, "run", run),
     ):
         yield launches
@@ -178,8 +176,3 @@ def _matrix(opcodes: Counter[str], pattern: str) -> dict[str, int]:
         if match := re.match(pattern, name):
             found[match[1]] += count
     return dict(found)
-
-
-def table_text(rows: dict[str, Any]) -> str:
-    """The committed form of the table."""
-    return json.dumps(rows, indent=1, sort_keys=True) + "\n"

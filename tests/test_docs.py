@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -63,6 +64,14 @@ def test_the_readme_has_two_commands_and_names_what_is_there() -> None:
         assert (ROOT / link).exists(), link
     for name in re.findall(r"`sharpkern\.(\w+)", README):
         assert hasattr(sharpkern, name) or name == "kernels", name
+
+
+def test_figures_in_the_readme_are_those_of_the_results_files() -> None:
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "bench" / "readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    assert readme.with_tables(README) == README
+    assert all(f"<!-- {name} -->\n|" in README for name in readme.TABLES)
 
 
 def test_one_version() -> None:

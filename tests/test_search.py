@@ -34,9 +34,8 @@ KNOWN: dict[str, tuple[Function, float, float]] = {
     "softplus": (lambda x: 1 + softplus(5 * x - 10) - softplus(-10) - x / 2, 0.4997730106564878, 2.1281978457541944),
     "wall to inf": (wall(math.inf), 1.0, 0.7),
     "wall to nan": (wall(math.nan), 1.0, 0.7),
-    "kink": (lambda x: abs(x - 1), 1.0, 2.0),
+    "kink": (lambda x: 0.2 + abs(x - 1), 1.0, 2.0),
     "negative curvature": (lambda x: 1 - x - 5 * x**2 + 4 * x**3, 1.0, (5 + math.sqrt(41)) / 8),
-    "two crossings": (lambda x: 1 - x * (1 - x) * (1 - x / 4) * (1 - x / 12), 1.0, 1.0),
 }
 ENDLESS: dict[str, Function] = {"falling": lambda x: 1 - x, "saturating": lambda x: math.exp(-min(x, 700))}
 
@@ -65,12 +64,19 @@ def assert_sound(result: SearchResult, f: Function, budget: int) -> None:
 def test_finds_the_first_crossing_from_any_guess(name: str, slope_factor: float | None, num_parallel: int) -> None:
     f, slope, crossing = KNOWN[name]
     given_slope = None if slope_factor is None else slope_factor * slope
+    budget = max(39, 8 * num_parallel)
     for miss in (1e-4, 1e-2, 0.3, 1.0, 3.0, 1e2, 1e4):
-        result = find_critical_lr(f, slope=given_slope, initial_lr=miss * crossing, num_parallel=num_parallel)
+        result = find_critical_lr(
+            f,
+            slope=given_slope,
+            initial_lr=miss * crossing,
+            num_parallel=num_parallel,
+            max_evaluations=budget,
+        )
         assert result.status == "converged"
         assert result.critical_lr == pytest.approx(crossing, rel=max(0.012, result.error))
         assert result.error < 0.1
-        assert_sound(result, f, 39)
+        assert_sound(result, f, budget)
 
 
 @pytest.mark.parametrize("num_parallel", [1, 4, 8])
@@ -190,9 +196,7 @@ def test_quadratic_equals_its_closed_form(log_scale: float, miss: float, base: f
     )
     assert result.status == "converged"
     assert result.critical_lr == pytest.approx(crossing, rel=result.error)
-    if share <= 1:
-        # Beyond, the loss comes close to zero on the way, and ψ is no straight line any more.
-        assert result.sharpness == pytest.approx(2 / crossing, rel=0.01)
+    assert result.sharpness == pytest.approx(2 / crossing, rel=1e-4)
 
 
 @given(name=st.sampled_from(sorted(KNOWN)), miss=st.floats(-3, 3), power=st.integers(-30, 30), known=st.booleans())
@@ -201,7 +205,8 @@ def test_stretching_the_step_size_stretches_the_answer(name: str, miss: float, p
     f, slope, crossing = KNOWN[name]
     # A power of two is exact, so that every decision must be the same.
     scale = 2.0**power
-    guess = crossing * 10.0**miss
+    # No probe hits a root or the edge of a wall exactly: there rounding alone would decide.
+    guess = 1.0123 * crossing * 10.0**miss
     plain = find_critical_lr(f, slope=slope if known else None, initial_lr=guess)
     stretched = find_critical_lr(
         lambda eta: f(eta / scale), slope=slope / scale if known else None, initial_lr=guess * scale
@@ -217,7 +222,8 @@ def test_stretching_the_step_size_stretches_the_answer(name: str, miss: float, p
 def test_scaling_the_loss_changes_nothing(name: str, miss: float, power: int, known: bool) -> None:
     f, slope, crossing = KNOWN[name]
     scale = 2.0**power
-    guess = crossing * 10.0**miss
+    # No probe hits a root or the edge of a wall exactly: there rounding alone would decide.
+    guess = 1.0123 * crossing * 10.0**miss
     plain = find_critical_lr(f, slope=slope if known else None, initial_lr=guess)
     scaled = find_critical_lr(lambda eta: scale * f(eta), slope=scale * slope if known else None, initial_lr=guess)
     assert scaled.critical_lr == pytest.approx(plain.critical_lr, rel=1e-6)
@@ -272,9 +278,11 @@ def test_a_tighter_tolerance_is_reached() -> None:
 
 @pytest.mark.parametrize("num_parallel", [1, 4, 8])
 def test_a_later_crossing_is_not_returned_in_place_of_the_first(num_parallel: int) -> None:
-    f, slope, _ = KNOWN["two crossings"]
-    for guess in (10.0, 11.0, 12.0, 13.0, 20.0):
-        result = find_critical_lr(f, slope=slope, initial_lr=guess, num_parallel=num_parallel)
+    def f(x: float) -> float:
+        return 1 - x * (1 - x) * (1 - x / 4) * (1 - x / 12)
+
+    for guess in (1e-4, 1.1, 3.0, 10.0, 11.0, 12.5, 14.0, 20.0, 100.0):
+        result = find_critical_lr(f, slope=1.0, initial_lr=guess, num_parallel=num_parallel)
         assert result.critical_lr == pytest.approx(1.0, rel=0.01)
 
 
@@ -320,6 +328,17 @@ def test_memory_scales_with_slope_and_length() -> None:
 def test_a_failed_search_keeps_the_memory() -> None:
     memory = SearchMemory(eta=3.0, exponent=1.5, slope=1.0, norm_sq=1.0, half_width=0.5)
     assert LineSearch(1.0, slope=-1.0, memory=memory).result().memory == memory
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.1, 10.0, 1e3])
+def test_a_wrong_slope_costs_a_few_evaluations_and_no_accuracy(factor: float) -> None:
+    # Gradients clipped after the loss was taken hand in a slope that is too small by any factor.
+    for guess in (0.3, 0.7, 1.05, 2.0):
+        result = find_critical_lr(
+            lambda x: 1 - 0.1 * x + 0.07 * x**2 + 0.03 * x**3, slope=0.1 * factor, memory=SearchMemory(eta=guess)
+        )
+        assert result.critical_lr == pytest.approx(1.0, rel=0.01)
+        assert result.evaluations <= 7
 
 
 def test_a_tiny_learning_rate_does_not_slow_the_first_search() -> None:

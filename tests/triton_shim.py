@@ -1,6 +1,7 @@
-"""Cure of two faults of Triton's CPU interpreter, for tests only: it truncates fp32 to bf16 instead of rounding.
+"""Cures of faults of Triton's CPU interpreter, for tests only, so that it computes what the hardware computes.
 
-Its round-to-nearest path does not round to even either, and loses carries into the exponent. The hardware does both.
+- fp32 is truncated to bf16; the path that rounds does not round to even, and loses carries into the exponent.
+- Up to 3.8 a fused multiply-add rounds twice, and bounds of loops that are known at run time fail with numpy 2.4.
 """
 
 import numpy as np
@@ -22,9 +23,10 @@ def from_bf16_bits(bits: np.ndarray) -> np.ndarray:
 
 
 def install() -> None:
-    """Patch the interpreter's conversions between bf16 and fp32 in this process."""
+    """Patch the interpreter of this process."""
     builder = interpreter.InterpreterBuilder
     stock_cast, stock_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+    stock_patch_tensor = interpreter._patch_lang_tensor
 
     def cast(self, src, dst_type):
         converted = _converted(src, dst_type)
@@ -34,7 +36,20 @@ def install() -> None:
         converted = _converted(src, dst_type)
         return stock_fp_to_fp(self, src, dst_type, rounding_mode) if converted is None else converted
 
+    def patch_tensor(tensor, scope):
+        stock_patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     builder.cast_impl, builder.create_fp_to_fp = cast, fp_to_fp
+    builder.create_fma = _fma
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+def _fma(self, x, y, z):
+    """x·y + z of fp32 values: the product is exact in fp64, and so is the sum but for one case in 2²⁹."""
+    with np.errstate(invalid="ignore"):
+        total = x.data.astype(np.float64) * y.data + z.data
+    return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
 
 
 def _converted(src, dst_type):

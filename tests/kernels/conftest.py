@@ -29,7 +29,7 @@ def _poisoned():
 
 @pytest.fixture
 def first_program(monkeypatch):
-    """Start the grid of the launches that follow at a later program, to reach offsets that a full grid would take days."""
+    """Start the grids that follow at a later program: a full grid up to there would take days."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     stock = InterpreterBuilder.create_get_program_id

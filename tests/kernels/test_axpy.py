@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 import triton.language as tl
-
 from sharpkern.kernels import axpy
-from sharpkern.kernels._launch import Case, Config
+from sharpkern.kernels._launch import Case, Config, batches
 from sharpkern.kernels.axpy import _axpy_kernel, axpy_
+
 from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, same_bits
 
 ALPHA = torch.tensor([-0.3])
@@ -56,6 +56,15 @@ def test_mixed_dtypes_layouts_and_alignments_in_one_call():
     delta = [torch.empty_like(t).copy_(randn(*t.shape, seed=9)) for t in theta]
     axpy_(theta, base, delta, ALPHA)
     assert_moved(theta, base, delta)
+
+
+def test_operands_are_batched_by_dtypes_and_alignment():
+    wide, narrow, off = torch.empty(1000), torch.empty(70, dtype=torch.bfloat16), torch.empty(1001)[1:]
+    groups = batches(256, [wide, off, narrow, wide], [wide, wide, narrow, wide])
+    assert [group.aligned for group in groups] == [True, False, True]
+    assert [group.dtypes[0] for group in groups] == [tl.float32, tl.float32, tl.bfloat16]
+    assert groups[0].rows.tolist() == [[wide.data_ptr(), wide.data_ptr(), 1000]] * 2
+    assert groups[0].chunks.tolist() == [[row, part] for row in range(2) for part in range(4)]
 
 
 def test_writes_nothing_around_a_tensor():

@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-
 from sharpkern.kernels.embedding import embedding
+
 from tests.kernels.budget import DTYPES, assert_within_budget, randn, same_bits
 
 ALPHAS = torch.tensor([-0.3, 0.0, 0.7])

@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 import torch
-
 from sharpkern.kernels.form import _form_kernel, form
+
 from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, same_bits
 
 ALPHAS = torch.tensor([-1e-3, 0.0, 0.7])
@@ -120,10 +120,12 @@ class TestStochasticRounding:
         assert abs((up[1:] == up[:-1]).double().mean() - 0.5) < 0.05
 
     def test_keeps_infinities_and_nan(self):
-        W = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=torch.bfloat16)
-        out = form(W, torch.zeros(3), torch.tensor([1.0]), seed=3)[0]
-        assert torch.equal(out[:2], W[:2])
-        assert out[2].isnan()
+        # The last two NaN have all bits set: one added to them wraps around to zero.
+        patterns = torch.tensor([0x7F800000, -0x00800000, 0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32)
+        W = patterns.view(torch.float32)
+        out = form(W, torch.zeros(5), torch.tensor([1.0]), dtype=torch.bfloat16, seed=3)[0]
+        assert out[:2].tolist() == [torch.inf, -torch.inf]
+        assert out[2:].isnan().all()
 
 
 def test_runs_twice_to_the_same_bits():

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
-
 from sharpkern.kernels.form_adam import adam_scalars, form_adam
 from sharpkern.kernels.form_sgd import form_sgd, sgd_scalars
+from torch import Tensor
+
 from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, same_bits
 
 LR = 0.0625
@@ -79,9 +79,7 @@ def from_adam_state(parameter, optimizer, alpha=ALPHA, **kwargs):
 
 def from_sgd_state(parameter, optimizer, alpha=ALPHA, **kwargs):
     state, group = optimizer.state.get(parameter, {}), optimizer.param_groups[0]
-    scalars = sgd_scalars(
-        weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=group["dampening"]
-    )
+    scalars = sgd_scalars(weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=group["dampening"])
     return form_sgd(
         parameter.detach(),
         parameter.grad,
@@ -147,6 +145,14 @@ def test_a_gradient_already_in_the_state_is_not_applied_again():
     scalars = adam_scalars(float(state["step"]), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     out = form_adam(before, None, state["exp_avg"], state["exp_avg_sq"], ALPHA, scalars)
     assert torch.allclose(out, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_without_first_momentum_nothing_of_a_large_old_moment_is_left():
+    grad, stale = randn(100, scale=1e-3), torch.full((100,), 1e6)
+    scalars = adam_scalars(5, betas=(0.0, 0.999), eps=1.0)
+    out = form_adam(torch.zeros(100), grad, stale, torch.zeros(100), ALPHA[:1], scalars)
+    fresh = form_adam(torch.zeros(100), grad, torch.zeros(100), torch.zeros(100), ALPHA[:1], scalars)
+    assert same_bits(out, fresh)
 
 
 def test_state_is_not_written_and_out_is():

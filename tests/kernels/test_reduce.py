@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 import torch
-
 from sharpkern.kernels import reduce as module
 from sharpkern.kernels._launch import Case, Config
 from sharpkern.kernels.reduce import reduce
+
 from tests.kernels.budget import DTYPES, SIZES, randn, same_bits
 
 

@@ -1,0 +1,64 @@
+"""README's figures from the results files: ``python bench/readme.py`` rewrites the tables between its markers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+METHODS = {"auto": "default", "bisection": "doubling and bisection"}
+
+
+def latest(name: str) -> dict[str, Any]:
+    """The last full record of a results file."""
+    records = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = [record for record in records if not record["quick"]][-1]
+    return record
+
+
+def line_search() -> str:
+    """Evaluations and errors of the default search and of the published one."""
+    lines = [
+        "| run | search | forwards besides the base loss | median error | p95 | other crossings | error covers truth |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in latest("line_search")["line_search"]:
+        if row["method"] in METHODS:
+            lines.append(
+                f"| {row['run']} | {METHODS[row['method']]} | {row['evaluations_mean']:.2f} | "
+                f"{row['error_median']:.3%} | {row['error_p95']:.2%} | {row['other_crossings']} of {row['points']} | "
+                f"{row['covered']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def cost() -> str:
+    """Time and memory of one measurement."""
+    lines = [
+        "| tokens | engine | forwards | time, in as many plain forwards | extra memory | largest matrix | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in latest("line_search")["cost"]:
+        megabytes = [row[name] / 1e6 for name in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")]
+        lines.append(
+            f"| {row['tokens']} | {row['engine']} | {row['forwards']} | {row['ratio_to_plain_forwards']:.2f} | "
+            + " | ".join(f"{size:.1f} MB" for size in megabytes)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"line search": line_search, "cost": cost}
+
+
+def with_tables(text: str) -> str:
+    """README with every marked table made anew."""
+    for name, make in TABLES.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = marked.sub(lambda found, make=make: found[1] + make() + "\n" + found[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,30 @@
+"""Write what the compiler makes of every kernel to bench/results/static.json: ``python -m bench.static_table``.
+
+Needs no GPU. Facts of other Triton versions in the file stay.
+"""
+
+import json
+from typing import Any
+
+import triton
+
+from tests.compiled import TARGETS
+from tests.launches import CASES, TABLE, case_facts
+
+
+def main() -> None:
+    """Compile every case for every architecture and write the table."""
+    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table[triton.__version__] = {
+        name: {arch: [facts.to_json() for facts in case_facts(name, arch)] for arch in TARGETS} for name in CASES
+    }
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    for name, by_architecture in table[triton.__version__].items():
+        for arch, kernels in by_architecture.items():
+            for row in kernels:
+                facts = "{registers:4} registers {shared:5} B shared {spills} spills {instructions:5}".format(**row)
+                print(f"{name:30} {arch:8} {row['kernel']:20} {facts} instructions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""One launch or more of every kernel, as its launcher makes them, with what the machine code must show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sharpkern.kernels.axpy import axpy_
+from sharpkern.kernels.cross_entropy import linear_cross_entropy
+from sharpkern.kernels.embedding import embedding
+from sharpkern.kernels.form import form
+from sharpkern.kernels.form_adam import adam_scalars, form_adam
+from sharpkern.kernels.form_sgd import form_sgd, sgd_scalars
+from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
+from sharpkern.kernels.reduce import reduce
+from torch import Tensor
+
+from tests.compiled import Facts, compile_launch, facts_of, launches_of
+
+# Committed facts by Triton version, case and architecture.
+TABLE = Path(__file__).parents[1] / "bench" / "results" / "static.json"
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+# Enough elements for the configuration of large tensors, and no multiple of anything: full tiles must still be wide.
+_NUM = (1 << 22) + 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher, and the least number of 16-byte loads and stores in each of its kernels.
+
+    Attributes:
+        call: what to record.
+        wide: (loads, stores) by kernel; a kernel that is not named needs none.
+    """
+
+    call: Callable[[], object]
+    wide: dict[str, tuple[int, int]]
+
+
+def _vector(dtype: torch.dtype, num: int = _NUM) -> Tensor:
+    # Never touched, and so never mapped.
+    return torch.empty(num, dtype=dtype)
+
+
+def _form(dtype: torch.dtype, num_steps: int, seed: int | None = None) -> Callable[[], object]:
+    return lambda: form(_vector(dtype), _vector(dtype), torch.zeros(num_steps), seed=seed)
+
+
+def _form_adam(num_steps: int, **kwargs: object) -> Callable[[], object]:
+    scalars = adam_scalars(1, betas=(0.9, 0.999), eps=1e-8)
+    return lambda: form_adam(
+        _vector(BF16), _vector(BF16), _vector(FP32), _vector(FP32), torch.zeros(num_steps), scalars, **kwargs
+    )
+
+
+def _form_sgd(num_steps: int) -> Callable[[], object]:
+    return lambda: form_sgd(_vector(BF16), _vector(BF16), _vector(FP32), torch.zeros(num_steps), sgd_scalars())
+
+
+def _axpy(theta: torch.dtype, base: torch.dtype, delta: torch.dtype) -> Callable[[], object]:
+    return lambda: axpy_([_vector(theta)], [_vector(base)], [_vector(delta)], torch.zeros(1))
+
+
+def _reduce(dtype: torch.dtype) -> Callable[[], object]:
+    return lambda: reduce([_vector(dtype)], [_vector(dtype)], [_vector(dtype)])
+
+
+def _rows(dtype: torch.dtype, length: int = 4096) -> Tensor:
+    return torch.zeros(1, 4, length, dtype=dtype)
+
+
+def _layer_norm(length: int) -> Callable[[], object]:
+    vectors = [torch.ones(length, dtype=BF16) for _ in range(4)]
+    return lambda: layer_norm(_rows(BF16, length), *vectors, torch.zeros(1), eps=1e-6)
+
+
+def _linear_cross_entropy() -> object:
+    W, D = torch.zeros(4096, 64, dtype=BF16), torch.zeros(4096, 64, dtype=BF16)
+    labels = torch.zeros(4, dtype=torch.int64)
+    return linear_cross_entropy(torch.zeros(1, 4, 64, dtype=BF16), W, D, labels, torch.zeros(1), softcap=30.0)
+
+
+CASES = {
+    "axpy bf16": Case(_axpy(BF16, BF16, BF16), {"_axpy_kernel": (2, 1)}),
+    "axpy bf16 from fp32 masters": Case(_axpy(BF16, FP32, FP32), {"_axpy_kernel": (4, 1)}),
+    "form bf16 K=1": Case(_form(BF16, 1), {"_form_kernel": (2, 1)}),
+    "form bf16 K=8": Case(_form(BF16, 8), {"_form_kernel": (2, 8)}),
+    "form fp32 K=8": Case(_form(FP32, 8), {"_form_kernel": (2, 8)}),
+    "form bf16 K=8 stochastic": Case(_form(BF16, 8, seed=3), {"_form_kernel": (2, 8)}),
+    "form from AdamW state K=1": Case(_form_adam(1), {"_form_adam_kernel": (6, 1)}),
+    "form from AdamW state K=8": Case(_form_adam(8), {"_form_adam_kernel": (6, 8)}),
+    "form from SGD state K=8": Case(_form_sgd(8), {"_form_sgd_kernel": (4, 8)}),
+    "reduce bf16": Case(_reduce(BF16), {"_chunk_sums_kernel": (3, 0)}),
+    "reduce fp32": Case(_reduce(FP32), {"_chunk_sums_kernel": (6, 0)}),
+    "embedding bf16 K=8": Case(
+        lambda: embedding(torch.zeros(4, dtype=torch.int64), *_rows(BF16), *_rows(BF16), torch.zeros(8)),
+        {"_embedding_kernel": (2, 8)},
+    ),
+    "rms_norm bf16": Case(
+        lambda: rms_norm(_rows(BF16), *[torch.ones(4096, dtype=BF16) for _ in range(2)], torch.zeros(1), eps=1e-6),
+        {"_norm_kernel": (2, 1)},
+    ),
+    "layer_norm bf16": Case(_layer_norm(4096), {"_norm_kernel": (2, 1)}),
+    "layer_norm bf16, longest row": Case(_layer_norm(MAX_LENGTH), {"_norm_kernel": (2, 1)}),
+    "linear_cross_entropy bf16": Case(_linear_cross_entropy, {"_form_chunk_kernel": (2, 1), "_update_kernel": (4, 0)}),
+}
+
+_ONE = torch.zeros(1)
+_INDEX = torch.zeros(1, dtype=torch.int64)
+
+SMALLEST: dict[str, Callable[[], object]] = {
+    "axpy": lambda: axpy_([_ONE.clone()], [_ONE], [_ONE], _ONE),
+    "form": lambda: form(_ONE, _ONE, _ONE, out=torch.zeros(1, 1)),
+    "form_adam": lambda: form_adam(_ONE, _ONE, None, None, _ONE, torch.zeros(7), out=torch.zeros(1, 1)),
+    "form_sgd": lambda: form_sgd(_ONE, _ONE, None, _ONE, torch.zeros(3), out=torch.zeros(1, 1)),
+    "reduce": lambda: reduce([_ONE], [_ONE], [_ONE]),
+    "embedding": lambda: embedding(_INDEX, _ONE[None], _ONE[None], _ONE),
+    "rms_norm": lambda: rms_norm(_ONE[None], _ONE, None, _ONE, eps=1e-6),
+    "layer_norm": lambda: layer_norm(_ONE[None], _ONE, _ONE, _ONE, None, _ONE, eps=1e-6),
+    "linear_cross_entropy": lambda: linear_cross_entropy(_ONE.view(1, 1, 1), _ONE[None], None, _INDEX, _ONE),
+}
+
+
+def case_facts(name: str, architecture: str) -> list[Facts]:
+    """What the compiler makes of every kernel that a case launches, each kernel once."""
+    launches = {launch.kernel: launch for launch in launches_of(CASES[name].call, architecture)}
+    return [facts_of(compile_launch(launch, architecture), architecture) for launch in launches.values()]

@@ -1,0 +1,109 @@
+"""Compile every kernel for GPUs that are not there, and look at the machine code."""
+
+import json
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is a Linux package")
+
+import triton.language as tl  # noqa: E402
+
+from tests import sass  # noqa: E402
+from tests.compiled import SHARED_LIMIT, TARGETS, compile_launch, launches_of, sass_of  # noqa: E402
+from tests.launches import CASES, SMALLEST, TABLE, case_facts  # noqa: E402
+
+# Three programs of 256 threads fit the registers of a multiprocessor, four waves those of a CDNA SIMD.
+MAX_REGISTERS = {"sm_80": 80, "sm_90": 80, "sm_100": 80, "gfx942": 128}
+
+# A kernel that does not fit an architecture can compile without an error to a few instructions that trap.
+MIN_INSTRUCTIONS = 64
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_machine_code(name, architecture):
+    kernels = case_facts(name, architecture)
+    assert {facts.kernel for facts in kernels} >= set(CASES[name].wide)
+    for facts in kernels:
+        loads, stores = CASES[name].wide.get(facts.kernel, (0, 0))
+        assert facts.stack == facts.spills == 0
+        assert facts.registers <= MAX_REGISTERS[architecture]
+        assert facts.shared <= SHARED_LIMIT[architecture]
+        assert facts.instructions > MIN_INSTRUCTIONS
+        assert facts.wide_loads >= loads
+        assert facts.wide_stores >= stores
+        # Streaming kernels: a matrix instruction would mean that something else was compiled.
+        assert facts.matrix == {}
+
+    committed = json.loads(TABLE.read_text())
+    if triton.__version__ in committed:
+        assert committed[triton.__version__][name][architecture] == [facts.to_json() for facts in kernels], (
+            "the machine code is another than the committed one: look at the change, then python -m bench.static_table"
+        )
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_sizes_of_one_compile(name):
+    # Triton makes constants of them, on which not every operation of a tensor is defined; the interpreter does not.
+    for launch in launches_of(SMALLEST[name], "sm_90"):
+        assert compile_launch(launch, "sm_90").asm["cubin"]
+
+
+@triton.jit
+def _formed_product_kernel(out, x, w, d, alpha, depth, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    tile = rows[:, None] * depth + tl.arange(0, DEPTH)[None, :]
+    alpha = tl.load(alpha)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for first in tl.range(0, depth, DEPTH, num_stages=3):
+        formed = tl.fma(tl.load(d + tile + first).to(tl.float32), alpha, tl.load(w + tile + first).to(tl.float32))
+        total = tl.dot(formed.to(tl.bfloat16), tl.trans(tl.load(x + tile + first)), total)
+    tl.store(out + rows[:, None] * BLOCK + rows[None, :], total)
+
+
+@pytest.fixture(scope="module")
+def listing():
+    """Machine code of a product whose operand A is formed in registers."""
+    operands = [torch.zeros(128, 4096, dtype=torch.bfloat16) for _ in range(3)]
+    sizes = {"depth": 4096, "BLOCK": 128, "DEPTH": 64, "num_warps": 8, "enable_fp_fusion": False}
+    (launch,) = launches_of(
+        lambda: _formed_product_kernel[(1,)](torch.zeros(128, 128), *operands, torch.zeros(1), **sizes), "sm_90"
+    )
+    return sass_of(compile_launch(launch, "sm_90"))
+
+
+# The load at 0x50 fills what the product of the previous round, one group back, may still be reading.
+PLANTED = """
+        /*0040*/                   WARPGROUP.ARRIVE ;
+        /*0050*/                   LDS.128 R4, [R40] ;
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0080*/              @!P0 BRA 0x40 ;
+"""
+
+
+class TestHazardCheck:
+    """It finds planted faults and only those; no kernel of the package has a matrix product of its own to check."""
+
+    def test_products_read_operand_a_from_registers(self, listing):
+        (body,) = sass.loops_with_products(sass.parse(listing))
+        products = [instruction for instruction in body if instruction.opcode.startswith("HGMMA")]
+        assert len(products) == 4
+        assert all(len(sass.registers_of_a(product)) == 4 for product in products)
+
+    def test_sound_code_passes(self, listing):
+        assert sass.hazards(listing) == []
+
+    def test_a_wait_that_leaves_one_product_in_flight_is_found(self, listing):
+        assert "gsb0, 0x0" in listing
+        assert sass.hazards(listing.replace("gsb0, 0x0", "gsb0, 0x1"))
+
+    def test_a_write_in_the_next_round_is_found(self):
+        assert sass.hazards(PLANTED) == ["/*0050*/ LDS.128 R4, [R40]"]
+
+    def test_a_write_after_the_wait_passes(self):
+        assert sass.hazards(PLANTED.replace("gsb0, 0x1", "gsb0, 0x0")) == []
+
+    def test_operand_a_in_shared_memory_passes(self):
+        assert sass.hazards(PLANTED.replace("R24, R4, gdesc", "R24, gdesc")) == []
