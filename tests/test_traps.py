@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
+from sharpkern import critical
 from sharpkern.engines import calls, guards
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
@@ -249,7 +250,7 @@ def test_in_place_writes_bump_the_version_counter() -> None:
 
 
 # Trap 19: small steps vanish in 16-bit weights.
-def test_the_share_that_rounding_swallows_is_reported() -> None:
+def test_the_share_that_rounding_swallows_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MLP()
     masters = {p: p.detach().clone() for p in model.parameters()}
     model.bfloat16()
@@ -268,12 +269,11 @@ def test_the_share_that_rounding_swallows_is_reported() -> None:
     assert shares["plain"] < 0.5
     assert shares["masters"] == pytest.approx(1, abs=0.1)
 
-    steep = lambda: loss_fn() + 1e3 * (model[0].weight.float() - masters[next(iter(masters))]).square().sum()
-    with pytest.warns(sharpkern.RetainedWarning, match="masters"):
-        measured = sharpkern.critical_sharpness(
-            model, steep, replace(plain, slope=None), engine="inplace", initial_lr=0.03
-        )
-    assert measured.retained < 0.9
+    assert sharpkern.critical_sharpness(model, loss_fn, mastered, noise=1e-3).retained > 0.9
+    monkeypatch.setattr(critical, "retained_share", lambda *_: shares["plain"])
+    with pytest.warns(sharpkern.RetainedWarning, match=rf"only {shares['plain']:.2f} .* masters"):
+        measured = sharpkern.critical_sharpness(model, loss_fn, plain, noise=1e-3)
+    assert measured.retained == shares["plain"]
 
 
 def test_norm_weights_are_used_in_full_precision() -> None:
