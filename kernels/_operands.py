@@ -78,7 +78,9 @@ def check_alpha(alpha: Tensor, like: Tensor) -> int:
     """
     if not isinstance(alpha, Tensor) or alpha.dtype != torch.float32:
         got = alpha.dtype if isinstance(alpha, Tensor) else type(alpha).__name__
-        raise TypeError(f"alpha must be a float32 tensor, got {got}; pass torch.tensor([...], device={like.device!s})")
+        raise TypeError(
+            f"alpha must be a float32 tensor, got {got}; pass torch.tensor([...], device={str(like.device)!r})"
+        )
     if alpha.device != like.device:
         raise ValueError(f"alpha must be on {like.device}, got {alpha.device}; move it there")
     if alpha.dim() != 1 or not 1 <= alpha.numel() <= MAX_STEP_SIZES or not alpha.is_contiguous():

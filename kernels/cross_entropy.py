@@ -103,8 +103,8 @@ def linear_cross_entropy(
         ValueError: if a device, shape, stride, reduction or softcap does not fit.
 
     Memory:
-        4096 C elements of ``hidden.dtype``, 4096 T of fp32 and 3 T of fp32. Before torch 2.8, and with HIP, 16-bit products need the
-        chunk and the hidden states of one step size in fp32 as well, and run at fp32 speed.
+        4096 C elements of ``hidden.dtype``, 4096 T of fp32 and 3 T of fp32. Before torch 2.8, and with HIP, 16-bit
+        products need the chunk and the hidden states of one step size in fp32 as well, and run at fp32 speed.
 
     Determinism:
         Chunks combine in a fixed order without atomics: the same bits on every run if the matrix product gives them.
