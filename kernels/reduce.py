@@ -39,15 +39,18 @@ def _lane_sums(a, b, BLOCK: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def _tile_sums(theta, delta, grad, inside, BLOCK: tl.constexpr, LANE: tl.constexpr, MASKED: tl.constexpr):
+def _add_tile(
+    dg, dd, tt, gg, theta, delta, grad, inside, BLOCK: tl.constexpr, LANE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Return the four sums with those of one more tile added."""
     t = load_tile(theta, inside, MASKED)
     d = load_tile(delta, inside, MASKED)
     g = load_tile(grad, inside, MASKED)
     return (
-        _lane_sums(d, g, BLOCK, LANE),
-        _lane_sums(d, d, BLOCK, LANE),
-        _lane_sums(t, t, BLOCK, LANE),
-        _lane_sums(g, g, BLOCK, LANE),
+        dg + _lane_sums(d, g, BLOCK, LANE),
+        dd + _lane_sums(d, d, BLOCK, LANE),
+        tt + _lane_sums(t, t, BLOCK, LANE),
+        gg + _lane_sums(g, g, BLOCK, LANE),
     )
 
 
@@ -81,12 +84,12 @@ def _chunk_sums_kernel(
     full = num // BLOCK * BLOCK
     for first in range(0, full, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
-        sums = _tile_sums(theta + offsets, delta + offsets, grad + offsets, offsets < num, BLOCK, LANE, MASKED=False)
-        dg, dd, tt, gg = dg + sums[0], dd + sums[1], tt + sums[2], gg + sums[3]
+        t, d, g = theta + offsets, delta + offsets, grad + offsets
+        dg, dd, tt, gg = _add_tile(dg, dd, tt, gg, t, d, g, offsets < num, BLOCK, LANE, MASKED=False)
     if full < num:
         offsets = full + tl.arange(0, BLOCK)
-        sums = _tile_sums(theta + offsets, delta + offsets, grad + offsets, offsets < num, BLOCK, LANE, MASKED=True)
-        dg, dd, tt, gg = dg + sums[0], dd + sums[1], tt + sums[2], gg + sums[3]
+        t, d, g = theta + offsets, delta + offsets, grad + offsets
+        dg, dd, tt, gg = _add_tile(dg, dd, tt, gg, t, d, g, offsets < num, BLOCK, LANE, MASKED=True)
     partial += pid
     tl.store(partial, tl.sum(dg))
     tl.store(partial + partial_stride, tl.sum(dd))
