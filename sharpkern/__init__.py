@@ -20,6 +20,7 @@ from sharpkern.hessian import hessian_sharpness as hessian_sharpness
 from sharpkern.measurement import Measurement as Measurement
 from sharpkern.monitor import Monitor as Monitor
 from sharpkern.monitor import Record as Record
+from sharpkern.relative import relative_critical_sharpness as relative_critical_sharpness
 from sharpkern.thresholds import stability_threshold as stability_threshold
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "sharpkern"
 ROOMS = {
     "command line": ["cli"],
     "loop": ["monitor", "plot"],
-    "quantities": ["critical", "directional", "hessian", "thresholds", "_hvp"],
+    "quantities": ["critical", "relative", "directional", "hessian", "thresholds", "_hvp"],
     "results": ["measurement"],
     "parts": ["search", "_curve", "_strategies", "direction", "updates", "engines"],
     "ground": ["ops", "randomness", "errors", "_checkout", "_extras"],

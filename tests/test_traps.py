@@ -5,7 +5,6 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
