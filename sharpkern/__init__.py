@@ -12,6 +12,7 @@ from sharpkern.directional import directional_sharpness as directional_sharpness
 from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
 from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
 from sharpkern.errors import LossPrecisionWarning as LossPrecisionWarning
+from sharpkern.errors import NoUpdateError as NoUpdateError
 from sharpkern.errors import RetainedWarning as RetainedWarning
 from sharpkern.errors import SharpkernWarning as SharpkernWarning
 from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning

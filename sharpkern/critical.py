@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import Pair, make_pairs
 from sharpkern.engines.verify import check_repeatable, check_slope, confirm_virtual
-from sharpkern.errors import LossPrecisionWarning, RetainedWarning
+from sharpkern.errors import EngineUnsupportedError, LossPrecisionWarning, RetainedWarning, warn
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import LineSearch, SearchMemory, SearchResult
 
@@ -168,9 +167,13 @@ class _Run:
         """Base loss, line search, and the checks that are due."""
         engine, options, slope = self._engine, self._options, self._direction.slope
         self._base = engine.losses([0.0])[0] if self._known_base is None else self._known_base
-        if not self._checks.repeatable and self._spare_forwards() > 2 and math.isfinite(self._base):
-            check_repeatable(self._base, engine.losses([0.0])[0], self._noise(), given=self._known_base is not None)
+        given = self._known_base is not None
+        # A loss with dropout that is handed in is of other masks, each time anew.
+        known = self._checks.base_agrees if given else self._checks.repeatable
+        if not known and self._spare_forwards() > 2 and math.isfinite(self._base):
+            check_repeatable(self._base, engine.losses([0.0])[0], self._noise(), given=given)
             self._checks.repeatable = True
+            self._checks.base_agrees = given and not self._closure.random
         search = LineSearch(
             self._base,
             slope=slope,
@@ -195,18 +198,16 @@ class _Run:
     def measurement(self, result: SearchResult, seconds: float) -> Measurement:
         """The result as users see it, with the warnings it calls for."""
         if is_low(self._closure.precision.loss_dtype):
-            warnings.warn(
+            warn(
                 f"loss_fn returned its loss in {self._closure.precision.loss_dtype}, too coarse to compare nearby step "
                 "sizes; compute the loss from logits.float()",
                 LossPrecisionWarning,
-                stacklevel=4,
             )
         if self._retained < _RETAINED_FLOOR:
-            warnings.warn(
+            warn(
                 f"only {self._retained:.2f} of the displacement at η_c survives rounding to the weights' dtype; "
                 "pass the optimizer's float32 masters to Direction.from_optimizer(masters=...)",
                 RetainedWarning,
-                stacklevel=4,
             )
         return Measurement(
             critical_lr=result.critical_lr,
@@ -262,6 +263,9 @@ class _Run:
     def _refuse_constant(self, result: SearchResult) -> None:
         losses = {loss for _, loss in result.probes}
         if len(result.probes) > 1 and losses == {self._base}:
+            if self._engine.name == "virtual":
+                # Perhaps the parameters are read where no mode can see it.
+                raise EngineUnsupportedError("the loss is the same at every step size")
             raise ValueError(
                 f"loss_fn must depend on the parameters that the direction moves, got {self._base} at every step size "
                 f"up to {max(eta for eta, _ in result.probes):.3g}; compute the loss anew from the model in every call"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from sharpkern.errors import NoUpdateError
 from sharpkern.ops import inner_product, total
 from sharpkern.updates.between import Weights, displacements
 from sharpkern.updates.names import NameTable
@@ -301,7 +302,7 @@ class Direction:
                 "state it was made from"
             )
         if norm_sq == 0:
-            raise ValueError(f"direction must move some parameter, got all zeros; {if_zero}")
+            raise NoUpdateError(f"direction must move some parameter, got all zeros; {if_zero}")
         return cls(
             parameters=tuple(parameters),
             tensors=tuple(tensors),

@@ -11,7 +11,6 @@ h/2 shows what truncation really is: nothing beyond rounding, or a part in h² t
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,7 +26,7 @@ from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
 from sharpkern.engines.verify import check_repeatable, confirm_virtual
-from sharpkern.errors import RetainedWarning
+from sharpkern.errors import RetainedWarning, warn
 from sharpkern.ops import inner_product, total
 
 _METHODS = ("forward", "hvp")
@@ -134,11 +133,10 @@ def _by_differences(
                 checks.agrees = confirm_virtual(engine, base, probes, noise)
             kept = retained_share(pairs, engine.rounded, probes[-1][0])
     if kept < _RETAINED_FLOOR:
-        warnings.warn(
+        warn(
             f"only {kept:.2f} of the displacement by ±{abs(probes[-1][0]):.2g}·Δθ survives rounding to the weights' "
             "dtype; pass the optimizer's float32 masters to Direction.from_optimizer(masters=...)",
             RetainedWarning,
-            stacklevel=3,
         )
     return value
 

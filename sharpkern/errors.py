@@ -1,4 +1,8 @@
-"""Warnings that sharpkern raises, and the error its engines use to hand over to one another."""
+"""Warnings and errors of sharpkern's own."""
+
+import os
+import sys
+import warnings
 
 
 class SharpkernWarning(UserWarning):
@@ -21,5 +25,23 @@ class EngineFallbackWarning(SharpkernWarning):
     """``engine="auto"`` could not use the virtual engine and took the in-place one."""
 
 
+class NoUpdateError(ValueError):
+    """The optimizer's next step would not move anything, or be skipped: learning rate 0, gradients 0 or not finite."""
+
+
 class EngineUnsupportedError(RuntimeError):
     """The virtual engine cannot evaluate this model or closure correctly; the in-place engine can."""
+
+
+def warn(message: str, category: type[SharpkernWarning]) -> None:
+    """Warn at the line of the user's code that called into the package.
+
+    Args:
+        message: what, and the remedy.
+        category: of the warning.
+    """
+    package = os.path.dirname(__file__) + os.sep
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -1,8 +1,9 @@
 """The result of a measurement, and the options of one."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -69,6 +70,28 @@ class Options:
     noise: float | None = None
     max_forwards: int = 40
     reduce: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(cls, caller: str, options: Mapping[str, Any]) -> "Options":
+        """Options given by name.
+
+        Args:
+            caller: what the error calls the function that was given them.
+            options: by name.
+
+        Returns:
+            Options: with the defaults where nothing is given.
+
+        Raises:
+            TypeError: there is no such option.
+            ValueError: one is out of range.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                close = get_close_matches(name, names, 1) or names
+                raise TypeError(f"{caller} has no option {name!r}; did you mean {' or '.join(map(repr, close))}?")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         _check_number("rtol", self.rtol, "a number in (0, 1)", lambda x: 0 < x < 1, "leave it out for 0.01")

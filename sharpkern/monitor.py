@@ -1,6 +1,7 @@
 """Critical sharpness beside the loss, every few steps of a training loop."""
 
 import csv
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from sharpkern.critical import measure
 from sharpkern.direction import Direction
+from sharpkern.errors import NoUpdateError
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import SearchMemory
 
@@ -42,6 +44,7 @@ class Record:
             "loss": m.base_loss,
             "lambda_c": m.sharpness,
             "critical_lr": m.critical_lr,
+            # How many times the learning rate could be taken before the loss rises.
             "headroom": m.critical_lr / self.lr if self.lr else None,
             "status": m.status,
             "error": m.error,
@@ -72,6 +75,8 @@ class Monitor:
 
     Attributes:
         history: one `Record` per measured step.
+        skipped: (step, reason) of steps that were due but whose update is none: learning rate 0, or gradients that are
+            0 or not finite.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -112,6 +117,10 @@ class Monitor:
             raise ValueError(f"every must be at least 1, got {every}; leave it out for 1")
         if log is not None and not callable(log) and not hasattr(log, "add_scalar"):
             raise TypeError(f"log must be callable or have add_scalar, got {type(log).__name__}; pass wandb.log")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that is trained"
+            )
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the loop's own"
@@ -122,11 +131,12 @@ class Monitor:
         self._log = log
         self._masters = masters
         self._scaler = scaler
-        self._options = Options(**options)
+        self._options = Options.of("Monitor", options)
         self._step = 0
         self._memory: SearchMemory | None = None
         self._heldout_memory: SearchMemory | None = None
         self.history: list[Record] = []
+        self.skipped: list[tuple[int, str]] = []
 
     def __call__(self, loss_fn: LossFn, heldout: LossFn | None = None) -> Measurement | None:
         """Measure if this step is due.
@@ -137,12 +147,17 @@ class Monitor:
                 sits at 2/lr, while that of the gradient's own batch lies below.
 
         Returns:
-            Measurement: of ``loss_fn``; None on steps that are not due, which cost nothing.
+            Measurement: of ``loss_fn``; None on steps that are not due, which cost nothing, and on skipped ones.
         """
         step, self._step = self._step, self._step + 1
         if not (self._every(step) if callable(self._every) else step % self._every == 0):
             return None
-        direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+        try:
+            direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+        except NoUpdateError as reason:
+            # A warm-up that starts at 0, a step that the loss scaler will skip: the run goes on, and so does this.
+            self.skipped.append((step, str(reason)))
+            return None
         measurement, self._memory = measure(self._model, loss_fn, direction, self._options, memory=self._memory)
         other = None
         if heldout is not None:
@@ -206,7 +221,13 @@ class Monitor:
 
         Args:
             state: what `state_dict` returned.
+
+        Raises:
+            ValueError: it is something else.
         """
+        missing = {"step", "memory", "heldout_memory"} - set(state)
+        if missing:
+            raise ValueError(f"state must be what state_dict() returned, got one without {sorted(missing)}")
         self._step = state["step"]
         self._memory = SearchMemory.from_dict(state["memory"]) if state["memory"] else None
         self._heldout_memory = SearchMemory.from_dict(state["heldout_memory"]) if state["heldout_memory"] else None
@@ -216,9 +237,15 @@ class Monitor:
             return
         names = ("lambda_c", "critical_lr", "headroom", "forwards", "directional_sharpness", "heldout_lambda_c")
         row = record.row()
-        values = {f"sharpness/{name}": row[name] for name in names if row[name] is not None}
+        # What is not a number stays out of the curves; whether there is one is told beside.
+        values = {f"sharpness/{name}": row[name] for name in names if _is_finite(row[name])}
+        values["sharpness/converged"] = float(record.measurement.status == "converged")
         if hasattr(self._log, "add_scalar"):
             for name, value in values.items():
                 self._log.add_scalar(name, value, record.step)
         else:
             self._log(values, step=record.step)
+
+
+def _is_finite(value: float | int | str | None) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -24,6 +25,27 @@ def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
         legacy = numpy.random.get_state()
         undo.append(lambda: numpy.random.set_state(legacy))
     undo.extend(_note_device(device) for device in set(devices) if device.type not in ("cpu", "meta"))
+    return undo
+
+
+def note_generators(objects: Iterable[object]) -> list[Callable[[], object]]:
+    """Note the state of every random generator among some objects.
+
+    Args:
+        objects: anything; generators of torch, NumPy and Python are recognised.
+
+    Returns:
+        One function for each generator that puts it back to where it is now.
+    """
+    undo: list[Callable[[], object]] = []
+    for thing in objects:
+        if isinstance(thing, torch.Generator):
+            undo.append(partial(thing.set_state, thing.get_state()))
+        elif isinstance(thing, random.Random):
+            undo.append(partial(thing.setstate, thing.getstate()))
+        elif type(thing).__module__.startswith("numpy.random") and hasattr(thing, "bit_generator"):
+            bits = thing.bit_generator
+            undo.append(partial(setattr, bits, "state", bits.state))
     return undo
 
 

@@ -51,6 +51,6 @@ def relative_critical_sharpness(
         raise TypeError(f"tasks must map names to closures, got {type(tasks).__name__}; pass {{'name': loss_fn}}")
     if not tasks:
         raise ValueError("tasks must hold at least one closure, got none; pass {'name': loss_fn}")
-    chosen = Options(**options)
+    chosen = Options.of("relative_critical_sharpness", options)
     without_slope = replace(direction, slope=None) if isinstance(direction, Direction) else direction
     return {name: measure(model, loss_fn, without_slope, chosen)[0] for name, loss_fn in tasks.items()}

@@ -166,3 +166,50 @@ def test_a_loop_with_adamw_and_a_schedule() -> None:
         schedule.step()
         assert measured.status == "converged"
     assert [round(record.lr, 5) for record in monitor.history[:3]] == [0.001, 0.0028, 0.0046]
+
+
+def test_a_schedule_that_starts_at_zero_is_skipped_and_the_run_goes_on() -> None:
+    loop = Loop()
+    schedule = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: step / 3)
+    measured = []
+    for _ in range(3):
+        measured.extend(loop.run(1))
+        schedule.step()
+    assert [m is not None for m in measured] == [False, True, True]
+    ((step, reason),) = loop.monitor.skipped
+    assert step == 0
+    assert "learning rate" in reason
+
+
+def test_a_step_that_the_loss_scaler_will_skip_is_skipped() -> None:
+    loop = Loop()
+    loop.loss().backward()
+    next(loop.model.parameters()).grad.fill_(math.inf)
+    assert loop.monitor(loop.loss) is None
+    assert "finite" in loop.monitor.skipped[0][1]
+
+
+def test_a_monitor_called_before_backward_is_an_error() -> None:
+    loop = Loop()
+    with pytest.raises(ValueError, match=r"after loss\.backward\(\)"):
+        loop.monitor(loop.loss)
+
+
+def test_misspelt_options_and_foreign_states_are_named() -> None:
+    loop = Loop()
+    with pytest.raises(TypeError, match="Monitor has no option 'rtoll'; did you mean 'rtol'"):
+        sharpkern.Monitor(loop.model, loop.optimizer, rtoll=0.1)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        sharpkern.Monitor(None, loop.optimizer)
+    with pytest.raises(ValueError, match="state must be what state_dict"):
+        loop.monitor.load_state_dict({})
+
+
+def test_only_finite_values_go_to_the_log() -> None:
+    sent: list[dict[str, float]] = []
+    loop = Loop(log=lambda values, step: sent.append(values))
+    loop.loss().backward()
+    loop.monitor(lambda: loop.loss() * math.nan)
+    assert sent[0]["sharpness/converged"] == 0.0
+    assert "sharpness/lambda_c" not in sent[0]
+    assert all(math.isfinite(value) for value in sent[0].values())

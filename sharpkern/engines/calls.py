@@ -68,15 +68,21 @@ def writes(name: str) -> bool:
     """Whether the call writes its first argument."""
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name[3:-2] in _INPLACE_OPERATORS)
-    return name == "set.data" or name.endswith("_")
+    return name == "set.data" or (name.endswith("_") and name not in _HARMLESS)
 
+
+# They change what autograd knows of a tensor, which is put back, and not its values.
+_HARMLESS = frozenset(["requires_grad_", "retain_grad_"])
 
 _INPLACE_OPERATORS = frozenset("add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split())
 
 
-def renormalises(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def renormalises(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an embedding call has ``max_norm`` and so writes its weight."""
-    return (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None
+    position = {"embedding": 3, "embedding_bag": 3}.get(name)
+    if position is None:
+        return name == "embedding_renorm_"
+    return (args[position] if len(args) > position else kwargs.get("max_norm")) is not None
 
 
 def map_values(change: Callable[[Any], Any], values: Any) -> Any:

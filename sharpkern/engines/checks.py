@@ -14,12 +14,14 @@ class Checks:
 
     Attributes:
         repeatable: the closure gives the same loss twice at θ.
+        base_agrees: a base loss that was handed in was the closure's, which draws no random numbers.
         agrees: the virtual engine's loss was confirmed by the storage oracle.
         unsupported: why the virtual engine cannot be used, or None.
         num_measurements: measurements made so far.
     """
 
     repeatable: bool = False
+    base_agrees: bool = False
     agrees: bool = False
     unsupported: str | None = None
     num_measurements: int = 0

@@ -1,6 +1,5 @@
 """Which engine evaluates the losses."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeVar
@@ -13,7 +12,7 @@ from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.inplace import InPlaceEngine
 from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine, VirtualParameters
-from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError
+from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
 
 Result = TypeVar("Result")
 
@@ -74,7 +73,7 @@ def fall_back(run: Callable[[str], Result], name: str, asked: str, checks: Check
         if asked != "auto" or name == "inplace":
             raise
         checks.unsupported = str(reason)
-        warnings.warn(f"measuring in place, θ is written and restored: {reason}", EngineFallbackWarning, stacklevel=4)
+        warn(f"measuring in place, θ is written and restored: {reason}", EngineFallbackWarning)
         return run("inplace")
 
 
@@ -96,7 +95,8 @@ def open_engine(name: str, pairs: Sequence[Pair], closure: Closure, *, compiled:
         engine = VirtualEngine(pairs, closure)
     else:
         # Without pairs the mode only takes losses to float32 and notes the products' precision.
-        engine = InPlaceEngine(pairs, closure, nullcontext() if compiled else VirtualParameters((), closure.precision))
+        watching = VirtualParameters((), closure.precision, closure.guard.parameters)
+        engine = InPlaceEngine(pairs, closure, nullcontext() if compiled else watching)
     try:
         yield engine
     finally:

@@ -26,11 +26,12 @@ class Closure:
         calls: evaluations so far.
         random: whether the last call drew random numbers on the CPU.
         precision: as given.
+        guard: as given.
     """
 
     def __init__(self, loss_fn: LossFn, guard: Guard, precision: LossPrecision, reduce: Reduce | None = None) -> None:
         self._loss_fn = loss_fn
-        self._guard = guard
+        self.guard = guard
         self._reduce = reduce
         self.precision = precision
         self.calls = 0
@@ -45,15 +46,26 @@ class Closure:
         Returns:
             float: the loss, nan and inf included.
         """
-        self._guard.rewind()
+        self.guard.rewind()
         self.calls += 1
         with around:
-            loss = self._loss_fn()
-        self.random = self._guard.drew_random_numbers()
+            loss = self._called()
+        self.random = self.guard.drew_random_numbers()
         _check_loss(loss)
         self.precision.loss_dtype = loss.dtype
         loss = loss.detach().float() if is_low(loss.dtype) else loss.detach()
         return float(loss if self._reduce is None else self._reduce(loss))
+
+    def _called(self) -> Tensor:
+        try:
+            return self._loss_fn()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(
+                "loss_fn must only return the loss, got a closure that differentiates while gradients are off; take "
+                "backward() out of it, or wrap what needs derivatives in torch.enable_grad()"
+            ) from error
 
 
 def _check_loss(loss: object) -> None:

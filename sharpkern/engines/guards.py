@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from sharpkern.randomness import note_streams
+from sharpkern.engines.table import storage_pointer
+from sharpkern.randomness import note_generators, note_streams
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
-Undo = Callable[[], None]
+Undo = Callable[[], object]
 
 
 class Guard:
@@ -29,23 +30,27 @@ class Guard:
         model: its modules' flags, buffers, plain attributes and hooks are noted.
         parameters: whose ``.grad`` and ``requires_grad`` are noted besides the model's own.
 
+    Attributes:
+        parameters: the model's and those given, each once.
+
     Memory: one copy of the buffers and of tensors kept as plain module attributes.
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
-        self._parameters = list({id(p): p for p in (*model.parameters(), *parameters)}.values())
-        self._gradients = [p.grad for p in self._parameters]
-        self._contents, self._containers = _note_modules(model)
+        self.parameters = list({id(p): p for p in (*model.parameters(), *parameters)}.values())
+        self._gradients = {id(p): p.grad for p in self.parameters}
+        self._contents, self._containers, generators = _note_modules(model, self.parameters)
         self._undo: list[Undo] = [
-            *note_streams(t.device for t in (*self._parameters, *(t for t, _ in self._contents))),
+            *note_streams(t.device for t in (*self.parameters, *(t for t, _ in self._contents))),
+            *note_generators(generators),
             _note_autocast(),
-            _note_requires_grad(self._parameters),
+            _note_requires_grad(self.parameters),
         ]
         self._entry_stream = torch.get_rng_state()
 
     def hide_gradients(self) -> None:
         """Take ``.grad`` out of the closure's reach, for closures that begin with ``zero_grad()``."""
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
 
     def rewind(self) -> None:
@@ -57,8 +62,8 @@ class Guard:
         _each(self.rewind, self._restore_gradients)
 
     def _restore_gradients(self) -> None:
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
+        for parameter in self.parameters:
+            parameter.grad = self._gradients[id(parameter)]
 
     def _restore_contents(self) -> None:
         for tensor, content in self._contents:
@@ -70,6 +75,11 @@ class Guard:
             if (container or saved) and not _same_members(container, saved):
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
+
+    def had_gradient(self, parameter: Tensor) -> bool:
+        """Whether a parameter came with a gradient other than zero."""
+        gradient = self._gradients.get(id(parameter))
+        return gradient is not None and bool(gradient.any())
 
     def drew_random_numbers(self) -> bool:
         """Whether the CPU's random stream has moved since the last rewind, as with dropout on the CPU."""
@@ -129,18 +139,29 @@ def _each(*steps: Undo) -> None:
         raise failures[0]
 
 
-def _note_modules(model: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Any, Any]]]:
-    """Every buffer and tensor attribute with its contents, every module's containers of attributes with theirs."""
+def _note_modules(
+    model: nn.Module, parameters: list[Tensor]
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Any, Any]], list[Any]]:
+    """Every buffer and tensor attribute with its contents, every container of attributes with its own, everything else.
+
+    Lists and dictionaries that are attributes are looked into. Aliases of parameters are left alone: the engines write
+    those, or do not.
+    """
+    aliases = {storage_pointer(parameter) for parameter in parameters}
     tensors: dict[int, Tensor] = {}
     containers: list[tuple[Any, Any]] = []
+    others: list[Any] = []
     for module in model.modules():
         attributes = vars(module)
         held = [attributes, *(value for value in attributes.values() if type(value) in _CONTAINERS)]
         containers.extend((container, container.copy()) for container in held)
-        for value in (*module._buffers.values(), *attributes.values()):
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                tensors.setdefault(id(value), value)
-    return [(tensor, tensor.detach().clone()) for tensor in tensors.values()], containers
+        for container in held:
+            for value in container.values() if isinstance(container, dict) else container:
+                if not isinstance(value, Tensor):
+                    others.append(value)
+                elif not isinstance(value, nn.Parameter) and storage_pointer(value) not in aliases:
+                    tensors.setdefault(id(value), value)
+    return [(tensor, tensor.detach().clone()) for tensor in tensors.values()], containers, others
 
 
 def _same_members(container: Any, saved: Any) -> bool:
@@ -155,6 +176,10 @@ def _same_members(container: Any, saved: Any) -> bool:
 
 
 def _restore_content(tensor: Tensor, content: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        with torch.no_grad():
+            tensor.detach().copy_(content)
+        return
     # An expanded tensor has several elements at one address: write each address once.
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
     with torch.inference_mode() if tensor.is_inference() else torch.no_grad():

@@ -37,7 +37,9 @@ class LossPrecision:
         """Arguments of a loss function with 16-bit tensors taken to float32: a bf16 loss moves η_c by up to 11 %."""
         target = args[1] if len(args) > 1 else kwargs.get("target")
         if isinstance(target, Tensor):
-            self.num_targets = max(self.num_targets or 0, target.numel())
+            # Negative labels are ignored ones.
+            counted = target.numel() if target.is_floating_point() else int((target >= 0).sum())
+            self.num_targets = max(self.num_targets or 0, counted)
         args = map_tensors(args, _widen)
         kwargs = map_tensors(kwargs, _widen)
         return args, kwargs

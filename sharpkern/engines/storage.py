@@ -12,11 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.engines.calls import map_tensors
-from sharpkern.engines.table import Pair
-
-
-def _pointer(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+from sharpkern.engines.table import Pair, storage_pointer
 
 
 class StorageWatch(TorchDispatchMode):
@@ -28,14 +24,14 @@ class StorageWatch(TorchDispatchMode):
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owners: dict[int, set[int]] = {}
+        self._owners: dict[int | None, set[int]] = {}
         for pair in pairs:
-            self._owners.setdefault(_pointer(pair.weight), set()).add(pair.owner)
+            self._owners.setdefault(storage_pointer(pair.weight), set()).add(pair.owner)
         self.touched: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def note(tensor: Tensor) -> Tensor:
-            self.touched |= self._owners.get(_pointer(tensor), set())
+            self.touched |= self._owners.get(storage_pointer(tensor), set())
             return tensor
 
         if not func.is_view:
@@ -51,12 +47,12 @@ class StorageOracle(TorchDispatchMode):
 
     def __init__(self, pairs: Iterable[Pair], alpha: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._pairs = {_pointer(pair.weight): pair for pair in pairs}
+        self._pairs = {storage_pointer(pair.weight): pair for pair in pairs}
         self._alpha = alpha
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def replace(tensor: Tensor) -> Tensor:
-            pair = self._pairs.get(_pointer(tensor))
+            pair = self._pairs.get(storage_pointer(tensor))
             if pair is None:
                 return tensor
             offset = tensor.storage_offset() - pair.weight.storage_offset()

@@ -9,6 +9,14 @@ from torch import Tensor
 from sharpkern import ops
 
 
+def storage_pointer(tensor: Tensor) -> int | None:
+    """Address of a tensor's memory, or None where it has none of its own: sparse tensors, wrappers of torch.func."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """A parameter, or a view of one, and the direction of the same shape.
@@ -33,8 +41,13 @@ class Pair:
     def form(self, alpha: float, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ in the weight's dtype, or in ``dtype``.
 
+        Where autograd is on, the result belongs to the graph of the weight: a closure may differentiate by parameters.
+
         Memory: one tensor of the weight's size unless ``out`` is given.
         """
+        if out is None and self.base.requires_grad and torch.is_grad_enabled():
+            moved = self.base.to(self.wide) + alpha * self.delta.to(self.wide)
+            return moved.to(dtype or self.weight.dtype)
         return ops.form(self.base, self.delta, alpha, dtype=dtype or self.weight.dtype, out=out)
 
 
@@ -83,5 +96,5 @@ class Scratch:
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in one of the buffers."""
-        pointer = tensor.untyped_storage().data_ptr()
-        return any(pointer == buffer.untyped_storage().data_ptr() for buffer in self._buffers.values())
+        pointer = storage_pointer(tensor)
+        return any(pointer == storage_pointer(buffer) for buffer in self._buffers.values())

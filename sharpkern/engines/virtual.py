@@ -17,7 +17,7 @@ from sharpkern.engines import calls
 from sharpkern.engines.closure import Closure
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.storage import StorageOracle, StorageWatch
-from sharpkern.engines.table import Pair, Scratch
+from sharpkern.engines.table import Pair, Scratch, storage_pointer
 from sharpkern.errors import EngineUnsupportedError
 
 
@@ -27,13 +27,15 @@ class VirtualParameters(TorchFunctionMode):
     Args:
         pairs: the parameters that move.
         precision: told about the loss functions that are called.
+        watched: parameters that the closure must not write, whether they move or not.
 
     Memory: the largest weight matrix (shared scratch); one row block for embeddings; a copy of the weights that a call
     takes several of at once (an LSTM layer, `nn.MultiheadAttention`).
     """
 
-    def __init__(self, pairs: Iterable[Pair], precision: LossPrecision) -> None:
+    def __init__(self, pairs: Iterable[Pair], precision: LossPrecision, watched: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._watched = {id(parameter): parameter for parameter in watched}
         self._parameters = {id(pair.weight): pair for pair in pairs}
         self._table = dict(self._parameters)
         self._precision = precision
@@ -51,6 +53,8 @@ class VirtualParameters(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = calls.name_of(func)
+        if calls.writes(name) and args:
+            self._refuse_write(name, args[0])
         if name in calls.LOSSES:
             args, kwargs = self._precision.widen_loss(args, kwargs)
         if self._holds(args) or (kwargs and self._holds(kwargs.values())):
@@ -72,16 +76,15 @@ class VirtualParameters(TorchFunctionMode):
             )
         if name == "requires_grad_":
             return args[0]
-        if (calls.writes(name) and self._holds(args[:1])) or self._holds([kwargs.get("out")]):
-            raise ValueError(
-                f"loss_fn must only evaluate the loss, got a write to a parameter by {name}; take training steps and "
-                "weight clipping out of the closure"
-            )
+        if self._holds([kwargs.get("out")]):
+            self._refuse_write(name, kwargs["out"])
         if first is not None and name in calls.LINEAR_IN_FIRST and not self._holds(args[1:]):
             return self._apply_to_both(func, first, args[1:], kwargs)
         if first is not None and name in calls.CASTS:
             return self._cast(func, first, args[1:], kwargs)
-        if name == "embedding" and not calls.renormalises(args, kwargs):
+        if calls.renormalises(name, args, kwargs):
+            raise EngineUnsupportedError(f"{name} with max_norm writes its weight")
+        if name == "embedding":
             weight = self._pair(args[1] if len(args) > 1 else kwargs["weight"])
             if weight is not None:
                 return self._gather_rows(func, weight, args, kwargs)
@@ -106,7 +109,7 @@ class VirtualParameters(TorchFunctionMode):
         if weight is pair.weight:
             return weight
         part = Pair(weight, base, delta, pair.owner)
-        if weight.untyped_storage().data_ptr() != pair.weight.untyped_storage().data_ptr():
+        if storage_pointer(weight) != storage_pointer(pair.weight):
             return self._form(part)
         # The pair holds the view, so that its id stays taken until the pass ends.
         self._table[id(weight)] = part
@@ -178,6 +181,14 @@ class VirtualParameters(TorchFunctionMode):
             return result.clone()
         return result
 
+    def _refuse_write(self, name: str, written: Any) -> None:
+        tensors = written if isinstance(written, (list, tuple)) else [written]
+        if any(id(tensor) in self._table or id(tensor) in self._watched for tensor in tensors):
+            raise ValueError(
+                f"loss_fn must only evaluate the loss, got a write to a parameter by {name}; take training steps, "
+                "weight clipping and momentum encoders out of the closure"
+            )
+
     # -- the table ----------------------------------------------------------------------------------------------------
 
     def _form(self, pair: Pair, out: Tensor | None = None) -> Tensor:
@@ -222,7 +233,7 @@ class VirtualEngine:
     def __init__(self, pairs: Sequence[Pair], closure: Closure) -> None:
         self._pairs = pairs
         self._closure = closure
-        self._mode = VirtualParameters(pairs, closure.precision)
+        self._mode = VirtualParameters(pairs, closure.precision, closure.guard.parameters)
         self._unused: set[int] = set()
 
     @property
@@ -263,11 +274,13 @@ class VirtualEngine:
                 if "TorchScript" not in str(error):
                     raise
                 raise EngineUnsupportedError("scripted code, which no mode can look into, reads parameters") from error
-            hidden = watch.touched & self._unread()
+            # What has a gradient was read when that was taken, if perhaps by code that torch does not see.
+            with_gradient = {pair.owner for pair in self._pairs if self._closure.guard.had_gradient(pair.weight)}
+            hidden = (watch.touched | with_gradient) & self._unread()
             if hidden:
                 raise EngineUnsupportedError(
                     f"{len(hidden)} of {len(self._pairs)} parameters are read where torch's Python calls do not show "
-                    "it (scripted code, or aliases of weights made before the measurement)"
+                    "it (scripted code, other threads, extensions, or aliases of weights made before the measurement)"
                 )
             self._unused |= unread
         return loss

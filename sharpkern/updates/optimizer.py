@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from sharpkern.errors import NoUpdateError
 from sharpkern.ops import inner_product, total
 from sharpkern.updates.closed_form import CLOSED_FORMS, Formula
 from sharpkern.updates.shadow_step import shadow_step
@@ -100,7 +101,7 @@ def _reference_lr(slots: Sequence[Slot]) -> float:
         )
     reference = next((lr for lr in rates if lr > 0), None)
     if reference is None:
-        raise ValueError(
+        raise NoUpdateError(
             "optimizer must have a positive learning rate in a group with a gradient, got 0 in all of them; measure "
             "when the schedule has started, or use Direction.from_gradients(model)"
         )
@@ -114,4 +115,4 @@ def _refuse_nonfinite_gradients(slots: Sequence[Slot]) -> None:
             remedy = (
                 "skip this measurement: GradScaler will skip the step" if slot.scale != 1 else "find what overflowed"
             )
-            raise ValueError(f"the gradient of {slot.label} must be finite, got nan or inf; {remedy}")
+            raise NoUpdateError(f"the gradient of {slot.label} must be finite, got nan or inf; {remedy}")
