@@ -28,9 +28,9 @@ from torch.optim import SGD, Adam, AdamW
 def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, float]:
     """Return the sharpness above which the optimizer's steps grow: 2/η for plain gradient descent.
 
-    Compare it with the largest Hessian eigenvalue (SGD) or with the preconditioned one (Adam, AdamW), and along plain
-    gradient descent with the critical sharpness too, which settles at it. The value follows the learning rate: call it
-    again after a scheduler's step. ``maximize`` turns the loss upside down and leaves the threshold as it is.
+    Compare it with the largest Hessian eigenvalue (SGD) or with the preconditioned one (Adam, AdamW). The critical
+    sharpness belongs to the optimizer's own update and is compared with 2/η for every optimizer; the two thresholds are
+    one for plain gradient descent. The value follows the learning rate: call it again after a scheduler's step. ``maximize`` turns the loss upside down and leaves the threshold as it is.
 
     Args:
         optimizer: A `torch.optim.SGD`, `Adam` or `AdamW`. Only its parameter groups are read.

@@ -201,7 +201,7 @@ def test_a_closure_with_a_backward_pass_is_told_so() -> None:
         return loss
 
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"take backward\(\) out of it, or wrap .* enable_grad"):
+    with pytest.raises(ValueError, match=r"take backward\(\) out of it, or wrap .*enable_grad"):
         sharpkern.critical_sharpness(model, stepping, random_direction(model))
     assert differing(before, snapshot(model)) == []
 
