@@ -30,7 +30,8 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, f
 
     Compare it with the largest Hessian eigenvalue (SGD) or with the preconditioned one (Adam, AdamW). The critical
     sharpness belongs to the optimizer's own update and is compared with 2/η for every optimizer; the two thresholds are
-    one for plain gradient descent. The value follows the learning rate: call it again after a scheduler's step. ``maximize`` turns the loss upside down and leaves the threshold as it is.
+    one for plain gradient descent. The value follows the learning rate: call it again after a scheduler's step.
+    ``maximize`` turns the loss upside down and leaves the threshold as it is.
 
     Args:
         optimizer: A `torch.optim.SGD`, `Adam` or `AdamW`. Only its parameter groups are read.
