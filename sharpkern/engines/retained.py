@@ -24,19 +24,21 @@ def retained_share(pairs: Sequence[Pair], rounded: Collection[int], alpha: float
 
     Memory: a few times 4096 elements of each tensor, which are looked at evenly spaced.
     """
-    kept, total = 0.0, 0.0
+    # Collected on the device, and read once at the end.
+    kept: list[Tensor] = []
+    lengths: list[Tensor] = []
     for pair in pairs:
         base, delta, weight = (_sample(tensor) for tensor in (pair.base, pair.delta, pair.weight))
         displacement = delta.double() * alpha
         scale = pair.weight.numel() / max(1, delta.numel())
-        length = scale * float(displacement.square().sum())
-        total += length
+        lengths.append(scale * displacement.square().sum())
         if pair.owner in rounded:
             moved = ops.form(base, delta, alpha, dtype=weight.dtype).double() - weight.double()
-            kept += scale * float((moved * displacement).sum())
+            kept.append(scale * (moved * displacement).sum())
         else:
-            kept += length
-    return kept / total if total > 0 else 1.0
+            kept.append(lengths[-1])
+    length = ops.total(lengths)
+    return ops.total(kept) / length if length > 0 else 1.0
 
 
 def _sample(tensor: Tensor) -> Tensor:
