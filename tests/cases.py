@@ -24,8 +24,9 @@ def _classify(*shape: int) -> Callable[[nn.Module], LossFn]:
     def closure(model: nn.Module) -> LossFn:
         generator = torch.Generator().manual_seed(1)
         x, y = torch.randn(*shape, generator=generator), torch.randint(0, 10, (shape[0],), generator=generator)
-        dtype = next(model.parameters()).dtype
-        return lambda: F.cross_entropy(model(x.to(dtype)), y)
+        first = next(model.parameters())
+        x, y = x.to(first), y.to(first.device)
+        return lambda: F.cross_entropy(model(x), y)
 
     return closure
 
@@ -35,7 +36,7 @@ def tokens(vocabulary: int = 128, batch: int = 4, length: int = 24) -> Tensor:
 
 
 def _next_token(model: nn.Module) -> LossFn:
-    x = tokens()
+    x = tokens().to(next(model.parameters()).device)
     return lambda: F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
 
 

@@ -21,7 +21,7 @@ def random_direction(model: nn.Module, scale: float = 1.0) -> Direction:
     """Random numbers of the size of each parameter, so that a step of 1e-2 is a relative change of 1e-2."""
     generator = torch.Generator().manual_seed(2)
     tensors = {
-        p: scale * (p.detach().float().std(correction=0) + 1e-2) * torch.randn(p.shape, generator=generator).to(p.dtype)
+        p: scale * (p.detach().float().std(correction=0) + 1e-2) * torch.randn(p.shape, generator=generator).to(p)
         for p in model.parameters()
     }
     return Direction.from_tensors(tensors, model)

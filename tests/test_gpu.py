@@ -1,0 +1,86 @@
+"""The engines on a GPU: losses, random streams, memory. Skipped without one."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sharpkern
+from tests.cases import TORCH_CASES, Case, tokens
+from tests.models import GPT
+from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or HIP device"),
+]
+
+
+DEVICE = "cuda"
+
+
+def next_token(model: torch.nn.Module, dtype: torch.dtype | None) -> LossFn:
+    x = tokens(length=64).to(DEVICE)
+
+    def loss_fn() -> torch.Tensor:
+        with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+            return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+    return loss_fn
+
+
+# The masks of deep copies would be drawn from a stream that fork_rng does not rewind here.
+WITHOUT_DROPOUT = [case for case in TORCH_CASES if case.name not in ("gpt", "encoder")]
+
+
+@pytest.mark.parametrize("case", WITHOUT_DROPOUT, ids=lambda case: case.name)
+@pytest.mark.parametrize("engine", ["virtual", "inplace"])
+def test_losses_equal_those_of_deep_copies(case: Case, engine: str) -> None:
+    model = case.build().to(DEVICE)
+    direction = random_direction(model)
+    expected = deep_copy_losses(model, case.closure, direction, (0.0, 0.01, 0.1))
+    losses = engine_losses(engine, model, case.closure(model), direction, (0.0, 0.01, 0.1))
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["virtual", "inplace"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "autocast"])
+def test_a_measured_run_is_the_run(engine: str, dtype: torch.dtype | None) -> None:
+    def run(measured: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        torch.manual_seed(0)
+        model = GPT(context=64).to(DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        loss_fn = next_token(model, dtype)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss_fn().backward()
+            if measured:
+                direction = sharpkern.Direction.from_optimizer(optimizer)
+                sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine, rtol=0.1)
+            optimizer.step()
+        return copy.deepcopy(model.state_dict()), torch.get_device_module(DEVICE).get_rng_state()
+
+    (without, stream), (with_, stream_after) = run(False), run(True)
+    assert torch.equal(stream, stream_after)
+    assert all(torch.equal(without[name], with_[name]) for name in without)
+
+
+def test_the_virtual_engine_needs_the_largest_weight_matrix() -> None:
+    model = GPT(vocabulary=512, width=1024, layers=4, dropout=0.0).to(DEVICE)
+    x = torch.randint(0, 512, (1, 16), device=DEVICE)
+    loss_fn = lambda: F.cross_entropy(model(x).flatten(0, 1), x.flip(1).flatten())
+    direction = random_direction(model)
+    sharpkern.critical_sharpness(model, loss_fn, direction)
+
+    def peak(function: Callable[[], object]) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+
+    with torch.no_grad():
+        plain = peak(loss_fn)
+    largest = max(p.nbytes for p in model.parameters())
+    assert peak(lambda: sharpkern.critical_sharpness(model, loss_fn, direction)) - plain <= 1.2 * largest
