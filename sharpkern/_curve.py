@@ -18,6 +18,10 @@ from typing import NamedTuple
 
 # A loss difference below this many noise levels has no sign.
 SIGNIFICANT = 3.0
+# The loss is a float64; no difference is known better than its rounding.
+_ROUNDING = 2.0**-51
+# A rise above this many is hardly changed by noise.
+_CLEAR = 8.0
 # The crossing feels the noise of a probe and of the base loss; this many standard errors of one loss cover both.
 _NOISE = 3.0
 # Below this share of the slope, w is a difference of nearly equal numbers.
@@ -85,7 +89,7 @@ class Curve:
         self.base_loss = base_loss
         self.given_slope = slope
         self.guess = guess
-        self.noise_level = noise * abs(base_loss)
+        self.noise_level = max(noise, _ROUNDING) * abs(base_loss)
         self.probes: list[Probe] = []
 
     def add(self, eta: float, loss: float) -> None:
@@ -122,7 +126,8 @@ class Curve:
             margin = SIGNIFICANT * self.noise_level
             too_small = any(p.eta == lo and p.rise < -given * lo * (1.0 + 1e-9) - margin for p in falls)
             too_large = extrapolated is not None and extrapolated < given / 4
-            if not too_small and not too_large:
+            ascent = not falls and self.rises_at_once()
+            if not too_small and not too_large and not ascent:
                 return given
         if extrapolated is None and len(falls) == 1 and len(self.probes) == 1:
             # On a quadratic that crosses at the guess, or at twice the only probe.
@@ -133,6 +138,29 @@ class Curve:
     def trusts_slope(self) -> bool:
         """Return whether a slope was given and no probe contradicts it."""
         return self.given_slope is not None and self.slope() == self.given_slope
+
+    def rises_at_once(self) -> bool:
+        """Return whether the rises shrink in proportion to η, as along a direction of ascent, and not faster."""
+        rises = [probe for probe in self.probes if self.sign(probe) > 0 and math.isfinite(probe.rise)]
+        if not rises or rises[0].eta > self.bracket()[1]:
+            return False
+        # The smallest may owe much of its rise to noise: the next one, clear of it, is asked too.
+        clear = [probe for probe in rises if probe.rise > _CLEAR * self.noise_level]
+        return self._in_proportion(rises) or self._in_proportion(clear)
+
+    def _in_proportion(self, rises: list[Probe]) -> bool:
+        """Return whether rise over η, extrapolated linearly to 0, keeps half of its size there beyond the noise.
+
+        Of −sη + cη² nothing would be left. Probes further apart than a factor of three count as that far apart.
+        """
+        if len(rises) < 2:
+            return False
+        eta1, rise1 = rises[0]
+        eta2, rise2 = min(rises[1:], key=lambda probe: abs(math.log(probe.eta / (3.0 * eta1))))
+        share = max(eta1 / (eta2 - eta1), 0.5)
+        at_zero = (1.0 + share) * rise1 / eta1 - share * rise2 / eta2
+        error = self.noise_level * ((1.0 + share) / eta1 + share / eta2)
+        return at_zero >= 0.5 * rise1 / eta1 + error
 
     def _extrapolated_slope(self) -> float | None:
         """Return −(f − f₀)/η extrapolated to 0 from the two smallest probes between which its change is visible."""

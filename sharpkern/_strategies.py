@@ -7,21 +7,28 @@ Each strategy is a generator. It yields step sizes, finds their losses in the cu
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from sharpkern._curve import SIGNIFICANT, Curve, Estimate
+from sharpkern._curve import SIGNIFICANT, Curve, Estimate, Probe
 
 Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "unresolved"]
 
 # Without any rise the search goes up to this multiple of the first guess, or of the step that would bring a linear
-# loss to zero, whichever is larger.
+# loss to zero, whichever is larger; and no further down.
 _REACH = 1e9
 # Rises this close to the noise are as far down as a search can see.
 _FLOOR = 20.0
+# A rise at the noise floor is compared with one this much further out.
+_LOOK_ABOVE = 3.0
 # A probe that shows nothing proves so for step sizes up to this ratio above it.
 _CLOSE = 4.5
 # A loss that changes nowhere over this ratio of step sizes is flat as far as its noise lets see.
 _FLAT = 1e6
+# A rise by more than this share of the loss is too far out to say how the loss starts.
+_LOCAL = 0.1
+# So many losses without a sign between the last fall and the first rise: noise hides the crossing among them.
+_BLURRED = 3
 # Where an earlier crossing would hide: the guard looks at the estimate divided by these ...
 _GUARDS = (4.0, 12.0)
 # ... where the slope alone would take this many times the loss off, or the exponent is below this.
@@ -95,7 +102,7 @@ class _Single:
         if len(self._widths) > 3 and math.inf > self._widths[-1] > self._widths[-4] / 2:
             # Three moves have not halved the bracket: do it by force.
             self._widths = [math.inf]
-            return (math.sqrt(lo * hi),)
+            return (_middle(self._curve),)
         return (_propose(self._curve, estimate, self._rtol, len(self._curve.probes)),)
 
 
@@ -110,7 +117,7 @@ class _Grids:
         center = math.log(self._curve.guess)
         # With six or more, two of the first grid look for an earlier crossing.
         watch = [center - self._width - math.log(divisor) for divisor in (12.0, 3.5)] if self._num >= 6 else []
-        return tuple(math.exp(y) for y in watch) + _grid(center, self._width, self._num - len(watch))
+        return tuple(math.exp(y) for y in watch) + _grid(self._curve, center, self._width, self._num - len(watch))
 
     def after(self, estimate: Estimate | None) -> tuple[float, ...]:
         self._passes += 1
@@ -118,15 +125,18 @@ class _Grids:
         if lo > 0 and hi < math.inf:
             span = math.log(hi / lo)
             if estimate is not None and lo < math.exp(estimate.y) < hi and 3.0 * estimate.error < span:
-                return _grid(estimate.y, max(1.5 * estimate.error, 0.02), self._num)
-            return _grid(math.log(lo * hi) / 2, span / 2 * (self._num - 1) / (self._num + 1), self._num)
+                return _grid(self._curve, estimate.y, max(1.5 * estimate.error, 0.02), self._num)
+            return _grid(self._curve, math.log(lo * hi) / 2, span / 2 * (self._num - 1) / (self._num + 1), self._num)
         self._width *= 1.5
-        center = math.log(_propose(self._curve, estimate, self._rtol, self._passes))
+        eta = _propose(self._curve, estimate, self._rtol, self._passes)
+        if eta > hi:
+            return (eta,)
+        center = math.log(eta)
         if hi == math.inf:
             center = max(center, math.log(self._curve.probes[-1].eta) + self._width / 2)
         elif lo == 0:
             center = min(center, math.log(hi) - self._width / 2)
-        return _grid(center, self._width, self._num)
+        return _grid(self._curve, center, self._width, self._num)
 
 
 def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
@@ -154,7 +164,7 @@ def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
         hi = min((probe.eta for probe in curve.probes if probe.rise > 0), default=math.inf)
         lo = max((probe.eta for probe in curve.probes if probe.eta < hi), default=0.0)
         if hi == math.inf:
-            eta = 2 * lo
+            eta = min(2 * lo, _limit(curve))
         elif lo == 0:
             eta = hi / 2
         elif hi / lo > 1 + width:
@@ -163,9 +173,20 @@ def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
             return Outcome("converged", (lo + hi) / 2, (hi - lo) / (hi + lo))
 
 
-def _grid(center: float, width: float, num: int) -> tuple[float, ...]:
-    """Return ``num`` step sizes evenly spaced in log, within ``width`` of the center."""
-    return tuple(math.exp(center + width * (2 * i / (num - 1) - 1)) for i in range(num))
+def _grid(curve: Curve, center: float, width: float, num: int) -> tuple[float, ...]:
+    """Return ``num`` step sizes evenly spaced in log, within ``width`` of the center, where they can teach something.
+
+    They end below the first rise, which continues their spacing, and at the limit; and where no fall is known, not far
+    below the noise floor.
+    """
+    lo, hi = curve.bracket()
+    bottom, top = center - width, center + width
+    if lo == 0 and hi < math.inf:
+        bottom = max(bottom, min(math.log(_lowest(curve) / _CLOSE), center))
+    if top >= math.log(hi):
+        top = math.log(hi) - (math.log(hi) - bottom) / num
+    top = min(top, math.log(_limit(curve)))
+    return tuple(math.exp(bottom + (top - bottom) * i / (num - 1)) for i in range(num))
 
 
 def _settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:
@@ -183,9 +204,11 @@ def _settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate |
         exact = estimate.measured and estimate.nearest < 0.7 and estimate.error <= tolerance
         if enough and inside and conditioned and exact:
             return estimate
-    if enclosed and hi <= lo * (1 + 2 * rtol):
+    blurred = sum(lo < probe.eta < hi for probe in curve.probes) >= _BLURRED
+    if enclosed and (blurred or hi <= lo * (1 + 2 * rtol)):
         half = math.log(hi / lo) / 2
-        return Estimate(math.log(lo) + half, half, 0.0, 1.0, measured=False, nearest=half)
+        noise = half if blurred else 0.0
+        return Estimate(math.log(lo) + half, half, noise, 1.0, measured=False, nearest=half)
     return None
 
 
@@ -206,7 +229,7 @@ def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> 
         lo, hi = curve.bracket()
         tolerance = max(rtol, estimate.noise)
         if hi > lo * (1 + 2.5 * tolerance):
-            if lo < eta / (1 + 1.25 * tolerance):
+            if lo * (1 + 1.25 * tolerance) < eta < hi * (1 + 1.1 * tolerance):
                 yield from _unless_near(curve, eta / (1 + 1.1 * tolerance), 1 + 0.3 * tolerance)
             if hi > eta * (1 + 1.25 * tolerance):
                 yield from _unless_near(curve, eta * (1 + 1.1 * tolerance), 1 + 0.3 * tolerance)
@@ -241,18 +264,17 @@ def _converged(curve: Curve, estimate: Estimate) -> Outcome:
 def _dead_end(curve: Curve) -> Outcome | None:
     """Return the outcome where another probe can add nothing: the top or the noise floor is reached."""
     lo, hi = curve.bracket()
-    if hi == math.inf and curve.probes[-1].eta >= _limit(curve):
-        return Outcome("unbounded", curve.probes[-1].eta) if lo > 0 else Outcome("unresolved")
-    if lo == 0 and hi < math.inf and curve.probes[-1].eta > hi:
-        # A small rise may be the near side of a crossing: two steps that show nothing, one close by, prove the floor.
-        below = _below(curve, hi)
-        bottom = len(below) > 1 and hi <= _CLOSE * below[-1]
-        if (bottom or hi <= 1.5 * _floor(curve)) and _rises_at_once(curve):
-            return Outcome("ascent")
-        if bottom:
+    if hi == math.inf:
+        # The limit passes through a logarithm on its way here.
+        if curve.probes[-1].eta >= _limit(curve) * (1 - 1e-9):
+            return Outcome("unbounded", curve.probes[-1].eta) if lo > 0 else Outcome("unresolved")
+        if lo == 0 and curve.probes[-1].eta > _FLAT * curve.probes[0].eta:
             return Outcome("unresolved")
-    if lo == 0 and hi == math.inf and curve.probes[-1].eta > _FLAT * curve.probes[0].eta:
-        return Outcome("unresolved")
+    elif lo == 0:
+        if _at_floor(curve) and curve.rises_at_once():
+            return Outcome("ascent")
+        if _at_bottom(curve) and not _needs_company(curve):
+            return Outcome("unresolved")
     return None
 
 
@@ -264,9 +286,40 @@ def _limit(curve: Curve) -> float:
 
 def _floor(curve: Curve) -> float:
     """Return the smallest step size at which a rise like the lowest one would still stand out of the noise."""
-    eta, rise = next(probe for probe in curve.probes if curve.sign(probe) > 0)
-    steepest = max(rise / eta if rise < math.inf else 0.0, curve.given_slope or curve.slope() or 0.0)
-    return _FLOOR * curve.noise_level / steepest if steepest > 0 else curve.guess / _REACH**2
+    eta, rise = _first_rise(curve)
+    steepness = rise / eta if rise < math.inf else curve.slope() or math.inf
+    return max(_FLOOR * curve.noise_level / steepness, curve.guess / _REACH)
+
+
+def _lowest(curve: Curve) -> float:
+    """Return how far down to go from the first rise at once."""
+    return min(_floor(curve), curve.bracket()[1] / 4.0)
+
+
+def _at_bottom(curve: Curve) -> bool:
+    """Return whether nothing can be seen below the first rise, before which no fall is known.
+
+    A small rise may be the near side of a crossing: two steps that show nothing, one close by, prove the bottom.
+    """
+    hi = curve.bracket()[1]
+    below = _below(curve, hi)
+    return hi <= 1.5 * curve.guess / _REACH or (len(below) > 1 and hi <= _CLOSE * below[-1])
+
+
+def _at_floor(curve: Curve) -> bool:
+    """Return whether the first rise, before which no fall is known, is among the smallest that can be seen."""
+    return _at_bottom(curve) or curve.bracket()[1] <= 1.5 * _floor(curve)
+
+
+def _needs_company(curve: Curve) -> bool:
+    """Return whether the first rise has no other near enough to tell whether both are in proportion to η."""
+    eta, rise = _first_rise(curve)
+    return rise < math.inf and not any(2.0 * eta <= probe.eta <= 10.0 * eta for probe in curve.probes)
+
+
+def _first_rise(curve: Curve) -> Probe:
+    """Return the smallest step size with a rise."""
+    return next(probe for probe in curve.probes if curve.sign(probe) > 0)
 
 
 def _below(curve: Curve, eta: float) -> list[float]:
@@ -274,55 +327,79 @@ def _below(curve: Curve, eta: float) -> list[float]:
     return [probe.eta for probe in curve.probes if probe.eta < eta]
 
 
-def _rises_at_once(curve: Curve) -> bool:
-    """Return whether the rises shrink in proportion to η, as along a direction of ascent, and not faster."""
-    rises = [probe for probe in curve.probes if curve.sign(probe) > 0]
-    # A given slope that could not have been seen at this step size may still lead to a crossing below it.
-    hidden = curve.given_slope is not None and curve.given_slope * rises[0].eta <= SIGNIFICANT * curve.noise_level
-    if hidden or len(rises) < 2 or not math.isfinite(rises[1].rise):
-        return False
-    return rises[0].rise / rises[0].eta >= 0.5 * rises[1].rise / rises[1].eta
-
-
 def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) -> float:
-    """Return the next step size: the estimate where it is safe, otherwise a move that is sure to teach something."""
+    """Return the next step size: the estimate where it is safe, otherwise a move that is sure to teach something.
+
+    Only a rise at the noise floor, with no other to compare it with, makes it look a little above a known rise.
+    """
     lo, hi = curve.bracket()
-    etas = [probe.eta for probe in curve.probes]
-    one_sided = passes if lo == 0 or hi == math.inf else 0
-    leap = 10.0 ** max(1, one_sided - 2)
-    if estimate is None or (hi == math.inf and estimate.exponent < 0.25):
-        if hi == math.inf:
-            return min(etas[-1] * leap, _limit(curve))
-        if lo > 0:
-            return math.sqrt(lo * hi)
-        below = _below(curve, hi)
-        if below and hi > _CLOSE * below[-1]:
-            return math.sqrt(below[-1] * hi)
-        if len(below) > 1:
-            return 10.0 * etas[-1]
-        return max(etas[0] / leap, min(_floor(curve), etas[0] / 4.0))
-    eta = math.exp(estimate.y)
-    if not lo < eta < hi:
-        eta = math.sqrt(lo * hi) if 0 < lo < hi < math.inf else hi / 2 if eta >= hi else lo * 2
-    # The power law is local: it may be trusted over a decade or two.
-    push = math.exp(min(math.log(1.5) * 2 ** (one_sided - 3), math.log(4.0))) if one_sided >= 3 else 1.0
     if hi == math.inf:
-        eta = min(max(eta, etas[-1] * push if lo > 0 else 0.0), etas[-1] * max(100.0, leap), _limit(curve))
+        eta = _upward(curve, estimate, passes)
     elif lo == 0:
-        eta = max(min(eta, hi / push), hi / leap, min(_floor(curve), hi / 4.0))
-    return _away_from(curve, eta, estimate, rtol)
+        eta = _downward(curve, estimate, passes)
+        if eta > hi:
+            return eta
+    else:
+        eta = math.exp(estimate.y) if estimate is not None else 0.0
+        if not lo < eta < hi:
+            eta = _middle(curve)
+    return eta if estimate is None else _away_from(curve, eta, estimate, rtol)
+
+
+def _upward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
+    """Return a step size while no rise is known."""
+    lo, last = curve.bracket()[0], curve.probes[-1].eta
+    leap, push = _stride(passes)
+    eta = last * leap
+    # Where two losses equal f₀ the slope is wrong, or nothing but noise is seen: larger steps show more.
+    if estimate is not None and estimate.exponent >= 0.25 and (lo > 0 or len(curve.probes) == 1):
+        # The power law is local: it may be trusted over a decade or two.
+        eta = min(max(math.exp(estimate.y), last * push if lo > 0 else 0.0), last * max(100.0, leap))
+    return min(eta, _limit(curve))
+
+
+def _downward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
+    """Return a step size while a rise is known, and no fall before it."""
+    hi = curve.bracket()[1]
+    below = _below(curve, hi)
+    if _at_floor(curve) and _needs_company(curve):
+        return _LOOK_ABOVE * hi
+    if below and hi > _CLOSE * below[-1]:
+        return math.sqrt(below[-1] * hi)
+    if below:
+        return below[0] / 10.0
+    if _first_rise(curve).rise < _LOCAL * abs(curve.base_loss) and curve.rises_at_once():
+        # The slope is contradicted: the same at the noise floor settles it.
+        return _lowest(curve)
+    leap, push = _stride(passes)
+    eta = hi / leap if estimate is None else max(min(math.exp(estimate.y), hi / push), hi / leap)
+    return max(eta, _lowest(curve))
+
+
+def _stride(passes: int) -> tuple[float, float]:
+    """Return the largest and the smallest factor by which to move on while one side of the crossing is unknown."""
+    push = math.exp(min(math.log(1.5) * 2 ** (passes - 3), math.log(4.0))) if passes >= 3 else 1.0
+    return 10.0 ** max(1, passes - 2), push
+
+
+def _middle(curve: Curve) -> float:
+    """Return the middle, in log, of the widest gap between the probes around the crossing."""
+    lo, hi = curve.bracket()
+    etas = [probe.eta for probe in curve.probes if lo <= probe.eta <= hi]
+    left, right = max(pairwise(etas), key=lambda gap: gap[1] / gap[0])
+    return math.sqrt(left * right)
 
 
 def _away_from(curve: Curve, eta: float, estimate: Estimate, rtol: float) -> float:
     """Return ``eta``, moved off where it would repeat an old probe, far enough for ψ to differ visibly."""
-    distance = max(0.5 * rtol, 6.0 * estimate.noise)
-    if not estimate.measured:
-        # Losses equal to f₀ so far: a crossing by luck, or nothing but noise. Look further away each time.
-        zeros = sum(curve.sign(probe) == 0 for probe in curve.probes)
-        distance = min(max(0.03, distance) * 4.0 ** max(zeros - 1, 0), math.log(100.0))
+    distance = max(0.5 * rtol if estimate.measured else 0.03, 6.0 * estimate.noise)
     nearest = min((probe.eta for probe in curve.probes), key=lambda old: abs(math.log(eta / old)))
+    lo, hi = curve.bracket()
     # Rounding must not decide between up and down.
-    factor = math.exp(distance if eta > nearest * (1 - 1e-9) else -distance)
+    up = eta > nearest * (1 - 1e-9) and nearest < hi
+    factor = math.exp(min(distance, math.log(10.0)) * (1 if up else -1))
     while any(abs(math.log(eta / probe.eta)) < 0.1 * rtol for probe in curve.probes):
         eta *= factor
-    return eta
+    if hi == math.inf:
+        return min(eta, _limit(curve))
+    return eta if lo < eta < hi else _middle(curve)

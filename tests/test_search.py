@@ -163,6 +163,101 @@ def test_trap_29_pure_noise_is_unresolved(seed: int, slope: float | None, num_pa
     assert result.status == "unresolved"
 
 
+def test_a_given_slope_that_the_probes_contradict_is_ascent_after_a_few() -> None:
+    # The gradient was of other dropout masks than the losses.
+    result = find_critical_lr(lambda x: 1 + 1e-2 * x + 0.5 * x**2, slope=1.0, initial_lr=1e-3, noise=1e-7)
+    assert (result.status, result.critical_lr) == ("ascent", 0.0)
+    assert result.evaluations <= 8
+    etas = [eta for eta, _ in result.probes]
+    assert etas == sorted(etas, reverse=True)
+
+
+@pytest.mark.parametrize("num_parallel", [1, 8])
+@pytest.mark.parametrize("slope", [None, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_a_loss_that_only_rises_ends_within_reach(noise: float, slope: float | None, num_parallel: int) -> None:
+    for f in (lambda x: 1 + x, lambda x: 1 + x**2, lambda x: math.inf if x else 1.0):
+        result = find_critical_lr(f, slope=slope, initial_lr=1.0, noise=noise, num_parallel=num_parallel)
+        etas = [eta for eta, _ in result.probes]
+        assert result.status in ("ascent", "unresolved")
+        assert min(etas) > 1e-11 * etas[0]
+        assert max(etas) <= 3.1 * max(etas[:num_parallel])
+
+
+def test_nothing_is_asked_above_the_reach() -> None:
+    for num_parallel in (1, 2, 8):
+        for f in ENDLESS.values():
+            result = find_critical_lr(f, slope=1.0, initial_lr=1.0, num_parallel=num_parallel)
+            assert result.critical_lr == pytest.approx(1e9)
+
+
+@given(
+    fall=st.floats(-1, -1e-3) | st.floats(1e-3, 1),
+    curvature=st.floats(0, 10),
+    third=st.sampled_from([0.0, 0.3, 3.0]),
+    fourth=st.floats(0.1, 3),
+    slope_error=st.floats(-3, 3),
+    miss=st.floats(-4, 4),
+    log_noise=st.floats(-7, -3),
+    noisy=st.booleans(),
+    num_parallel=st.sampled_from([1, 4, 8]),
+    certify=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(FIXED, max_examples=600)
+def test_the_search_never_runs_away(
+    fall: float,
+    curvature: float,
+    third: float,
+    fourth: float,
+    slope_error: float,
+    miss: float,
+    log_noise: float,
+    noisy: bool,
+    num_parallel: int,
+    certify: bool,
+    seed: int,
+) -> None:
+    # The slope is of the right size or far off, and in half of the cases of the wrong sign.
+    noise, rng = 10.0**log_noise, random.Random(seed)
+
+    def clean(x: float) -> float:
+        return 1 - fall * x + abs(fall) * (curvature * x * x + third * x * x * x + fourth * x * x * x * x)
+
+    def f(x: float) -> float:
+        return clean(x) + noise * rng.gauss(0.0, 1.0) if noisy else clean(x)
+
+    search = LineSearch(
+        1.0,
+        slope=abs(fall) * 10.0**slope_error,
+        initial_lr=10.0**miss,
+        noise=noise,
+        num_parallel=num_parallel,
+        certify=certify,
+        max_evaluations=39 * num_parallel,
+    )
+    first_rise, ignored = math.inf, []
+    while step_sizes := search.ask():
+        ignored += [eta / first_rise for eta in step_sizes if eta > first_rise]
+        losses = [f(eta) for eta in step_sizes]
+        rises = [eta for eta, loss in zip(step_sizes, losses, strict=True) if loss - 1 > 3 * noise]
+        first_rise = min([first_rise, *rises])
+        search.tell(losses)
+    result = search.result()
+    # One look, close by, at the noise floor.
+    assert len(ignored) <= 1
+    assert all(factor <= 3.1 for factor in ignored)
+    assert result.passes < 30
+    assert min(eta for eta, _ in result.probes) > 1e-11 * result.probes[0][0]
+    if fall < -0.1 and log_noise < -4:
+        assert result.status == "ascent"
+    # Where the loss falls by less than the noise, a slope much too large makes for too small an error.
+    if result.status == "converged" and not noisy and result.bracket[0] > 0:
+        # The error covers the truth at most points, not at all.
+        margin = max(0.02, 3 * result.error)
+        assert clean(result.critical_lr / (1 + margin)) < 1 < clean(result.critical_lr * (1 + margin))
+
+
 def test_noise_is_part_of_the_reported_error() -> None:
     rng = random.Random(0)
     misses = []
