@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 
 def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
@@ -26,6 +27,19 @@ def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
         undo.append(lambda: numpy.random.set_state(legacy))
     undo.extend(_note_device(device) for device in set(devices) if device.type not in ("cpu", "meta"))
     return undo
+
+
+def torch_states(devices: Iterable[torch.device]) -> list[Tensor]:
+    """State of torch's streams: the CPU's, then those of the devices in their order.
+
+    Args:
+        devices: whose streams are asked besides the CPU's.
+
+    Returns:
+        One tensor per stream; equal ones mean that no number was drawn in between.
+    """
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+    return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in accelerators)]
 
 
 def note_generators(objects: Iterable[object]) -> list[Callable[[], object]]:

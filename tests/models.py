@@ -1,5 +1,7 @@
 """Small models of the kinds people train, built from torch alone."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,3 +104,16 @@ class StackedExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gates = self.router(x).softmax(-1)
         return sum(gates[:, e : e + 1] * (x @ self.experts[e].T) for e in range(3))
+
+
+class OutOfSight(torch.autograd.Function):
+    """Stands for a fused kernel: its backward is right, and autograd cannot differentiate it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (2 * ctx.saved_tensors[0] * grad).detach()

@@ -113,6 +113,17 @@ def test_an_embedding_with_max_norm_is_measured_in_place_and_put_back(kind: type
     assert differing(before, snapshot(model)) == []
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_frozen_embedding_with_max_norm_is_not_written(engine: str) -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=0.5), nn.Linear(4, 1))
+    tokens = torch.arange(10)
+    direction = sharpkern.Direction.from_tensors({"1.weight": torch.ones(1, 4)}, model)
+    before = snapshot(model)
+    losses = engine_losses(engine, model, lambda: model(tokens).square().mean(), direction, (0.0, 0.1))
+    assert losses[0] != losses[1]
+    assert differing(before, snapshot(model)) == []
+
+
 def stop() -> Tensor:
     raise RuntimeError("stop")
 

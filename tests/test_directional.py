@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sharpkern.direction import Direction
 from sharpkern.directional import _three_point, directional_sharpness
 from sharpkern.errors import EngineFallbackWarning, RetainedWarning
+from tests.models import OutOfSight
 
 
 def classifier(dtype=torch.float32, dropout=0.0):
@@ -122,19 +123,6 @@ def test_fused_attention_by_both_methods():
     direction = Direction.from_gradients(model)
     exact = directional_sharpness(model, loss_fn, direction, method="hvp")
     assert directional_sharpness(model, loss_fn, direction) == pytest.approx(exact, rel=0.01)
-
-
-class OutOfSight(torch.autograd.Function):
-    """A fused kernel: its backward is right, and autograd cannot differentiate it again."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (2 * ctx.saved_tensors[0] * grad).detach()
 
 
 def test_a_fused_kernel_is_refused_by_the_product_and_measured_by_the_differences():

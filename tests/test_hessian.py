@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sharpkern.hessian import hessian_sharpness
+from tests.models import OutOfSight
 
 
 class Quadratic(nn.Module):
@@ -184,19 +185,6 @@ def test_a_loss_without_second_derivative_is_refused_with_the_cause():
         RuntimeError, match=r"cannot be differentiated twice \(no derivative .*\); run .*critical_sharp"
     ):
         hessian_sharpness(model, lambda: Undifferentiable.apply(model.weight).sum())
-
-
-class OutOfSight(torch.autograd.Function):
-    """Stands for a fused kernel: its backward is right, and autograd cannot differentiate it again."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (2 * ctx.saved_tensors[0] * grad).detach()
 
 
 class OnceDifferentiable(OutOfSight):

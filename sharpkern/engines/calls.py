@@ -71,18 +71,17 @@ def writes(name: str) -> bool:
     return name == "set.data" or (name.endswith("_") and name not in _HARMLESS)
 
 
-# They change what autograd knows of a tensor, which is put back, and not its values.
-_HARMLESS = frozenset(["requires_grad_", "retain_grad_"])
+# They do not change the values.
+_HARMLESS = frozenset(["requires_grad_", "share_memory_"])
 
 _INPLACE_OPERATORS = frozenset("add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split())
 
 
 def renormalises(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an embedding call has ``max_norm`` and so writes its weight."""
-    position = {"embedding": 3, "embedding_bag": 3}.get(name)
-    if position is None:
-        return name == "embedding_renorm_"
-    return (args[position] if len(args) > position else kwargs.get("max_norm")) is not None
+    if name not in ("embedding", "embedding_bag"):
+        return False
+    return (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None
 
 
 def map_values(change: Callable[[Any], Any], values: Any) -> Any:

@@ -24,7 +24,7 @@ class Closure:
 
     Attributes:
         calls: evaluations so far.
-        random: whether the last call drew random numbers on the CPU.
+        random: whether the last call drew numbers from torch's random streams.
         precision: as given.
         guard: as given.
     """

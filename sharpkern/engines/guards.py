@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from sharpkern.engines.table import storage_pointer
-from sharpkern.randomness import note_generators, note_streams
+from sharpkern.randomness import note_generators, note_streams, torch_states
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -40,13 +40,14 @@ class Guard:
         self.parameters = list({id(p): p for p in (*model.parameters(), *parameters)}.values())
         self._gradients = {id(p): p.grad for p in self.parameters}
         self._contents, self._containers, generators = _note_modules(model, self.parameters)
+        self._devices = {tensor.device for tensor in (*self.parameters, *(tensor for tensor, _ in self._contents))}
         self._undo: list[Undo] = [
-            *note_streams(t.device for t in (*self.parameters, *(t for t, _ in self._contents))),
+            *note_streams(self._devices),
             *note_generators(generators),
             _note_autocast(),
             _note_requires_grad(self.parameters),
         ]
-        self._entry_stream = torch.get_rng_state()
+        self._streams = torch_states(self._devices)
 
     def hide_gradients(self) -> None:
         """Take ``.grad`` out of the closure's reach, for closures that begin with ``zero_grad()``."""
@@ -82,8 +83,9 @@ class Guard:
         return gradient is not None and bool(gradient.any())
 
     def drew_random_numbers(self) -> bool:
-        """Whether the CPU's random stream has moved since the last rewind, as with dropout on the CPU."""
-        return not torch.equal(torch.get_rng_state(), self._entry_stream)
+        """Whether torch's random streams have moved since the last rewind, as with dropout."""
+        states = zip(torch_states(self._devices), self._streams, strict=True)
+        return not all(torch.equal(now, then) for now, then in states)
 
     def version_counters(self) -> ExitStack:
         """Context that leaves the buffers' version counters alone, so that a backward begun before still works."""

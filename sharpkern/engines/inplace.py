@@ -50,7 +50,7 @@ class InPlaceEngine:
 
     def close(self) -> None:
         """Make the model's parameters θ again, bit for bit. May be called again after an interrupt."""
-        # Also where no step was taken: the closure may have written them, as an embedding with max_norm does.
+        # Also where no step was taken: a compiled closure may have written them, as an embedding with max_norm does.
         self._alpha = math.nan
         self._write(0.0)
 

@@ -55,6 +55,8 @@ class VirtualParameters(TorchFunctionMode):
         name = calls.name_of(func)
         if calls.writes(name) and args:
             self._refuse_write(name, args[0])
+        if calls.renormalises(name, args, kwargs):
+            args, kwargs = self._with_copies(name, args, kwargs)
         if name in calls.LOSSES:
             args, kwargs = self._precision.widen_loss(args, kwargs)
         if self._holds(args) or (kwargs and self._holds(kwargs.values())):
@@ -82,8 +84,6 @@ class VirtualParameters(TorchFunctionMode):
             return self._apply_to_both(func, first, args[1:], kwargs)
         if first is not None and name in calls.CASTS:
             return self._cast(func, first, args[1:], kwargs)
-        if calls.renormalises(name, args, kwargs):
-            raise EngineUnsupportedError(f"{name} with max_norm writes its weight")
         if name == "embedding":
             weight = self._pair(args[1] if len(args) > 1 else kwargs["weight"])
             if weight is not None:
@@ -180,6 +180,16 @@ class VirtualParameters(TorchFunctionMode):
         if name in calls.PRODUCTS and isinstance(result, Tensor) and self._scratch.owns(result):
             return result.clone()
         return result
+
+    def _with_copies(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments of a call that writes its weight, the parameters among them copied."""
+        if self._pairs_in((args, kwargs)):
+            raise EngineUnsupportedError(f"{name} with max_norm writes its weight")
+
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if id(tensor) in self._watched else tensor
+
+        return calls.map_tensors(args, copied), calls.map_tensors(kwargs, copied)
 
     def _refuse_write(self, name: str, written: Any) -> None:
         tensors = written if isinstance(written, (list, tuple)) else [written]
