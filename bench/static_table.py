@@ -1,6 +1,14 @@
 """Write what the compiler makes of every kernel to bench/results/static.json: ``python -m bench.static_table``.
 
-Needs no GPU. Facts of other Triton versions in the file stay.
+Needs no GPU. Facts of other Triton versions in the file stay. For another version, here the oldest that is tested, in
+an environment of its own (pip may say that torch asks for a newer one, which matters to torch.compile alone)::
+
+    python -m venv /tmp/triton36
+    /tmp/triton36/bin/pip install torch numpy pytest pytest-benchmark
+    /tmp/triton36/bin/pip install triton==3.6.0
+    /tmp/triton36/bin/python -m bench.static_table
+    /tmp/triton36/bin/python -m pytest tests/test_compile_only.py
+    TRITON_INTERPRET=1 /tmp/triton36/bin/python -m pytest tests/kernels
 """
 
 import json
@@ -23,7 +31,7 @@ def main() -> None:
         for arch, kernels in by_architecture.items():
             for row in kernels:
                 facts = "{registers:4} registers {shared:5} B shared {spills} spills {instructions:5}".format(**row)
-                print(f"{name:30} {arch:8} {row['kernel']:20} {facts} instructions")
+                print(f"{name:34} {arch:8} {row['kernel']:28} {facts} instructions")
 
 
 if __name__ == "__main__":

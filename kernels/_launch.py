@@ -17,6 +17,9 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# The most programs on axis 0 of a CUDA grid.
+MAX_PROGRAMS = 2**31 - 1
+
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -39,6 +42,17 @@ class Case(NamedTuple):
     itemsize: int | None
     below: int | None
     config: Config
+
+
+# Of kernels that read elements and write elements: a thread writes 16 bytes at a time. Were it more, loads of narrower
+# operands and stores would give a thread different elements, to be exchanged through shared memory.
+STREAMING = (
+    # Small tensors: more programs, so that all multiprocessors have one.
+    Case(None, 4, 1 << 18, Config(block=256, threads=64)),
+    Case(None, None, 1 << 18, Config(block=512, threads=64)),
+    Case(None, 4, None, Config(block=1024, threads=256)),
+    Case(None, None, None, Config(block=2048, threads=256)),
+)
 
 
 def choose(table: tuple[Case, ...], tensor: Tensor, size: int) -> Config:
@@ -73,6 +87,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def lane(*dtypes: tl.dtype) -> int:
+    """Return how many elements of the narrowest dtype are 16 bytes, the most that a thread reads or writes at once."""
+    return max(128 // int(dtype.primitive_bitwidth) for dtype in dtypes)
+
+
 def options(config: Config, tensor: Tensor) -> dict[str, int | bool]:
     """Return the compiler options of a launch.
 
@@ -88,62 +107,135 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if INTERPRETED else torch.cuda.device(tensor.device)
 
 
+def grid(num_programs: int, config: Config) -> tuple[int]:
+    """Return the grid of a launch, all of it on axis 0: the other axes end at 65535.
+
+    Raises:
+        ValueError: if a GPU cannot start that many programs at once.
+    """
+    # CUDA counts the programs of an axis in 31 bits, HIP its threads in 32.
+    limit = (2**32 - 1) // config.threads if torch.version.hip else MAX_PROGRAMS
+    if num_programs > limit:
+        raise ValueError(f"a launch must have at most {limit} programs, got {num_programs}; call once per part")
+    return (num_programs,)
+
+
+def device_numbers(*numbers: float, like: Tensor) -> Tensor:
+    """Return numbers as a float32 vector in device memory, where kernels read what is no size and no flag.
+
+    As an argument a Python float would be fp64 in one call and a constant of the compiled kernel in the next. Every
+    probe of a measurement has the same numbers: the 64 most recent vectors are kept, and copied once.
+
+    Args:
+        numbers: finite; each is rounded to float32 here and not before.
+        like: a tensor on the device.
+    """
+    return _device_numbers(numbers, like.device, _stream(like.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _device_numbers(numbers: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def _stream(device: torch.device) -> int:
+    """Return the current stream of a device, which is in the key of every cache of device memory.
+
+    What a cache drops is given out again at once, and only the stream that it was allocated on keeps the new use behind
+    the old one: so no other may use it. A CUDA graph holds addresses and no tensors: it must not be replayed after
+    other calls have pushed its tables and numbers out.
+    """
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class Batch(NamedTuple):
     """Tensors that one launch walks together: equal dtypes in each role, equal alignment.
 
     Attributes:
         dtypes: the Triton dtype of each role.
         aligned: whether every address is a multiple of 16 bytes.
-        rows: [tensors, roles + 1] int64, the addresses of one row of operands and its number of elements.
-        chunks: [chunks, 2] int32, which row, and which part of it.
+        chunks: [chunks, 2] int32, which row of `Tables.rows`, and which part of it.
     """
 
     dtypes: tuple[tl.dtype, ...]
     aligned: bool
-    rows: Tensor
     chunks: Tensor
 
 
-def batches(chunk: int, *roles: Sequence[Tensor]) -> list[Batch]:
+class Tables(NamedTuple):
+    """Where the tensors of a whole model are, for kernels that walk them in chunks.
+
+    Attributes:
+        rows: [tensors, 5] int64: three addresses, the number of elements, and the number of chunks in all rows before.
+        batches: one for each launch, in order of first appearance; tensors without elements are in none.
+        num_chunks: in all rows.
+    """
+
+    rows: Tensor
+    batches: tuple[Batch, ...]
+    num_chunks: int
+
+
+def tables(chunk: int, *roles: Sequence[Tensor]) -> Tables:
     """Group the operands of a whole model into as few launches as their dtypes and alignments allow.
 
     Args:
         chunk: elements that one program walks.
-        roles: one list of tensors per role, equally long; tensors at the same index have equally many elements.
+        roles: three lists of tensors, equally long and not empty; tensors at the same index have equally many elements.
 
     Returns:
-        The groups, in order of first appearance; tensors without elements are left out.
+        Tables: one row per index, on the device of the tensors.
 
     Memory:
-        The tables of the 16 most recent groups stay on the device: 8 (roles + 1) bytes per tensor and 8 per chunk.
+        The tables of the 16 most recent calls stay on the device: 40 bytes per tensor and 8 per chunk.
     """
-    groups: dict[tuple[tuple[tl.dtype, ...], bool], list[tuple[int, ...]]] = {}
-    for operands in zip(*roles, strict=True):
-        addresses = [tensor.data_ptr() for tensor in operands]
-        key = tuple(_TRITON_DTYPES[tensor.dtype] for tensor in operands), not any(address % 16 for address in addresses)
-        if operands[0].numel():
-            groups.setdefault(key, []).append((*addresses, operands[0].numel()))
-    if not groups:
-        return []
+    operands = tuple(
+        (tuple(tensor.dtype for tensor in row), tuple(tensor.data_ptr() for tensor in row), row[0].numel())
+        for row in zip(*roles, strict=True)
+    )
     device = roles[0][0].device
-    # Tables of another stream may still be on their way to the device.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return [Batch(*key, *_tables(tuple(rows), chunk, device, stream)) for key, rows in groups.items()]
+    return _tables(operands, chunk, device, _stream(device))
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(rows: tuple[tuple[int, ...], ...], chunk: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """Build the tables of `Batch`. They depend on the arguments alone, so a later call may have the same ones."""
-    table = torch.tensor(rows, dtype=torch.int64)
-    counts = -(-table[:, -1] // chunk)
-    row = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    part = torch.arange(row.numel()) - (counts.cumsum(0) - counts)[row]
-    return table.to(device), torch.stack([row, part], dim=1).to(torch.int32).to(device)
+def _tables(
+    operands: tuple[tuple[tuple[torch.dtype, ...], tuple[int, ...], int], ...],
+    chunk: int,
+    device: torch.device,
+    stream: int,
+) -> Tables:
+    """Build tables. They depend on the arguments alone: for a later call with equal ones they are right as well."""
+    # The default device may be another, and copies of what is built there would wait for it.
+    with torch.device("cpu"):
+        counts = torch.tensor([-(-numel // chunk) for *_, numel in operands])
+        before = counts.cumsum(0) - counts
+        rows = torch.tensor([(*addresses, numel) for _, addresses, numel in operands])
+        groups: dict[tuple[tuple[torch.dtype, ...], bool], list[int]] = {}
+        for index, (dtypes, addresses, numel) in enumerate(operands):
+            if numel:
+                groups.setdefault((dtypes, not any(address % 16 for address in addresses)), []).append(index)
+        batches = []
+        for (dtypes, aligned), members in groups.items():
+            row = torch.tensor(members).repeat_interleave(counts[members])
+            first = counts[members].cumsum(0) - counts[members]
+            part = torch.arange(row.numel()) - first.repeat_interleave(counts[members])
+            chunks = torch.stack([row, part], dim=1).to(torch.int32).to(device)
+            batches.append(Batch(tuple(_TRITON_DTYPES[dtype] for dtype in dtypes), aligned, chunks))
+        return Tables(torch.cat([rows, before[:, None]], dim=1).to(device), tuple(batches), int(counts.sum()))
+
+
+@triton.jit
+def chunk_of(pid, rows, chunks, CHUNK: tl.constexpr):
+    """Return what program ``pid`` walks: a row of `Tables.rows`, its first element there, and how many."""
+    row = rows + 5 * tl.load(chunks + 2 * pid)
+    start = tl.load(chunks + 2 * pid + 1).to(tl.int64) * CHUNK
+    num = tl.minimum(tl.load(row + 3) - start, CHUNK).to(tl.int32)
+    return row, start, num
 
 
 @triton.jit
 def operand(row, role: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the pointer to element ``start`` of one operand of a row of `Batch.rows`."""
+    """Return the pointer to element ``start`` of one operand of a row of `Tables.rows`."""
     pointer = tl.load(row + role).to(tl.pointer_type(DTYPE)) + start
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -172,3 +264,14 @@ def store_tile(pointers, values, inside, MASKED: tl.constexpr):
 def perturbed(w, d, alpha):
     """Return w + αd with one rounding, and w itself, its sign of zero included, where α = 0."""
     return tl.where(alpha == 0.0, w, tl.fma(d, alpha, w))
+
+
+@triton.jit
+def store_steps(out, out_stride, w, update, alpha, inside, K: tl.constexpr, MASKED: tl.constexpr):
+    """Store w + α_k·update for K step sizes, or the update itself where there are no step sizes."""
+    if alpha is None:
+        store_tile(out, update, inside, MASKED)
+    else:
+        for k in tl.static_range(K):
+            store_tile(out, perturbed(w, update, tl.load(alpha + k)), inside, MASKED)
+            out += out_stride

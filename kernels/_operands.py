@@ -1,6 +1,7 @@
 """What launchers accept and allocate: every operand is checked before a launch, since a kernel cannot complain."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ MAX_STEP_SIZES = 16
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not dense CUDA tensors of one device; None is skipped.
+    """Refuse tensors that are not dense CUDA tensors of one device, and those without memory; None is skipped.
 
     Raises:
         ValueError: if one is.
@@ -30,6 +31,12 @@ def check_device(**tensors: Tensor | None) -> None:
         if tensor.device != reference.device:
             raise ValueError(
                 f"{name} must be on the device of {first}, {reference.device}, got {tensor.device}; move it there"
+            )
+    for name, tensor in given.items():
+        if tensor.numel() and not tensor.data_ptr():
+            raise ValueError(
+                f"{name} must have its elements in memory, got a {type(tensor).__name__} at address 0; pass the local "
+                "tensor, or gather what a sharded module has freed"
             )
 
 
@@ -91,17 +98,18 @@ def check_alpha(alpha: Tensor, like: Tensor) -> int:
     return alpha.numel()
 
 
-def check_scalars(scalars: Tensor, num: int, maker: str, like: Tensor) -> None:
-    """Refuse hyperparameters that are not ``num`` float32 numbers on the device of ``like``, as ``maker`` returns them.
+def check_numbers(**numbers: float) -> None:
+    """Refuse hyperparameters that are not finite Python numbers.
 
     Raises:
-        ValueError: if they are not.
+        TypeError: if one is a tensor, say: reading it here would wait for the device at every call.
+        ValueError: if one is infinite or NaN.
     """
-    if scalars.dtype != torch.float32 or scalars.shape != (num,) or scalars.device != like.device:
-        raise ValueError(
-            f"scalars must be {num} float32 numbers on {like.device}, got {list(scalars.shape)} of {scalars.dtype} on "
-            f"{scalars.device}; make them with {maker}"
-        )
+    for name, number in numbers.items():
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a Python number, got {type(number).__name__}; read it once with float()")
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number}; look at the optimizer's group and the loss scale")
 
 
 def check_layout(**tensors: Tensor | None) -> None:
@@ -196,6 +204,31 @@ def check_no_overlap(outputs: Sequence[Tensor], inputs: Iterable[Tensor | None])
             read = max(read, end)
 
 
+def check_step(
+    operands: Mapping[str, Tensor | None], alpha: Tensor | None, dtype: torch.dtype | None, out: Tensor | None
+) -> tuple[Tensor, int]:
+    """Check the operands of a kernel that forms one tensor per step size from those of one parameter.
+
+    Args:
+        operands: by name, the parameter first; None is skipped.
+        alpha: signed step sizes; None for the update itself.
+        dtype: of the result, if it is to be allocated.
+        out: the result, if it is not.
+
+    Returns:
+        tuple: the result, [K, *shape], and K.
+
+    Raises:
+        TypeError: what `check_floats`, `check_alpha` and `output` refuse.
+        ValueError: what those and `check_layout` refuse.
+    """
+    check_floats(**operands)
+    check_layout(**operands)
+    first = next(tensor for tensor in operands.values() if tensor is not None)
+    num_steps = 1 if alpha is None else check_alpha(alpha, first)
+    return output(out, first, num_steps, dtype, [*operands.values(), alpha]), num_steps
+
+
 def output(
     out: Tensor | None, like: Tensor, num: int, dtype: torch.dtype | None, operands: Iterable[Tensor | None]
 ) -> Tensor:
@@ -222,7 +255,7 @@ def output(
         distance = -(-like.numel() // 16) * 16
         memory = torch.empty(num * distance, dtype=dtype, device=like.device)
         return memory.as_strided((num, *like.shape), (distance, *like.stride()))
-    check_floats(W=like, out=out)
+    check_floats(parameter=like, out=out)
     if out.shape != (num, *like.shape):
         raise ValueError(f"out must have shape {[num, *like.shape]}, got {list(out.shape)}; leave it out to allocate")
     if _steps(out[0]) != _steps(like) or (num > 1 and out.stride(0) < like.numel()):

@@ -15,15 +15,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, batches, choose, load_tile, on_device, operand, options, perturbed, store_tile
+from ._launch import (
+    Case,
+    Config,
+    choose,
+    chunk_of,
+    grid,
+    lane,
+    load_tile,
+    on_device,
+    operand,
+    options,
+    perturbed,
+    store_tile,
+    tables,
+)
 from ._operands import check_alpha, check_lists, check_no_overlap
 
+# Blocks are those of 16-bit parameters, half as long where they are fp32: a thread writes 16 bytes.
 _CONFIGS = (
     Case(None, None, 1 << 22, Config(block=512, threads=64)),
     Case(None, None, None, Config(block=2048, threads=256)),
 )
 
-# Tiles that one program walks: 64 Ki elements with the large configuration.
+# Blocks that one program walks: 64 Ki elements with the large configuration.
 _TILES = 32
 
 
@@ -47,9 +62,7 @@ def _axpy_kernel(
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    row = rows + 4 * tl.load(chunks + 2 * pid)
-    start = tl.load(chunks + 2 * pid + 1).to(tl.int64) * CHUNK
-    num = tl.minimum(tl.load(row + 3) - start, CHUNK).to(tl.int32)
+    row, start, num = chunk_of(pid, rows, chunks, CHUNK)
     theta = operand(row, 0, start, THETA, ALIGNED)
     base = operand(row, 1, start, BASE, ALIGNED)
     delta = operand(row, 2, start, DELTA, ALIGNED)
@@ -80,7 +93,7 @@ def axpy_(theta: Sequence[Tensor], base: Sequence[Tensor], delta: Sequence[Tenso
             with another operand.
 
     Memory:
-        Tables of 32 bytes per tensor and 8 per 64 Ki elements, kept for the next call.
+        Tables of 40 bytes per tensor and 8 per 64 Ki elements (16 Ki in models below 4 M), kept for the next call.
 
     Determinism:
         Elementwise; the same bits on every run, and θ₀ bit for bit where α = 0 and the dtypes agree.
@@ -88,21 +101,22 @@ def axpy_(theta: Sequence[Tensor], base: Sequence[Tensor], delta: Sequence[Tenso
     check_lists(theta=theta, base=base, delta=delta)
     if not theta:
         return
-    check_no_overlap(theta, [*base, *delta, alpha])
     if check_alpha(alpha, theta[0]) != 1:
         raise ValueError(f"alpha must hold one step size, got {alpha.numel()}; call once per step size")
+    check_no_overlap(theta, [*base, *delta, alpha])
     config = choose(_CONFIGS, theta[0], sum(tensor.numel() for tensor in theta))
     chunk = _TILES * config.block
+    rows, batches, _ = tables(chunk, theta, base, delta)
     with on_device(theta[0]):
-        for batch in batches(chunk, theta, base, delta):
-            _axpy_kernel[(len(batch.chunks),)](
-                batch.rows,
+        for batch in batches:
+            _axpy_kernel[grid(len(batch.chunks), config)](
+                rows,
                 batch.chunks,
                 alpha,
                 *batch.dtypes,
                 batch.aligned,
                 CHUNK=chunk,
-                BLOCK=config.block,
+                BLOCK=config.threads * lane(batch.dtypes[0]),
                 **options(config, theta[0]),
             )
     # Autograd does not see a kernel write: without this a backward through the old values would pass unnoticed.

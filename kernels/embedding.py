@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, choose, load_tile, on_device, options, perturbed, store_tile
+from ._launch import Case, Config, choose, grid, load_tile, on_device, options, perturbed, store_tile
 from ._operands import check_alpha, check_device, check_dtype, check_floats, check_rows
 
 # Bounded by the length of a row.
@@ -75,12 +75,13 @@ def embedding(indices: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: to
     dtype = dtype or W.dtype
     check_dtype(dtype)
     num_rows, length = W.shape
+    config = choose(_CONFIGS, W, length)
+    programs = grid(indices.numel() * triton.cdiv(length, config.block), config)
     out = torch.empty(num_steps, *indices.shape, length, dtype=dtype, device=W.device)
     if out.numel() == 0:
         return out
-    config = choose(_CONFIGS, W, length)
     with on_device(W):
-        _embedding_kernel[(indices.numel() * triton.cdiv(length, config.block),)](
+        _embedding_kernel[programs](
             out,
             indices.numel() * length,
             indices.contiguous(),

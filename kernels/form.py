@@ -15,16 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, choose, load_tile, on_device, options, perturbed, store_tile
+from ._launch import STREAMING, choose, grid, load_tile, on_device, options, perturbed, store_tile
 from ._operands import check_alpha, check_floats, check_layout, output
-
-_CONFIGS = (
-    # Small tensors: more programs, so that all multiprocessors have one.
-    Case(None, None, 1 << 18, Config(block=512, threads=64)),
-    # 4 elements of fp32 or 8 of 16 bits per thread: one 16-byte store for each step size.
-    Case(None, 4, None, Config(block=1024, threads=256)),
-    Case(None, None, None, Config(block=2048, threads=256)),
-)
 
 
 @triton.jit
@@ -116,9 +108,9 @@ def form(
     n = W.numel()
     if n == 0:
         return out
-    config = choose(_CONFIGS, out, n)
+    config = choose(STREAMING, out, n)
     with on_device(W):
-        _form_kernel[(triton.cdiv(n, config.block),)](
+        _form_kernel[grid(triton.cdiv(n, config.block), config)](
             out,
             out.stride(0),
             W,

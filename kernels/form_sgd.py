@@ -2,10 +2,11 @@
 
 out[k] = θ + α_k Δθ, for a gradient that the optimizer has not seen yet:
 
-    u = g + γθ,   b = μb + (1 − τ)u (the first step: b = u),   Δθ = u + μb with Nesterov's momentum, b without
+    u = fg + γθ,   b = μb + (1 − τ)u (the first step: b = u),   Δθ = r (u + μb) with Nesterov's momentum, r b without
 
-The buffer is updated in registers and never written. With bf16 operands and momentum 6 + 2K bytes move per element for
-K step sizes. The order of operations is that of torch's own step.
+f undoes a loss scale or turns a gradient round, r is the group's share of the learning rate. The buffer is updated in
+registers and never written. With bf16 operands and momentum 6 + 2K bytes move per element for K step sizes. The order
+of operations is that of torch's own step.
 
 Source: the update rule that torch.optim.SGD documents; Kalra et al. 2026, Def. 2.1.
 """
@@ -15,15 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, choose, load_tile, on_device, options, perturbed, store_tile
-from ._operands import check_alpha, check_floats, check_layout, check_scalars, output
-
-_CONFIGS = (
-    Case(None, None, 1 << 18, Config(block=512, threads=64)),
-    Case(None, None, None, Config(block=2048, threads=256)),
-)
-
-_NUM_SCALARS = 3
+from ._launch import STREAMING, choose, device_numbers, grid, load_tile, on_device, options, store_steps
+from ._operands import check_numbers, check_step
 
 
 @triton.jit
@@ -34,33 +28,33 @@ def _form_sgd_tile(
     grad,
     momentum_buffer,
     alpha,
-    scalars,
+    numbers,
     n,
     offsets,
     K: tl.constexpr,
+    DECAYED: tl.constexpr,
     NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    weight_decay = tl.load(scalars)
-    momentum = tl.load(scalars + 1)
-    undamped = tl.load(scalars + 2)
+    weight_decay = tl.load(numbers)
+    momentum = tl.load(numbers + 1)
+    undamped = tl.load(numbers + 2)
+    grad_factor = tl.load(numbers + 3)
+    rate = tl.load(numbers + 4)
 
     inside = offsets < n
-    w = load_tile(theta + offsets, inside, MASKED)
-    update = load_tile(grad + offsets, inside, MASKED)
-    if MAXIMIZE:
-        update = -update
-    update = tl.fma(w, weight_decay, update)
-    buffer = update
+    w = None
+    if theta is not None:
+        w = load_tile(theta + offsets, inside, MASKED)
+    u = load_tile(grad + offsets, inside, MASKED) * grad_factor
+    if DECAYED:
+        u = tl.fma(w, weight_decay, u)
+    update = u
     if momentum_buffer is not None:
-        buffer = tl.fma(update, undamped, load_tile(momentum_buffer + offsets, inside, MASKED) * momentum)
+        update = tl.fma(u, undamped, load_tile(momentum_buffer + offsets, inside, MASKED) * momentum)
     if NESTEROV:
-        buffer = tl.fma(buffer, momentum, update)
-    out += offsets
-    for k in tl.static_range(K):
-        store_tile(out, perturbed(w, buffer, tl.load(alpha + k)), inside, MASKED)
-        out += out_stride
+        update = tl.fma(update, momentum, u)
+    store_steps(out + offsets, out_stride, w, update * rate, alpha, inside, K, MASKED)
 
 
 @triton.jit
@@ -71,11 +65,11 @@ def _form_sgd_kernel(
     grad,
     momentum_buffer,
     alpha,
-    scalars,
+    numbers,
     n,
     K: tl.constexpr,
+    DECAYED: tl.constexpr,
     NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
@@ -84,69 +78,56 @@ def _form_sgd_kernel(
     # fmt: off
     if start + BLOCK <= n:
         _form_sgd_tile(
-            out, out_stride, theta, grad, momentum_buffer, alpha, scalars, n, offsets, K, NESTEROV, MAXIMIZE,
+            out, out_stride, theta, grad, momentum_buffer, alpha, numbers, n, offsets, K, DECAYED, NESTEROV,
             MASKED=False,
         )
     else:
         _form_sgd_tile(
-            out, out_stride, theta, grad, momentum_buffer, alpha, scalars, n, offsets, K, NESTEROV, MAXIMIZE,
+            out, out_stride, theta, grad, momentum_buffer, alpha, numbers, n, offsets, K, DECAYED, NESTEROV,
             MASKED=True,
         )
     # fmt: on
-
-
-def sgd_scalars(
-    *,
-    weight_decay: float = 0.0,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Return the hyperparameters of one parameter group as `form_sgd` reads them.
-
-    Args:
-        weight_decay: γ.
-        momentum: μ.
-        dampening: τ.
-        device: where the kernel will run.
-
-    Returns:
-        Tensor: [3] float32.
-    """
-    return torch.tensor([weight_decay, momentum, 1 - dampening], dtype=torch.float32, device=device)
 
 
 def form_sgd(
     theta: Tensor,
     grad: Tensor,
     momentum_buffer: Tensor | None,
-    alpha: Tensor,
-    scalars: Tensor,
+    alpha: Tensor | None,
     *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
     nesterov: bool = False,
-    maximize: bool = False,
+    grad_factor: float = 1.0,
+    rate: float = 1.0,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return θ + α_k Δθ for K step sizes, Δθ the SGD update that the next step would make.
+    """Return θ + α_k Δθ for K step sizes, Δθ the SGD update that the next step would make; or Δθ itself.
 
     Args:
         theta: the parameter or its master, any shape and size, float32, float16 or bfloat16, CUDA, without gaps.
         grad: g, shape and strides of ``theta``, any of the three dtypes.
         momentum_buffer: b before the step, likewise; None without momentum and before the first step.
-        alpha: signed step sizes (−η along the update), [K] float32, K ≤ 16.
-        scalars: hyperparameters from `sgd_scalars`, [3] float32 on the device.
+        alpha: signed step sizes (−η along the update), [K] float32, K ≤ 16; None for Δθ.
+        weight_decay: γ.
+        momentum: μ.
+        dampening: τ.
         nesterov: whether the optimizer looks ahead.
-        maximize: whether the optimizer ascends.
+        grad_factor: f, multiplies g before anything else: 1 / loss scale, its negative where the optimizer ascends.
+        rate: r, multiplies Δθ: the group's learning rate over the one that α is in units of.
         dtype: of the result, that of ``theta`` by default; ignored when ``out`` is given.
         out: written and returned if given, [K, *theta.shape], each slice with the strides of ``theta``.
 
     Returns:
         Tensor: [K, *theta.shape]. Where α_k = 0, slice k is θ, bit for bit, if the dtype is that of ``theta``.
+        Δθ, [1, *theta.shape], without ``alpha``; θ is then read for its decay only.
 
     Raises:
-        TypeError: if a dtype is none of the three.
-        ValueError: if a device, shape or stride does not fit, or ``out`` overlaps an operand.
+        TypeError: if a dtype is none of the three, or a hyperparameter no Python number.
+        ValueError: if a device, shape or stride does not fit, ``out`` overlaps an operand, or a hyperparameter is not
+            finite.
 
     Memory:
         Allocates the result, if ``out`` is None. The state is read and never written.
@@ -154,27 +135,27 @@ def form_sgd(
     Determinism:
         Elementwise; the same bits on every run.
     """
+    check_numbers(weight_decay=weight_decay, momentum=momentum, dampening=dampening, grad_factor=grad_factor, rate=rate)
     operands = {"theta": theta, "grad": grad, "momentum_buffer": momentum_buffer}
-    check_floats(**operands)
-    check_layout(**operands)
-    check_scalars(scalars, _NUM_SCALARS, "sgd_scalars", theta)
-    num_steps = check_alpha(alpha, theta)
-    out = output(out, theta, num_steps, dtype, [*operands.values(), alpha, scalars])
+    out, num_steps = check_step(operands, alpha, dtype, out)
     n = theta.numel()
     if n == 0:
         return out
-    config = choose(_CONFIGS, out, n)
+    numbers = device_numbers(weight_decay, momentum, 1 - dampening, grad_factor, rate, like=theta)
+    config = choose(STREAMING, out, n)
     with on_device(theta):
-        _form_sgd_kernel[(triton.cdiv(n, config.block),)](
+        _form_sgd_kernel[grid(triton.cdiv(n, config.block), config)](
             out,
             out.stride(0),
-            *operands.values(),
+            None if alpha is None and weight_decay == 0 else theta,
+            grad,
+            momentum_buffer,
             alpha,
-            scalars,
+            numbers,
             n,
             K=num_steps,
+            DECAYED=weight_decay != 0,
             NESTEROV=nesterov,
-            MAXIMIZE=maximize,
             BLOCK=config.block,
             **options(config, theta),
         )

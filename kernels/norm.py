@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, choose, load_tile, on_device, options, perturbed, store_tile
+from ._launch import Case, Config, choose, grid, load_tile, on_device, options, perturbed, store_tile
 from ._operands import check_alpha, check_dtype, check_floats
 
 # The longest row: 16 elements in each of 1024 threads. Twice as many would spill registers.
@@ -180,15 +180,16 @@ def _norm(
             )
     dtype = dtype or x.dtype
     check_dtype(dtype)
+    config = choose(_CONFIGS, x, length)
+    programs = grid(x.shape[:-1].numel(), config)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
     rows = x.reshape(-1, length)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    config = choose(_CONFIGS, x, length)
     with on_device(x):
-        _norm_kernel[(len(rows),)](
+        _norm_kernel[programs](
             out,
             rows,
             rows.stride(0),

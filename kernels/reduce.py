@@ -1,8 +1,8 @@
-"""The four sums that a measurement needs, of a whole model in one pass: Δθᵀg, |Δθ|², |θ|² and |g|².
+"""The four sums that a measurement needs, of every tensor of a model in one pass: Δθᵀg, |Δθ|², |θ|² and |g|².
 
 θ, Δθ and g are read once: 6 bytes per element with bf16 operands, where four separate dot products read 10. Products
-and sums are fp64. The first stage sums each chunk of each tensor, the second the chunks; both in a fixed order and
-without atomic additions, so that a second run gives the same bits.
+and sums are fp64. The first stage sums each chunk of each tensor, the second the chunks of each tensor; both in a fixed
+order and without atomic additions, so that a second run gives the same bits.
 
 Source: Kalra et al. 2026, Def. 2.2 (directional sharpness divides by Δθᵀg).
 """
@@ -14,27 +14,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, batches, choose, load_tile, on_device, operand, options
+from ._launch import Case, Config, choose, chunk_of, grid, lane, load_tile, on_device, operand, options, tables
 from ._operands import check_lists
 
+# Blocks are those of 16-bit operands, half as long where all are fp32: a thread takes 16 bytes of the narrowest.
 _CONFIGS = (
     Case(None, None, 1 << 22, Config(block=512, threads=64)),
     # 4096 elements per tile would need more registers than leave room for a second program.
     Case(None, None, None, Config(block=2048, threads=256)),
 )
 
-# Tiles that one program walks: 64 Ki elements with the large configuration.
+# Blocks that one program walks: 64 Ki elements with the large configuration.
 _TILES = 32
 
-# Elements that one thread adds up before it needs its neighbours: a 16-byte load of bf16.
-_LANE = 8
-
-_TOTAL_CONFIG = Config(block=1024, threads=128)
+_SECOND_CONFIG = Config(block=1024, threads=128)
 
 
 @triton.jit
 def _lane_sums(a, b, BLOCK: tl.constexpr, LANE: tl.constexpr):
-    """Return the fp64 sums of a·b over LANE neighbours each: products of two fp32 numbers are exact in fp64."""
+    """Return the fp64 sums of a·b over LANE neighbours each: products of two fp32 numbers are exact in fp64.
+
+    One thread holds those neighbours, so that it needs no other before the end of the chunk.
+    """
     return tl.sum(tl.reshape(a.to(tl.float64) * b.to(tl.float64), [BLOCK // LANE, LANE]), axis=1)
 
 
@@ -57,7 +58,6 @@ def _add_tile(
 @triton.jit
 def _chunk_sums_kernel(
     partial,
-    partial_stride,
     rows,
     chunks,
     THETA: tl.constexpr,
@@ -69,9 +69,7 @@ def _chunk_sums_kernel(
     LANE: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    row = rows + 4 * tl.load(chunks + 2 * pid)
-    start = tl.load(chunks + 2 * pid + 1).to(tl.int64) * CHUNK
-    num = tl.minimum(tl.load(row + 3) - start, CHUNK).to(tl.int32)
+    row, start, num = chunk_of(pid, rows, chunks, CHUNK)
     theta = operand(row, 0, start, THETA, ALIGNED)
     delta = operand(row, 1, start, DELTA, ALIGNED)
     grad = operand(row, 2, start, GRAD, ALIGNED)
@@ -90,26 +88,29 @@ def _chunk_sums_kernel(
         offsets = full + tl.arange(0, BLOCK)
         t, d, g = theta + offsets, delta + offsets, grad + offsets
         dg, dd, tt, gg = _add_tile(dg, dd, tt, gg, t, d, g, offsets < num, BLOCK, LANE, MASKED=True)
-    partial += pid
+    # In the order of the lists, whatever launch this is.
+    partial += 4 * (tl.load(row + 4) + start // CHUNK)
     tl.store(partial, tl.sum(dg))
-    tl.store(partial + partial_stride, tl.sum(dd))
-    tl.store(partial + 2 * partial_stride, tl.sum(tt))
-    tl.store(partial + 3 * partial_stride, tl.sum(gg))
+    tl.store(partial + 1, tl.sum(dd))
+    tl.store(partial + 2, tl.sum(tt))
+    tl.store(partial + 3, tl.sum(gg))
 
 
 @triton.jit
-def _total_kernel(total, partial, num, BLOCK: tl.constexpr):
+def _tensor_sums_kernel(sums, partial, rows, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
-    partial += pid * num
-    sums = tl.zeros([BLOCK], tl.float64)
+    row = rows + 5 * (pid // 4)
+    num = tl.cdiv(tl.load(row + 3), CHUNK).to(tl.int32)
+    partial += 4 * tl.load(row + 4) + pid % 4
+    total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, num, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
-        sums += tl.load(partial + offsets, mask=offsets < num, other=0.0)
-    tl.store(total + pid, tl.sum(sums))
+        total += tl.load(partial + 4 * offsets, mask=offsets < num, other=0.0)
+    tl.store(sums + pid, tl.sum(total))
 
 
 def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
-    """Return Δθᵀg, |Δθ|², |θ|² and |g|², summed over all tensors of a model.
+    """Return Δθᵀg, |Δθ|², |θ|² and |g|² of every tensor; those of the whole model are ``reduce(...).sum(0)``.
 
     Args:
         theta: parameters, dense tensors of any shape and size, float32, float16 or bfloat16, all on one CUDA device.
@@ -117,45 +118,42 @@ def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tens
         grad: g, likewise.
 
     Returns:
-        Tensor: [4] float64 on the device, in this order; zeros, on the CPU, for empty lists.
+        Tensor: [N, 4] float64 on the device, a row per tensor in the order of the lists; zeros for a tensor without
+        elements. [0, 4], on the CPU, for empty lists.
 
     Raises:
         TypeError: if a dtype is none of the three.
         ValueError: if the lists differ in length, or a device, shape or stride does not fit.
 
     Memory:
-        32 bytes per 64 Ki elements, and tables of the same size that are kept for the next call.
+        32 bytes per 64 Ki elements (16 Ki in models below 4 M), and tables of about the same size that are kept for the
+        next call.
 
     Determinism:
         The same bits on every run with the same lists on the same architecture.
     """
     check_lists(theta=theta, delta=delta, grad=grad)
     if not theta:
-        return torch.zeros(4, dtype=torch.float64)
+        return torch.zeros(0, 4, dtype=torch.float64)
     config = choose(_CONFIGS, theta[0], sum(tensor.numel() for tensor in theta))
     chunk = _TILES * config.block
-    groups = batches(chunk, theta, delta, grad)
-    num_chunks = sum(len(batch.chunks) for batch in groups)
-    partial = torch.empty(4, num_chunks, dtype=torch.float64, device=theta[0].device)
-    total = torch.zeros(4, dtype=torch.float64, device=theta[0].device)
+    rows, batches, num_chunks = tables(chunk, theta, delta, grad)
+    partial = torch.empty(num_chunks, 4, dtype=torch.float64, device=rows.device)
+    sums = torch.empty(len(theta), 4, dtype=torch.float64, device=rows.device)
     with on_device(theta[0]):
-        first = 0
-        for batch in groups:
-            _chunk_sums_kernel[(len(batch.chunks),)](
-                partial[:, first:],
-                num_chunks,
-                batch.rows,
+        for batch in batches:
+            _chunk_sums_kernel[grid(len(batch.chunks), config)](
+                partial,
+                rows,
                 batch.chunks,
                 *batch.dtypes,
                 batch.aligned,
                 CHUNK=chunk,
-                BLOCK=config.block,
-                LANE=_LANE,
+                BLOCK=config.threads * lane(*batch.dtypes),
+                LANE=lane(*batch.dtypes),
                 **options(config, theta[0]),
             )
-            first += len(batch.chunks)
-        if num_chunks:
-            _total_kernel[(4,)](
-                total, partial, num_chunks, BLOCK=_TOTAL_CONFIG.block, **options(_TOTAL_CONFIG, theta[0])
-            )
-    return total
+        _tensor_sums_kernel[grid(4 * len(theta), _SECOND_CONFIG)](
+            sums, partial, rows, CHUNK=chunk, BLOCK=_SECOND_CONFIG.block, **options(_SECOND_CONFIG, theta[0])
+        )
+    return sums

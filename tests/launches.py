@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from sharpkern.kernels.axpy import axpy_
-from sharpkern.kernels.cross_entropy import linear_cross_entropy
+from sharpkern.kernels.cross_entropy import MAX_WIDTH, online_cross_entropy_
 from sharpkern.kernels.embedding import embedding
 from sharpkern.kernels.form import form
-from sharpkern.kernels.form_adam import adam_scalars, form_adam
-from sharpkern.kernels.form_sgd import form_sgd, sgd_scalars
+from sharpkern.kernels.form_adam import form_adam
+from sharpkern.kernels.form_sgd import form_sgd
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
 from sharpkern.kernels.reduce import reduce
 from torch import Tensor
@@ -48,23 +48,36 @@ def _form(dtype: torch.dtype, num_steps: int, seed: int | None = None) -> Callab
     return lambda: form(_vector(dtype), _vector(dtype), torch.zeros(num_steps), seed=seed)
 
 
-def _form_adam(num_steps: int, **kwargs: object) -> Callable[[], object]:
-    scalars = adam_scalars(1, betas=(0.9, 0.999), eps=1e-8)
-    return lambda: form_adam(
-        _vector(BF16), _vector(BF16), _vector(FP32), _vector(FP32), torch.zeros(num_steps), scalars, **kwargs
-    )
+ADAM = {"beta1": 0.9, "beta2": 0.999, "correction1": 0.1, "correction2": 0.001, "eps": 1e-8}
+SGD = {"momentum": 0.9, "weight_decay": 0.1}
 
 
-def _form_sgd(num_steps: int) -> Callable[[], object]:
-    return lambda: form_sgd(_vector(BF16), _vector(BF16), _vector(FP32), torch.zeros(num_steps), sgd_scalars())
+def form_adam_state(num_steps: int, **options: object) -> Callable[[], object]:
+    """A call that forms weights from the state of AdamW, bf16 weights and fp32 moments; 0 steps: the update itself."""
+    state = (BF16, BF16, FP32, FP32)
+    return lambda: form_adam(*map(_vector, state), _alpha(num_steps), **ADAM | options)
+
+
+def form_sgd_state(num_steps: int, **options: object) -> Callable[[], object]:
+    """The same from the state of SGD with Nesterov's momentum."""
+    state = (BF16, BF16, FP32)
+    return lambda: form_sgd(*map(_vector, state), _alpha(num_steps), nesterov=True, **SGD | options)
+
+
+def _amsgrad() -> object:
+    return form_adam_state(8, max_exp_avg_sq=_vector(FP32), weight_decay=0.1, decoupled=False)()
+
+
+def _alpha(num_steps: int) -> Tensor | None:
+    return torch.zeros(num_steps) if num_steps else None
 
 
 def _axpy(theta: torch.dtype, base: torch.dtype, delta: torch.dtype) -> Callable[[], object]:
     return lambda: axpy_([_vector(theta)], [_vector(base)], [_vector(delta)], torch.zeros(1))
 
 
-def _reduce(dtype: torch.dtype) -> Callable[[], object]:
-    return lambda: reduce([_vector(dtype)], [_vector(dtype)], [_vector(dtype)])
+def _reduce(*dtypes: torch.dtype) -> Callable[[], object]:
+    return lambda: reduce(*([_vector(dtype)] for dtype in dtypes))
 
 
 def _rows(dtype: torch.dtype, length: int = 4096) -> Tensor:
@@ -76,24 +89,29 @@ def _layer_norm(length: int) -> Callable[[], object]:
     return lambda: layer_norm(_rows(BF16, length), *vectors, torch.zeros(1), eps=1e-6)
 
 
-def _linear_cross_entropy() -> object:
-    W, D = torch.zeros(4096, 64, dtype=BF16), torch.zeros(4096, 64, dtype=BF16)
+def _online_cross_entropy(width: int) -> Callable[[], object]:
+    statistics = [torch.zeros(4) for _ in range(3)]
     labels = torch.zeros(4, dtype=torch.int64)
-    return linear_cross_entropy(torch.zeros(1, 4, 64, dtype=BF16), W, D, labels, torch.zeros(1), softcap=30.0)
+    return lambda: online_cross_entropy_(*statistics, torch.zeros(4, width), labels, 0, softcap=30.0)
 
 
 CASES = {
     "axpy bf16": Case(_axpy(BF16, BF16, BF16), {"_axpy_kernel": (2, 1)}),
     "axpy bf16 from fp32 masters": Case(_axpy(BF16, FP32, FP32), {"_axpy_kernel": (4, 1)}),
+    "axpy fp32, bf16 direction": Case(_axpy(FP32, FP32, BF16), {"_axpy_kernel": (1, 1)}),
     "form bf16 K=1": Case(_form(BF16, 1), {"_form_kernel": (2, 1)}),
     "form bf16 K=8": Case(_form(BF16, 8), {"_form_kernel": (2, 8)}),
     "form fp32 K=8": Case(_form(FP32, 8), {"_form_kernel": (2, 8)}),
     "form bf16 K=8 stochastic": Case(_form(BF16, 8, seed=3), {"_form_kernel": (2, 8)}),
-    "form from AdamW state K=1": Case(_form_adam(1), {"_form_adam_kernel": (6, 1)}),
-    "form from AdamW state K=8": Case(_form_adam(8), {"_form_adam_kernel": (6, 8)}),
-    "form from SGD state K=8": Case(_form_sgd(8), {"_form_sgd_kernel": (4, 8)}),
-    "reduce bf16": Case(_reduce(BF16), {"_chunk_sums_kernel": (3, 0)}),
-    "reduce fp32": Case(_reduce(FP32), {"_chunk_sums_kernel": (6, 0)}),
+    "form from AdamW state K=1": Case(form_adam_state(1, weight_decay=0.1), {"_form_adam_kernel": (6, 1)}),
+    "form from AdamW state K=8": Case(form_adam_state(8, weight_decay=0.1), {"_form_adam_kernel": (6, 8)}),
+    "form fp32 from AdamW state K=8": Case(form_adam_state(8, dtype=FP32), {"_form_adam_kernel": (2, 8)}),
+    "form from Adam state K=8, amsgrad": Case(_amsgrad, {"_form_adam_kernel": (8, 8)}),
+    "update from Adam state": Case(form_adam_state(0), {"_form_adam_kernel": (5, 1)}),
+    "form from SGD state K=8": Case(form_sgd_state(8), {"_form_sgd_kernel": (4, 8)}),
+    "reduce bf16": Case(_reduce(BF16, BF16, BF16), {"_chunk_sums_kernel": (3, 0)}),
+    "reduce bf16, fp32 direction": Case(_reduce(BF16, FP32, BF16), {"_chunk_sums_kernel": (4, 0)}),
+    "reduce fp32": Case(_reduce(FP32, FP32, FP32), {"_chunk_sums_kernel": (3, 0)}),
     "embedding bf16 K=8": Case(
         lambda: embedding(torch.zeros(4, dtype=torch.int64), *_rows(BF16), *_rows(BF16), torch.zeros(8)),
         {"_embedding_kernel": (2, 8)},
@@ -104,7 +122,8 @@ CASES = {
     ),
     "layer_norm bf16": Case(_layer_norm(4096), {"_norm_kernel": (2, 1)}),
     "layer_norm bf16, longest row": Case(_layer_norm(MAX_LENGTH), {"_norm_kernel": (2, 1)}),
-    "linear_cross_entropy bf16": Case(_linear_cross_entropy, {"_form_chunk_kernel": (2, 1), "_update_kernel": (4, 0)}),
+    "online_cross_entropy": Case(_online_cross_entropy(MAX_WIDTH), {"_online_cross_entropy_kernel": (4, 0)}),
+    "online_cross_entropy, narrow": Case(_online_cross_entropy(1000), {"_online_cross_entropy_kernel": (0, 0)}),
 }
 
 _ONE = torch.zeros(1)
@@ -113,13 +132,19 @@ _INDEX = torch.zeros(1, dtype=torch.int64)
 SMALLEST: dict[str, Callable[[], object]] = {
     "axpy": lambda: axpy_([_ONE.clone()], [_ONE], [_ONE], _ONE),
     "form": lambda: form(_ONE, _ONE, _ONE, out=torch.zeros(1, 1)),
-    "form_adam": lambda: form_adam(_ONE, _ONE, None, None, _ONE, torch.zeros(7), out=torch.zeros(1, 1)),
-    "form_sgd": lambda: form_sgd(_ONE, _ONE, None, _ONE, torch.zeros(3), out=torch.zeros(1, 1)),
+    "form_adam": lambda: form_adam(_ONE, _ONE, None, None, _ONE, **ADAM, out=torch.zeros(1, 1)),
+    "form_adam, update": lambda: form_adam(_ONE, None, _ONE, _ONE, None, **ADAM, weight_decay=0.1),
+    "form_adam, update before the first step": lambda: form_adam(_ONE, _ONE, None, None, None, **ADAM),
+    "form_sgd": lambda: form_sgd(_ONE, _ONE, None, _ONE, out=torch.zeros(1, 1)),
+    "form_sgd, update": lambda: form_sgd(_ONE, _ONE, _ONE, None, **SGD),
+    "form_sgd, update without decay": lambda: form_sgd(_ONE, _ONE, None, None),
     "reduce": lambda: reduce([_ONE], [_ONE], [_ONE]),
     "embedding": lambda: embedding(_INDEX, _ONE[None], _ONE[None], _ONE),
     "rms_norm": lambda: rms_norm(_ONE[None], _ONE, None, _ONE, eps=1e-6),
     "layer_norm": lambda: layer_norm(_ONE[None], _ONE, _ONE, _ONE, None, _ONE, eps=1e-6),
-    "linear_cross_entropy": lambda: linear_cross_entropy(_ONE.view(1, 1, 1), _ONE[None], None, _INDEX, _ONE),
+    "online_cross_entropy_": lambda: online_cross_entropy_(
+        _ONE.clone(), _ONE.clone(), _ONE.clone(), _ONE[None], _INDEX, 1
+    ),
 }
 
 

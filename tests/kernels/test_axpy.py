@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton.language as tl
 from sharpkern.kernels import axpy
-from sharpkern.kernels._launch import Case, Config, batches
+from sharpkern.kernels._launch import Case, Config, tables
 from sharpkern.kernels.axpy import _axpy_kernel, axpy_
 
 from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, same_bits
@@ -60,11 +60,16 @@ def test_mixed_dtypes_layouts_and_alignments_in_one_call():
 
 def test_operands_are_batched_by_dtypes_and_alignment():
     wide, narrow, off = torch.empty(1000), torch.empty(70, dtype=torch.bfloat16), torch.empty(1001)[1:]
-    groups = batches(256, [wide, off, narrow, wide], [wide, wide, narrow, wide])
-    assert [group.aligned for group in groups] == [True, False, True]
-    assert [group.dtypes[0] for group in groups] == [tl.float32, tl.float32, tl.bfloat16]
-    assert groups[0].rows.tolist() == [[wide.data_ptr(), wide.data_ptr(), 1000]] * 2
-    assert groups[0].chunks.tolist() == [[row, part] for row in range(2) for part in range(4)]
+    lists = [wide, off, torch.empty(0), narrow, wide], [wide, wide, wide, narrow, wide]
+    rows, batches, num_chunks = tables(256, *lists, lists[0])
+    assert [batch.aligned for batch in batches] == [True, False, True]
+    assert [batch.dtypes for batch in batches] == [(tl.float32,) * 3, (tl.float32,) * 3, (tl.bfloat16,) * 3]
+    assert [batch.chunks[:, 0].unique().tolist() for batch in batches] == [[0, 4], [1], [3]]
+    assert batches[0].chunks.tolist() == [[row, part] for row in (0, 4) for part in range(4)]
+    addresses = [[a.data_ptr(), b.data_ptr(), a.data_ptr()] for a, b in zip(*lists, strict=True)]
+    assert rows[:, :3].tolist() == addresses
+    assert rows[:, 3:].tolist() == [[1000, 0], [1000, 4], [0, 8], [70, 8], [1000, 9]]
+    assert num_chunks == 13
 
 
 def test_writes_nothing_around_a_tensor():
@@ -97,7 +102,7 @@ def test_offsets_beyond_int32():
     theta, base, delta = (torch.empty(n, dtype=torch.bfloat16) for _ in range(3))
     tail = slice(2**31, n)
     theta[tail], base[tail], delta[tail] = torch.nan, 1.0, 2.0
-    rows = torch.tensor([[theta.data_ptr(), base.data_ptr(), delta.data_ptr(), n]])
+    rows = torch.tensor([[theta.data_ptr(), base.data_ptr(), delta.data_ptr(), n, 0]])
     chunks = torch.tensor([[0, 2**31 // 1024]], dtype=torch.int32)
     kinds = [tl.bfloat16] * 3
     _axpy_kernel[(1,)](rows, chunks, torch.tensor([0.5]), *kinds, True, CHUNK=1024, BLOCK=256)

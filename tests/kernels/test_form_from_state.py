@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
-from sharpkern.kernels.form_adam import adam_scalars, form_adam
-from sharpkern.kernels.form_sgd import form_sgd, sgd_scalars
+from sharpkern.kernels import _launch
+from sharpkern.kernels._launch import _device_numbers, device_numbers
+from sharpkern.kernels.form import form
+from sharpkern.kernels.form_adam import form_adam
+from sharpkern.kernels.form_sgd import form_sgd
 from torch import Tensor
 
 from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, same_bits
@@ -55,41 +58,48 @@ def stepped(parameter, optimizer, dtype):
     return moved.detach()
 
 
+def adam_numbers(step, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    """The hyperparameters of form_adam at a step."""
+    beta1, beta2 = betas
+    corrections = {"correction1": 1 - beta1**step, "correction2": 1 - beta2**step}
+    return {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, **corrections}
+
+
 def from_adam_state(parameter, optimizer, alpha=ALPHA, **kwargs):
     state, group = optimizer.state.get(parameter, {}), optimizer.param_groups[0]
-    scalars = adam_scalars(
-        float(state.get("step", 0)) + 1,
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-    )
     return form_adam(
         parameter.detach(),
         parameter.grad,
         state.get("exp_avg"),
         state.get("exp_avg_sq"),
         alpha,
-        scalars,
         max_exp_avg_sq=state.get("max_exp_avg_sq"),
+        **adam_numbers(
+            float(state.get("step", 0)) + 1, **{name: group[name] for name in ("betas", "eps", "weight_decay")}
+        ),
         decoupled=isinstance(optimizer, torch.optim.AdamW),
-        maximize=group["maximize"],
-        **kwargs,
+        **{"grad_factor": -1.0 if group["maximize"] else 1.0, **kwargs},
     )
 
 
 def from_sgd_state(parameter, optimizer, alpha=ALPHA, **kwargs):
     state, group = optimizer.state.get(parameter, {}), optimizer.param_groups[0]
-    scalars = sgd_scalars(weight_decay=group["weight_decay"], momentum=group["momentum"], dampening=group["dampening"])
     return form_sgd(
         parameter.detach(),
         parameter.grad,
         state.get("momentum_buffer"),
         alpha,
-        scalars,
-        nesterov=group["nesterov"],
-        maximize=group["maximize"],
-        **kwargs,
+        **{name: group[name] for name in ("weight_decay", "momentum", "dampening", "nesterov")},
+        **{"grad_factor": -1.0 if group["maximize"] else 1.0, **kwargs},
     )
+
+
+# One of each kind with everything that the update can have.
+OPTIMIZERS = {
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.1}, from_adam_state),
+    "Adam": (torch.optim.Adam, {"weight_decay": 0.1, "amsgrad": True}, from_adam_state),
+    "SGD": (torch.optim.SGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True}, from_sgd_state),
+}
 
 
 def assert_is_the_step(out, parameter, optimizer):
@@ -142,17 +152,78 @@ def test_a_gradient_already_in_the_state_is_not_applied_again():
     before = parameter.detach().clone()
     optimizer.step()
     state = optimizer.state[parameter]
-    scalars = adam_scalars(float(state["step"]), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-    out = form_adam(before, None, state["exp_avg"], state["exp_avg_sq"], ALPHA, scalars)
+    numbers = adam_numbers(float(state["step"]), weight_decay=0.01)
+    out = form_adam(before, None, state["exp_avg"], state["exp_avg_sq"], ALPHA, **numbers)
     assert torch.allclose(out, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_without_first_momentum_nothing_of_a_large_old_moment_is_left():
     grad, stale = randn(100, scale=1e-3), torch.full((100,), 1e6)
-    scalars = adam_scalars(5, betas=(0.0, 0.999), eps=1.0)
-    out = form_adam(torch.zeros(100), grad, stale, torch.zeros(100), ALPHA[:1], scalars)
-    fresh = form_adam(torch.zeros(100), grad, torch.zeros(100), torch.zeros(100), ALPHA[:1], scalars)
+    numbers = adam_numbers(5, betas=(0.0, 0.999), eps=1.0)
+    out = form_adam(torch.zeros(100), grad, stale, torch.zeros(100), ALPHA[:1], **numbers)
+    fresh = form_adam(torch.zeros(100), grad, torch.zeros(100), torch.zeros(100), ALPHA[:1], **numbers)
     assert same_bits(out, fresh)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+class TestTheUpdateItself:
+    def test_is_the_step_per_unit_learning_rate(self, name):
+        optimizer_class, options, form_state = OPTIMIZERS[name]
+        parameter, optimizer = trained(optimizer_class, options, 1000, 3)
+        out = form_state(parameter, optimizer, None)
+        exact = (parameter.detach().double() - stepped(parameter, optimizer, torch.float64)) / LR
+        assert out.shape == (1, 1000)
+        assert_within_budget(out[0], exact, exact.float(), floor=8 * torch.finfo(torch.float32).eps)
+
+    def test_is_what_the_weights_move_along(self, name):
+        optimizer_class, options, form_state = OPTIMIZERS[name]
+        parameter, optimizer = trained(optimizer_class, options, 1000, 3)
+        delta = form_state(parameter, optimizer, None)[0]
+        assert same_bits(form_state(parameter, optimizer, ALPHA), form(parameter.detach(), delta, ALPHA))
+
+    def test_without_decay_the_weights_are_not_read(self, name):
+        optimizer_class, options, form_state = OPTIMIZERS[name]
+        parameter, optimizer = trained(optimizer_class, {**options, "weight_decay": 0.0}, 1000, 3)
+        wanted = form_state(parameter, optimizer, None)
+        parameter.data.fill_(torch.nan)
+        assert same_bits(form_state(parameter, optimizer, None), wanted)
+
+    def test_rate_multiplies_it(self, name):
+        optimizer_class, options, form_state = OPTIMIZERS[name]
+        parameter, optimizer = trained(optimizer_class, options, 1000, 3)
+        delta, scaled = (form_state(parameter, optimizer, None, rate=rate) for rate in (1.0, 0.3))
+        assert same_bits(scaled, delta * 0.3)
+        assert same_bits(form_state(parameter, optimizer, rate=0.3), form(parameter.detach(), scaled[0], ALPHA))
+
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_grad_factor_undoes_a_loss_scale(self, name, steps):
+        optimizer_class, options, form_state = OPTIMIZERS[name]
+        parameter, optimizer = trained(optimizer_class, options, 1000, steps)
+        wanted = form_state(parameter, optimizer)
+        parameter.grad *= 1024
+        assert same_bits(form_state(parameter, optimizer, grad_factor=1 / 1024), wanted)
+        assert not same_bits(form_state(parameter, optimizer), wanted)
+
+
+def test_numbers_are_copied_once_for_all_probes_of_a_measurement():
+    _device_numbers.cache_clear()
+    parameter, optimizer = trained(torch.optim.AdamW, {}, 10, 3)
+    for _ in range(5):
+        from_adam_state(parameter, optimizer)
+    from_adam_state(parameter, optimizer, rate=0.5)
+    assert _device_numbers.cache_info()[:2] == (4, 2)
+
+
+def test_numbers_of_one_stream_are_not_used_on_another(monkeypatch):
+    # What the cache drops, the allocator gives out again in the order of the stream that it was made on.
+    like = torch.zeros(1)
+    vectors = []
+    for stream in (7, 8, 7):
+        monkeypatch.setattr(_launch, "_stream", lambda device, stream=stream: stream)
+        vectors.append(device_numbers(0.1, 1 / 3, like=like))
+    assert vectors[0] is vectors[2]
+    assert vectors[0] is not vectors[1]
+    assert same_bits(vectors[1], torch.tensor([0.1, 1 / 3]))
 
 
 def test_state_is_not_written_and_out_is():
@@ -175,9 +246,3 @@ def test_result_dtype_is_free(dtype):
 def test_runs_twice_to_the_same_bits():
     parameter, optimizer = trained(torch.optim.AdamW, {}, 4097, 2)
     assert same_bits(from_adam_state(parameter, optimizer), from_adam_state(parameter, optimizer))
-
-
-def test_one_moment_without_the_other_is_refused():
-    theta = torch.zeros(4)
-    with pytest.raises(ValueError, match="exp_avg and exp_avg_sq must both be given"):
-        form_adam(theta, theta.clone(), theta.clone(), None, ALPHA, torch.zeros(7))

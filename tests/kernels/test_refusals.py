@@ -3,10 +3,13 @@
 # One case a line reads as the table it is.
 # ruff: noqa: E501
 
+import itertools
+
 import pytest
 import torch
+from sharpkern.kernels import _launch, _operands
 from sharpkern.kernels.axpy import axpy_
-from sharpkern.kernels.cross_entropy import linear_cross_entropy
+from sharpkern.kernels.cross_entropy import MAX_WIDTH, online_cross_entropy_
 from sharpkern.kernels.embedding import embedding
 from sharpkern.kernels.form import form
 from sharpkern.kernels.form_adam import form_adam
@@ -14,12 +17,180 @@ from sharpkern.kernels.form_sgd import form_sgd
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
 from sharpkern.kernels.reduce import reduce
 
+ADAM = {"beta1": 0.9, "beta2": 0.999, "correction1": 0.1, "correction2": 0.001, "eps": 1e-8}
+
+
+def _axpy(theta, base, delta, alpha):
+    axpy_([theta], [base], [delta], alpha)
+
+
+def _reduce(theta, delta, grad):
+    reduce([theta], [delta], [grad])
+
+
+def _form_adam(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, alpha, out):
+    form_adam(theta, grad, exp_avg, exp_avg_sq, alpha, max_exp_avg_sq=max_exp_avg_sq, out=out, **ADAM)
+
+
+def _online_cross_entropy(maximum, total, target, logits, labels):
+    online_cross_entropy_(maximum, total, target, logits, labels, 0)
+
+
+# Every kernel: a call, and the shapes of its operands by name; "indices" and "labels" hold integers.
+KERNELS = {
+    "axpy_": (_axpy, {"theta": (4, 6), "base": (4, 6), "delta": (4, 6), "alpha": (1,)}),
+    "form": (form, {"W": (4, 6), "D": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
+    "form_adam": (_form_adam, {"theta": (4, 6), "grad": (4, 6), "exp_avg": (4, 6), "exp_avg_sq": (4, 6), "max_exp_avg_sq": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
+    "form_sgd": (form_sgd, {"theta": (4, 6), "grad": (4, 6), "momentum_buffer": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
+    "reduce": (_reduce, {"theta": (4, 6), "delta": (4, 6), "grad": (4, 6)}),
+    "embedding": (embedding, {"indices": (3,), "W": (4, 6), "D": (4, 6), "alpha": (2,)}),
+    "rms_norm": (rms_norm, {"x": (2, 3, 6), "weight": (6,), "weight_direction": (6,), "alpha": (2,)}),
+    "layer_norm": (layer_norm, {"x": (2, 3, 6), "weight": (6,), "weight_direction": (6,), "bias": (6,), "bias_direction": (6,), "alpha": (2,)}),
+    "online_cross_entropy_": (_online_cross_entropy, {"maximum": (3,), "total": (3,), "target": (3,), "logits": (3, 6), "labels": (3,)}),
+}  # fmt: skip
+
+OPERANDS = [(kernel, name) for kernel, (_, shapes) in KERNELS.items() for name in shapes]
+
+# Operands that are copied where they are not contiguous or have one element, and those whose length is free.
+ANY_LAYOUT = {("embedding", "indices"), ("rms_norm", "x"), ("layer_norm", "x"), ("axpy_", "alpha")}
+FREE = {("embedding", "indices")}
+
+# Of the kernels that write what they are given: what they write.
+WRITTEN = {
+    "axpy_": ("theta",),
+    "form": ("out",),
+    "form_adam": ("out",),
+    "form_sgd": ("out",),
+    "online_cross_entropy_": ("maximum", "total", "target"),
+}
+OVERLAPS = [
+    (kernel, output, other)
+    for kernel, outputs in WRITTEN.items()
+    for output, other in itertools.product(outputs, KERNELS[kernel][1])
+    if output != other
+]
+
+REQUIRED = {"rms_norm": {"eps": 1e-6}, "layer_norm": {"eps": 1e-6}}
+
+
+def valid(kernel):
+    """Operands that fit, all zero."""
+    integer = {"indices", "labels"}
+    return {
+        name: torch.zeros(shape, dtype=torch.int64 if name in integer else torch.float32)
+        for name, shape in KERNELS[kernel][1].items()
+    }
+
+
+def call(kernel, operands):
+    KERNELS[kernel][0](**operands, **REQUIRED.get(kernel, {}))
+
+
+def assert_refused(kernel, operands, error, wording):
+    with pytest.raises(error, match=wording):
+        call(kernel, operands)
+    assert not any(tensor.any() for tensor in operands.values() if tensor.device.type == "cpu")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_the_refusals_start_from_is_taken(kernel):
+    call(kernel, valid(kernel))
+
+
+@pytest.mark.parametrize(("kernel", "name"), OPERANDS)
+def test_wrong_dtype(kernel, name):
+    operands = valid(kernel)
+    operands[name] = operands[name].double()
+    assert_refused(kernel, operands, TypeError, rf"{name}(\[0\])? must be .*, got torch.float64")
+
+
+@pytest.mark.parametrize(("kernel", "name"), OPERANDS)
+def test_no_gpu(kernel, name):
+    operands = valid(kernel)
+    operands[name] = operands[name].to("meta")
+    assert_refused(
+        kernel, operands, ValueError, rf"{name}(\[0\])? must be (a dense CUDA tensor|on cpu), got .*meta; move"
+    )
+
+
+@pytest.mark.parametrize(("kernel", "name"), OPERANDS)
+def test_another_gpu(kernel, name, monkeypatch):
+    monkeypatch.setattr(_operands, "runs_on", lambda device: True)
+    operands = valid(kernel)
+    operands[name] = operands[name].to("meta")
+    assert_refused(kernel, operands, ValueError, r"must be on .*(cpu, got meta|meta, got cpu); move it there")
+
+
+@pytest.mark.parametrize(("kernel", "name"), [pair for pair in OPERANDS if pair[1] != "alpha"])
+def test_no_memory(kernel, name):
+    # As a sharded module leaves its gathered parameters behind: a kernel would read from address 0.
+    operands = valid(kernel)
+    operands[name].untyped_storage().resize_(0)
+    with pytest.raises(
+        ValueError, match=rf"{name}(\[0\])? must have its elements in memory, got a Tensor at address 0"
+    ):
+        call(kernel, operands)
+
+
+@pytest.mark.parametrize(("kernel", "name"), [pair for pair in OPERANDS if pair not in ANY_LAYOUT])
+def test_gaps_between_elements(kernel, name):
+    operands = valid(kernel)
+    operands[name] = operands[name].new_zeros(*operands[name].shape, 2)[..., 0]
+    assert_refused(kernel, operands, ValueError, "without gaps|contiguous|strides|next to each other")
+
+
+@pytest.mark.parametrize(("kernel", "name"), [pair for pair in OPERANDS if pair not in FREE])
+def test_wrong_shape(kernel, name):
+    operands = valid(kernel)
+    operands[name] = operands[name].new_zeros(17, *operands[name].shape[1:-1], operands[name].shape[-1] + 1)
+    assert_refused(kernel, operands, ValueError, "must (have|be|hold) .*, got")
+
+
+@pytest.mark.parametrize(("kernel", "output", "other"), OVERLAPS)
+def test_output_over_an_operand(kernel, output, other):
+    operands = valid(kernel)
+    memory = torch.zeros(1024, dtype=torch.uint8)
+    for name in (output, other):
+        tensor = operands[name]
+        operands[name] = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    assert_refused(kernel, operands, ValueError, "an output must not share memory with another operand")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_more_programs_than_a_grid_has(kernel, monkeypatch):
+    monkeypatch.setattr(_launch, "MAX_PROGRAMS", 0)
+    assert_refused(
+        kernel, valid(kernel), ValueError, r"a launch must have at most 0 programs, got \d; call once per part"
+    )
+
+
+# The kernels whose rows may be so short that memory holds more of them than a grid has programs.
+@pytest.mark.parametrize(
+    "too_long",
+    [
+        lambda: rms_norm(torch.zeros(1, 1, 1).expand(1, 2**31, 1), torch.ones(1), None, A[:1], eps=1e-6),
+        lambda: embedding(IDS[:1].expand(2**31), M[:, :1], M[:, :1], A),
+    ],
+)
+def test_rows_beyond_the_largest_grid_are_refused_before_anything_is_allocated(too_long):
+    with pytest.raises(ValueError, match="a launch must have at most 2147483647 programs, got 2147483648"):
+        too_long()
+
+
+def test_hip_counts_threads(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    config = _launch.Config(block=2048, threads=256)
+    assert _launch.grid(2**24 - 1, config) == (2**24 - 1,)
+    with pytest.raises(ValueError, match="at most 16777215 programs, got 16777216"):
+        _launch.grid(2**24, config)
+
+
 A = torch.zeros(2)
 V, M = torch.zeros(4), torch.zeros(4, 6)
-SEVEN = torch.zeros(7)
 IDS = torch.zeros(3, dtype=torch.int64)
 HIDDEN = torch.zeros(2, 3, 6)
 SHARED = torch.zeros(12)
+STATISTICS = [torch.zeros(3) for _ in range(3)]
 
 CASES = {
     # Numbers: dtype and device.
@@ -31,6 +202,7 @@ CASES = {
     "meta tensor": (lambda: form(V, V.to("meta"), A), ValueError, "D must be a dense CUDA tensor, got torch.strided on meta; move it"),
     "sparse tensor": (lambda: form(M.to_sparse(), M, A), ValueError, "W must be a dense CUDA tensor, got torch.sparse_coo"),
     # Step sizes.
+    "alpha a number for one write": (lambda: axpy_([V], [V], [V], 0.1), TypeError, "alpha must be a float32 tensor, got float"),
     "alpha a number": (lambda: form(V, V, 0.1), TypeError, r"alpha must be a float32 tensor, got float; pass torch.tensor"),
     "alpha fp64": (lambda: form(V, V, A.double()), TypeError, "alpha must be a float32 tensor, got torch.float64"),
     "alpha 0-dim": (lambda: form(V, V, A[0]), ValueError, r"alpha must be a contiguous vector of 1 to 16 step sizes, got shape \[\]"),
@@ -57,11 +229,14 @@ CASES = {
     "seed for fp32": (lambda: form(V, V, A, seed=1), TypeError, "seed must be None unless the result is bfloat16, got a result of torch.float32"),
     "negative seed": (lambda: form(V, V, A, dtype=torch.bfloat16, seed=-1), ValueError, r"seed must be in \[0, 2\*\*31\), got -1"),
     # Optimizer state.
-    "adam scalars": (lambda: form_adam(V, V, V, V, A, A), ValueError, r"scalars must be 7 float32 numbers on cpu, got \[2\].*adam_scalars"),
-    "sgd scalars": (lambda: form_sgd(V, V, None, A, SEVEN), ValueError, "scalars must be 3 float32 numbers.*sgd_scalars"),
-    "one moment": (lambda: form_adam(V, V, V, None, A, SEVEN), ValueError, "exp_avg and exp_avg_sq must both be given"),
-    "nothing to go by": (lambda: form_adam(V, None, None, None, A, SEVEN), ValueError, "exp_avg and exp_avg_sq must both be given"),
-    "moment of another shape": (lambda: form_adam(V, V, V[:3], V[:3], A, SEVEN), ValueError, "exp_avg must have the shape of theta"),
+    "one moment": (lambda: form_adam(V, V, V, None, A, **ADAM), ValueError, "exp_avg and exp_avg_sq must both be given"),
+    "nothing to go by": (lambda: form_adam(V, None, None, None, A, **ADAM), ValueError, "exp_avg and exp_avg_sq must both be given"),
+    "moment of another shape": (lambda: form_adam(V, V, V[:3], V[:3], A, **ADAM), ValueError, "exp_avg must have the shape of theta"),
+    "step 0": (lambda: form_adam(V, V, V, V, A, **{**ADAM, "correction2": 0.0}), ValueError, "correction2 must be positive, got 0.0; count steps from 1"),
+    "infinite correction": (lambda: form_adam(V, V, V, V, A, **{**ADAM, "correction1": torch.inf}), ValueError, "correction1 must be finite, got inf; look at"),
+    "infinite factor": (lambda: form_adam(V, V, V, V, A, grad_factor=torch.inf, **ADAM), ValueError, "grad_factor must be finite, got inf; look at the optimizer's group and the loss scale"),
+    "rate not a number": (lambda: form_sgd(V, V, None, A, rate=torch.nan), ValueError, "rate must be finite, got nan; look at"),
+    "factor on the device": (lambda: form_sgd(V, V, None, A, grad_factor=torch.ones(())), TypeError, r"grad_factor must be a Python number, got Tensor; read it once with float\(\)"),
     # Embedding.
     "floating indices": (lambda: embedding(V, M, M, A), TypeError, "indices must be int64 or int32, got torch.float32"),
     "columns apart": (lambda: embedding(IDS, M[:, ::2], M[:, ::2], A), ValueError, "W must be a matrix .* next to each other"),
@@ -71,21 +246,22 @@ CASES = {
     "long rows": (lambda: rms_norm(torch.zeros(2, 1, MAX_LENGTH + 1), V, None, A, eps=1e-6), ValueError, "C at most 16384"),
     "weight of another length": (lambda: rms_norm(HIDDEN, V, None, A, eps=1e-6), ValueError, "weight must be a contiguous vector .*, 6, got shape"),
     "direction without a bias": (lambda: layer_norm(HIDDEN, M[0], None, None, M[0], A, eps=1e-6), ValueError, "bias_direction must be None without a bias"),
-    # Head and loss.
-    "hidden of another width": (lambda: linear_cross_entropy(HIDDEN[..., :5], M, None, IDS, A), ValueError, r"hidden must have shape \[2, tokens, 6\]"),
-    "labels of another length": (lambda: linear_cross_entropy(HIDDEN, M, None, IDS[:2], A), ValueError, r"labels must have shape \[3\]"),
-    "class probabilities": (lambda: linear_cross_entropy(HIDDEN, M, None, IDS.float(), A), TypeError, "labels must be int64 or int32"),
-    "transposed head": (lambda: linear_cross_entropy(HIDDEN, torch.zeros(6, 4).t(), None, IDS, A), ValueError, "W must be a contiguous matrix"),
-    "reduction": (lambda: linear_cross_entropy(HIDDEN, M, None, IDS, A, reduction="none"), ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
-    "softcap": (lambda: linear_cross_entropy(HIDDEN, M, None, IDS, A, softcap=0.0), ValueError, "softcap must be positive, got 0.0"),
+    # Loss.
+    "logits of three dimensions": (lambda: online_cross_entropy_(*STATISTICS, HIDDEN, IDS, 0), ValueError, r"logits must be a matrix \[tokens, at most 4096\]"),
+    "wide chunk": (lambda: online_cross_entropy_(*STATISTICS, torch.zeros(3, MAX_WIDTH + 1), IDS, 0), ValueError, r"got shape \[3, 4097\] .*; call once per part of the vocabulary"),
+    "labels of another length": (lambda: online_cross_entropy_(*STATISTICS, torch.zeros(3, 6), IDS[:2], 0), ValueError, "labels must be a contiguous vector of one number per token, 3"),
+    "class probabilities": (lambda: online_cross_entropy_(*STATISTICS, torch.zeros(3, 6), IDS.float(), 0), TypeError, "labels must be int64 or int32, got torch.float32; class"),
+    "bf16 logits": (lambda: online_cross_entropy_(*STATISTICS, torch.zeros(3, 6).bfloat16(), IDS, 0), TypeError, "logits must be float32, got torch.bfloat16"),
+    "statistic twice": (lambda: online_cross_entropy_(V[:3], V[:3], *STATISTICS[:1], torch.zeros(3, 6), IDS, 0), ValueError, "an output must not share memory"),
+    "negative row": (lambda: online_cross_entropy_(*STATISTICS, torch.zeros(3, 6), IDS, -1), ValueError, "first must not be negative, got -1"),
+    "no softcap": (lambda: online_cross_entropy_(*STATISTICS, torch.zeros(3, 6), IDS, 0, softcap=0.0), ValueError, "softcap must be positive and finite, got 0.0"),
+    "infinite softcap": (lambda: online_cross_entropy_(*STATISTICS, torch.zeros(3, 6), IDS, 0, softcap=torch.inf), ValueError, "softcap must be positive and finite, got inf"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused_with_what_rule_got_and_remedy(case):
-    call, error, wording = CASES[case]
+    refused, error, wording = CASES[case]
     with pytest.raises(error, match=wording):
-        call()
-    assert not V.any()
-    assert not M.any()
-    assert not SHARED.any()
+        refused()
+    assert not any(tensor.any() for tensor in (V, M, SHARED, *STATISTICS))
