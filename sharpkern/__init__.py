@@ -11,6 +11,7 @@ from sharpkern.direction import Direction as Direction
 from sharpkern.directional import directional_sharpness as directional_sharpness
 from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
 from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
+from sharpkern.errors import KernelWarning as KernelWarning
 from sharpkern.errors import LossPrecisionWarning as LossPrecisionWarning
 from sharpkern.errors import NoUpdateError as NoUpdateError
 from sharpkern.errors import RetainedWarning as RetainedWarning

@@ -124,7 +124,7 @@ def measure(
     _check_arguments(model, loss_fn, direction)
     known_base = None if base_loss is None else _as_number(base_loss)
     direction = direction.bind(model)
-    pairs = make_pairs(direction.parameters, direction.tensors, direction.masters)
+    pairs = make_pairs(direction.moves())
     checks = checks_of(model, loss_fn)
     compiled = is_compiled(model, loss_fn)
     name = choose(options.engine, model, loss_fn, checks)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from sharpkern.errors import NoUpdateError
-from sharpkern.ops import inner_product, total
+from sharpkern.moves import Move, OptimizerStep, Stored
+from sharpkern.sums import read, slopes_and_norms
 from sharpkern.updates.between import Weights, displacements
 from sharpkern.updates.names import NameTable
 from sharpkern.updates.optimizer import optimizer_update
@@ -27,7 +28,8 @@ class Direction:
 
     Attributes:
         parameters: the parameters that move; empty as long as only their names are known, see `bind`.
-        tensors: Δθ of each: its shape and device, and a floating dtype that may be wider than its own.
+        sources: for each its Δθ, of its shape and on its device, in a floating dtype that may be wider than its own; or
+            the optimizer step that Δθ is worked out of whenever it is needed.
         masters: for each the higher-precision copy that it is the rounding of, or None.
         slope: Δθᵀg, accumulated in float64, in units of loss/learning-rate; None where no gradient belongs to Δθ.
         norm_sq: |Δθ|², accumulated in float64.
@@ -45,12 +47,13 @@ class Direction:
     """
 
     parameters: tuple[nn.Parameter, ...]
-    tensors: tuple[Tensor, ...]
+    sources: tuple[Tensor | OptimizerStep, ...]
     masters: tuple[Tensor | None, ...]
     slope: float | None
     norm_sq: float
     lr: float | None
     _names: tuple[str, ...] = field(default=(), repr=False)
+    _norms_sq: tuple[float, ...] = field(default=(), repr=False)
     _versions: tuple[int, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -61,6 +64,7 @@ class Direction:
         *,
         masters: Mapping[nn.Parameter, Tensor] | None = None,
         scaler: GradScaler | None = None,
+        resident: bool | None = None,
     ) -> "Direction":
         """Return the update that the next ``optimizer.step()`` would make.
 
@@ -74,6 +78,9 @@ class Direction:
                 holds the parameters or the copies. Those an optimizer keeps as
                 ``state[parameter]["master_param"]`` are found without it.
             scaler: the GradScaler of fp16 training, to divide by its scale if ``unscale_`` has not yet been called.
+            resident: True keeps Δθ in memory, where it is fastest and outlives the step. False works it out of the
+                gradients and the optimizer's state (SGD, Adam, AdamW) whenever a weight is needed: no memory, but to
+                be measured before they change. By default False on CUDA and HIP devices, True elsewhere.
 
         Returns:
             The direction per unit learning rate of the reference group, which is the first with a positive rate and a
@@ -87,18 +94,19 @@ class Direction:
                 nothing that would move.
 
         Memory:
-            One tensor of each parameter's size (SGD, Adam, AdamW); while another optimizer is copied, also its state
-            and the gradients.
+            One tensor of each parameter's size; none where it is not resident. While an optimizer other than SGD,
+            Adam and AdamW is copied, also its state and the gradients.
         """
-        updates, lr = optimizer_update(optimizer, masters, scaler)
+        updates, lr = optimizer_update(optimizer, masters, scaler, resident)
         slopes = [update.slope for update in updates if update.slope is not None]
         return cls._checked(
-            [update.tensor for update in updates],
+            [update.source for update in updates],
             labels=[update.slot.label for update in updates],
             if_zero="gradient and momentum are zero: check that the loss depends on the optimizer's parameters",
             parameters=[update.slot.parameter for update in updates],
             masters=[update.slot.master for update in updates],
-            slope=total(slopes) if len(slopes) == len(updates) else None,
+            norms_sq=[update.norm_sq for update in updates],
+            slope=sum(slopes) if len(slopes) == len(updates) else None,
             lr=lr,
         )
 
@@ -244,20 +252,43 @@ class Direction:
                 f"that are not (the first of shape {list(foreign[0].shape)}); measure the model that the direction or "
                 "its optimizer was made from"
             )
-        if self._versions != tuple(map(_version, self.tensors)):
+        if self._versions != _state_of(self.sources):
             raise ValueError(
                 "direction must hold what it was made with, got tensors written since (a backward, clipping or "
-                "zero_grad of its gradients); make the direction anew just before measuring"
+                "zero_grad of its gradients, or the step itself); make the direction anew just before measuring, or "
+                "with resident=True where it is to outlive the step"
             )
         return self
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Δθ of each parameter; where it is not resident, worked out anew at every access."""
+        return tuple(source if isinstance(source, Tensor) else source.update() for source in self.sources)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that the tensors of the direction take, the masters not counted."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        """Bytes that Δθ takes: none where it is worked out of the optimizer's state."""
+        return sum(source.nbytes for source in self.sources if isinstance(source, Tensor))
+
+    def moves(self) -> Iterator[tuple[nn.Parameter, Move]]:
+        """Yield every parameter that moves with its move, from its master where it still is the rounding of that.
+
+        After a checkpoint was loaded into the model alone, for example, the weights are the truth, and the masters of
+        before are left out of account.
+
+        Memory:
+            Nothing, unless Δθ is laid out in memory unlike its parameter (then a copy of that Δθ).
+        """
+        for parameter, source, master, norm_sq in zip(
+            self.parameters, self.sources, self.masters, self._norms_sq, strict=True
+        ):
+            if norm_sq != 0:
+                current = master is not None and torch.equal(master.to(parameter.dtype), parameter)
+                yield parameter, _move(source, master if master is not None and current else parameter, parameter)
 
     def __repr__(self) -> str:
-        facts = [f"{len(self.tensors)} tensors", f"{sum(map(Tensor.numel, self.tensors))} elements"]
+        num_elements = sum(_like(source).numel() for source in self.sources)
+        facts = [f"{len(self.sources)} tensors", f"{num_elements} elements"]
         facts.append(f"|Δθ| = {math.sqrt(self.norm_sq):.3g}")
         facts += [
             f"{name} = {value:.3g}" for name, value in (("slope", self.slope), ("lr", self.lr)) if value is not None
@@ -283,20 +314,24 @@ class Direction:
     @classmethod
     def _checked(
         cls,
-        tensors: Sequence[Tensor],
+        sources: Sequence[Tensor | OptimizerStep],
         *,
         labels: Sequence[str],
         if_zero: str,
         parameters: Sequence[nn.Parameter],
         masters: Sequence[Tensor | None] | None = None,
         names: Sequence[str] = (),
+        norms_sq: Sequence[float] | None = None,
         slope: float | None = None,
         lr: float | None = None,
     ) -> "Direction":
         """Return the direction if it is finite and moves something; ``if_zero`` is the remedy when it does not."""
-        norm_sq = total(inner_product(tensor, tensor) for tensor in tensors)
+        if norms_sq is None:
+            tensors = [source for source in sources if isinstance(source, Tensor)]
+            norms_sq = read([sums[1] for sums in slopes_and_norms(tensors, tensors)])
+        norm_sq = sum(norms_sq)
         if not math.isfinite(norm_sq):
-            culprit = next(label for label, t in zip(labels, tensors, strict=True) if not t.isfinite().all())
+            culprit = next(label for label, one in zip(labels, norms_sq, strict=True) if not math.isfinite(one))
             raise ValueError(
                 f"direction for {culprit} must be finite, got nan or inf; check the gradients, weights and optimizer "
                 "state it was made from"
@@ -305,14 +340,41 @@ class Direction:
             raise NoUpdateError(f"direction must move some parameter, got all zeros; {if_zero}")
         return cls(
             parameters=tuple(parameters),
-            tensors=tuple(tensors),
-            masters=tuple(masters or [None] * len(tensors)),
+            sources=tuple(sources),
+            masters=tuple(masters or [None] * len(sources)),
             slope=slope,
             norm_sq=norm_sq,
             lr=lr,
             _names=tuple(names),
-            _versions=tuple(map(_version, tensors)),
+            _norms_sq=tuple(norms_sq),
+            _versions=_state_of(sources),
         )
+
+
+def _like(source: Tensor | OptimizerStep) -> Tensor:
+    """Return a tensor of the shape of a source."""
+    return source if isinstance(source, Tensor) else source.base
+
+
+def _move(source: Tensor | OptimizerStep, base: Tensor, like: Tensor) -> Move:
+    """Return the move of a parameter with all operands laid out in memory like it: views are taken of all alike."""
+    if base.stride() != like.stride():
+        base = torch.empty_like(like, dtype=base.dtype).copy_(base)
+    if isinstance(source, OptimizerStep):
+        if all(operand.stride() == like.stride() for operand in source.operands[1:]):
+            return source.at(base)
+        source = source.update()
+    if source.stride() != like.stride():
+        source = torch.empty_like(like, dtype=source.dtype).copy_(source)
+    return Stored(base, source)
+
+
+def _state_of(sources: Sequence[Tensor | OptimizerStep]) -> tuple[int, ...]:
+    """Return the counts of in-place writes to everything that Δθ is, or is worked out of; θ itself may be written."""
+    tensors = [
+        tensor for source in sources for tensor in ((source,) if isinstance(source, Tensor) else source.operands[1:])
+    ]
+    return tuple(map(_version, tensors))
 
 
 def _version(tensor: Tensor) -> int:

@@ -27,7 +27,8 @@ from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
 from sharpkern.engines.verify import check_repeatable, confirm_virtual
 from sharpkern.errors import RetainedWarning, warn
-from sharpkern.ops import inner_product, total
+from sharpkern.reference import inner_product
+from sharpkern.sums import total
 
 _METHODS = ("forward", "hvp")
 _MAX_ROUNDS = 10
@@ -111,7 +112,7 @@ def _by_differences(
     model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction, name: str, checks: Checks
 ) -> float:
     """Return λ_dir from losses at ±h, evaluated by the named engine."""
-    pairs = make_pairs(direction.parameters, direction.tensors, direction.masters)
+    pairs = make_pairs(direction.moves())
     precision = LossPrecision()
     with preserved(model, direction.parameters) as guard:
         closure = Closure(loss_fn, guard, precision, default_reduce(model))

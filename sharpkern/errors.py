@@ -25,6 +25,10 @@ class EngineFallbackWarning(SharpkernWarning):
     """``engine="auto"`` could not use the virtual engine and took the in-place one."""
 
 
+class KernelWarning(SharpkernWarning):
+    """Triton does not work on a GPU, where plain torch took the place of the kernels."""
+
+
 class NoUpdateError(ValueError):
     """The optimizer's next step would not move anything, or be skipped: learning rate 0, gradients 0 or not finite."""
 

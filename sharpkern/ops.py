@@ -1,98 +1,492 @@
-"""Operations on parameter-sized tensors, in precision that the parameters' own dtype does not have."""
+"""Every operation as torch sees it: one schema, a fake for compilers and memory plans, a Triton and a torch backend.
 
-from collections.abc import Iterable
+``backend="auto"`` takes the Triton kernel on CUDA and HIP devices where it takes the operands, and plain torch
+everywhere else. ``"triton"`` and ``"torch"`` are used or raise. Triton is imported inside the first call that needs it.
+
+Step sizes come as a tensor ``alpha`` [K] of signed steps (−η along an update): float32, or float64 with operands of
+float64. Results have K in front. No operation is differentiable, none reads a tensor back to the host on a GPU, and
+none is timed or tuned while it runs.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Elements widened at a time. On the CPU they should stay in the cache, which is up to ten times faster; elsewhere a
-# launch should be worth its while.
-_CPU_CHUNK = 1 << 16
-_DEVICE_CHUNK = 1 << 22
+from sharpkern._library import Backend, define
+from sharpkern._library import has_kernels as has_kernels
+from sharpkern.reference import empty_steps
+
+_ops = torch.ops.sharpkern
+
+# What the form-from-state operations share with their variant that writes a given output.
+_ADAM = (
+    "Tensor theta, Tensor? grad, Tensor? exp_avg, Tensor? exp_avg_sq, Tensor? alpha, *, Tensor? max_exp_avg_sq=None, "
+    "float beta1, float beta2, float correction1, float correction2, float eps, float weight_decay=0.0, "
+    "bool decoupled=True, float grad_factor=1.0, float rate=1.0"
+)
+_SGD = (
+    "Tensor theta, Tensor grad, Tensor? momentum_buffer, Tensor? alpha, *, float weight_decay=0.0, "
+    "float momentum=0.0, float dampening=0.0, bool nesterov=False, float grad_factor=1.0, float rate=1.0"
+)
 
 
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Precision in which θ + αΔθ is computed: the widest of the dtypes, and at least float32."""
-    widest = torch.float32
-    for dtype in dtypes:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+def _formed(like: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    return empty_steps(like, 1 if alpha is None else alpha.numel(), dtype or like.dtype)
 
 
-@torch.no_grad()
-def form(
-    base: Tensor, delta: Tensor, alpha: float, *, dtype: torch.dtype | None = None, out: Tensor | None = None
-) -> Tensor:
-    """θ + αΔθ, computed in float32 or wider and rounded once.
+def _normed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype or x.dtype)
+
+
+# Schema, kernel file, fake result; where there is a rule for torch.func.vmap, the arguments with K in front.
+define("axpy_(Tensor(a!)[] theta, Tensor[] base, Tensor[] delta, Tensor alpha) -> ()", "axpy")
+define(
+    "form(Tensor W, Tensor D, Tensor alpha, *, ScalarType? dtype=None, int? seed=None) -> Tensor",
+    "form",
+    lambda W, D, alpha, dtype=None, **_: _formed(W, alpha, dtype),
+    stepped=(2,),
+)
+define("form.out(Tensor W, Tensor D, Tensor alpha, *, int? seed=None, Tensor(a!) out) -> ()", "form")
+define(
+    f"form_adam({_ADAM}, ScalarType? dtype=None) -> Tensor",
+    "form_adam",
+    lambda theta, grad, exp_avg, exp_avg_sq, alpha, dtype=None, **_: _formed(theta, alpha, dtype),
+)
+define(f"form_adam.out({_ADAM}, Tensor(a!) out) -> ()", "form_adam")
+define(
+    f"form_sgd({_SGD}, ScalarType? dtype=None) -> Tensor",
+    "form_sgd",
+    lambda theta, grad, momentum_buffer, alpha, dtype=None, **_: _formed(theta, alpha, dtype),
+)
+define(f"form_sgd.out({_SGD}, Tensor(a!) out) -> ()", "form_sgd")
+define(
+    "reduce(Tensor[] theta, Tensor[] delta, Tensor[] grad) -> Tensor",
+    "reduce",
+    lambda theta, *_, **__: torch.empty(len(theta), 4, dtype=torch.float64, device=theta[0].device if theta else None),
+)
+define(
+    "embedding(Tensor indices, Tensor W, Tensor D, Tensor alpha, *, ScalarType? dtype=None) -> Tensor",
+    "embedding",
+    lambda indices, W, D, alpha, dtype=None, **_: W.new_empty(
+        (alpha.numel(), *indices.shape, W.shape[1]), dtype=dtype or W.dtype
+    ),
+    stepped=(3,),
+)
+define(
+    "rms_norm(Tensor x, Tensor weight, Tensor? weight_direction, Tensor alpha, *, float eps, ScalarType? dtype=None) "
+    "-> Tensor",
+    "norm",
+    lambda x, *_, dtype=None, **__: _normed(x, dtype),
+    stepped=(0, 3),
+)
+define(
+    "layer_norm(Tensor x, Tensor weight, Tensor? weight_direction, Tensor? bias, Tensor? bias_direction, Tensor alpha, "
+    "*, float eps, ScalarType? dtype=None) -> Tensor",
+    "norm",
+    lambda x, *_, dtype=None, **__: _normed(x, dtype),
+    stepped=(0, 5),
+)
+define(
+    "online_cross_entropy_(Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) target, Tensor logits, Tensor labels, "
+    "int first, *, float? softcap=None) -> ()",
+    "cross_entropy",
+)
+
+
+def axpy_(
+    theta: Sequence[Tensor],
+    base: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    alpha: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> None:
+    """Write θ ← θ₀ + αΔθ into all tensors of a model: one to three launches on a GPU.
 
     Args:
-        base: θ, any shape, floating dtype.
-        delta: Δθ, the shape of ``base``, floating dtype.
-        alpha: signed step (−η for a step along the update direction).
-        dtype: of the result; that of ``base`` by default. Ignored when ``out`` is given.
-        out: written and returned if given, the shape of ``base``.
+        theta: written; dense tensors of any shape on one device.
+        base: θ₀, tensor by tensor the shape of ``theta``, any floating dtype; none of them may be written.
+        delta: Δθ, likewise.
+        alpha: one signed step, [1].
+        backend: see the module.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit, or an output overlaps another operand.
+
+    Memory:
+        On a GPU 32 bytes per tensor and 8 per 64 Ki elements.
+
+    Determinism:
+        Elementwise; rounded once, and θ₀ bit for bit where α = 0 and the dtypes agree.
+    """
+    _ops.axpy_(list(theta), list(base), list(delta), alpha, backend=backend)
+
+
+def form(
+    W: Tensor,
+    D: Tensor,
+    alpha: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return W + α_k D, computed in float32 or wider and rounded once; W and D are read once on a GPU.
+
+    Args:
+        W: the parameter, any shape and floating dtype.
+        D: the direction, the shape of ``W``, any floating dtype.
+        alpha: signed steps, [K].
+        dtype: of the result; that of ``W`` by default. Ignored when ``out`` is given.
+        seed: rounds stochastically to bfloat16, 0 ≤ seed < 2³¹, with the same random numbers for every k.
+        out: written and returned if given, [K, *W.shape].
+        backend: see the module.
 
     Returns:
-        Tensor: θ + αΔθ, the strides of ``base`` where those are dense.
+        Tensor: [K, *W.shape], each slice with the strides of ``W`` where those are dense. Where α_k = 0 slice k is W,
+        bit for bit, if the dtype is that of ``W``.
 
-    Memory: the result; where a dtype has to be widened on the way, 0.5 MiB on the CPU and 32 MiB elsewhere.
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit.
+
+    Memory:
+        The result; where torch has to widen a dtype on the way, 0.5 MiB on the CPU and 32 MiB elsewhere.
+
+    Determinism:
+        Elementwise; the same bits on every run.
     """
     if out is None:
-        out = torch.empty_like(base, dtype=dtype or base.dtype)
-    wide = compute_dtype(base.dtype, delta.dtype)
-    if base.dtype == delta.dtype == out.dtype == wide:
-        return torch.add(base, delta, alpha=alpha, out=out)
-    for rows, (base_rows, delta_rows) in _row_chunks(out, base, delta):
-        rows.copy_(base_rows.to(wide).add(delta_rows.to(wide), alpha=alpha))
+        result: Tensor = _ops.form(W, D, alpha, dtype=dtype, seed=seed, backend=backend)
+        return result
+    _ops.form.out(W, D, alpha, seed=seed, backend=backend, out=out)
     return out
 
 
-def _row_chunks(out: Tensor, *others: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Views of some rows of each tensor, about `_chunk` elements at a time."""
-    chunk = _chunk(out.device)
-    if out.numel() <= chunk or out.dim() == 0:
-        return [(out, others)]
-    rows = max(1, chunk // max(1, out[0].numel()))
-    parts = zip(*(tensor.split(rows) for tensor in (out, *others)), strict=True)
-    return [(first, tuple(rest)) for first, *rest in parts]
+def form_adam(
+    theta: Tensor,
+    grad: Tensor | None,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    alpha: Tensor | None,
+    *,
+    max_exp_avg_sq: Tensor | None = None,
+    beta1: float,
+    beta2: float,
+    correction1: float,
+    correction2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    grad_factor: float = 1.0,
+    rate: float = 1.0,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return θ + α_k Δθ, Δθ the update that the next Adam or AdamW step would make, from the optimizer's state.
 
-
-def _chunk(device: torch.device) -> int:
-    return _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
-
-
-def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return Σ aᵢbᵢ accumulated in float64.
+    Δθ = rate·(m̂/(√v̂ + ε) + γθ) with the gradient entered into m and v on the way; nothing of the state is written.
 
     Args:
-        a: real tensor, any shape and floating dtype.
-        b: tensor of the same shape and device as ``a``.
+        theta: the parameter or its master, any shape and floating dtype.
+        grad: the gradient that the optimizer has not seen yet, the shape of ``theta``; None if the state holds it.
+        exp_avg: m, likewise; None before the first step.
+        exp_avg_sq: v, likewise.
+        alpha: signed steps, [K]; None for Δθ itself, K = 1.
+        max_exp_avg_sq: the largest v so far, for amsgrad.
+        beta1: β₁.
+        beta2: β₂.
+        correction1: 1 − β₁ᵗ of the step about to be taken.
+        correction2: 1 − β₂ᵗ.
+        eps: ε.
+        weight_decay: γ.
+        decoupled: AdamW's decay of θ; False for Adam's, which enters the gradient.
+        grad_factor: what the gradient is multiplied by first: one over the loss scale, negative to maximize.
+        rate: what Δθ is multiplied by: the group's learning rate over that of the reference group.
+        dtype: of the result; that of ``theta`` by default. Ignored when ``out`` is given.
+        out: written and returned if given, [K, *theta.shape].
+        backend: see the module.
 
     Returns:
-        0-dim float64 tensor on the device of ``a`` (float32 on Apple's mps, which has no float64); not read back, so
-        that a loop over parameters waits for the device once, at its end.
+        Tensor: [K, *theta.shape].
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit.
 
     Memory:
-        1 MiB on the CPU, 64 MiB elsewhere, plus a copy of an input that is not contiguous.
+        The result; with the torch backend a few chunks of at most 32 MiB.
+
+    Determinism:
+        Elementwise; the same bits on every run.
     """
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    result = torch.zeros((), dtype=wide, device=a.device)
-    chunk = _chunk(a.device)
-    for chunk_a, chunk_b in zip(torch.split(a.reshape(-1), chunk), torch.split(b.reshape(-1), chunk), strict=True):
-        result += torch.dot(chunk_a.to(wide), chunk_b.to(wide))
-    return result
+    operands = (theta, grad, exp_avg, exp_avg_sq, alpha)
+    options = {
+        "max_exp_avg_sq": max_exp_avg_sq,
+        "beta1": beta1,
+        "beta2": beta2,
+        "correction1": correction1,
+        "correction2": correction2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled": decoupled,
+        "grad_factor": grad_factor,
+        "rate": rate,
+        "backend": backend,
+    }
+    if out is None:
+        result: Tensor = _ops.form_adam(*operands, **options, dtype=dtype)
+        return result
+    _ops.form_adam.out(*operands, **options, out=out)
+    return out
 
 
-def total(terms: Iterable[Tensor]) -> float:
-    """Return the sum of 0-dim tensors, read back once per device.
+def form_sgd(
+    theta: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    alpha: Tensor | None,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    grad_factor: float = 1.0,
+    rate: float = 1.0,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return θ + α_k Δθ, Δθ the update that the next SGD step would make, from the momentum buffer.
+
+    Δθ = rate·(g + γθ, through momentum where there is any); nothing of the state is written.
 
     Args:
-        terms: 0-dim tensors, on any devices.
+        theta: the parameter or its master, any shape and floating dtype.
+        grad: the gradient, the shape of ``theta``.
+        momentum_buffer: the buffer before the step, likewise; None without momentum and before the first step.
+        alpha: signed steps, [K]; None for Δθ itself, K = 1.
+        weight_decay: γ.
+        momentum: μ.
+        dampening: τ.
+        nesterov: whether the optimizer looks ahead.
+        grad_factor: what the gradient is multiplied by first: one over the loss scale, negative to maximize.
+        rate: what Δθ is multiplied by: the group's learning rate over that of the reference group.
+        dtype: of the result; that of ``theta`` by default. Ignored when ``out`` is given.
+        out: written and returned if given, [K, *theta.shape].
+        backend: see the module.
 
     Returns:
-        Their sum; 0.0 where there are none.
+        Tensor: [K, *theta.shape].
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit.
+
+    Memory:
+        The result; with the torch backend a few chunks of at most 32 MiB.
+
+    Determinism:
+        Elementwise; the same bits on every run.
     """
-    sums: dict[torch.device, Tensor] = {}
-    for term in terms:
-        sums[term.device] = sums[term.device] + term if term.device in sums else term
-    return sum(float(one) for one in sums.values())
+    operands = (theta, grad, momentum_buffer, alpha)
+    options = {
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "dampening": dampening,
+        "nesterov": nesterov,
+        "grad_factor": grad_factor,
+        "rate": rate,
+        "backend": backend,
+    }
+    if out is None:
+        result: Tensor = _ops.form_sgd(*operands, **options, dtype=dtype)
+        return result
+    _ops.form_sgd.out(*operands, **options, out=out)
+    return out
+
+
+def reduce(
+    theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor], *, backend: Backend = "auto"
+) -> Tensor:
+    """Return Δθᵀg, |Δθ|², |θ|² and |g|² of every tensor of a model, accumulated in float64.
+
+    Args:
+        theta: parameters, any shape and floating dtype, all on one device.
+        delta: Δθ, tensor by tensor the shape of ``theta``.
+        grad: g, likewise.
+        backend: see the module.
+
+    Returns:
+        Tensor: [N, 4] float64 on the device, one row per tensor in this order; the model's sums are ``.sum(0)``.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if the lists differ in length, or a shape or device does not fit.
+
+    Memory:
+        On a GPU 32 bytes per 64 Ki elements and tables of the same size; with the torch backend see
+        `reference.inner_product`.
+
+    Determinism:
+        Fixed order of additions; the same bits on every run.
+    """
+    sums: Tensor = _ops.reduce(list(theta), list(delta), list(grad), backend=backend)
+    return sums
+
+
+def embedding(
+    indices: Tensor,
+    W: Tensor,
+    D: Tensor,
+    alpha: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return rows of W + α_k D; only the rows that occur are read.
+
+    Args:
+        indices: rows to take, any shape, int64 or int32.
+        W: the table, [V, C].
+        D: the direction, [V, C].
+        alpha: signed steps, [K].
+        dtype: of the result; that of ``W`` by default.
+        backend: see the module.
+
+    Returns:
+        Tensor: [K, *indices.shape, C]. An index outside [0, V) gives a row of NaN: no device is stopped.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit.
+
+    Memory:
+        The result; with the torch backend also the rows of W and D.
+
+    Determinism:
+        Elementwise; the same bits on every run.
+    """
+    rows: Tensor = _ops.embedding(indices, W, D, alpha, dtype=dtype, backend=backend)
+    return rows
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    weight_direction: Tensor | None,
+    alpha: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return RMSNorm of x[k] with weight W + α_k D, which is never rounded to 16 bits.
+
+    Args:
+        x: one input per step, [K, ..., C].
+        weight: W, [C].
+        weight_direction: D, [C]; None if the weight does not move.
+        alpha: signed steps, [K].
+        eps: added to the mean of squares.
+        dtype: of the result; that of ``x`` by default.
+        backend: see the module.
+
+    Returns:
+        Tensor: [K, ..., C].
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit.
+
+    Memory:
+        The result; with the torch backend ``x`` in float32 twice.
+
+    Determinism:
+        Fixed order of additions; the same bits on every run.
+    """
+    y: Tensor = _ops.rms_norm(x, weight, weight_direction, alpha, eps=eps, dtype=dtype, backend=backend)
+    return y
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    weight_direction: Tensor | None,
+    bias: Tensor | None,
+    bias_direction: Tensor | None,
+    alpha: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return LayerNorm of x[k] with weight W + α_k D and bias b + α_k d, which are never rounded to 16 bits.
+
+    Args:
+        x: one input per step, [K, ..., C].
+        weight: W, [C].
+        weight_direction: D, [C]; None if the weight does not move.
+        bias: b, [C]; None if there is none.
+        bias_direction: d, [C]; None if the bias does not move.
+        alpha: signed steps, [K].
+        eps: added to the variance.
+        dtype: of the result; that of ``x`` by default.
+        backend: see the module.
+
+    Returns:
+        Tensor: [K, ..., C].
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit.
+
+    Memory:
+        The result; with the torch backend ``x`` in float32 twice.
+
+    Determinism:
+        Fixed order of additions; the same bits on every run.
+    """
+    vectors = (weight, weight_direction, bias, bias_direction)
+    y: Tensor = _ops.layer_norm(x, *vectors, alpha, eps=eps, dtype=dtype, backend=backend)
+    return y
+
+
+def online_cross_entropy_(
+    maximum: Tensor,
+    total: Tensor,
+    target: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    first: int,
+    *,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """Carry every token's softmax statistics on by one chunk of the vocabulary.
+
+    Args:
+        maximum: largest logit so far, [T] float32, −inf at the start; written.
+        total: Σ exp(logit − maximum) so far, [T] float32, 0 at the start; written.
+        target: logit of the label, [T] float32, NaN until its chunk comes by; written.
+        logits: of this chunk, [T, v] float32.
+        labels: [T], int64 or int32.
+        first: which entry of the vocabulary the chunk begins with.
+        softcap: c of the cap c·tanh(z/c) on the logits, or None.
+        backend: see the module.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit.
+
+    Memory:
+        None on a GPU; with the torch backend up to two more of the chunk.
+
+    Determinism:
+        The same bits on every run with the same chunks.
+    """
+    _ops.online_cross_entropy_(maximum, total, target, logits, labels, first, softcap=softcap, backend=backend)

@@ -41,7 +41,7 @@ def _next_token(model: nn.Module) -> LossFn:
 
 
 def _hugging_face(model: nn.Module) -> LossFn:
-    x = tokens()
+    x = tokens().to(next(model.parameters()).device)
     return lambda: model(input_ids=x, labels=x).loss
 
 
@@ -74,6 +74,7 @@ def _transformers(architecture: str, config: str, **values: Any) -> Callable[[],
 TORCH_CASES = [
     Case("mlp", models.MLP, _classify(16, 16)),
     Case("gpt", models.GPT, _next_token),
+    Case("gpt-eval", lambda: models.GPT().eval(), _next_token),
     Case("resnet", models.ResNet, _classify(8, 1, 8, 8)),
     Case("resnet-eval", lambda: models.ResNet().eval(), _classify(8, 1, 8, 8)),
     Case("weight-norm", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 10)), _classify(16, 16)),

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from sharpkern.engines.closure import Closure
 from sharpkern.engines.guards import preserved
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.table import make_pairs
+from tests.cases import Case
 
 LossFn = Callable[[], Tensor]
 
@@ -48,7 +50,7 @@ def deep_copy_losses(
 @contextmanager
 def engine_on(name: str, model: nn.Module, loss_fn: LossFn, direction: Direction):
     """An open engine with its guard, as a measurement would have it; yields (engine, closure)."""
-    pairs = make_pairs(direction.parameters, direction.tensors, direction.masters)
+    pairs = make_pairs(direction.moves())
     with preserved(model, direction.parameters) as guard:
         closure = Closure(loss_fn, guard, LossPrecision())
         with open_engine(name, pairs, closure, compiled=is_compiled(model, loss_fn)) as engine:
@@ -62,3 +64,21 @@ def engine_losses(
     """L(θ − ηΔθ) by an engine."""
     with engine_on(name, model, loss_fn, direction) as (engine, _):
         return engine.losses(step_sizes)
+
+
+def assert_as_exact_as_copies(case: Case, engine: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Fail where an engine's losses are further from float64 than twice those of deep copies in the same dtype."""
+    step_sizes = (0.0, 0.01, 1.0)
+    model = case.build().to(device, dtype)
+    exact_model = copy.deepcopy(model).double()
+    direction = random_direction(model)
+    exact_direction = Direction.from_tensors(
+        {p: t.double() for p, t in zip(exact_model.parameters(), direction.tensors, strict=True)}, exact_model
+    )
+    exact = deep_copy_losses(exact_model, case.closure, exact_direction, step_sizes)
+    copies = deep_copy_losses(model, case.closure, direction, step_sizes)
+    losses = engine_losses(engine, model, case.closure(model), direction, step_sizes)
+    budget = 2 * max(abs(a - b) for a, b in zip(copies, exact, strict=True)) + 1e-6 * abs(exact[0])
+    assert losses == pytest.approx(exact, rel=0, abs=budget)
+    # Or else the comparison would tell nothing.
+    assert abs(exact[2] - exact[0]) > budget

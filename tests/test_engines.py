@@ -5,7 +5,14 @@ import torch
 
 from tests.cases import CASES, Case
 from tests.models import MLP
-from tests.oracle import LossFn, deep_copy_losses, engine_losses, engine_on, random_direction
+from tests.oracle import (
+    LossFn,
+    assert_as_exact_as_copies,
+    deep_copy_losses,
+    engine_losses,
+    engine_on,
+    random_direction,
+)
 
 STEP_SIZES = (0.0, 1e-3, 1e-2, 0.1, 0.0)
 
@@ -30,6 +37,17 @@ def test_losses_equal_those_of_deep_copies(case: Case, engine: str) -> None:
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     if engine == "virtual":
         assert [p._version for p in model.parameters()] == versions
+
+
+# Their masks are drawn alike in every dtype, or there are none.
+PRECISION_CASES = [case for case in CASES if case.name in ("gpt", "llama", "olmo2", "resnet")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ["virtual", "inplace"])
+@pytest.mark.parametrize("case", PRECISION_CASES, ids=lambda case: case.name)
+def test_losses_are_as_exact_as_those_of_deep_copies(case: Case, engine: str, dtype: torch.dtype) -> None:
+    assert_as_exact_as_copies(case, engine, dtype)
 
 
 def test_the_storage_oracle_agrees_with_the_virtual_engine(case: Case) -> None:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import sharpkern
-from tests.cases import TORCH_CASES, Case, tokens
+from sharpkern import ops
+from tests.cases import CASES, TORCH_CASES, Case, tokens
 from tests.models import GPT
-from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction
+from tests.oracle import LossFn, assert_as_exact_as_copies, deep_copy_losses, engine_losses, random_direction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +34,7 @@ def next_token(model: torch.nn.Module, dtype: torch.dtype | None) -> LossFn:
 
 # The masks of deep copies would be drawn from a stream that fork_rng does not rewind here.
 WITHOUT_DROPOUT = [case for case in TORCH_CASES if case.name not in ("gpt", "encoder")]
+PRECISION_CASES = [case for case in CASES if case.name in ("gpt-eval", "llama", "olmo2", "resnet")]
 
 
 @pytest.mark.parametrize("case", WITHOUT_DROPOUT, ids=lambda case: case.name)
@@ -43,6 +45,13 @@ def test_losses_equal_those_of_deep_copies(case: Case, engine: str) -> None:
     expected = deep_copy_losses(model, case.closure, direction, (0.0, 0.01, 0.1))
     losses = engine_losses(engine, model, case.closure(model), direction, (0.0, 0.01, 0.1))
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ["virtual", "inplace"])
+@pytest.mark.parametrize("case", PRECISION_CASES, ids=lambda case: case.name)
+def test_losses_are_as_exact_as_those_of_deep_copies(case: Case, engine: str, dtype: torch.dtype) -> None:
+    assert_as_exact_as_copies(case, engine, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("engine", ["virtual", "inplace"])
@@ -84,3 +93,29 @@ def test_the_virtual_engine_needs_the_largest_weight_matrix() -> None:
         plain = peak(loss_fn)
     largest = max(p.nbytes for p in model.parameters())
     assert peak(lambda: sharpkern.critical_sharpness(model, loss_fn, direction)) - plain <= 1.2 * largest
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_direction_from_state_takes_no_memory(kind: type[torch.optim.Optimizer]) -> None:
+    model = GPT(vocabulary=512, width=1024, layers=4, dropout=0.0).to(DEVICE)
+    x = torch.randint(0, 512, (1, 16), device=DEVICE)
+    loss_fn = lambda: F.cross_entropy(model(x).flatten(0, 1), x.flip(1).flatten())
+    optimizer = kind(model.parameters(), lr=1e-3)
+    loss_fn().backward()
+    optimizer.step()
+    before = torch.cuda.memory_allocated()
+    lazy = sharpkern.Direction.from_optimizer(optimizer)
+    assert torch.cuda.memory_allocated() - before < 1 << 20
+    resident = sharpkern.Direction.from_optimizer(optimizer, resident=True)
+    assert lazy.slope == pytest.approx(resident.slope, rel=1e-6)
+    step_sizes = (0.0, 1e-3, 1e-2)
+    expected = engine_losses("virtual", model, loss_fn, resident, step_sizes)
+    for engine in ("virtual", "inplace"):
+        assert engine_losses(engine, model, loss_fn, lazy, step_sizes) == pytest.approx(expected, rel=1e-5)
+
+
+def test_auto_takes_the_kernels_here() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    # A warning, which is an error here, says that they do not work.
+    W, alpha = torch.randn(1000, device=DEVICE), torch.full((1,), 0.5, device=DEVICE)
+    assert torch.equal(ops.form(W, W, alpha), ops.form(W, W, alpha, backend="triton"))

@@ -152,11 +152,11 @@ def test_everything_is_restored_when_the_closure_raises_at_any_call(engine: str,
 
 
 def test_in_place_restores_after_an_interrupt_between_two_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sharpkern import ops
+    from sharpkern import reference
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     before = copy.deepcopy(model.state_dict())
-    form, calls = ops.form, 0
+    form, calls = reference.form, 0
 
     def interrupted(*args: object, **kwargs: object) -> torch.Tensor:
         nonlocal calls
@@ -165,7 +165,7 @@ def test_in_place_restores_after_an_interrupt_between_two_writes(monkeypatch: py
             raise KeyboardInterrupt
         return form(*args, **kwargs)
 
-    monkeypatch.setattr(ops, "form", interrupted)
+    monkeypatch.setattr(reference, "form", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sharpkern.critical_sharpness(
             model, lambda: model(torch.ones(2, 4)).square().mean(), random_direction(model), engine="inplace"

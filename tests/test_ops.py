@@ -1,11 +1,246 @@
-"""Operations on parameter-sized tensors against float64."""
+"""Every operation as torch sees it: schemas, fakes, compilers, vmap, backends; and the torch backend in numbers."""
+
+import inspect
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sharpkern import ops
+import sharpkern
+from sharpkern import _library, ops, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ALPHA = torch.tensor([-0.3, 0.0, 0.7])
+ADAM = {"beta1": 0.9, "beta2": 0.99, "correction1": 0.2, "correction2": 0.05, "eps": 1e-6, "weight_decay": 0.1}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def five() -> list[Tensor]:
+    return [randn(5, 7, seed=i).abs() for i in range(5)]
+
+
+def lists() -> list[Tensor]:
+    return [randn(3, 4), randn(0), randn(5)]
+
+
+def statistics() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.full((4,), -math.inf), torch.zeros(4), torch.full((4,), math.nan)
+
+
+# Name of the overload → its arguments.
+CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "axpy_.default": lambda: ((lists(), lists(), lists(), ALPHA[:1]), {}),
+    "form.default": lambda: ((randn(6, 5).t(), randn(6, 5).t().bfloat16(), ALPHA), {"dtype": torch.float16}),
+    "form.out": lambda: (
+        (randn(6, 5), randn(6, 5), ALPHA),
+        {"out": torch.empty(3, 6, 5, dtype=torch.bfloat16), "seed": 3},
+    ),
+    "form_adam.default": lambda: ((*five()[:4], ALPHA), {**ADAM, "max_exp_avg_sq": five()[4]}),
+    "form_adam.out": lambda: ((*five()[:2], None, None, None), {**ADAM, "out": torch.empty(1, 5, 7)}),
+    "form_sgd.default": lambda: ((*five()[:3], ALPHA), {"momentum": 0.9, "nesterov": True, "rate": 2.0}),
+    "form_sgd.out": lambda: ((*five()[:2], None, None), {"out": torch.empty(1, 5, 7)}),
+    "reduce.default": lambda: ((lists(), lists(), lists()), {}),
+    "embedding.default": lambda: ((torch.tensor([[1, 4], [0, 1]]), randn(5, 3), randn(5, 3), ALPHA), {}),
+    "rms_norm.default": lambda: ((randn(3, 4, 6), randn(6), randn(6), ALPHA), {"eps": 1e-5}),
+    "layer_norm.default": lambda: (
+        (randn(3, 2, 4, 6), randn(6), randn(6), randn(6), None, ALPHA),
+        {"eps": 1e-5, "dtype": torch.bfloat16},
+    ),
+    "online_cross_entropy_.default": lambda: (
+        (*statistics(), randn(4, 9), torch.arange(7, 11), 2),
+        {"softcap": 20.0},
+    ),
+}
+
+
+def overload(name: str) -> Any:
+    packet, which = name.split(".")
+    return getattr(getattr(torch.ops.sharpkern, packet), which)
+
+
+def test_every_operation_has_a_case() -> None:
+    public = [
+        name for name, value in vars(ops).items() if inspect.isfunction(value) and value.__module__ == ops.__name__
+    ]
+    overloads = {
+        f"{name}.{which}"
+        for name in public
+        if not name.startswith("_")
+        for which in getattr(torch.ops.sharpkern, name).overloads()
+    }
+    assert overloads == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_torch_accepts_the_operation(name: str) -> None:
+    args, kwargs = CASES[name]()
+    done = torch.library.opcheck(overload(name), args, kwargs)
+    assert set(done.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_whole_it_is_the_same(name: str) -> None:
+    torch._dynamo.reset()
+    operation = overload(name)
+    args, kwargs = CASES[name]()
+    expected = operation(*args, **kwargs)
+    compiled_args, compiled_kwargs = CASES[name]()
+    compiled = torch.compile(lambda args, kwargs: operation(*args, **kwargs), fullgraph=True, backend="aot_eager")
+    got = compiled(compiled_args, compiled_kwargs)
+    # Operations that return nothing have written their arguments.
+    written = zip(_tensors(compiled_args, compiled_kwargs), _tensors(args, kwargs), strict=True)
+    for a, b in written if got is None else [(got, expected)]:
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+def test_memory_plans_see_shapes_without_values() -> None:
+    with FakeTensorMode():
+        W = torch.empty(100_000, 4096, dtype=torch.bfloat16)
+        assert ops.form(W, W, torch.empty(8)).shape == (8, 100_000, 4096)
+        assert ops.embedding(torch.empty(2, 9, dtype=torch.long), W, W, torch.empty(8)).shape == (8, 2, 9, 4096)
+
+
+# vmap
+
+
+MATRIX, OTHER, VECTOR, INPUT = randn(4, 3), randn(4, 3, seed=1), randn(3), randn(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda alpha: ops.form(MATRIX, OTHER, alpha),
+        lambda alpha: ops.embedding(torch.tensor([1, 2]), MATRIX, OTHER, alpha),
+        lambda alpha: ops.rms_norm(INPUT, VECTOR, VECTOR, alpha, eps=1e-5),
+        lambda alpha: ops.layer_norm(INPUT, VECTOR, VECTOR, None, None, alpha, eps=1e-5),
+    ],
+    ids=["form", "embedding", "rms_norm", "layer_norm"],
+)
+def test_step_sizes_may_be_mapped(call: Callable[[Tensor], Tensor]) -> None:
+    mapped = torch.func.vmap(call)(ALPHA[:, None])
+    assert torch.equal(mapped, torch.stack([call(alpha) for alpha in ALPHA[:, None]]))
+
+
+def test_inputs_and_weights_may_be_mapped() -> None:
+    x, weights = randn(3, 1, 2, 4), randn(4, 3)
+    normed = torch.func.vmap(lambda x, a: ops.rms_norm(x, weights[:, 0], weights[:, 1], a, eps=1e-5))
+    by_hand = [
+        ops.rms_norm(one, weights[:, 0], weights[:, 1], a, eps=1e-5) for one, a in zip(x, ALPHA[:, None], strict=True)
+    ]
+    assert torch.equal(normed(x, ALPHA[:, None]), torch.stack(by_hand))
+    formed = torch.func.vmap(lambda W: ops.form(W, W, ALPHA), in_dims=1)(weights)
+    assert torch.equal(formed, torch.stack([ops.form(W, W, ALPHA) for W in weights.unbind(1)]))
+
+
+# Backends
+
+
+def test_an_explicit_backend_never_falls_back() -> None:
+    W = randn(4)
+    with pytest.raises(ValueError, match=r"W must be a dense CUDA tensor, got torch\.strided on cpu"):
+        ops.form(W, W, ALPHA, backend="triton")
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'; leave it out"):
+        ops.form(W, W, ALPHA, backend="cuda")  # type: ignore[arg-type]
+
+
+def test_the_environment_takes_the_place_of_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = randn(4)
+    monkeypatch.setenv("SHARPKERN_BACKEND", "triton")
+    with pytest.raises(ValueError, match="dense CUDA tensor"):
+        ops.form(W, W, ALPHA)
+    assert ops.form(W, W, ALPHA, backend="torch").shape == (3, 4)
+    monkeypatch.setenv("SHARPKERN_BACKEND", "tritn")
+    with pytest.raises(ValueError, match="SHARPKERN_BACKEND must be one of auto, triton, torch, got 'tritn'"):
+        ops.form(W, W, ALPHA)
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let "auto" take the kernels on CPU tensors; the list names what was launched. They refuse float64."""
+    launched: list[str] = []
+
+    def launcher(name: str, kernel: str) -> Callable[..., Any]:
+        def launch(*operands: Any, **options: Any) -> Any:
+            if any(isinstance(operand, Tensor) and operand.dtype == torch.float64 for operand in operands):
+                raise TypeError("float64")
+            launched.append(name)
+            return getattr(reference, name)(*operands, **options)
+
+        return launch
+
+    monkeypatch.setattr(_library, "has_kernels", lambda device: True)
+    monkeypatch.setattr(_library, "_launcher", launcher)
+    _library._kernels_work.cache_clear()
+    yield launched
+    _library._kernels_work.cache_clear()
+
+
+def test_auto_takes_the_kernel_and_torch_for_what_the_kernel_refuses(as_if_on_a_gpu: list[str]) -> None:
+    W = randn(4)
+    ops.form(W, W, ALPHA)
+    # The first call tries one kernel out.
+    assert as_if_on_a_gpu == ["form", "form"]
+    formed = ops.form(W.double(), W.double(), ALPHA.double())
+    assert torch.equal(formed[1], W.double())
+    ops.axpy_([W.clone()], [W], [W], ALPHA[:1])
+    ops.form(W, W, ALPHA, backend="torch")
+    assert as_if_on_a_gpu == ["form", "form", "axpy_"]
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_a_triton_that_does_not_work_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, kernel: str) -> Callable[..., Any]:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(_library, "_launcher", broken)
+    W = randn(4)
+    with pytest.warns(sharpkern.KernelWarning, match=r"with plain torch on cpu.*Failed to find C compiler.*=triton to"):
+        formed = ops.form(W, W, ALPHA)
+    assert torch.equal(formed, ops.form(W, W, ALPHA, backend="torch"))
+    with pytest.raises(RuntimeError, match="C compiler"):
+        ops.form(W, W, ALPHA, backend="triton")
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_a_kernel_that_gives_wrong_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_launcher", lambda *_: lambda W, *_, **__: W.unsqueeze(0) + 1)
+    W = randn(4)
+    with pytest.warns(sharpkern.KernelWarning, match="a kernel gave wrong numbers"):
+        assert torch.equal(ops.form(W, W, ALPHA)[1], W)
+
+
+def test_without_triton_the_cpu_works_and_the_name_of_the_package_is_said() -> None:
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch, sharpkern
+from sharpkern import ops
+W = torch.ones(3)
+assert ops.form(W, W, torch.ones(1)).sum() == 6
+try:
+    ops.form(W, W, torch.ones(1), backend="triton")
+except ImportError as error:
+    assert "needs triton, which is not installed" in str(error), error
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
+
+
+# The torch backend
 
 
 @pytest.mark.parametrize("base_dtype", DTYPES)
@@ -13,13 +248,14 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def test_formed_weights_are_rounded_once(
     base_dtype: torch.dtype, delta_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_CPU_CHUNK", 100)
+    monkeypatch.setattr(reference, "_CPU_CHUNK", 100)
     base, delta = torch.randn(37, 11).to(base_dtype), torch.randn(37, 11).to(delta_dtype)
+    alpha = torch.tensor([-0.0123], dtype=torch.float64)
     exact = base.double() - 0.0123 * delta.double()
-    formed = ops.form(base, delta, -0.0123)
+    (formed,) = ops.form(base, delta, alpha)
     assert formed.dtype == base_dtype
     # Half a unit in the last place, and the roundings of the wider arithmetic before.
-    eps, wide = torch.finfo(base_dtype).eps, torch.finfo(ops.compute_dtype(base_dtype, delta_dtype)).eps
+    eps, wide = torch.finfo(base_dtype).eps, torch.finfo(reference.compute_dtype(base_dtype, delta_dtype)).eps
     budget = (eps / 2 + (2 * wide if eps == wide else wide)) * exact.abs() + 4 * wide * delta.double().abs() * 0.0123
     assert ((formed.double() - exact).abs() <= budget + 1e-7 * (base_dtype == torch.float16)).all()
 
@@ -27,33 +263,64 @@ def test_formed_weights_are_rounded_once(
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (63,), (1000, 130), (3, 0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_shape(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_CPU_CHUNK", 64)
+    monkeypatch.setattr(reference, "_CPU_CHUNK", 64)
     base, delta = torch.randn(shape).to(dtype), torch.randn(shape)
-    expected = (base.float() + 0.5 * delta).to(dtype)
-    assert torch.equal(ops.form(base, delta, 0.5), expected)
-    out = torch.full(shape, torch.nan, dtype=dtype)
-    assert ops.form(base, delta, 0.5, out=out) is out
+    expected = torch.stack([(base.float() + alpha * delta).to(dtype) for alpha in (0.5, 2.0)])
+    alphas = torch.tensor([0.5, 2.0])
+    assert torch.equal(ops.form(base, delta, alphas), expected)
+    out = torch.full((2, *shape), torch.nan, dtype=dtype)
+    assert ops.form(base, delta, alphas, out=out) is out
     assert torch.equal(out, expected)
 
 
 def test_strides_are_kept_and_the_inputs_untouched() -> None:
     base, delta = torch.randn(8, 5).t(), torch.randn(8, 5).t()
     copies = base.clone(), delta.clone()
-    formed = ops.form(base, delta, 2.0)
+    (formed,) = ops.form(base, delta, torch.tensor([2.0]))
     assert formed.stride() == base.stride()
     assert torch.equal(base, copies[0])
     assert torch.equal(delta, copies[1])
+
+
+def test_a_step_of_zero_is_the_weight_itself() -> None:
+    base, delta = torch.tensor([-0.0, 1.0]), torch.tensor([1.0, math.inf])
+    (formed,) = ops.form(base, delta, torch.zeros(1))
+    assert torch.equal(formed.view(torch.int32), base.view(torch.int32))
 
 
 def test_step_sizes_are_not_rounded_to_the_weights_dtype() -> None:
     """The CPU's own bf16 add rounds alpha to bf16, up to 0.2 %."""
     base, delta = torch.zeros(1, dtype=torch.bfloat16), torch.full((1,), 256.0, dtype=torch.bfloat16)
     alpha = 1.00390625  # half-way between two bf16 numbers
-    wide = ops.form(base, delta, alpha, dtype=torch.float32)
+    wide = ops.form(base, delta, torch.tensor([alpha]), dtype=torch.float32)
     assert wide.item() == 257.0
     assert base.add(delta, alpha=alpha).item() != 257.0, "the trap no longer springs"
 
 
-def test_totals_over_no_tensors() -> None:
-    assert ops.total([]) == 0.0
-    assert ops.total([torch.tensor(1.0), torch.tensor(2.5, dtype=torch.float64)]) == 3.5
+def test_tensors_of_other_shapes_are_not_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"D must have the shape of W, \[4, 3\], got \[3\]; pass the tensors of one"):
+        ops.form(randn(4, 3), randn(3), ALPHA)
+    with pytest.raises(ValueError, match=r"out must have shape \[3, 4\], got \[4\]; leave it out"):
+        ops.form(randn(4), randn(4), ALPHA, out=torch.empty(4))
+    with pytest.raises(ValueError, match=r"operand 2 must have the shape of operand 0, \[4\], got \[1\]"):
+        ops.form_sgd(randn(4), randn(4), randn(1), ALPHA, momentum=0.9)
+
+
+def test_stochastic_rounding_keeps_small_steps_on_average() -> None:
+    W, D = torch.ones(200, 100, dtype=torch.bfloat16), torch.ones(200, 100)
+    alphas = torch.tensor([0.0, 1e-3, 2e-3])
+    formed = ops.form(W, D, alphas, seed=5).float().mean((1, 2)) - 1
+    assert formed[0] == 0
+    # 20 000 draws of one unit, 2⁻⁷, with probability 0.128: a standard deviation of 2 %.
+    assert formed[1:].tolist() == pytest.approx([1e-3, 2e-3], rel=0.08)
+    assert (ops.form(W, D, alphas)[1] == 1).all(), "rounding to nearest loses the step"
+    # The same random numbers for every step size: what went up goes up at a larger step.
+    small, large = ops.form(W, D, alphas[1:], seed=5)
+    assert (large >= small).all()
+    transposed = ops.form(W.t(), D.t(), alphas, seed=5)
+    assert torch.equal(transposed, ops.form(W, D, alphas, seed=5).mT)
+
+
+def test_an_index_outside_the_table_gives_nan() -> None:
+    rows = ops.embedding(torch.tensor([0, 5, -1]), randn(5, 2), randn(5, 2), ALPHA)
+    assert rows.isnan().any(-1).tolist() == [[False, True, True]] * 3

@@ -263,7 +263,7 @@ def test_the_share_that_rounding_swallows_is_reported(monkeypatch: pytest.Monkey
 
     shares = {}
     for name, direction in {"plain": plain, "masters": mastered}.items():
-        pairs = make_pairs(direction.parameters, direction.tensors, direction.masters)
+        pairs = make_pairs(direction.moves())
         shares[name] = retained_share(pairs, {pair.owner for pair in pairs}, -1e-3)
     assert shares["plain"] < 0.5
     assert shares["masters"] == pytest.approx(1, abs=0.1)

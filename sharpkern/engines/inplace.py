@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from sharpkern import ops
 from sharpkern.engines.closure import Closure
-from sharpkern.engines.table import Pair
+from sharpkern.engines.table import Pair, Step
+from sharpkern.moves import Stored
 
 
 class InPlaceEngine:
@@ -32,7 +34,9 @@ class InPlaceEngine:
         self._pairs = pairs
         self._closure = closure
         self._around = around
-        self._backups = [pair.weight.detach().clone() if pair.base is pair.weight else None for pair in pairs]
+        self._moves = [
+            pair.move.at(pair.weight.detach().clone()) if pair.move.base is pair.weight else pair.move for pair in pairs
+        ]
         self._alpha = 0.0
 
     @property
@@ -60,14 +64,24 @@ class InPlaceEngine:
             return
         # Unknown until the last parameter is written: a write that is interrupted half-way is restored too.
         self._alpha = math.nan
-        for pair, backup in zip(self._pairs, self._backups, strict=True):
-            base = pair.base if backup is None else backup
+        step = Step(alpha)
+        stored: dict[Tensor, list[tuple[Tensor, Stored]]] = {}
+        for pair, move in zip(self._pairs, self._moves, strict=True):
             # detach() shares the version counter, so autograd notices the write.
             weight = pair.weight.detach()
-            if alpha == 0:
-                weight.copy_(base)
+            if not step:
+                weight.copy_(move.base)
+            elif isinstance(move, Stored):
+                stored.setdefault(step.of(move), []).append((weight, move))
             else:
-                ops.form(base, pair.delta, alpha, out=weight)
+                move.form(step.of(move), dtype=weight.dtype, out=weight.unsqueeze(0))
+        for step_tensor, writes in stored.items():
+            ops.axpy_(
+                [weight for weight, _ in writes],
+                [move.base for _, move in writes],
+                [move.delta for _, move in writes],
+                step_tensor,
+            )
         # An enclosing autocast may hold casts of the former weights.
         torch.clear_autocast_cache()
         self._alpha = alpha

@@ -4,8 +4,8 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from sharpkern import ops
-from sharpkern.engines.table import Pair
+from sharpkern.engines.table import Pair, Step
+from sharpkern.sums import total
 
 # Elements looked at in each tensor; there are many tensors.
 _SAMPLE = 1 << 12
@@ -27,21 +27,22 @@ def retained_share(pairs: Sequence[Pair], rounded: Collection[int], alpha: float
     # Collected on the device, and read once at the end.
     kept: list[Tensor] = []
     lengths: list[Tensor] = []
+    step = Step(alpha)
     for pair in pairs:
-        base, delta, weight = (_sample(tensor) for tensor in (pair.base, pair.delta, pair.weight))
-        displacement = delta.double() * alpha
-        scale = pair.weight.numel() / max(1, delta.numel())
+        part = pair.view(_sample)
+        displacement = part.move.update().double() * alpha
+        scale = pair.weight.numel() / max(1, part.weight.numel())
         lengths.append(scale * displacement.square().sum())
         if pair.owner in rounded:
-            moved = ops.form(base, delta, alpha, dtype=weight.dtype).double() - weight.double()
+            moved = part.form(step).double() - part.weight.double()
             kept.append(scale * (moved * displacement).sum())
         else:
             kept.append(lengths[-1])
-    length = ops.total(lengths)
-    return ops.total(kept) / length if length > 0 else 1.0
+    length = total(lengths)
+    return total(kept) / length if length > 0 else 1.0
 
 
 def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     # An odd step walks through all columns of a matrix whose width is a power of two.
-    return flat[:: flat.numel() // _SAMPLE | 1]
+    return flat[:: flat.numel() // _SAMPLE | 1].contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.engines.calls import map_tensors
-from sharpkern.engines.table import Pair, storage_pointer
+from sharpkern.engines.table import Pair, Step, storage_pointer
 
 
 class StorageWatch(TorchDispatchMode):
@@ -48,7 +48,7 @@ class StorageOracle(TorchDispatchMode):
     def __init__(self, pairs: Iterable[Pair], alpha: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pairs = {storage_pointer(pair.weight): pair for pair in pairs}
-        self._alpha = alpha
+        self._step = Step(alpha)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def replace(tensor: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class StorageOracle(TorchDispatchMode):
             if pair is None:
                 return tensor
             offset = tensor.storage_offset() - pair.weight.storage_offset()
-            return pair.form(self._alpha).as_strided(tensor.size(), tensor.stride(), offset)
+            return pair.form(self._step).as_strided(tensor.size(), tensor.stride(), offset)
 
         # Views keep the parameter's storage and are seen again by the operator that reads them.
         if not func.is_view:

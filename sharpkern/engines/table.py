@@ -1,12 +1,12 @@
 """The pairs (θ, Δθ) an engine works on, and the buffer that formed weights share."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sharpkern import ops
+from sharpkern.moves import Move
 
 
 def storage_pointer(tensor: Tensor) -> int | None:
@@ -17,60 +17,67 @@ def storage_pointer(tensor: Tensor) -> int | None:
         return None
 
 
+class Step:
+    """A signed step α, as a number and as the tensors that operations take: one per device and dtype, made once."""
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return self._alpha != 0
+
+    def __float__(self) -> float:
+        return self._alpha
+
+    def of(self, move: Move) -> Tensor:
+        """α as a move takes it, [1]."""
+        return self.on(move.base.device, torch.float64 if move.wide == torch.float64 else torch.float32)
+
+    def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """α on a device, [1]."""
+        if (device, dtype) not in self._tensors:
+            self._tensors[device, dtype] = torch.full((1,), self._alpha, dtype=dtype, device=device)
+        return self._tensors[device, dtype]
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A parameter, or a view of one, and the direction of the same shape.
+    """A parameter, or a view of one, and how it moves.
 
     Attributes:
         weight: what the model holds; recognised by identity.
-        base: what θ + αΔθ is formed from: the full-precision master of ``weight`` where there is one, else ``weight``.
-        delta: Δθ, the shape of ``weight``.
+        move: θ + αΔθ, from ``weight`` itself or from its full-precision master.
         owner: index of the parameter.
     """
 
     weight: Tensor
-    base: Tensor
-    delta: Tensor
+    move: Move
     owner: int
 
-    @property
-    def wide(self) -> torch.dtype:
-        """Precision in which this pair is formed before rounding."""
-        return ops.compute_dtype(self.base.dtype, self.delta.dtype)
+    def view(self, func: Callable[[Tensor], Tensor]) -> "Pair":
+        """The pair of a part: ``func`` is a view or a gather."""
+        weight = func(self.weight)
+        return Pair(weight, self.move.map(lambda tensor: weight if tensor is self.weight else func(tensor)), self.owner)
 
-    def form(self, alpha: float, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    def form(self, step: Step, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ in the weight's dtype, or in ``dtype``.
 
         Where autograd is on, the result belongs to the graph of the weight: a closure may differentiate by parameters.
 
         Memory: one tensor of the weight's size unless ``out`` is given.
         """
-        if out is None and self.base.requires_grad and torch.is_grad_enabled():
-            moved = self.base.to(self.wide) + alpha * self.delta.to(self.wide)
-            return moved.to(dtype or self.weight.dtype)
-        return ops.form(self.base, self.delta, alpha, dtype=dtype or self.weight.dtype, out=out)
+        dtype = dtype or self.weight.dtype
+        if out is None and self.move.base.requires_grad and torch.is_grad_enabled():
+            wide = self.move.wide
+            return (self.move.base.to(wide) + float(step) * self.move.update().to(wide)).to(dtype)
+        with torch.no_grad():
+            return self.move.form(step.of(self.move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
 
 
-def make_pairs(parameters: Iterable[Tensor], tensors: Iterable[Tensor], masters: Iterable[Tensor | None]) -> list[Pair]:
-    """Pairs of the parameters that move; those whose Δθ is zero throughout stay out.
-
-    A master counts only where the weight still is its rounding, bit for bit: after a checkpoint was loaded into the
-    model alone, for example, the weights are the truth.
-
-    Memory: nothing, unless Δθ is laid out in memory unlike its parameter (then a copy of that Δθ).
-    """
-    pairs: list[Pair] = []
-    for weight, delta, master in zip(parameters, tensors, masters, strict=True):
-        if not torch.any(delta):
-            continue
-        base = master if master is not None and torch.equal(master.to(weight.dtype), weight) else weight
-        # Views are taken of weight and Δθ alike, so both must have the same strides.
-        if delta.stride() != weight.stride():
-            delta = torch.empty_like(weight, dtype=delta.dtype).copy_(delta)
-        if base is not weight and base.stride() != weight.stride():
-            base = torch.empty_like(weight, dtype=base.dtype).copy_(base)
-        pairs.append(Pair(weight, base, delta, len(pairs)))
-    return pairs
+def make_pairs(moves: Iterable[tuple[Tensor, Move]]) -> list[Pair]:
+    """Pairs of the parameters that move."""
+    return [Pair(weight, move, owner) for owner, (weight, move) in enumerate(moves)]
 
 
 class Scratch:

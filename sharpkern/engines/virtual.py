@@ -4,8 +4,9 @@ A torch-function mode sees every call the closure makes on a parameter and answe
 the closure and the parameters stay untouched. One layer's weight exists at a time, in a scratch buffer.
 """
 
+import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -13,12 +14,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sharpkern import ops
 from sharpkern.engines import calls
 from sharpkern.engines.closure import Closure
+from sharpkern.engines.norms import moving_norm
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.storage import StorageOracle, StorageWatch
-from sharpkern.engines.table import Pair, Scratch, storage_pointer
+from sharpkern.engines.table import Pair, Scratch, Step, storage_pointer
+from sharpkern.engines.tail import Tail, cross_entropy_by_name, linear_operands
 from sharpkern.errors import EngineUnsupportedError
+from sharpkern.head import Rows, linear_cross_entropy, product_dtype
+from sharpkern.moves import Stored
 
 
 class VirtualParameters(TorchFunctionMode):
@@ -30,7 +36,8 @@ class VirtualParameters(TorchFunctionMode):
         watched: parameters that the closure must not write, whether they move or not.
 
     Memory: the largest weight matrix (shared scratch); one row block for embeddings; a copy of the weights that a call
-    takes several of at once (an LSTM layer, `nn.MultiheadAttention`).
+    takes several of at once (an LSTM layer, `nn.MultiheadAttention`). Of a language model's head that would take more
+    than `tail.HEAD_THRESHOLD` with its logits: 4096 rows of both, if the logits only go into a cross-entropy.
     """
 
     def __init__(self, pairs: Iterable[Pair], precision: LossPrecision, watched: Iterable[Tensor] = ()) -> None:
@@ -40,14 +47,16 @@ class VirtualParameters(TorchFunctionMode):
         self._table = dict(self._parameters)
         self._precision = precision
         self._scratch = Scratch()
-        self.alpha = 0.0
+        self.tail = Tail(precision)
+        self.alpha = Step(0.0)
         self.read: set[int] = set()
         self.rounded: set[int] = set()
 
     def begin(self, alpha: float) -> None:
         """Start a pass: forget the views of the last one."""
         self._table = dict(self._parameters)
-        self.alpha = alpha
+        self.tail.begin()
+        self.alpha = Step(alpha)
         self.read = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,8 +64,16 @@ class VirtualParameters(TorchFunctionMode):
         name = calls.name_of(func)
         if calls.writes(name) and args:
             self._refuse_write(name, args[0])
+            self.tail.before_write(args[0])
+        if "out" in kwargs:
+            self.tail.before_write(kwargs["out"])
         if calls.renormalises(name, args, kwargs):
             args, kwargs = self._with_copies(name, args, kwargs)
+        if self.tail.holds(args, kwargs):
+            answer = self.tail.answer(func, name, args, kwargs)
+            if answer is not NotImplemented:
+                return answer
+            args, kwargs = self.tail.materialised((args, kwargs))
         if name in calls.LOSSES:
             args, kwargs = self._precision.widen_loss(args, kwargs)
         if self._holds(args) or (kwargs and self._holds(kwargs.values())):
@@ -65,6 +82,8 @@ class VirtualParameters(TorchFunctionMode):
             result = func(*args, **kwargs)
         if name in calls.PRODUCTS:
             self._precision.note_product(result)
+        elif func is linear_cross_entropy:
+            self._note_head(*args[::2])
         return result
 
     def _answer(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -88,6 +107,16 @@ class VirtualParameters(TorchFunctionMode):
             weight = self._pair(args[1] if len(args) > 1 else kwargs["weight"])
             if weight is not None:
                 return self._gather_rows(func, weight, args, kwargs)
+        if name == "linear":
+            logits = self._deferred_logits(func, args, kwargs)
+            if logits is not None:
+                return logits
+        if func is linear_cross_entropy and not torch.is_grad_enabled() and not self._holds(args[::2]):
+            return cross_entropy_by_name(self._rows(self._table[id(args[1])]), *args, **kwargs)
+        if name in calls.NORMS and (normed := moving_norm(func, args, kwargs, self._pair, self.alpha)) is not None:
+            result, owners = normed
+            self.read |= owners
+            return result
         elementwise = name in calls.NORMS or name in calls.ELEMENTWISE
         if elementwise and any(is_low(pair.weight.dtype) for pair in self._pairs_in((args, kwargs))):
             return self._in_full_precision(func, name, args, kwargs)
@@ -97,23 +126,25 @@ class VirtualParameters(TorchFunctionMode):
 
     def _apply_to_both(self, func: Any, pair: Pair, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Views and gathers are linear: f(W + αD) = f(W) + αf(D). A view stays a pair; a copy is formed."""
-        weights = func(pair.weight, *rest, **kwargs)
-        bases = weights if pair.base is pair.weight else func(pair.base, *rest, **kwargs)
-        deltas = func(pair.delta, *rest, **kwargs)
+        tensors = {id(tensor): tensor for tensor in (pair.weight, *pair.move.operands)}
+        results = {key: func(tensor, *rest, **kwargs) for key, tensor in tensors.items()}
+        weights = results[id(pair.weight)]
         if isinstance(weights, Tensor):
-            return self._register(pair, weights, bases, deltas)
-        parts = (self._register(pair, *part) for part in zip(weights, bases, deltas, strict=True))
+            return self._register(pair, pair.view(lambda tensor: results[id(tensor)]))
+        parts = (
+            self._register(pair, pair.view(lambda tensor, i=i: results[id(tensor)][i]))  # type: ignore[misc]
+            for i in range(len(weights))
+        )
         return type(weights)(parts) if type(weights) in (tuple, list) else tuple(parts)
 
-    def _register(self, pair: Pair, weight: Tensor, base: Tensor, delta: Tensor) -> Tensor:
-        if weight is pair.weight:
-            return weight
-        part = Pair(weight, base, delta, pair.owner)
-        if storage_pointer(weight) != storage_pointer(pair.weight):
+    def _register(self, pair: Pair, part: Pair) -> Tensor:
+        if part.weight is pair.weight:
+            return part.weight
+        if storage_pointer(part.weight) != storage_pointer(pair.weight):
             return self._form(part)
         # The pair holds the view, so that its id stays taken until the pass ends.
-        self._table[id(weight)] = part
-        return weight
+        self._table[id(part.weight)] = part
+        return part.weight
 
     def _cast(self, func: Any, pair: Pair, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Casts widen before they round: a bf16 weight taken to float32 keeps the whole displacement."""
@@ -124,10 +155,10 @@ class VirtualParameters(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return result
         self.read.add(pair.owner)
-        exact = result.dtype.is_floating_point and result.dtype.itemsize >= pair.wide.itemsize
+        exact = result.dtype.is_floating_point and result.dtype.itemsize >= pair.move.wide.itemsize
         if not exact:
             self.rounded.add(pair.owner)
-        return func(pair.form(self.alpha, dtype=pair.wide if exact else pair.weight.dtype), *rest, **kwargs)
+        return func(pair.form(self.alpha, dtype=pair.move.wide if exact else pair.weight.dtype), *rest, **kwargs)
 
     def _gather_rows(self, func: Any, pair: Pair, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         def rows(source: Tensor) -> Any:
@@ -135,12 +166,15 @@ class VirtualParameters(TorchFunctionMode):
                 return func(args[0], source, *args[2:], **kwargs)
             return func(*args, **{**kwargs, "weight": source})
 
-        weight: Tensor = rows(pair.weight)
         self.read.add(pair.owner)
-        if self.alpha == 0:
+        move = pair.move
+        if self.alpha and isinstance(move, Stored) and ops.has_kernels(move.base.device) and len(args) > 1:
+            self.rounded.add(pair.owner)
+            return ops.embedding(args[0], move.base, move.delta, self.alpha.of(move), dtype=pair.weight.dtype)[0]
+        weight: Tensor = rows(pair.weight)
+        if not self.alpha:
             return weight
-        base = weight if pair.base is pair.weight else rows(pair.base)
-        return self._form(Pair(weight, base, rows(pair.delta), pair.owner))
+        return self._form(pair.view(lambda tensor: weight if tensor is pair.weight else rows(tensor)))
 
     def _in_full_precision(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Norm weights near 1 swallow small steps when rounded to 16 bits: compute in float32, round the result."""
@@ -155,7 +189,7 @@ class VirtualParameters(TorchFunctionMode):
             pair = self._pair(value)
             if pair is not None:
                 self.read.add(pair.owner)
-                return pair.form(self.alpha, dtype=pair.wide)
+                return pair.form(self.alpha, dtype=pair.move.wide)
             return value.float() if is_low(value.dtype) else value
 
         return calls.map_tensors(
@@ -171,7 +205,7 @@ class VirtualParameters(TorchFunctionMode):
             pair = self._pair(value)
             if pair is None:
                 return value
-            if self.alpha != 0 and free[0] and value.dim() > 1:
+            if self.alpha and free[0] and value.dim() > 1:
                 free[0] = False
                 return self._form(pair, self._scratch.take(pair.weight, pair.weight.dtype))
             return self._form(pair)
@@ -180,6 +214,38 @@ class VirtualParameters(TorchFunctionMode):
         if name in calls.PRODUCTS and isinstance(result, Tensor) and self._scratch.owns(result):
             return result.clone()
         return result
+
+    def _deferred_logits(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """A placeholder for logits that are too large to be made before it is known what for."""
+        hidden, weight, bias = linear_operands(*args, **kwargs)
+        pair = self._pair(weight)
+        if pair is None or bias is not None or self._pair(hidden) is not None:
+            return None
+        return self.tail.defer(
+            hidden, weight, self._rows(pair), lambda: self._with_formed(func, "linear", args, kwargs)
+        )
+
+    def _rows(self, pair: Pair) -> Callable[[torch.dtype], Rows]:
+        """What gives, for a dtype, what gives rows of the formed weight in it; they take turns in the scratch."""
+
+        def rows_in(dtype: torch.dtype) -> Rows:
+            self.read.add(pair.owner)
+            self.rounded.add(pair.owner)
+
+            def rows(chosen: slice) -> Tensor:
+                part = pair.view(lambda tensor: tensor[chosen])
+                if not self.alpha:
+                    return part.weight.to(dtype)
+                return part.form(self.alpha, dtype=dtype, out=self._scratch.take(part.weight, dtype))
+
+            return rows
+
+        return rows_in
+
+    def _note_head(self, hidden: Tensor, labels: Tensor) -> None:
+        """Remember the precision of a cross-entropy that holds its product inside."""
+        self._precision.widen_loss((None, labels), {})
+        self._precision.note_product(torch.empty(0, dtype=product_dtype(hidden), device=hidden.device))
 
     def _with_copies(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments of a call that writes its weight, the parameters among them copied."""
@@ -204,7 +270,7 @@ class VirtualParameters(TorchFunctionMode):
     def _form(self, pair: Pair, out: Tensor | None = None) -> Tensor:
         self.read.add(pair.owner)
         self.rounded.add(pair.owner)
-        return pair.weight if self.alpha == 0 else pair.form(self.alpha, out=out)
+        return pair.form(self.alpha, out=out) if self.alpha else pair.weight
 
     def _pair(self, value: Any) -> Pair | None:
         return self._table.get(id(value)) if isinstance(value, Tensor) else None
@@ -245,6 +311,7 @@ class VirtualEngine:
         self._closure = closure
         self._mode = VirtualParameters(pairs, closure.precision, closure.guard.parameters)
         self._unused: set[int] = set()
+        self._deferral_works = False
 
     @property
     def rounded(self) -> set[int]:
@@ -300,7 +367,14 @@ class VirtualEngine:
 
     def _pass(self, eta: float, watch: StorageWatch | None = None) -> float:
         self._mode.begin(-eta)
-        return self._closure(_eagerly(self._mode, *([watch] if watch else [])))
+        loss = self._closure(_eagerly(self._mode, *([watch] if watch else [])))
+        tail = self._mode.tail
+        if tail.used and math.isnan(loss) and not self._deferral_works:
+            # A placeholder's NaN, read where no mode looks? Then not one of the passes may have placeholders.
+            tail.enabled = False
+            return self._pass(eta, watch)
+        self._deferral_works |= tail.used
+        return loss
 
 
 @contextmanager

@@ -1,15 +1,17 @@
 """What the next ``optimizer.step()`` would do to each parameter, per unit learning rate."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from sharpkern import ops
 from sharpkern.errors import NoUpdateError
-from sharpkern.ops import inner_product, total
+from sharpkern.moves import OptimizerStep
+from sharpkern.sums import read, slopes_and_norms
 from sharpkern.updates.closed_form import CLOSED_FORMS, Formula
 from sharpkern.updates.shadow_step import shadow_step
 from sharpkern.updates.slots import Slot, read_slots
@@ -21,17 +23,22 @@ class Update:
 
     Attributes:
         slot: the parameter as the optimizer holds it.
-        tensor: its Δθ.
-        slope: its share of Δθᵀg, 0-dim, or None where it moves without a gradient.
+        source: its Δθ, or the step that it can be worked out of.
+        slope: its share of Δθᵀg, or None where it moves without a gradient.
+        norm_sq: its share of |Δθ|².
     """
 
     slot: Slot
-    tensor: Tensor
-    slope: Tensor | None
+    source: Tensor | OptimizerStep
+    slope: float | None
+    norm_sq: float
 
 
 def optimizer_update(
-    optimizer: torch.optim.Optimizer, masters: Mapping[nn.Parameter, Tensor] | None, scaler: GradScaler | None
+    optimizer: torch.optim.Optimizer,
+    masters: Mapping[nn.Parameter, Tensor] | None,
+    scaler: GradScaler | None,
+    resident: bool | None,
 ) -> tuple[list[Update], float]:
     """Return the update that the next step would make, per unit learning rate of the reference group.
 
@@ -39,6 +46,7 @@ def optimizer_update(
         optimizer: any torch optimizer whose parameters hold their gradients.
         masters: higher-precision copies by model parameter, or None.
         scaler: the loss scaler, or None.
+        resident: whether Δθ is to be in memory; None for where that is the better choice.
 
     Returns:
         The updates of all parameters that would move, and the learning rate of the reference group: the first with a
@@ -49,7 +57,7 @@ def optimizer_update(
         ValueError: if there is no gradient, no positive learning rate, or a gradient that is sparse or not finite.
 
     Memory:
-        One tensor of each parameter's size for SGD, Adam and AdamW, plus temporaries of one parameter; see
+        SGD, Adam and AdamW: one tensor of each parameter's size if resident, otherwise 64 MiB on the way; see
         `shadow_step` for the others.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -60,35 +68,61 @@ def optimizer_update(
     optimizer, slots = read_slots(optimizer, masters, scaler)
     lr = _reference_lr(slots)
     formula = CLOSED_FORMS.get(type(optimizer))
-    updates = list(_by_formula(formula, optimizer, slots, lr) if formula else _by_shadow_step(optimizer, slots, lr))
-    # A gradient that is not finite leaves no slope finite, whatever the update makes of it: one read tells of all.
-    if not math.isfinite(total(update.slope for update in updates if update.slope is not None)):
+    updates = _by_formula(formula, optimizer, slots, lr, resident) if formula else _by_shadow_step(optimizer, slots, lr)
+    # A gradient that is not finite leaves no slope finite, whatever the update makes of it.
+    if not math.isfinite(sum(update.slope for update in updates if update.slope is not None)):
         _refuse_nonfinite_gradients(slots)
     return updates, lr
 
 
 def _by_formula(
-    formula: Formula, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float
-) -> Iterator[Update]:
-    """Yield the closed-form update of every parameter that has a gradient and a positive learning rate."""
-    for slot in slots:
-        if slot.held.grad is None or slot.lr == 0:
-            continue
-        gradient = slot.gradient()
-        # .get: the state is a defaultdict, and indexing it would create an entry before the first step.
-        tensor = formula(slot.theta, gradient, optimizer.state.get(slot.held, {}), slot.group)
-        if slot.lr != reference_lr:
-            tensor.mul_(slot.lr / reference_lr)
-        yield Update(slot, tensor, inner_product(tensor, gradient))
+    formula: Formula,
+    optimizer: torch.optim.Optimizer,
+    slots: Sequence[Slot],
+    reference_lr: float,
+    resident: bool | None,
+) -> list[Update]:
+    """Return the closed-form update of every parameter that has a gradient and a positive learning rate."""
+    slots = [slot for slot in slots if slot.held.grad is not None and slot.lr > 0]
+    # .get: the state is a defaultdict, and indexing it would create an entry before the first step.
+    states = [optimizer.state.get(slot.held, {}) for slot in slots]
+    counts = read([torch.as_tensor(state.get("step", 0.0)) for state in states])
+    steps = [
+        formula(slot, state, count, slot.lr / reference_lr)
+        for slot, state, count in zip(slots, states, counts, strict=True)
+    ]
+    # On a GPU working Δθ out anew takes little time beside a forward pass, and memory is short.
+    sources = [
+        step.update() if resident or (resident is None and not ops.has_kernels(step.base.device)) else step
+        for step in steps
+    ]
+    return _with_sums(slots, sources)
 
 
-def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> Iterator[Update]:
-    """Yield the update of every parameter that a step on a copy of everything moves."""
-    for slot, displacement in zip(slots, shadow_step(optimizer, slots), strict=True):
-        if displacement.any():
-            tensor = displacement.div_(reference_lr)
-            slope = None if slot.held.grad is None else inner_product(tensor, slot.gradient())
-            yield Update(slot, tensor, slope)
+def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> list[Update]:
+    """Return the update of every parameter that a step on a copy of everything moves."""
+    moved = [
+        (slot, displacement.div_(reference_lr))
+        for slot, displacement in zip(slots, shadow_step(optimizer, slots), strict=True)
+        if displacement.any()
+    ]
+    return _with_sums([slot for slot, _ in moved], [tensor for _, tensor in moved])
+
+
+def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | OptimizerStep]) -> list[Update]:
+    """Return the updates with their shares of slope and norm, read back at once."""
+    stored = [
+        (source, slot.held.grad) for slot, source in zip(slots, sources, strict=True) if isinstance(source, Tensor)
+    ]
+    # What moves without a gradient has no slope: any tensor of its shape will do.
+    gradients = [source if grad is None else grad.detach() for source, grad in stored]
+    sums = iter(slopes_and_norms([source for source, _ in stored], gradients))
+    each = [source.slope_and_norm() if isinstance(source, OptimizerStep) else next(sums) for source in sources]
+    slopes, norms = read([one[0] for one in each]), read([one[1] for one in each])
+    return [
+        Update(slot, source, None if slot.held.grad is None else slope / slot.scale, norm_sq)
+        for slot, source, slope, norm_sq in zip(slots, sources, slopes, norms, strict=True)
+    ]
 
 
 def _reference_lr(slots: Sequence[Slot]) -> float:

@@ -1,0 +1,140 @@
+"""How an operation is registered with torch, and which backend runs it."""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sharpkern import reference
+from sharpkern.errors import KernelWarning, warn
+
+Backend = Literal["auto", "triton", "torch"]
+BACKENDS = ("auto", "triton", "torch")
+
+# Takes the place of "auto" where it is set: a way out of a broken Triton installation.
+VARIABLE = "SHARPKERN_BACKEND"
+
+_LIBRARY = torch.library.Library("sharpkern", "DEF")
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels are made for a device: CUDA, and HIP, which torch calls by the same name."""
+    return device.type == "cuda"
+
+
+def define(
+    schema: str, kernel: str, fake: Callable[..., Tensor | None] = lambda *_, **__: None, stepped: Sequence[int] = ()
+) -> None:
+    """Register an operation with torch.
+
+    Args:
+        schema: as torch.library takes it, ``backend`` left out.
+        kernel: file of kernels/ whose launcher has the operation's name; `reference` has a function of that name too.
+        fake: allocates the result, without values.
+        stepped: positions of the arguments that have K step sizes in front, if torch.func.vmap may batch those.
+    """
+    arguments, result = schema.rsplit(") -> ", 1)
+    keywords = "" if "*" in arguments else ", *"
+    full_name = arguments.split("(", 1)[0]
+    name = full_name.split(".")[0]
+    _LIBRARY.define(f"{arguments}{keywords}, str backend='auto') -> {result}")
+    _LIBRARY.impl(full_name, _implementation(name, kernel, returns=result != "()"), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sharpkern::{full_name}", fake, lib=_LIBRARY)
+    if stepped:
+        operation = getattr(torch.ops.sharpkern, name)
+        torch.library.register_vmap(f"sharpkern::{full_name}", _vmap_rule(operation, stepped), lib=_LIBRARY)
+
+
+def _implementation(name: str, kernel: str, *, returns: bool) -> Callable[..., Tensor | None]:
+    in_torch = getattr(reference, name)
+
+    def run(*operands: Any, backend: str = "auto", **options: Any) -> Tensor | None:
+        chosen = os.environ.get(VARIABLE, "auto") if backend == "auto" else backend
+        if chosen not in BACKENDS:
+            source = "backend" if backend != "auto" else VARIABLE
+            raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {chosen!r}; leave it out for auto")
+        result = None
+        if chosen == "triton":
+            result = _launcher(name, kernel)(*operands, **options)
+        elif chosen == "torch" or not _kernels_take(operands):
+            result = in_torch(*operands, **options)
+        else:
+            try:
+                result = _launcher(name, kernel)(*operands, **options)
+            except (TypeError, ValueError):
+                # Checked before the launch: float64, a layout with gaps, a row that is too long.
+                result = in_torch(*operands, **options)
+        return result if returns else None
+
+    return run
+
+
+def _launcher(name: str, kernel: str) -> Callable[..., Tensor | None]:
+    try:
+        module = importlib.import_module(f"sharpkern.kernels.{kernel}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"backend='triton' needs {error.name}, which is not installed; install it, or leave backend out"
+        ) from error
+    launcher: Callable[..., Tensor | None] = getattr(module, name)
+    return launcher
+
+
+def _kernels_take(operands: Sequence[Any]) -> bool:
+    """Whether the first tensor among the operands is on a device where kernels run."""
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            return has_kernels(operand.device) and _kernels_work(operand.device)
+        if isinstance(operand, (list, tuple)) and operand:
+            return _kernels_take(operand)
+    return False
+
+
+@functools.cache
+def _kernels_work(device: torch.device) -> bool:
+    """Whether Triton compiles and runs a kernel right on a device, tried once and said once if not."""
+    W = torch.linspace(-1, 1, 1000, device=device)
+    alpha = torch.full((1,), -0.5, device=device)
+    try:
+        formed = _launcher("form", "form")(W, W.flip(0), alpha)
+        assert formed is not None
+        if torch.allclose(formed, reference.form(W, W.flip(0), alpha), atol=1e-6):
+            return True
+        reason = "a kernel gave wrong numbers"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    warn(
+        f"computing with plain torch on {device}, slower and with more memory, since Triton does not work there "
+        f"({reason}); set {VARIABLE}=torch to choose this, or =triton to see the error",
+        KernelWarning,
+    )
+    return False
+
+
+def _vmap_rule(operation: Callable[..., Tensor], stepped: Sequence[int]) -> Callable[..., tuple[Tensor, int]]:
+    def rule(info: Any, in_dims: Sequence[Any], *operands: Any, **options: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+        batched = {i for i, dim in enumerate(in_dims) if dim is not None}
+        if batched <= set(stepped):
+            merged = list(operands)
+            for i in stepped:
+                operand = operands[i]
+                each = operand.movedim(in_dims[i], 0) if i in batched else operand.expand(size, *operand.shape)
+                merged[i] = each.flatten(0, 1)
+            return operation(*merged, **options).unflatten(0, (size, -1)), 0
+        results = [
+            operation(
+                *(operand.select(in_dims[i], b) if i in batched else operand for i, operand in enumerate(operands)),
+                **options,
+            )
+            for b in range(size)
+        ]
+        return torch.stack(results), 0
+
+    return rule

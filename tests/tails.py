@@ -1,0 +1,66 @@
+"""Closures over the logits of a language model, by the virtual engine with every head deferred, and with none."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from sharpkern import head
+from sharpkern.engines import tail
+from tests.cases import tokens
+from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction
+
+STEP_SIZES = (0.0, 1e-2, 0.1)
+NEVER = 2**60
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Taken(list[dict[str, Any]]):
+    """The options of every chunked cross-entropy."""
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
+    """Every head is large, and chunks are of 48 rows."""
+    calls = Taken()
+    chunked = tail.cross_entropy_of_rows
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        calls.append(options)
+        return chunked(*args, **options)
+
+    monkeypatch.setattr(tail, "cross_entropy_of_rows", spy)
+    monkeypatch.setattr(tail, "HEAD_THRESHOLD", 0)
+    monkeypatch.setattr(head, "VOCABULARY_CHUNK", 48)
+    return calls
+
+
+def closure_of(loss: Loss) -> Callable[[nn.Module], LossFn]:
+    """A closure that does something with a model's logits [B, T, V] and the labels [B, T]."""
+
+    def closure(model: nn.Module) -> LossFn:
+        x = tokens().to(next(model.parameters()).device)
+        return lambda: loss(model(x), x.flip(1))
+
+    return closure
+
+
+def virtual_losses(model: nn.Module, loss: Loss, step_sizes: Sequence[float] = STEP_SIZES) -> list[float]:
+    return engine_losses("virtual", model, closure_of(loss)(model), random_direction(model), step_sizes)
+
+
+def exact_losses(model: nn.Module, loss: Loss, step_sizes: Sequence[float] = STEP_SIZES) -> list[float]:
+    return deep_copy_losses(model, closure_of(loss), random_direction(model), step_sizes)
+
+
+def undeferred_losses(model: nn.Module, loss: Loss, step_sizes: Sequence[float] = STEP_SIZES) -> list[float]:
+    """What the engine gives where no head is large enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tail, "HEAD_THRESHOLD", NEVER)
+        return virtual_losses(model, loss, step_sizes)
+
+
+def wrong(got: list[float], right: list[float]) -> bool:
+    return got != pytest.approx(right, rel=1e-3)

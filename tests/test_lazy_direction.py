@@ -1,0 +1,226 @@
+"""Directions worked out of the optimizer's state wherever a weight is needed: the same numbers without the memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sharpkern
+from sharpkern import Direction, ops
+from sharpkern.engines.retained import retained_share
+from sharpkern.engines.table import make_pairs
+from tests.cases import TORCH_CASES, Case
+from tests.memory import bytes_of, peak_bytes
+from tests.models import GPT
+from tests.oracle import engine_losses
+from tests.test_direction_optimizers import EXACT, WITHIN_ULPS, backward, make_model
+
+STEP_SIZES = (0.0, 1e-3, 0.02)
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1, amsgrad=True),
+}
+
+
+def both(optimizer: torch.optim.Optimizer, **options: Any) -> tuple[Direction, Direction]:
+    """The direction in memory, and the one that is worked out."""
+    return tuple(Direction.from_optimizer(optimizer, resident=resident, **options) for resident in (True, False))  # type: ignore[return-value]
+
+
+def trained(case: Case, make: Callable[[Any], torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """A model after two steps, with the gradient of a third."""
+    model = case.build()
+    optimizer, loss_fn = make(model.parameters()), case.closure(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_fn().backward()
+        if step < 2:
+            optimizer.step()
+    return model, optimizer, loss_fn
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", EXACT | WITHIN_ULPS)
+def test_it_is_the_direction_in_memory(name: str, steps: int) -> None:
+    model = make_model()
+    optimizer = (EXACT | WITHIN_ULPS)[name](model.parameters())
+    for step in range(steps + 1):
+        backward(model, step)
+        if step < steps:
+            optimizer.step()
+    resident, lazy = both(optimizer)
+    assert all(map(torch.equal, resident.tensors, lazy.tensors))
+    assert (lazy.nbytes, resident.nbytes) == (0, bytes_of(model.parameters()))
+    assert lazy.slope == pytest.approx(resident.slope, rel=1e-12)
+    assert lazy.norm_sq == pytest.approx(resident.norm_sq, rel=1e-12)
+    assert repr(lazy) == repr(resident)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("engine", ["virtual", "inplace"])
+@pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.name)
+def test_losses_are_those_of_the_direction_in_memory(case: Case, engine: str, optimizer: str) -> None:
+    model, taught, loss_fn = trained(case, OPTIMIZERS[optimizer])
+    resident, lazy = both(taught)
+    expected = engine_losses(engine, model, loss_fn, resident, STEP_SIZES)
+    assert engine_losses(engine, model, loss_fn, lazy, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
+    assert expected[0] != expected[2]
+
+
+@pytest.mark.parametrize("engine", ["virtual", "inplace"])
+def test_learning_rates_scales_and_masters_enter(engine: str) -> None:
+    model = GPT(dropout=0.0)
+    masters = {p: p.detach().clone() for p in model.parameters()}
+    model.bfloat16()
+    x = torch.randint(0, 128, (2, 16))
+    loss_fn = lambda: F.cross_entropy(model(x).flatten(0, 1).float(), x.flip(1).flatten())
+    groups = [{"params": [p for p in model.parameters() if p.dim() == dim], "lr": 0.01 * dim} for dim in (1, 2)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_fn()).backward()
+    resident, lazy = both(optimizer, masters=masters, scaler=scaler)
+    unscaled = Direction.from_optimizer(optimizer, masters=masters, resident=False)
+    assert lazy.slope == pytest.approx(resident.slope, rel=1e-12)
+    assert unscaled.slope == pytest.approx(1024 * lazy.slope, rel=1e-2)
+    expected = engine_losses(engine, model, loss_fn, resident, STEP_SIZES)
+    assert engine_losses(engine, model, loss_fn, lazy, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
+    shares = [retained_share(make_pairs(direction.moves()), range(99), -1e-3) for direction in (resident, lazy)]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-9)
+    assert shares[0] != 1
+
+
+def test_parameters_split_and_gathered_move_as_wholes() -> None:
+    """Views are taken of every state tensor alike, tied and sliced weights included."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(12, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = F.embedding(x, self.table).sum(1), *self.table.chunk(2)
+            return q @ k.T @ v[:, 2:].mT.mT + self.table[3:9].unbind(0)[1][:6]
+
+    model = Sliced()
+    x, y = torch.randint(0, 12, (4, 3)), torch.randn(4, 6)
+    loss_fn = lambda: F.mse_loss(model(x), y)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss_fn().backward()
+    resident, lazy = both(optimizer)
+    expected = engine_losses("inplace", model, loss_fn, resident, STEP_SIZES)
+    assert engine_losses("virtual", model, loss_fn, lazy, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
+
+
+def test_state_laid_out_unlike_its_parameter_is_taken_into_memory() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    model.weight.grad = torch.randn(4, 3).t()
+    resident, lazy = both(torch.optim.SGD(model.parameters(), lr=0.1))
+    loss_fn = lambda: model(torch.ones(1, 4)).square().sum()
+    expected = engine_losses("inplace", model, loss_fn, resident, STEP_SIZES)
+    assert engine_losses("virtual", model, loss_fn, lazy, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
+
+
+# Memory
+
+
+def scene() -> tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer]:
+    model = GPT(vocabulary=512, width=128, layers=4, dropout=0.0)
+    x = torch.randint(0, 512, (1, 16))
+    loss_fn = lambda: F.cross_entropy(model(x).flatten(0, 1), x.flip(1).flatten())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_fn().backward()
+    optimizer.step()
+    return model, loss_fn, optimizer
+
+
+def peak_of_a_measurement(resident: bool) -> tuple[int, nn.Module]:
+    """Bytes at the peak of direction and measurement, above those of a plain forward pass."""
+    model, loss_fn, optimizer = scene()
+
+    def measure() -> None:
+        direction = Direction.from_optimizer(optimizer, resident=resident)
+        sharpkern.critical_sharpness(model, loss_fn, direction, engine="virtual")
+
+    # The first one runs the checks that are made once.
+    measure()
+    with torch.no_grad():
+        plain = peak_bytes(loss_fn)
+    return peak_bytes(measure) - plain, model
+
+
+def test_neither_direction_nor_copy_of_the_model_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharpkern.moves._CHUNK", 1 << 12)
+    monkeypatch.setattr("sharpkern.reference._CPU_CHUNK", 1 << 12)
+    extra, model = peak_of_a_measurement(resident=False)
+    largest = max(bytes_of([p]) for p in model.parameters())
+    assert extra <= 1.3 * largest
+    extra, model = peak_of_a_measurement(resident=True)
+    assert extra > bytes_of(model.parameters())
+
+
+# How long it is true
+
+
+def test_it_is_refused_once_the_state_has_changed() -> None:
+    model, loss_fn, optimizer = scene()
+    resident, lazy = both(optimizer)
+    optimizer.step()
+    assert resident.bind(model) is resident
+    with pytest.raises(ValueError, match=r"tensors written since.*or the step itself.*resident=True where it is to"):
+        sharpkern.critical_sharpness(model, loss_fn, lazy)
+
+
+def test_it_is_refused_once_the_gradient_is_zeroed_in_place() -> None:
+    model, loss_fn, optimizer = scene()
+    _, lazy = both(optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    with pytest.raises(ValueError, match="written since"):
+        sharpkern.critical_sharpness(model, loss_fn, lazy)
+
+
+def test_measuring_in_place_does_not_spoil_it() -> None:
+    model, loss_fn, optimizer = scene()
+    _, lazy = both(optimizer)
+    first, second = (
+        sharpkern.critical_sharpness(model, loss_fn, lazy, engine=engine) for engine in ("inplace", "virtual")
+    )
+    assert first.sharpness == pytest.approx(second.sharpness, rel=1e-3)
+
+
+def test_gradients_that_are_not_finite_are_named() -> None:
+    model, _, optimizer = scene()
+    next(model.parameters()).grad[0, 0] = torch.nan
+    with pytest.raises(sharpkern.NoUpdateError, match=r"gradient of parameter 0 of group 0.*must be finite"):
+        Direction.from_optimizer(optimizer, resident=False)
+
+
+# What is the default
+
+
+def test_it_is_the_default_where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, optimizer = scene()
+    assert Direction.from_optimizer(optimizer).nbytes > 0
+    monkeypatch.setattr(ops, "has_kernels", lambda device: True)
+    assert Direction.from_optimizer(optimizer).nbytes == 0
+    assert Direction.from_optimizer(optimizer, resident=True).nbytes > 0
+
+
+def test_any_other_optimizer_has_its_direction_in_memory() -> None:
+    model, _, _ = scene()
+    model.zero_grad()
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    direction = Direction.from_optimizer(torch.optim.RMSprop(model.parameters(), lr=1e-3), resident=False)
+    assert direction.nbytes > 0
+
+
+@pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.name)
+def test_calls_that_kernels_answer_give_the_same_losses(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU, with torch in the place of the kernels."""
+    model, optimizer, loss_fn = trained(case, OPTIMIZERS["adamw"])
+    resident, _ = both(optimizer)
+    expected = engine_losses("virtual", model, loss_fn, resident, STEP_SIZES)
+    monkeypatch.setattr(ops, "has_kernels", lambda device: True)
+    assert engine_losses("virtual", model, loss_fn, resident, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
