@@ -65,8 +65,9 @@ def _implementation(name: str, kernel: str, *, returns: bool) -> Callable[..., T
         else:
             try:
                 result = _launcher(name, kernel)(*operands, **options)
-            except (TypeError, ValueError):
-                # Checked before the launch: float64, a layout with gaps, a row that is too long.
+            except (TypeError, ValueError) as error:
+                if not _is_refusal(error):
+                    raise
                 result = in_torch(*operands, **options)
         return result if returns else None
 
@@ -92,6 +93,14 @@ def _kernels_take(operands: Sequence[Any]) -> bool:
         if isinstance(operand, (list, tuple)) and operand:
             return _kernels_take(operand)
     return False
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a launcher's own checks raised it, before the launch: float64, a layout with gaps, a row too long."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"].startswith("sharpkern.kernels.")
 
 
 @functools.cache

@@ -247,12 +247,12 @@ def _loss(statistics: _Statistics, task: _Task) -> Tensor:
 
 def _chunks(hidden: Tensor, vocabulary: int, task: _Task) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the vocabulary, each with memory for its logits; all take turns in one buffer."""
-    tokens, height = len(hidden), min(VOCABULARY_CHUNK, vocabulary)
-    memory = torch.empty(tokens * height, dtype=task.accumulator, device=hidden.device)
+    height = min(VOCABULARY_CHUNK, vocabulary)
+    # Rows of a ragged last chunk keep their distance, so that each starts at an aligned address.
+    memory = torch.empty(len(hidden), height, dtype=task.accumulator, device=hidden.device)
     for first in range(0, vocabulary, height):
         chosen = slice(first, min(first + height, vocabulary))
-        width = chosen.stop - first
-        yield chosen, memory[: tokens * width].view(tokens, width)
+        yield chosen, memory[:, : chosen.stop - first]
 
 
 def _factor(tensor: Tensor, task: _Task) -> Tensor:

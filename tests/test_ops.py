@@ -171,11 +171,12 @@ def test_the_environment_takes_the_place_of_auto_alone(monkeypatch: pytest.Monke
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let "auto" take the kernels on CPU tensors; the list names what was launched. They refuse float64."""
     launched: list[str] = []
+    real = _library._launcher
 
     def launcher(name: str, kernel: str) -> Callable[..., Any]:
         def launch(*operands: Any, **options: Any) -> Any:
             if any(isinstance(operand, Tensor) and operand.dtype == torch.float64 for operand in operands):
-                raise TypeError("float64")
+                real(name, kernel)(*operands, **options)
             launched.append(name)
             return getattr(reference, name)(*operands, **options)
 
@@ -198,6 +199,19 @@ def test_auto_takes_the_kernel_and_torch_for_what_the_kernel_refuses(as_if_on_a_
     ops.axpy_([W.clone()], [W], [W], ALPHA[:1])
     ops.form(W, W, ALPHA, backend="torch")
     assert as_if_on_a_gpu == ["form", "form", "axpy_"]
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_auto_does_not_hide_what_goes_wrong_in_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = randn(4)
+    ops.form(W, W, ALPHA)
+
+    def wrong(*operands: Any, **options: Any) -> Tensor:
+        raise ValueError("from inside Triton")
+
+    monkeypatch.setattr(_library, "_launcher", lambda *_: wrong)
+    with pytest.raises(ValueError, match="from inside Triton"):
+        ops.form(W, W, ALPHA)
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
