@@ -81,7 +81,7 @@ class Deferred:
     Attributes:
         head: the product they come of.
         layout: meta tensor with their shape, strides, offset and dtype.
-        states: hidden states of every row of their storage, [R, C].
+        states: hidden states of every row of their storage, [R, C] contiguous.
         make: the call that was put off; None once it has been made.
         cap: the soft-cap they are in, or None.
         real: the tensor, once it was needed.

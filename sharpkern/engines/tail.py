@@ -235,12 +235,12 @@ def _can_wait(hidden: Tensor, weight: Tensor) -> bool:
         and not hidden.is_inference()
         and weight.dim() == 2
         and hidden.shape[-1:] == weight.shape[1:]
-        and hidden.device == weight.device
         and product_dtype(hidden) == product_dtype(weight)
     )
 
 
 def _autocast_now(device: str) -> Callable[[], AbstractContextManager[object]]:
+    """What makes the context of autocast as it is at this moment."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext
     return partial(
