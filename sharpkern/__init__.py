@@ -17,6 +17,7 @@ from sharpkern.errors import NoUpdateError as NoUpdateError
 from sharpkern.errors import RetainedWarning as RetainedWarning
 from sharpkern.errors import SharpkernWarning as SharpkernWarning
 from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
+from sharpkern.errors import UncheckedWarning as UncheckedWarning
 from sharpkern.head import linear_cross_entropy as linear_cross_entropy
 from sharpkern.hessian import HessianResult as HessianResult
 from sharpkern.hessian import hessian_sharpness as hessian_sharpness

@@ -29,6 +29,10 @@ class KernelWarning(SharpkernWarning):
     """Triton does not work on a GPU, where plain torch took the place of the kernels."""
 
 
+class UncheckedWarning(SharpkernWarning):
+    """A check that is made once for each model could not be made."""
+
+
 class NoUpdateError(ValueError):
     """The optimizer's next step would not move anything, or be skipped: learning rate 0, gradients 0 or not finite."""
 

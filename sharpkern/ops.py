@@ -470,10 +470,10 @@ def online_cross_entropy_(
     """Carry every token's softmax statistics on by one chunk of the vocabulary.
 
     Args:
-        maximum: largest logit so far, [T] float32, −inf at the start; written.
-        total: Σ exp(logit − maximum) so far, [T] float32, 0 at the start; written.
-        target: logit of the label, [T] float32, NaN until its chunk comes by; written.
-        logits: of this chunk, [T, v] float32.
+        maximum: largest logit so far, [T] float32 (float64 by torch alone), −inf at the start; written.
+        total: Σ exp(logit − maximum) so far, likewise, 0 at the start; written.
+        target: logit of the label, likewise, NaN until its chunk comes by; written.
+        logits: of this chunk, [T, v], likewise.
         labels: [T], int64 or int32.
         first: which entry of the vocabulary the chunk begins with.
         softcap: c of the cap c·tanh(z/c) on the logits, or None.

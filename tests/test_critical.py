@@ -161,3 +161,17 @@ def test_data_parallel_models_average_over_their_ranks() -> None:
         assert m.critical_lr == pytest.approx(alone.critical_lr, rel=1e-6)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_check_that_does_not_fit_into_memory_is_left_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(self: object, eta: float) -> float:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("sharpkern.engines.virtual.VirtualEngine.oracle_loss", too_large)
+    model = Point(torch.tensor([1.0, 2.0]), lambda theta: theta.square().sum())
+    model().backward()
+    direction = Direction.from_gradients(model)
+    with pytest.warns(sharpkern.UncheckedWarning, match="does not fit into memory and is left out for this model"):
+        assert sharpkern.critical_sharpness(model, model, direction).sharpness == pytest.approx(2, rel=1e-2)
+    # A second warning would be an error.
+    assert sharpkern.critical_sharpness(model, model, direction).sharpness == pytest.approx(2, rel=1e-2)
