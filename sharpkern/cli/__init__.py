@@ -1,11 +1,11 @@
-"""The command line: ``sharpkern demo`` and ``sharpkern env``."""
+"""The command line: ``sharpkern demo``, ``sharpkern bench`` and ``sharpkern env``."""
 
 from typing import Annotated
 
 import typer
 
 import sharpkern
-from sharpkern.cli import demo, env
+from sharpkern.cli import bench, demo, env
 
 app = typer.Typer(
     name="sharpkern",
@@ -35,4 +35,5 @@ def _main(
 
 
 app.command("demo", help=demo.HELP)(demo.command)
+app.command("bench", help=bench.HELP)(bench.command)
 app.command("env", help=env.HELP)(env.command)

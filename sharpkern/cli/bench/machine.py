@@ -1,0 +1,197 @@
+"""Time and memory of calls, the same way on a GPU and without one.
+
+A GPU is timed by events around each call, with the host running ahead of it; a CPU by its clock. Variants take turns in
+changing order, so that heat, clocks and other load meet all of them alike.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from sharpkern.cli.bench.record import Json
+
+# A variant is called with the number of the call, by which it rotates its buffers: what another variant has just used
+# must not be in the cache for it.
+Variant = Callable[[int], object]
+
+
+# Before a timed call the GPU idles while the host gets ahead, so that launches are not timed with it: at least and at
+# most these seconds, and else half as long again as the host took for the call the last time.
+_HEAD_START, _LONGEST_HEAD_START = 2e-4, 2e-2
+_CYCLES_PER_SECOND = 2e9
+
+# Rounds, and seconds on a GPU, whose clock has come down while the process started.
+_WARM_UP, _WARM_UP_SECONDS = 2, 0.2
+
+
+def each_call(function: Callable[[], object]) -> Variant:
+    """Return a function that has no buffers to rotate as a variant to time."""
+    return lambda _: function()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, the 20th and the 80th percentile of the rounds.
+
+    Attributes:
+        median: seconds; on a GPU of the device alone.
+        p20: seconds.
+        p80: seconds.
+        rounds: how many calls were timed.
+        host: seconds that the host takes to tell the GPU what to do, the median; None on a CPU.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+    host: float | None = None
+
+    @classmethod
+    def of(cls, seconds: list[float], host: list[float] | None = None) -> "Timing":
+        """Return the summary of some rounds, at least one."""
+        quintiles = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds
+        median = statistics.median(host) if host else None
+        return cls(statistics.median(seconds), quintiles[0], quintiles[-1], len(seconds), median)
+
+    def to_json(self) -> Json:
+        """Return the fields, in seconds with 6 digits."""
+        fields = asdict(self).items()
+        return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in fields}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Most bytes that a call took above what was there before it, as tensors and as reserved by the allocator.
+
+    Attributes:
+        allocated: bytes.
+        reserved: bytes.
+    """
+
+    allocated: int
+    reserved: int
+
+
+class Machine:
+    """The device under test.
+
+    Args:
+        device: a CUDA device (HIP too), or the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_gpu = device.type == "cuda"
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether Triton kernels run here: on a GPU, and on the CPU under Triton's interpreter."""
+        return self.is_gpu or os.environ.get("TRITON_INTERPRET") == "1"
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the GPU's memory that are free, the allocator's own reserve counted as free; 0 on a CPU."""
+        if not self.is_gpu:
+            return 0
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was told; raises what went wrong there."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def release_memory(self) -> None:
+        """Give the allocator's unused memory back to the device."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Return a random stream of its own on the device."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+        """Return normal numbers that depend on the seed alone; never zeros, which some hardware is faster on."""
+        drawn = torch.empty(shape, dtype=dtype, device=self.device)
+        return drawn.normal_(0.0, scale, generator=self.generator(seed))
+
+    def rotations(self, nbytes: int) -> int:
+        """Return how many buffers a variant has to take turns in so that none is still in the cache.
+
+        Args:
+            nbytes: what one call reads and writes.
+        """
+        cache = 1 << 22
+        if self.is_gpu:
+            cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 1 << 26)
+        return max(1, -(-3 * cache // max(1, nbytes)))
+
+    def time(self, variants: Mapping[str, Variant], seconds: float = 1.0) -> dict[str, Timing]:
+        """Time variants in turns.
+
+        Args:
+            variants: what to time, by name.
+            seconds: about how long to go on, warm-up excluded; at least 3 rounds are timed and at most 50.
+
+        Returns:
+            The timing of each variant.
+        """
+        host: dict[str, list[float]] = {name: [] for name in variants}
+        warm, rounds = time.perf_counter() + (_WARM_UP_SECONDS if self.is_gpu else 0.0), 0
+        while rounds < _WARM_UP or time.perf_counter() < warm:
+            self._round(variants, rounds, host)
+            rounds += 1
+        started = time.perf_counter()
+        self._round(variants, rounds, host)
+        one = time.perf_counter() - started
+        taken: dict[str, list[float]] = {name: [] for name in variants}
+        for round_ in range(min(50, max(3, round(seconds / max(one, 1e-6))))):
+            for name, value in self._round(variants, round_, host).items():
+                taken[name].append(value)
+        return {name: Timing.of(values, host[name][-len(values) :]) for name, values in taken.items()}
+
+    def _round(self, variants: Mapping[str, Variant], round_: int, host: dict[str, list[float]]) -> dict[str, float]:
+        """Call every variant once, beginning with another one each round, and return the seconds of each."""
+        names = list(variants)
+        first, first_call = round_ % len(names), round_ * len(names)
+        order = names[first:] + names[:first]
+        self.synchronize()
+        if not self.is_gpu:
+            return {name: _seconds(variants[name], first_call + i) for i, name in enumerate(order)}
+        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in order}
+        for i, (name, (start, end)) in enumerate(events.items()):
+            ahead = max(_HEAD_START, 1.5 * host[name][-1]) if host[name] else _HEAD_START
+            torch.cuda._sleep(round(_CYCLES_PER_SECOND * min(ahead, _LONGEST_HEAD_START)))
+            start.record()
+            host[name].append(_seconds(variants[name], first_call + i))
+            end.record()
+        self.synchronize()
+        return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
+
+    def peak(self, function: Callable[[], object]) -> Peak | None:
+        """Call a function and return the memory it took at most; None on a CPU, where no allocator counts it."""
+        if not self.is_gpu:
+            function()
+            return None
+        self.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+        function()
+        self.synchronize()
+        return Peak(
+            torch.cuda.max_memory_allocated(self.device) - allocated,
+            torch.cuda.max_memory_reserved(self.device) - reserved,
+        )
+
+
+def _seconds(variant: Variant, call: int) -> float:
+    started = time.perf_counter()
+    variant(call)
+    return time.perf_counter() - started

@@ -1,0 +1,149 @@
+"""One measurement of a large model by each engine: λ_c, time per forward pass, and peak memory."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+import sharpkern
+from sharpkern.cli.bench.machine import Peak, each_call
+from sharpkern.cli.bench.record import Json
+from sharpkern.cli.bench.scene import Scene, fitting
+from sharpkern.cli.bench.suite import Bench, Case
+
+# Most bytes that the virtual engine may take beyond a plain forward pass with a chunked head.
+_BEYOND_PLAIN = 1 << 30
+# Two engines agree where their λ_c do to 5 %, or to what they say of their own errors: in place, 16-bit norm weights
+# are rounded, which the virtual engine spares them.
+_SAME_SHARPNESS = 0.05
+_SAME_LOSS = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
+_REPEATS = 3
+
+
+def cases(bench: Bench) -> dict[str, Case]:
+    """Return one case per way to evaluate the losses. They share one model, made for the first of them."""
+
+    @cache
+    def scene() -> Scene:
+        bench.require("form", "form_adam", "reduce", "embedding", "rms_norm", "linear_cross_entropy")
+        return Scene(bench.machine, fitting(bench.machine))
+
+    return {
+        "plain forward": lambda: _plain(scene()),
+        "virtual, first measurement": lambda: _first(scene()),
+        "virtual, from the optimizer's state": lambda: _engine(scene(), "virtual", resident=False),
+        "virtual, direction in memory": lambda: _engine(scene(), "virtual", resident=True),
+        "in place": lambda: _engine(scene(), "inplace", resident=False),
+        "deep copy": lambda: _deep_copy(scene()),
+    }
+
+
+def _plain(scene: Scene) -> Iterator[Json]:
+    """Time and measure the forward pass that everything is held against, with stock logits and chunk by chunk."""
+    calls = {"plain": scene.loss, "plain, chunked head": scene.chunked_loss}
+    losses = {name: float(call()) for name, call in calls.items()}
+    difference = abs(losses["plain"] / losses["plain, chunked head"] - 1)
+    yield {"compared": list(calls), "difference": difference, "passed": difference <= _SAME_LOSS[scene.preset.dtype]}
+    peaks = {name: scene.machine.peak(call) for name, call in calls.items()}
+    seconds = 1.5 if scene.machine.is_gpu else 0.2
+    timings = scene.machine.time({name: each_call(call) for name, call in calls.items()}, seconds)
+    for name, timing in timings.items():
+        yield {"variant": name, **scene.about(), **_peak_fields(peaks[name]), **timing.to_json()}
+
+
+def _first(scene: Scene) -> Iterator[Json]:
+    """Weigh the first measurement of the model, which begins at the optimizer's learning rate and makes the checks."""
+    peak = scene.machine.peak(lambda: scene.measured)
+    first = scene.measured
+    fields = {"forwards": first.forwards, "ms_per_forward": 1e3 * first.seconds / first.forwards}
+    yield {"variant": "virtual", **fields, **_measured_fields(first), **_peak_fields(peak), **scene.about()}
+
+
+def _engine(scene: Scene, engine: str, *, resident: bool) -> Iterator[Json]:
+    """Measure λ_c by one engine, hold it against the first measurement, and time and weigh the later ones."""
+    machine = scene.machine
+    try:
+        machine.synchronize()
+        started = time.perf_counter()
+        direction = scene.direction(resident=resident)
+        machine.synchronize()
+        seconds_for_direction = time.perf_counter() - started
+        scene.measure(engine, direction, scene.start)
+        plain_peak = machine.peak(scene.chunked_loss)
+        peak = machine.peak(lambda: scene.measure(engine, direction, scene.start))
+        repeats = [scene.measure(engine, direction, scene.start) for _ in range(_REPEATS)]
+    except torch.OutOfMemoryError:
+        yield {"variant": engine, "outcome": "out of memory", **scene.about()}
+        return
+    yield {"engine": engine, **_agreement(repeats[0], scene.measured)}
+    per_forward = sorted(1e3 * m.seconds / m.forwards for m in repeats)
+    row: Json = {
+        "variant": engine,
+        "direction_in_memory": resident,
+        "direction_bytes": direction.nbytes,
+        "direction_ms": 1e3 * seconds_for_direction,
+        "ms_per_forward": per_forward[_REPEATS // 2],
+        "ms_per_forward_range": [per_forward[0], per_forward[-1]],
+        "forwards": repeats[0].forwards,
+        **_peak_fields(peak),
+        **scene.about(),
+    }
+    if peak is not None and plain_peak is not None:
+        row["beyond_plain"] = peak.allocated - plain_peak.allocated
+        if engine == "virtual" and not resident:
+            row["most_beyond_plain"] = _BEYOND_PLAIN
+    yield row
+
+
+def _agreement(found: sharpkern.Measurement, first: sharpkern.Measurement) -> Json:
+    """Return how a measurement compares with the first one, by the virtual engine from the optimizer's state."""
+    both = all(0 < m.critical_lr < math.inf for m in (found, first))
+    difference = abs(math.log(found.critical_lr / first.critical_lr)) if both else 0.0
+    allowed = max(_SAME_SHARPNESS, found.error + first.error)
+    passed = found.status == first.status and difference <= allowed
+    return {**_measured_fields(found), "difference": difference, "allowed": allowed, "passed": passed}
+
+
+def _measured_fields(found: sharpkern.Measurement) -> Json:
+    fields = ("status", "sharpness", "base_loss", "error", "retained")
+    return {name: getattr(found, name) for name in fields}
+
+
+def _deep_copy(scene: Scene) -> Iterator[Json]:
+    """Evaluate one step size in a copy of the model: the obvious way."""
+    machine = scene.machine
+    measured = scene.measured
+    # The step size nearest to η_c that was tried, and its loss as the virtual engine saw it.
+    eta, expected = min(measured.probes, key=lambda probe: abs(probe[0] - scene.start))
+    try:
+        direction = scene.direction(resident=True)
+        deltas = dict(zip(direction.parameters, direction.tensors, strict=True))
+        twin = None
+
+        def evaluate() -> torch.Tensor:
+            nonlocal twin
+            twin = copy.deepcopy(scene.model) if twin is None else twin
+            for moved, parameter in zip(twin.parameters(), scene.model.parameters(), strict=True):
+                if parameter in deltas:
+                    torch.add(parameter, deltas[parameter], alpha=-eta, out=moved)
+            return scene.loss(twin)
+
+        peak = machine.peak(evaluate)
+        loss = float(evaluate())
+        timing = machine.time({"deep copy": each_call(evaluate)}, 1.0 if machine.is_gpu else 0.1)
+    except torch.OutOfMemoryError:
+        yield {"variant": "deep copy", "outcome": "out of memory", **scene.about()}
+        return
+    difference = abs(loss / expected - 1)
+    passed = difference <= _SAME_LOSS[scene.preset.dtype]
+    yield {"compared": ["deep copy", "virtual"], "step_size": eta, "difference": difference, "passed": passed}
+    fields = {"direction_bytes": direction.nbytes, **_peak_fields(peak), **scene.about()}
+    median = 1e3 * timing["deep copy"].median
+    yield {"variant": "deep copy", "ms_per_forward": median, **fields, **timing["deep copy"].to_json()}
+
+
+def _peak_fields(peak: Peak | None) -> Json:
+    return {} if peak is None else {"allocated": peak.allocated, "reserved": peak.reserved}

@@ -1,0 +1,591 @@
+"""`sharpkern bench`: what is recorded, what is done again, and what a fault costs. No figure is looked at."""
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sharpkern import ops
+from sharpkern.cli import app
+from sharpkern.cli.bench import machine, runner, table
+from sharpkern.cli.bench.environment import child_environment
+from sharpkern.cli.bench.judge import Trial, judge, poisoned
+from sharpkern.cli.bench.machine import Machine, Timing
+from sharpkern.cli.bench.plan import BUDGET, SECTIONS, Section, with_gate
+from sharpkern.cli.bench.record import Record, plain
+from sharpkern.cli.bench.scene import fitting
+from sharpkern.cli.bench.suite import Bench
+from sharpkern.cli.bench.worker import without_paths
+
+CPU = Bench(Machine(torch.device("cpu")), quick=True, passed=frozenset())
+ENVIRONMENT = {
+    "date": "2026-01-01",
+    "gpu": None,
+    "driver": None,
+    "torch": "2",
+    "triton": None,
+    "sharpkern": "0",
+    "commit": "c0ffee",
+    "dirty": False,
+    "source": "abc",
+    "machine": "x86_64",
+}
+GPU = {**ENVIRONMENT, "gpu": "NVIDIA H200", "driver": "580", "triton": "3.6.0"}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["bench", "--quick", *map(str, arguments)])
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sitting(tmp_path_factory):
+    output = tmp_path_factory.mktemp("bench") / "made" / "bench.json"
+    result = invoke("--section", "linear", "--section", "compiled", "--output", output)
+    return output, result
+
+
+def test_a_section_runs_behind_the_check_that_it_waits_for(sitting):
+    output, result = sitting
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(output.read_text())
+    sections = record["sections"]
+    assert list(sections) == ["correctness", "linear", "compiled"]
+    assert [section["status"] for section in sections.values()] == ["done", "done", "left out"]
+    checks = [row for case in sections["correctness"]["cases"].values() for row in case["rows"]]
+    assert all(row["passed"] for row in checks)
+    assert {"float32", "bfloat16 float32"} <= {row["dtypes"] for row in checks if "dtypes" in row}
+    timed = [row for case in sections["linear"]["cases"].values() for row in case["rows"] if "variant" in row]
+    assert {"product", "clone and add", "form", "form 8 at once", "two products"} <= {row["variant"] for row in timed}
+    assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in timed)
+
+
+def test_the_output_ends_with_the_table_and_what_was_left_out(sitting):
+    _, result = sitting
+    assert "form 8 at once" in result.output
+    assert "compiled: left out: needs a GPU" in result.output
+    assert "No GPU: small sizes by plain torch" in result.output
+
+
+def test_the_record_names_versions_and_neither_host_nor_paths(sitting):
+    output, _ = sitting
+    environment = json.loads(output.read_text())[0]["environment"]
+    assert environment["torch"] == torch.__version__
+    assert re.fullmatch("[0-9a-f]{16}", environment["source"])
+    assert {"commit", "dirty", "triton", "driver", "gpu"} <= set(environment)
+    assert not platform.node() or platform.node() not in output.read_text()
+    assert not [value for value in environment.values() if "/" in str(value)]
+
+
+def test_a_second_call_does_only_what_is_missing(sitting, tmp_path):
+    text = sitting[0].read_text()
+    record = json.loads(text)
+    linear = record[0]["sections"]["linear"]
+    kept, failed = linear["cases"]
+    linear["status"] = "incomplete"
+    linear["cases"][failed] = {"status": "failed", "seconds": 1.0, "error": "as if", "rows": []}
+    output = tmp_path / "bench.json"
+    output.write_text(json.dumps(record))
+    result = invoke("--section", "linear", "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "correctness: done in an earlier call" in result.output
+    (after,) = json.loads(output.read_text())
+    cases = after["sections"]["linear"]["cases"]
+    assert cases[kept] == json.loads(text)[0]["sections"]["linear"]["cases"][kept]
+    assert cases[failed]["status"] == "done"
+    assert cases[failed]["rows"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--section", "lineal"], "section must be one of ceilings, correctness, .* got 'lineal'"),
+        (["--budget", 0], "should be greater than or equal to 1|is not in the range"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, words, tmp_path):
+    result = invoke(*arguments, "--output", tmp_path / "never.json")
+    assert result.exit_code == 2
+    assert re.search(words, re.sub(r"[\s│]+", " ", result.output))
+    assert not (tmp_path / "never.json").exists()
+
+
+def test_the_limits_fit_into_ten_minutes():
+    assert sum(section.limit for section in SECTIONS) <= BUDGET <= 570
+
+
+def test_sections_run_in_the_order_of_the_plan_with_the_gate_before_them():
+    names = [section.name for section in with_gate(SECTIONS, ["linear", "ceilings"])]
+    assert names == ["ceilings", "correctness", "linear"]
+    assert [section.name for section in with_gate(SECTIONS, ["ceilings"])] == ["ceilings"]
+    assert with_gate(SECTIONS, []) == list(SECTIONS)
+
+
+# -- the record -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sitting_is_continued_on_the_same_machine_versions_and_sources(tmp_path):
+    path = tmp_path / "bench.json"
+    first = Record(path, ENVIRONMENT, quick=True)
+    assert not first.resumed
+    first.sections["ceilings"] = {
+        "status": "done",
+        "cases": {"copy": {"status": "done"}, "product": {"status": "wrong"}},
+    }
+    first.save()
+    again = Record(path, {**ENVIRONMENT, "date": "2026-01-02", "commit": None}, quick=True)
+    assert again.resumed
+    assert again.done("ceilings") == ["copy"]
+
+
+@pytest.mark.parametrize("change", [{"source": "other"}, {"torch": "3"}, {"gpu": "another"}, {"quick": False}])
+def test_anything_else_is_a_new_sitting_behind_the_old_ones(change, tmp_path):
+    path = tmp_path / "bench.json"
+    Record(path, ENVIRONMENT, quick=True).save()
+    before = json.loads(path.read_text())
+    quick = change.pop("quick", True)
+    record = Record(path, {**ENVIRONMENT, **change}, quick=quick)
+    assert not record.resumed
+    record.save()
+    assert json.loads(path.read_text())[:-1] == before
+
+
+@pytest.mark.parametrize("text", ["", "{}", '[{"rows": 1}]', "[1]", '{"quick"'])
+def test_a_file_of_something_else_is_not_overwritten(text, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"output must be a file of an earlier bench .* choose another name"):
+        Record(path, ENVIRONMENT, quick=True)
+    assert path.read_text() == text
+
+
+def test_the_file_is_whole_while_it_is_written(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    record = Record(path, ENVIRONMENT, quick=True)
+    record.save()
+    before = path.read_text()
+    record.sections["ceilings"] = {"status": "done", "cases": {}, "rows": float("nan")}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record.save()
+    assert path.read_text() == before
+
+
+def test_numbers_that_json_lacks_go_by_name():
+    assert plain({"a": [math.nan, (math.inf, 1.5)], 3: None}) == {"a": ["nan", ["inf", 1.5]], "3": None}
+
+
+def test_messages_lose_the_folders_they_come_from():
+    said = without_paths("ptxas failed on /root/.triton/cache/x.ptx\n (see ~/log/y.txt): 1/2 of 3")
+    assert said == "ptxas failed on x.ptx (see y.txt): 1/2 of 3"
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+PLANTED = """
+import os, time
+from pathlib import Path
+
+def cases(bench):
+    def fine():
+        yield {"value": 1}
+
+    def raises():
+        yield {"value": 2}
+        raise ValueError("planted in /some/where/file.py")
+
+    def wrong():
+        yield {"value": 3, "passed": False}
+        yield {"value": 4, "passed": True}
+
+    def dies():
+        yield {"value": 5}
+        os.write(2, b"last words\\n")
+        os._exit(7)
+
+    def hangs():
+        Path("pid").write_text(str(os.getpid()))
+        yield {"value": 6}
+        time.sleep(600)
+
+    return dict(fine=fine, raises=raises, wrong=wrong, dies=dies, hangs=hangs, last=fine)
+"""
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """Sections of modules planted in a folder of their own, and how they ended."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*sections, budget=60.0, **modules):
+        for name, text in modules.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        record = Record(tmp_path / "bench.json", ENVIRONMENT, quick=True)
+        runner.run(record, sections, quick=True, budget=budget, tell=lambda line: None)
+        assert Record(tmp_path / "bench.json", ENVIRONMENT, quick=True).sections == record.sections
+        return record
+
+    return run
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended may still be listed, where nobody has asked how."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/status")
+    return not (status.exists() and "State:\tZ" in status.read_text())
+
+
+def test_a_fault_costs_its_own_case_and_nothing_else(planted, tmp_path, capsys):
+    record = planted(Section("planted", "Planted", "faulty", limit=50, patience=1), faulty=PLANTED)
+    assert record.sections["planted"]["status"] == "incomplete"
+    cases = record.cases("planted")
+    assert {name: case["status"] for name, case in cases.items()} == {
+        "fine": "done",
+        "raises": "failed",
+        "wrong": "wrong",
+        "dies": "crashed",
+        "hangs": "timeout",
+        "last": "done",
+    }
+    assert [row["value"] for case in cases.values() for row in case["rows"]] == [1, 2, 3, 4, 5, 6, 1]
+    assert cases["raises"]["error"] == "ValueError: planted in file.py"
+    assert cases["dies"]["error"] == "ended with code 7: last words"
+    assert cases["hangs"]["error"] == "no sign of life for 1 s"
+    assert not alive(int((tmp_path / "pid").read_text()))
+    table.show(record, [Section("planted", "Planted", "faulty", limit=50, patience=1)])
+    said = capsys.readouterr().out
+    assert "planted: incomplete, 2 of 6 cases" in said
+    assert "  dies: CRASHED: ended with code 7: last words" in said
+    assert "  wrong: WRONG: 1 wrong\n    value 3" in said
+
+
+KILLED = """
+import os
+from pathlib import Path
+from sharpkern.cli.bench import runner
+from sharpkern.cli.bench.plan import Section
+from sharpkern.cli.bench.record import Record
+
+record = Record(Path("killed.json"), {"gpu": None}, quick=True)
+section = Section("planted", "Planted", "faulty", limit=600, patience=600)
+runner.run(record, [section], quick=True, budget=600, tell=lambda line: None)
+"""
+
+
+def test_a_killed_bench_leaves_a_record_and_no_process(tmp_path):
+    (tmp_path / "faulty.py").write_text(PLANTED)
+    environment = {**child_environment(), "PYTHONPATH": f"{child_environment()['PYTHONPATH']}{os.pathsep}{tmp_path}"}
+    bench = subprocess.Popen([sys.executable, "-c", KILLED], cwd=tmp_path, env=environment)
+    try:
+        pid = int(eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+        eventually(lambda: "hangs" in (tmp_path / "killed.json").read_text())
+    finally:
+        bench.kill()
+        bench.wait()
+    assert eventually(lambda: not alive(pid))
+    cases = json.loads((tmp_path / "killed.json").read_text())[0]["sections"]["planted"]["cases"]
+    assert cases["dies"]["status"] == "crashed"
+    assert cases["fine"]["rows"] == [{"value": 1}]
+
+
+def eventually(condition, seconds=40.0):
+    """What a condition gives once it holds; None where it does not in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    return None
+
+
+def test_a_section_ends_with_its_time(planted):
+    hanging = "import time\ndef cases(bench):\n    return dict(first=lambda: time.sleep(600), second=None)"
+    started = time.monotonic()
+    record = planted(Section("planted", "Planted", "slow", limit=6, patience=300), slow=hanging)
+    assert time.monotonic() - started < 30
+    assert record.sections["planted"]["status"] == "incomplete"
+    statuses = [case["status"] for case in record.cases("planted").values()]
+    assert statuses in (["timeout", "not run"], [])
+
+
+def test_a_section_that_cannot_begin_says_why_once(planted):
+    record = planted(
+        Section("absent", "Absent", "no_such_module", limit=50, patience=50),
+        Section("late", "Late", "faulty", limit=50, patience=50),
+        budget=0.5,
+        faulty=PLANTED,
+    )
+    assert record.sections["late"]["status"] == "incomplete"
+    assert record.sections["late"]["error"] == "not run: the budget was used up"
+    record = planted(Section("absent", "Absent", "no_such_module", limit=50, patience=50))
+    assert record.sections["absent"]["status"] == "incomplete"
+    assert record.sections["absent"]["error"].endswith("ModuleNotFoundError: No module named 'no_such_module'")
+
+
+WRONG_FORM = """
+from sharpkern import ops
+from sharpkern.cli.bench import correctness
+
+right = ops.form
+ops.form = lambda *operands, **options: right(*operands, **options).mul_(1.01)
+
+def cases(bench):
+    return {name: case for name, case in correctness.cases(bench).items() if name in ("axpy_", "form")}
+"""
+TIMED = """
+def cases(bench):
+    def timed(operation):
+        bench.require(operation)
+        yield {"timed": operation}
+    return {name: lambda name=name: timed(name) for name in ("axpy_", "form", "form_adam")}
+"""
+
+
+def test_what_is_wrong_is_not_timed(planted):
+    record = planted(
+        Section("correctness", "Gate", "wrong_form", limit=50, patience=50),
+        Section("timed", "Timed", "timed", limit=50, patience=50, gated=True),
+        wrong_form=WRONG_FORM,
+        timed=TIMED,
+    )
+    assert {name: case["status"] for name, case in record.cases("correctness").items()} == {
+        "axpy_": "done",
+        "form": "wrong",
+    }
+    timed = record.cases("timed")
+    assert {name: case["status"] for name, case in timed.items()} == {
+        "axpy_": "done",
+        "form": "blocked",
+        "form_adam": "blocked",
+    }
+    assert timed["form"]["error"] == "not timed: form did not pass the check of correctness"
+    assert timed["form"]["rows"] == []
+
+
+# -- the judge --------------------------------------------------------------------------------------------------------
+
+
+def form_trial(repeated=True):
+    W, D = (CPU.machine.randn(100, seed=seed) for seed in range(2))
+    return Trial("form", (W, D, torch.tensor([-0.5])), {"size": 100}, repeated=repeated)
+
+
+def replace_form(monkeypatch, change):
+    right = ops.form
+    monkeypatch.setattr(ops, "form", lambda *operands, **options: change(right(*operands, **options)))
+
+
+def test_a_right_operation_passes():
+    row = judge(CPU, form_trial())
+    assert row["passed"]
+    assert row["repeats"] == 3
+    assert row["error_of_budget"] <= 1
+
+
+def unwritten(formed):
+    # As from a kernel that leaves one element of its output alone.
+    partly = torch.empty_like(formed)
+    partly[:, :-1] = formed[:, :-1]
+    return partly
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda formed: formed * (1 + 1e-6),
+        unwritten,
+        lambda formed: formed[:, :-1],
+        lambda formed: formed.double(),
+    ],
+    ids=["off by a millionth", "an element unwritten", "an element short", "another dtype"],
+)
+def test_a_wrong_result_is_found(change, monkeypatch):
+    replace_form(monkeypatch, change)
+    row = judge(CPU, form_trial(repeated=False))
+    assert not row["passed"]
+    assert row["error_of_budget"] > 1
+
+
+def test_uninitialised_memory_is_poisoned_and_the_switches_put_back():
+    with poisoned():
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_bits_that_change_between_runs_are_found(monkeypatch):
+    calls = []
+
+    def racing(formed):
+        calls.append(formed)
+        # As far off as rounding may be, but not always.
+        return formed if len(calls) % 2 else torch.nextafter(formed, torch.zeros(()))
+
+    replace_form(monkeypatch, racing)
+    row = judge(CPU, form_trial())
+    assert row["repeats_with_other_bits"] > 0
+    assert not row["passed"]
+
+
+# -- the machine and the table ----------------------------------------------------------------------------------------
+
+
+def test_timing_is_of_the_rounds():
+    assert Timing.of([3.0]) == Timing(3.0, 3.0, 3.0, 1)
+    assert Timing.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == Timing(3.5, 2.0, 5.0, 6)
+
+
+def test_variants_take_turns_and_rotate_their_buffers():
+    calls = []
+    variants = {name: lambda round_, name=name: calls.append((name, round_)) for name in "abc"}
+    timings = CPU.machine.time(variants, seconds=0.0)
+    assert {timing.rounds for timing in timings.values()} == {3}
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert all(len({name for name, _ in one}) == 3 for one in rounds)
+    assert [one[0][0] for one in rounds[-3:]] == ["a", "b", "c"]
+    # No variant finds in the cache what the one before it has used.
+    assert [number for _, number in calls[-9:]] == list(range(9))
+
+
+class Event:
+    """An event of a GPU that is not there; 2 ms lie between any two."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.log.append("event")
+
+    def elapsed_time(self, end):
+        assert isinstance(end, Event)
+        return 2.0
+
+
+def test_a_gpu_is_timed_by_events_around_each_call(monkeypatch):
+    log = Event.log = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    timings = Machine(torch.device("cuda")).time({"call": lambda round_: log.append("call")}, seconds=0.0)
+    assert timings["call"].median == 0.002
+    assert timings["call"].host > 0
+    assert log[:6] == ["wait", "sleep", "event", "call", "event", "wait"]
+    assert log == log[:6] * (len(log) // 6)
+
+
+@pytest.mark.parametrize(("host_seconds", "cycles"), [(0.0, 4e5), (0.01, 3e7), (0.5, 4e7)])
+def test_the_host_gets_ahead_of_the_gpu(host_seconds, cycles, monkeypatch):
+    slept = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(machine, "_seconds", lambda variant, call: host_seconds)
+    monkeypatch.setattr(machine, "_WARM_UP_SECONDS", 0.0)
+    Machine(torch.device("cuda")).time({"call": lambda call: None}, seconds=0.0)
+    assert slept[0] == 4e5
+    assert set(slept[1:]) == {cycles}
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "name", "moments"),
+    [
+        (150, "7B", "float32"),
+        (110, "7B", "bfloat16"),
+        (48, "1.5B", "float32"),
+        (16, "0.2B", "float32"),
+        (1, "0.2B", "bfloat16"),
+    ],
+)
+def test_the_model_is_the_largest_that_fits(gigabytes, name, moments):
+    preset = fitting(SimpleNamespace(is_gpu=True, memory=gigabytes * 10**9))
+    assert (preset.name, str(preset.moments)) == (name, f"torch.{moments}")
+
+
+def test_shares_are_held_against_their_targets():
+    row = {"target": 0.92, "accept": 0.85}
+    assert [table.verdict({**row, "share": share}) for share in (0.93, 0.9, 0.8)] == ["reached", "accepted", "MISSED"]
+    assert table.verdict({"beyond_plain": 3, "most_beyond_plain": 2}) == "MISSED"
+    assert table.verdict({"share": 0.5}) == ""
+
+
+def done(*rows):
+    return {"status": "done", "seconds": 1.0, "rows": list(rows)}
+
+
+def test_the_table_of_a_gpu(tmp_path, capsys):
+    timing = {"median": 2e-3, "p20": 1e-3, "p80": 3e-3, "rounds": 5, "host": 1e-4}
+    judged = {"target": 0.92, "accept": 0.85}
+    cases = {
+        "streaming": {
+            "axpy": done(
+                {"variant": "triton", "share": 0.95, **judged, **timing},
+                {"variant": "triton again", "share": 0.94, **timing},
+                {"variant": "torch", "share": 0.31, **timing},
+            ),
+            "reduce": {"status": "blocked", "error": "not timed", "rows": []},
+        },
+        "head": {
+            "T=4096": done(
+                {"variant": "chunked", "share": 0.7, "target": 0.74, "accept": 0.68, "allocated": 10**8, **timing}
+            )
+        },
+        "model": {
+            "in place": done(
+                {"engine": "inplace", "sharpness": 12.5, "passed": True},
+                {
+                    "variant": "inplace",
+                    "model": "7B",
+                    "ms_per_forward": 98.7,
+                    "allocated": 15 * 10**9,
+                    "reserved": 16 * 10**9,
+                },
+            ),
+            "deep copy": done({"variant": "deep copy", "model": "7B", "outcome": "out of memory"}),
+        },
+        "compiled": {"axpy": done({"kernel": "_axpy_kernel", "registers": 34, "spills": 0, "shared": 0, "warps": 8})},
+        "ceilings": {
+            "copy": done({"variant": "copy", "bytes_per_second": 4.3e12}),
+            "product": done({"variant": "product", "flop_per_second": 7.9e14}),
+        },
+    }
+    record = Record(tmp_path / "bench.json", GPU, quick=False)
+    for name, found in cases.items():
+        record.sections[name] = {"status": "done", "cases": found}
+    table.show(record, SECTIONS)
+    said = capsys.readouterr().out
+    assert "NVIDIA H200: driver 580, torch 2, triton 3.6.0, sharpkern 0 (c0ffee)" in said
+    for words in (
+        r"axpy +triton +2\.000 +0\.100 +0\.950 +0\.010 +0\.310 +0\.92 \(0\.85\) +reached",
+        r"T=4096: chunked +2\.00 +0\.700 +0\.10 +0\.74 \(0\.68\) +accepted",
+        r"7B: in place +98\.7 +15\.00 +16\.00 +12\.5",
+        r"7B: deep copy +out of memory",
+        r"axpy: _axpy_kernel +34 +0 +0 +8",
+        r"copy: 4300 GB/s",
+        r"product: 790\.0 TFLOP/s",
+        r"  reduce: BLOCKED: not timed",
+        r"linear: not run, 0 of 0 cases",
+    ):
+        assert re.search(words, said), (words, said)
+    assert max(map(len, said.splitlines())) <= table.WIDTH
+
+
+def test_workers_import_what_this_process_can(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert str(tmp_path) in child_environment()["PYTHONPATH"].split(os.pathsep)
