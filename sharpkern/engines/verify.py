@@ -14,6 +14,8 @@ from sharpkern.search import SearchResult
 _LEAST_SLOPE_RATIO = 0.8
 # The same where curvature may have bent the loss already, at the smallest step that stands out of the noise.
 _LEAST_BENT_RATIO = 0.2
+# Share of the displacement below which rounding of the weights hides the slope.
+_LEAST_RETAINED = 0.9
 
 
 def check_repeatable(first: float, second: float, noise: float, *, given: bool) -> None:
@@ -124,8 +126,12 @@ def check_slope(
             ratio = (base - engine.losses([eta])[0]) / (eta * slope)
         else:
             least = _LEAST_BENT_RATIO
+    share = kept(eta)
+    if share < _LEAST_RETAINED:
+        # Of the slope another part may be lost than of the displacement.
+        least = _LEAST_BENT_RATIO
     # With dropout the gradient is of other masks than the probes, and its slope is only near theirs.
-    if ratio < (0.0 if random else least * kept(eta)):
+    if ratio < (0.0 if random else least * share):
         warn(
             f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: "
             "loss_fn must evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that "
