@@ -54,7 +54,29 @@ def cost() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"line search": line_search, "cost": cost}
+def kernels() -> str:
+    """What the newest compiler makes of each kernel."""
+    by_version = json.loads((ROOT / "bench" / "results" / "static.json").read_text(encoding="utf-8"))
+    newest = by_version[max(by_version, key=lambda version: tuple(map(int, version.split("."))))]
+    architectures = ["sm_80", "sm_90", "sm_100", "gfx942"]
+    lines = [
+        f"| case | kernel | registers {' / '.join(architectures)} | shared memory | spills | matrix instructions | "
+        "16-byte loads, stores (sm_90) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, by_architecture in newest.items():
+        for kernel in zip(*(by_architecture[name] for name in architectures), strict=True):
+            hopper = kernel[architectures.index("sm_90")]
+            matrix = sum(sum(one["matrix"].values()) for one in kernel)
+            lines.append(
+                f"| {case} | `{hopper['kernel']}` | {' / '.join(str(one['registers']) for one in kernel)} | "
+                f"{max(one['shared'] for one in kernel)} B | {sum(one['spills'] for one in kernel)} | {matrix} | "
+                f"{hopper['wide_loads']}, {hopper['wide_stores']} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES = {"line search": line_search, "cost": cost, "kernels": kernels}
 
 
 def with_tables(text: str) -> str:

@@ -28,6 +28,7 @@ from sharpkern.cli.bench.scene import fitting
 from sharpkern.cli.bench.suite import Bench
 from sharpkern.cli.bench.worker import without_paths
 
+ROOT = Path(__file__).parents[1]
 CPU = Bench(Machine(torch.device("cpu")), quick=True, passed=frozenset())
 ENVIRONMENT = {
     "date": "2026-01-01",
@@ -589,3 +590,21 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
 def test_workers_import_what_this_process_can(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     assert str(tmp_path) in child_environment()["PYTHONPATH"].split(os.pathsep)
+
+
+# -- pytest-benchmark -------------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_run_under_pytest_benchmark():
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/bench_kernels.py",
+        "--benchmark-disable",
+        "-q",
+        "-k",
+        "norm or axpy",
+    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "4 passed" in done.stdout, f"{done.stdout}\n{done.stderr}"
