@@ -9,6 +9,10 @@ import torch.nn.functional as F
 
 import sharpkern
 from sharpkern import ops
+from sharpkern.cli.bench.judge import judge
+from sharpkern.cli.bench.machine import Machine
+from sharpkern.cli.bench.suite import Bench
+from sharpkern.cli.bench.trials import Trials
 from tests.cases import CASES, TORCH_CASES, Case, tokens
 from tests.models import GPT
 from tests.oracle import LossFn, assert_as_exact_as_copies, deep_copy_losses, engine_losses, random_direction
@@ -119,3 +123,24 @@ def test_auto_takes_the_kernels_here() -> None:
     # A warning, which is an error here, says that they do not work.
     W, alpha = torch.randn(1000, device=DEVICE), torch.full((1,), 0.5, device=DEVICE)
     assert torch.equal(ops.form(W, W, alpha), ops.form(W, W, alpha, backend="triton"))
+
+
+def test_every_kernel_agrees_with_float64_and_with_itself() -> None:
+    bench = Bench(Machine(torch.device(DEVICE)), quick=True, passed=frozenset())
+    rows = [judge(bench, trial) for trials in Trials(bench).all().values() for trial in trials]
+    assert [row for row in rows if not row["passed"]] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_language_models_logits_never_exist(dtype: torch.dtype) -> None:
+    tokens, width, vocabulary = 2048, 64, 100_000
+    model = torch.nn.Sequential(torch.nn.Embedding(vocabulary, width), torch.nn.Linear(width, vocabulary, bias=False))
+    model.to(DEVICE, dtype)
+    x = torch.randint(0, vocabulary, (1, tokens + 1), device=DEVICE)
+    closure = lambda model: lambda: F.cross_entropy(model(x[:, :-1]).flatten(0, 1).float(), x[:, 1:].flatten())
+    direction = random_direction(model)
+    (loss,) = deep_copy_losses(model, closure, direction, (0.01,))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert engine_losses("virtual", model, closure(model), direction, (0.01,)) == pytest.approx([loss], rel=1e-3)
+    assert torch.cuda.max_memory_allocated() - before < tokens * vocabulary
