@@ -1,0 +1,75 @@
+"""The engines on the kernels: the path of a GPU from closure to launch, with Triton's interpreter as the device."""
+
+from collections import Counter
+
+import pytest
+import torch
+from sharpkern import Direction, _library, ops
+
+from tests.cases import CASES
+from tests.oracle import engine_losses, random_direction
+
+STEP_SIZES = (0.0, 0.02)
+MODELS = [case for case in CASES if case.name in ("gpt", "resnet", "stacked-experts", "lstm", "olmo2")]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Which kernels ran, and which refused their operands, while "auto" takes them on the CPU."""
+    counts = Counter()
+    real, is_refusal = _library._launcher, _library._is_refusal
+
+    def launcher(name, kernel):
+        counts[name] += 1
+        return real(name, kernel)
+
+    def refusal(error):
+        counts["refused"] += 1
+        return is_refusal(error)
+
+    monkeypatch.setattr(_library, "_launcher", launcher)
+    monkeypatch.setattr(_library, "_is_refusal", refusal)
+    for module in (_library, ops):
+        monkeypatch.setattr(module, "has_kernels", lambda device: True)
+    _library._kernels_work.cache_clear()
+    yield counts
+    _library._kernels_work.cache_clear()
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+@pytest.mark.parametrize("engine", ["virtual", "inplace"])
+def test_losses_are_those_of_plain_torch(case, engine, launched, monkeypatch):
+    model = case.build()
+    loss_fn = case.closure(model)
+    direction = random_direction(model)
+    losses = engine_losses(engine, model, loss_fn, direction, STEP_SIZES)
+    ran = dict(launched)
+    monkeypatch.setenv("SHARPKERN_BACKEND", "torch")
+    expected = engine_losses(engine, model, loss_fn, direction, STEP_SIZES)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    expected_kernels = {"axpy_"} if engine == "inplace" else {"form"}
+    if case.name == "gpt" and engine == "virtual":
+        expected_kernels = {"form", "embedding", "layer_norm"}
+    assert expected_kernels <= set(ran)
+    assert "refused" not in ran
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_direction_from_state_goes_through_the_kernels(kind, launched, monkeypatch):
+    case = next(case for case in CASES if case.name == "gpt-eval")
+    model = case.build()
+    loss_fn = case.closure(model)
+    optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_fn().backward()
+        optimizer.step()
+    direction = Direction.from_optimizer(optimizer)
+    losses = engine_losses("virtual", model, loss_fn, direction, STEP_SIZES)
+    ran = dict(launched)
+    monkeypatch.setenv("SHARPKERN_BACKEND", "torch")
+    in_torch = Direction.from_optimizer(optimizer)
+    assert direction.slope == pytest.approx(in_torch.slope, rel=1e-6)
+    assert losses == pytest.approx(engine_losses("virtual", model, loss_fn, in_torch, STEP_SIZES), rel=1e-6)
+    assert ran["form_sgd" if kind is torch.optim.SGD else "form_adam"] > 1
+    assert "refused" not in ran
