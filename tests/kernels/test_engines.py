@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from sharpkern import Direction, _library, ops
 
+from sharpkern import Direction, _library, ops
 from tests.cases import CASES
 from tests.oracle import engine_losses, random_direction
 
