@@ -18,54 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import STREAMING, choose, device_numbers, grid, load_tile, on_device, options, store_steps
-from ._operands import check_numbers, check_step
-
-
-@triton.jit
-def _adam_update(
-    theta,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    max_exp_avg_sq,
-    numbers,
-    offsets,
-    inside,
-    DECAYED: tl.constexpr,
-    DECOUPLED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Return Δθ of one tile; an absent moment is zero, an absent gradient is in the moments already."""
-    lerp1 = tl.load(numbers)
-    beta2 = tl.load(numbers + 1)
-    lerp2 = tl.load(numbers + 2)
-    inverse_correction1 = tl.load(numbers + 3)
-    root_correction2 = tl.load(numbers + 4)
-    eps = tl.load(numbers + 5)
-    weight_decay = tl.load(numbers + 6)
-    grad_factor = tl.load(numbers + 7)
-    rate = tl.load(numbers + 8)
-
-    if grad is not None:
-        g = load_tile(grad + offsets, inside, MASKED) * grad_factor
-        if DECAYED and not DECOUPLED:
-            g = tl.fma(theta, weight_decay, g)
-    if exp_avg is None:
-        m = tl.zeros_like(g)
-        v = tl.zeros_like(g)
-    else:
-        m = load_tile(exp_avg + offsets, inside, MASKED)
-        v = load_tile(exp_avg_sq + offsets, inside, MASKED)
-    if grad is not None:
-        # As torch.lerp, from the nearer end: β₁ = 0 gives g itself.
-        m = tl.where(lerp1 < 0.5, tl.fma(g - m, lerp1, m), g - (g - m) * (1.0 - lerp1))
-        v = tl.fma(lerp2 * g, g, v * beta2)
-    if max_exp_avg_sq is not None:
-        v = tl.maximum(v, load_tile(max_exp_avg_sq + offsets, inside, MASKED), propagate_nan=tl.PropagateNan.ALL)
-    update = tl.div_rn(m * inverse_correction1, tl.div_rn(tl.sqrt_rn(v), root_correction2) + eps)
-    if DECAYED and DECOUPLED:
-        update = tl.fma(theta, weight_decay, update)
-    return update * rate
+from ._operands import check_step
+from ._updates import adam_numbers, adam_update, check_moments
 
 
 @triton.jit
@@ -90,8 +44,11 @@ def _form_adam_tile(
     w = None
     if theta is not None:
         w = load_tile(theta + offsets, inside, MASKED)
-    update = _adam_update(
-        w, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, numbers, offsets, inside, DECAYED, DECOUPLED, MASKED
+    g = None
+    if grad is not None:
+        g = load_tile(grad + offsets, inside, MASKED)
+    update = adam_update(
+        w, g, exp_avg, exp_avg_sq, max_exp_avg_sq, numbers, offsets, inside, DECAYED, DECOUPLED, MASKED
     )
     store_steps(out + offsets, out_stride, w, update, alpha, inside, K, MASKED)
 
@@ -186,8 +143,17 @@ def form_adam(
     Determinism:
         Elementwise; the same bits on every run.
     """
-    _check(grad, exp_avg, exp_avg_sq, correction1, correction2)
-    check_numbers(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, grad_factor=grad_factor, rate=rate)
+    check_moments(grad, exp_avg, exp_avg_sq)
+    numbers = adam_numbers(
+        beta1=beta1,
+        beta2=beta2,
+        correction1=correction1,
+        correction2=correction2,
+        eps=eps,
+        weight_decay=weight_decay,
+        grad_factor=grad_factor,
+        rate=rate,
+    )
     operands = {
         "theta": theta,
         "grad": grad,
@@ -199,11 +165,6 @@ def form_adam(
     n = theta.numel()
     if n == 0:
         return out
-    # fmt: off
-    numbers = device_numbers(
-        1 - beta1, beta2, 1 - beta2, 1 / correction1, correction2**0.5, eps, weight_decay, grad_factor, rate, like=theta
-    )
-    # fmt: on
     config = choose(STREAMING, out, n)
     with on_device(theta):
         _form_adam_kernel[grid(triton.cdiv(n, config.block), config)](
@@ -215,7 +176,7 @@ def form_adam(
             exp_avg_sq,
             max_exp_avg_sq,
             alpha,
-            numbers,
+            device_numbers(*numbers, like=theta),
             n,
             K=num_steps,
             DECAYED=weight_decay != 0,
@@ -225,23 +186,3 @@ def form_adam(
         )
     torch.autograd.graph.increment_version(out)
     return out
-
-
-def _check(
-    grad: Tensor | None, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, correction1: float, correction2: float
-) -> None:
-    """Refuse a state from which no update follows.
-
-    Raises:
-        TypeError: if a correction is no Python number.
-        ValueError: if a moment, or everything, is missing, or the number of steps cannot be right.
-    """
-    if (exp_avg is None) != (exp_avg_sq is None) or (exp_avg is None and grad is None):
-        raise ValueError(
-            f"exp_avg and exp_avg_sq must both be given or, with a gradient, both be None, got {exp_avg is not None} "
-            f"and {exp_avg_sq is not None} with gradient {grad is not None}; pass the optimizer's state"
-        )
-    check_numbers(correction1=correction1, correction2=correction2)
-    for name, correction in (("correction1", correction1), ("correction2", correction2)):
-        if correction <= 0:
-            raise ValueError(f"{name} must be positive, got {correction}; count steps from 1")

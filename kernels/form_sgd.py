@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import STREAMING, choose, device_numbers, grid, load_tile, on_device, options, store_steps
-from ._operands import check_numbers, check_step
+from ._operands import check_step
+from ._updates import sgd_numbers, sgd_update
 
 
 @triton.jit
@@ -36,25 +37,13 @@ def _form_sgd_tile(
     NESTEROV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    weight_decay = tl.load(numbers)
-    momentum = tl.load(numbers + 1)
-    undamped = tl.load(numbers + 2)
-    grad_factor = tl.load(numbers + 3)
-    rate = tl.load(numbers + 4)
-
     inside = offsets < n
     w = None
     if theta is not None:
         w = load_tile(theta + offsets, inside, MASKED)
-    u = load_tile(grad + offsets, inside, MASKED) * grad_factor
-    if DECAYED:
-        u = tl.fma(w, weight_decay, u)
-    update = u
-    if momentum_buffer is not None:
-        update = tl.fma(u, undamped, load_tile(momentum_buffer + offsets, inside, MASKED) * momentum)
-    if NESTEROV:
-        update = tl.fma(update, momentum, u)
-    store_steps(out + offsets, out_stride, w, update * rate, alpha, inside, K, MASKED)
+    g = load_tile(grad + offsets, inside, MASKED)
+    update = sgd_update(w, g, momentum_buffer, numbers, offsets, inside, DECAYED, NESTEROV, MASKED)
+    store_steps(out + offsets, out_stride, w, update, alpha, inside, K, MASKED)
 
 
 @triton.jit
@@ -135,13 +124,14 @@ def form_sgd(
     Determinism:
         Elementwise; the same bits on every run.
     """
-    check_numbers(weight_decay=weight_decay, momentum=momentum, dampening=dampening, grad_factor=grad_factor, rate=rate)
+    numbers = sgd_numbers(
+        weight_decay=weight_decay, momentum=momentum, dampening=dampening, grad_factor=grad_factor, rate=rate
+    )
     operands = {"theta": theta, "grad": grad, "momentum_buffer": momentum_buffer}
     out, num_steps = check_step(operands, alpha, dtype, out)
     n = theta.numel()
     if n == 0:
         return out
-    numbers = device_numbers(weight_decay, momentum, 1 - dampening, grad_factor, rate, like=theta)
     config = choose(STREAMING, out, n)
     with on_device(theta):
         _form_sgd_kernel[grid(triton.cdiv(n, config.block), config)](
@@ -151,7 +141,7 @@ def form_sgd(
             grad,
             momentum_buffer,
             alpha,
-            numbers,
+            device_numbers(*numbers, like=theta),
             n,
             K=num_steps,
             DECAYED=weight_decay != 0,

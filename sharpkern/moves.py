@@ -1,7 +1,7 @@
 """How one parameter moves: θ + αΔθ, with Δθ in memory, or worked out of an optimizer's state wherever it is needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +9,6 @@ from torch import Tensor
 
 from sharpkern import ops
 from sharpkern.reference import compute_dtype
-from sharpkern.sums import slopes_and_norms
-
-# Elements of Δθ that exist at a time while the sums over a step are taken.
-_CHUNK = 1 << 24
 
 
 class Move(ABC):
@@ -91,12 +87,14 @@ class OptimizerStep(Move):
 
     Attributes:
         formula: forms θ + α_k Δθ, or Δθ where α is None, from the state and the numbers.
+        sums: Δθᵀg and |Δθ|², [2] float64, from the same.
         base: θ.
-        state: gradient and state tensors as the formula takes them, None for those that are not there yet.
-        numbers: hyperparameters of the formula by name.
+        state: gradient and state tensors as both take them, None for those that are not there yet.
+        numbers: hyperparameters of both by name.
     """
 
     formula: Callable[..., Tensor]
+    sums: Callable[..., Tensor]
     base: Tensor
     state: tuple[Tensor | None, ...]
     numbers: Mapping[str, float | bool]
@@ -128,19 +126,5 @@ class OptimizerStep(Move):
         return self.formula(self.base, *self.state, None, dtype=dtype, **self.numbers)[0]
 
     def slope_and_norm(self) -> Tensor:
-        """Return Δθᵀg and |Δθ|², [2] float64 on the device, g being the gradient as it is stored.
-
-        Memory:
-            64 MiB of Δθ at a time.
-        """
-        sums = [slopes_and_norms([part.update()], [part.operands[1]])[0] for part in self._parts()]
-        return torch.stack(sums).sum(0) if sums else self.base.new_zeros(2, dtype=torch.float64)
-
-    def _parts(self) -> Iterator["OptimizerStep"]:
-        """Yield the move some rows at a time."""
-        if self.base.numel() <= _CHUNK or self.base.dim() == 0:
-            yield self
-            return
-        rows = max(1, _CHUNK // max(1, self.base[0].numel()))
-        for first in range(0, len(self.base), rows):
-            yield self.map(lambda tensor, first=first: tensor[first : first + rows])  # type: ignore[misc]
+        """Return Δθᵀg and |Δθ|², [2] float64 on the device, g being the gradient as it is stored."""
+        return self.sums(self.base, *self.state, **self.numbers)

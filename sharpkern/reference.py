@@ -5,7 +5,7 @@ dtypes and at least float32, results are rounded once. Arguments and results are
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ _CPU_CHUNK = 1 << 16
 _DEVICE_CHUNK = 1 << 22
 
 _LOW_BITS = 0xFFFFFFFF
+
+Update = Callable[..., Tensor]
+"""Δθ of some elements from theirs of θ, the gradient and the optimizer's state; a new tensor."""
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -82,23 +85,7 @@ def form_adam(
 
     The order of operations is that of torch's own step.
     """
-
-    def update(theta: Tensor, grad: Tensor | None, m: Tensor | None, v: Tensor | None, v_max: Tensor | None) -> Tensor:
-        m = torch.zeros_like(theta) if m is None else m.clone()
-        v = torch.zeros_like(theta) if v is None else v.clone()
-        if grad is not None:
-            if grad_factor != 1:
-                grad = grad * grad_factor
-            if weight_decay != 0 and not decoupled:
-                grad = grad.add(theta, alpha=weight_decay)
-            m = m.lerp_(grad, 1 - beta1)
-            v = v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if v_max is not None:
-            v = torch.maximum(v, v_max, out=v)
-        denominator = v.sqrt_().div_(correction2**0.5).add_(eps)
-        decay = theta.mul(weight_decay) if decoupled and weight_decay != 0 else torch.zeros_like(theta)
-        return decay.addcdiv_(m, denominator, value=1 / correction1)
-
+    update = _adam(beta1, beta2, correction1, correction2, eps, weight_decay, decoupled, grad_factor)
     return _form_from(update, (theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq), alpha, rate, dtype, out)
 
 
@@ -121,16 +108,47 @@ def form_sgd(
 
     The order of operations is that of torch's own step.
     """
-
-    def update(theta: Tensor, grad: Tensor, stored: Tensor | None) -> Tensor:
-        update = grad * grad_factor
-        if weight_decay != 0:
-            update.add_(theta, alpha=weight_decay)
-        # The first step takes the gradient as the buffer, without dampening.
-        buffer = update if stored is None else (stored * momentum).add_(update, alpha=1 - dampening)
-        return update.add_(buffer, alpha=momentum) if nesterov else buffer
-
+    update = _sgd(weight_decay, momentum, dampening, nesterov, grad_factor)
     return _form_from(update, (theta, grad, momentum_buffer), alpha, rate, dtype, out)
+
+
+def adam_sums(
+    theta: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    *,
+    max_exp_avg_sq: Tensor | None = None,
+    beta1: float,
+    beta2: float,
+    correction1: float,
+    correction2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    grad_factor: float = 1.0,
+    rate: float = 1.0,
+) -> Tensor:
+    """Return Δθᵀg and |Δθ|², [2] float64: Δθ as `form_adam` works it out, g the gradient as it is stored."""
+    update = _adam(beta1, beta2, correction1, correction2, eps, weight_decay, decoupled, grad_factor)
+    return _sum_from(update, (theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq), rate)
+
+
+def sgd_sums(
+    theta: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    grad_factor: float = 1.0,
+    rate: float = 1.0,
+) -> Tensor:
+    """Return Δθᵀg and |Δθ|², [2] float64: Δθ as `form_sgd` works it out, g the gradient as it is stored."""
+    update = _sgd(weight_decay, momentum, dampening, nesterov, grad_factor)
+    return _sum_from(update, (theta, grad, momentum_buffer), rate)
 
 
 def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
@@ -278,8 +296,53 @@ def _add(base: Tensor, delta: Tensor, step: float | Tensor, out: Tensor | None =
     return torch.add(base, delta, alpha=step, out=out)
 
 
+def _adam(
+    beta1: float,
+    beta2: float,
+    correction1: float,
+    correction2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    grad_factor: float,
+) -> Update:
+    """Return the update of Adam and AdamW as a function of θ, g, m, v and the largest v."""
+
+    def update(theta: Tensor, grad: Tensor | None, m: Tensor | None, v: Tensor | None, v_max: Tensor | None) -> Tensor:
+        m = torch.zeros_like(theta) if m is None else m.clone()
+        v = torch.zeros_like(theta) if v is None else v.clone()
+        if grad is not None:
+            if grad_factor != 1:
+                grad = grad * grad_factor
+            if weight_decay != 0 and not decoupled:
+                grad = grad.add(theta, alpha=weight_decay)
+            m = m.lerp_(grad, 1 - beta1)
+            v = v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if v_max is not None:
+            v = torch.maximum(v, v_max, out=v)
+        denominator = v.sqrt_().div_(correction2**0.5).add_(eps)
+        decay = theta.mul(weight_decay) if decoupled and weight_decay != 0 else torch.zeros_like(theta)
+        return decay.addcdiv_(m, denominator, value=1 / correction1)
+
+    return update
+
+
+def _sgd(weight_decay: float, momentum: float, dampening: float, nesterov: bool, grad_factor: float) -> Update:
+    """Return the update of SGD as a function of θ, g and the momentum buffer."""
+
+    def update(theta: Tensor, grad: Tensor, stored: Tensor | None) -> Tensor:
+        update = grad * grad_factor
+        if weight_decay != 0:
+            update.add_(theta, alpha=weight_decay)
+        # The first step takes the gradient as the buffer, without dampening.
+        buffer = update if stored is None else (stored * momentum).add_(update, alpha=1 - dampening)
+        return update.add_(buffer, alpha=momentum) if nesterov else buffer
+
+    return update
+
+
 def _form_from(
-    update: Callable[..., Tensor],
+    update: Update,
     operands: tuple[Tensor | None, ...],
     alpha: Tensor | None,
     rate: float,
@@ -287,22 +350,48 @@ def _form_from(
     out: Tensor | None,
 ) -> Tensor:
     """Return operands[0] + α_k update(*operands), or the update itself, formed some rows at a time."""
-    given = [operand for operand in operands if operand is not None]
-    _check_shapes(**{f"operand {i}": operand for i, operand in enumerate(given)})
-    out = _output(out, given[0], 1 if alpha is None else len(alpha), dtype)
-    wide = compute_dtype(*(operand.dtype for operand in given))
-    for first, *rows in _row_chunks(out[0], *given, *out[1:]):
-        parts = iter(part.to(wide) for part in rows[: len(given)])
-        delta = update(*(None if operand is None else next(parts) for operand in operands))
-        if rate != 1:
-            delta = delta.mul_(rate)
-        targets = (first, *rows[len(given) :])
+    theta = operands[0]
+    assert theta is not None
+    out = _output(out, theta, 1 if alpha is None else len(alpha), dtype)
+    for delta, (rows, *_), targets in _updates(update, operands, rate, out.unbind()):
         if alpha is None:
-            first.copy_(delta)
+            targets[0].copy_(delta)
             continue
         for target, step in zip(targets, _numbers(alpha), strict=True):
-            target.copy_(_add(rows[0].to(wide), delta, step))
+            target.copy_(_add(rows.to(delta.dtype), delta, step))
     return out
+
+
+def _sum_from(update: Update, operands: tuple[Tensor | None, ...], rate: float) -> Tensor:
+    """Return Δθᵀg and |Δθ|² of update(*operands), g = operands[1], worked out some rows at a time."""
+    sums = [
+        torch.stack([inner_product(delta, grad), inner_product(delta, delta)])
+        for delta, (_, grad, *_), _ in _updates(update, operands, rate)
+    ]
+    return torch.stack(sums).sum(0)
+
+
+def _updates(
+    update: Update, operands: tuple[Tensor | None, ...], rate: float, outputs: Sequence[Tensor] = ()
+) -> Iterator[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]:
+    """Yield rate·update(*operands) of some rows at a time, in the widest dtype, with those rows of all tensors.
+
+    Args:
+        update: takes the operands.
+        operands: of one shape; None for those that are not there.
+        rate: what the update is multiplied by.
+        outputs: other tensors of that shape.
+
+    Yields:
+        Δθ, new and of the rows' shape; the rows of the operands that are there; those of the outputs.
+    """
+    given = [operand for operand in operands if operand is not None]
+    _check_shapes(**{f"operand {i}": operand for i, operand in enumerate(given)})
+    wide = compute_dtype(*(operand.dtype for operand in given))
+    for rows in _row_chunks(*given, *outputs):
+        parts = iter(part.to(wide) for part in rows[: len(given)])
+        delta = update(*(None if operand is None else next(parts) for operand in operands))
+        yield delta.mul_(rate) if rate != 1 else delta, rows[: len(given)], rows[len(given) :]
 
 
 def _moved_vectors(vector: Tensor, direction: Tensor | None, alpha: Tensor, like: Tensor) -> Tensor:

@@ -23,9 +23,11 @@ def slopes_and_norms(delta: Sequence[Tensor], grad: Sequence[Tensor]) -> list[Te
         See `ops.reduce`.
     """
     result: list[Tensor] = [torch.empty(0)] * len(delta)
-    for device in {tensor.device for tensor in delta}:
-        here = [i for i, tensor in enumerate(delta) if tensor.device == device]
-        if ops.has_kernels(device):
+    # A pair that lies in memory in two ways is not for the kernel, which would refuse the others with it.
+    kinds = [(d.device, d.stride() == g.stride()) for d, g in zip(delta, grad, strict=True)]
+    for device, alike in dict.fromkeys(kinds):
+        here = [i for i, kind in enumerate(kinds) if kind == (device, alike)]
+        if ops.has_kernels(device) and alike:
             mine = [delta[i] for i in here]
             sums: Iterable[Tensor] = ops.reduce(mine, mine, [grad[i] for i in here])[:, :2]
         else:

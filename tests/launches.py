@@ -13,6 +13,7 @@ from sharpkern.kernels.form_adam import form_adam
 from sharpkern.kernels.form_sgd import form_sgd
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
 from sharpkern.kernels.reduce import reduce
+from sharpkern.kernels.step_sums import adam_sums, sgd_sums
 from torch import Tensor
 
 from tests.compiled import Facts, compile_launch, facts_of, launches_of
@@ -64,6 +65,18 @@ def form_sgd_state(num_steps: int, **options: object) -> Callable[[], object]:
     return lambda: form_sgd(*map(_vector, state), _alpha(num_steps), nesterov=True, **SGD | options)
 
 
+def adam_sums_state(**options: object) -> Callable[[], object]:
+    """A call that sums over a step of AdamW, bf16 weights and fp32 moments."""
+    state = (BF16, BF16, FP32, FP32)
+    return lambda: adam_sums(*map(_vector, state), **ADAM | options)
+
+
+def sgd_sums_state(**options: object) -> Callable[[], object]:
+    """The same over a step of SGD with Nesterov's momentum."""
+    state = (BF16, BF16, FP32)
+    return lambda: sgd_sums(*map(_vector, state), nesterov=True, **SGD | options)
+
+
 def _amsgrad() -> object:
     return form_adam_state(8, max_exp_avg_sq=_vector(FP32), weight_decay=0.1, decoupled=False)()
 
@@ -112,6 +125,8 @@ CASES = {
     "reduce bf16": Case(_reduce(BF16, BF16, BF16), {"_chunk_sums_kernel": (3, 0)}),
     "reduce bf16, fp32 direction": Case(_reduce(BF16, FP32, BF16), {"_chunk_sums_kernel": (4, 0)}),
     "reduce fp32": Case(_reduce(FP32, FP32, FP32), {"_chunk_sums_kernel": (3, 0)}),
+    "sums of an AdamW step": Case(adam_sums_state(weight_decay=0.1), {"_adam_sums_kernel": (6, 0)}),
+    "sums of an SGD step": Case(sgd_sums_state(), {"_sgd_sums_kernel": (4, 0)}),
     "embedding bf16 K=8": Case(
         lambda: embedding(torch.zeros(4, dtype=torch.int64), *_rows(BF16), *_rows(BF16), torch.zeros(8)),
         {"_embedding_kernel": (2, 8)},
@@ -139,6 +154,10 @@ SMALLEST: dict[str, Callable[[], object]] = {
     "form_sgd, update": lambda: form_sgd(_ONE, _ONE, _ONE, None, **SGD),
     "form_sgd, update without decay": lambda: form_sgd(_ONE, _ONE, None, None),
     "reduce": lambda: reduce([_ONE], [_ONE], [_ONE]),
+    "adam_sums": lambda: adam_sums(_ONE, _ONE, _ONE, _ONE, **ADAM, weight_decay=0.1),
+    "adam_sums before the first step": lambda: adam_sums(_ONE, _ONE, None, None, **ADAM),
+    "sgd_sums": lambda: sgd_sums(_ONE, _ONE, _ONE, **SGD),
+    "sgd_sums without decay": lambda: sgd_sums(_ONE, _ONE, None),
     "embedding": lambda: embedding(_INDEX, _ONE[None], _ONE[None], _ONE),
     "rms_norm": lambda: rms_norm(_ONE[None], _ONE, None, _ONE, eps=1e-6),
     "layer_norm": lambda: layer_norm(_ONE[None], _ONE, _ONE, _ONE, None, _ONE, eps=1e-6),

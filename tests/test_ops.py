@@ -48,6 +48,8 @@ CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "form_adam.out": lambda: ((*five()[:2], None, None, None), {**ADAM, "out": torch.empty(1, 5, 7)}),
     "form_sgd.default": lambda: ((*five()[:3], ALPHA), {"momentum": 0.9, "nesterov": True, "rate": 2.0}),
     "form_sgd.out": lambda: ((*five()[:2], None, None), {"out": torch.empty(1, 5, 7)}),
+    "adam_sums.default": lambda: (tuple(five()[:4]), {**ADAM, "max_exp_avg_sq": five()[4]}),
+    "sgd_sums.default": lambda: (tuple(five()[:3]), {"momentum": 0.9, "nesterov": True, "rate": 2.0}),
     "reduce.default": lambda: ((lists(), lists(), lists()), {}),
     "embedding.default": lambda: ((torch.tensor([[1, 4], [0, 1]]), randn(5, 3), randn(5, 3), ALPHA), {}),
     "rms_norm.default": lambda: ((randn(3, 4, 6), randn(6), randn(6), ALPHA), {"eps": 1e-5}),
@@ -272,6 +274,35 @@ def test_formed_weights_are_rounded_once(
     eps, wide = torch.finfo(base_dtype).eps, torch.finfo(reference.compute_dtype(base_dtype, delta_dtype)).eps
     budget = (eps / 2 + (2 * wide if eps == wide else wide)) * exact.abs() + 4 * wide * delta.double().abs() * 0.0123
     assert ((formed.double() - exact).abs() <= budget + 1e-7 * (base_dtype == torch.float16)).all()
+
+
+SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sums", "form", "num", "numbers"),
+    [(ops.adam_sums, ops.form_adam, 4, ADAM), (ops.sgd_sums, ops.form_sgd, 3, SGD)],
+    ids=["adam", "sgd"],
+)
+def test_sums_over_a_step_are_those_of_its_update_before_any_rounding(
+    sums: Any, form: Any, num: int, numbers: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operands = [tensor.to(dtype) for tensor in five()[:num]]
+    numbers = {**numbers, "grad_factor": -0.5, "rate": 0.3}
+    delta = form(*operands, None, **numbers, dtype=reference.compute_dtype(dtype))[0].double()
+    grad = operands[1].double()
+    monkeypatch.setattr(reference, "_CPU_CHUNK", 14)
+    got = sums(*operands, **numbers)
+    assert got.dtype == torch.float64
+    assert got.tolist() == pytest.approx([(delta * grad).sum().item(), delta.square().sum().item()], rel=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2)])
+def test_sums_over_a_step_of_any_shape(shape: tuple[int, ...]) -> None:
+    tensor = torch.full(shape, 2.0)
+    slope, norm_sq = ops.sgd_sums(tensor, tensor, None)
+    assert slope == norm_sq == 4 * tensor.numel()
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (63,), (1000, 130), (3, 0, 2)])

@@ -45,7 +45,7 @@ def sgd_step(slot: Slot, state: Mapping[str, Any], step: float, rate: float) -> 
         "rate": rate,
     }
     buffer = state.get("momentum_buffer") if momentum != 0 else None
-    return OptimizerStep(ops.form_sgd, slot.theta, (_gradient(slot), buffer), numbers)
+    return OptimizerStep(ops.form_sgd, ops.sgd_sums, slot.theta, (_gradient(slot), buffer), numbers)
 
 
 def adam_step(
@@ -82,9 +82,8 @@ def adam_step(
         "rate": rate,
     }
     largest = state.get("max_exp_avg_sq") if group["amsgrad"] else None
-    return OptimizerStep(
-        _form_adam, slot.theta, (_gradient(slot), state.get("exp_avg"), state.get("exp_avg_sq"), largest), numbers
-    )
+    tensors = (_gradient(slot), state.get("exp_avg"), state.get("exp_avg_sq"), largest)
+    return OptimizerStep(_form_adam, _adam_sums, slot.theta, tensors, numbers)
 
 
 CLOSED_FORMS: Mapping[type[torch.optim.Optimizer], Formula] = {
@@ -105,6 +104,17 @@ def _form_adam(
     **options: Any,
 ) -> Tensor:
     return ops.form_adam(theta, grad, exp_avg, exp_avg_sq, alpha, max_exp_avg_sq=max_exp_avg_sq, **options)
+
+
+def _adam_sums(
+    theta: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    max_exp_avg_sq: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    return ops.adam_sums(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq, **options)
 
 
 def _gradient(slot: Slot) -> Tensor:

@@ -57,8 +57,8 @@ def optimizer_update(
         ValueError: if there is no gradient, no positive learning rate, or a gradient that is sparse or not finite.
 
     Memory:
-        SGD, Adam and AdamW: one tensor of each parameter's size if resident, otherwise 64 MiB on the way; see
-        `shadow_step` for the others.
+        SGD, Adam and AdamW: one tensor of each parameter's size if resident, otherwise what `ops.adam_sums` needs on
+        the way; see `shadow_step` for the others.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
