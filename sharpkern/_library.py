@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,9 @@ BACKENDS = ("auto", "triton", "torch")
 
 # Takes the place of "auto" where it is set: a way out of a broken Triton installation.
 VARIABLE = "SHARPKERN_BACKEND"
+
+# Kernels are checked with this Triton and newer ones.
+OLDEST_TRITON = (3, 6)
 
 _LIBRARY = torch.library.Library("sharpkern", "DEF")
 
@@ -106,9 +110,11 @@ def _is_refusal(error: Exception) -> bool:
 @functools.cache
 def _kernels_work(device: torch.device) -> bool:
     """Whether Triton compiles and runs a kernel right on a device, tried once and said once if not."""
-    W = torch.linspace(-1, 1, 1000, device=device)
-    alpha = torch.full((1,), -0.5, device=device)
+    W = torch.linspace(-1, 1, 1000, dtype=torch.float32, device=device)
+    alpha = torch.full((1,), -0.5, dtype=torch.float32, device=device)
     try:
+        if _triton_version() < OLDEST_TRITON:
+            raise RuntimeError(f"it is older than {'.'.join(map(str, OLDEST_TRITON))}")
         formed = _launcher("form", "form")(W, W.flip(0), alpha)
         assert formed is not None
         if torch.allclose(formed, reference.form(W, W.flip(0), alpha), atol=1e-6):
@@ -124,6 +130,10 @@ def _kernels_work(device: torch.device) -> bool:
         KernelWarning,
     )
     return False
+
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in version("triton").split(".")[:2])
 
 
 def _vmap_rule(operation: Callable[..., Tensor], stepped: Sequence[int]) -> Callable[..., tuple[Tensor, int]]:

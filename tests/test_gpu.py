@@ -26,6 +26,12 @@ pytestmark = [
 DEVICE = "cuda"
 
 
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions are in TF32 by default, which these comparisons would see."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def next_token(model: torch.nn.Module, dtype: torch.dtype | None) -> LossFn:
     x = tokens(length=64).to(DEVICE)
 
@@ -41,6 +47,8 @@ WITHOUT_DROPOUT = [case for case in TORCH_CASES if case.name not in ("gpt", "enc
 PRECISION_CASES = [case for case in CASES if case.name in ("gpt-eval", "llama", "olmo2", "resnet")]
 
 
+# Copies of a recurrent layer have not their weights in one piece.
+@pytest.mark.filterwarnings("ignore:RNN module weights")
 @pytest.mark.parametrize("case", WITHOUT_DROPOUT, ids=lambda case: case.name)
 @pytest.mark.parametrize("engine", ["virtual", "inplace"])
 def test_losses_equal_those_of_deep_copies(case: Case, engine: str) -> None:
@@ -75,7 +83,9 @@ def test_a_measured_run_is_the_run(engine: str, dtype: torch.dtype | None) -> No
             optimizer.step()
         return copy.deepcopy(model.state_dict()), torch.get_device_module(DEVICE).get_rng_state()
 
-    (without, stream), (with_, stream_after) = run(False), run(True)
+    (without, stream), (again, _) = run(False), run(False)
+    assert all(torch.equal(without[name], again[name]) for name in without), "the run itself is not repeatable"
+    with_, stream_after = run(True)
     assert torch.equal(stream, stream_after)
     assert all(torch.equal(without[name], with_[name]) for name in without)
 

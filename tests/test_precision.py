@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sharpkern.engines.precision import _is_tf32
 from tests.models import MLP
 from tests.oracle import engine_on, random_direction
 
@@ -48,3 +49,29 @@ def test_a_loss_of_its_own_making_has_a_cautious_default() -> None:
     model = MLP().bfloat16()
     x = torch.randn(64, 16, dtype=torch.bfloat16)
     assert noise_of(model, lambda: model(x).float().square().mean()) == 1e-4
+
+
+@pytest.mark.parametrize("by", ["matmul", "everything", "former name"])
+def test_tf32_is_recognised_by_whichever_name_it_was_chosen(by: str) -> None:
+    """The questions of before torch 2.9 raise once the answer was given by the new names."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has one name")
+    assert not _is_tf32("linear")
+    try:
+        if by == "matmul":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        elif by == "everything":
+            torch.backends.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert _is_tf32("linear")
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert not _is_tf32("linear")
+
+
+def test_convolutions_are_in_tf32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _is_tf32("conv2d")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert not _is_tf32("conv2d")

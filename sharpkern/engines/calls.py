@@ -29,6 +29,8 @@ PRODUCTS = frozenset(
     "conv3d conv_transpose1d conv_transpose2d conv_transpose3d grouped_mm _grouped_mm".split()
 )
 
+RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
+
 NORMS = frozenset("layer_norm rms_norm group_norm batch_norm instance_norm".split())
 
 ELEMENTWISE = frozenset(

@@ -24,33 +24,52 @@ class LossPrecision:
 
     Attributes:
         unit_roundoff: of the coarsest dtype a product was rounded to; None while all were float32 or wider.
-        num_targets: size of the largest target a loss function was given, or None.
         loss_dtype: of the loss that the closure returned.
     """
 
     def __init__(self) -> None:
         self.unit_roundoff: float | None = None
-        self.num_targets: int | None = None
         self.loss_dtype = torch.float32
+        self._num_targets: Tensor | None = None
 
     def widen_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a loss function with 16-bit tensors taken to float32: a bf16 loss moves η_c by up to 11 %."""
         target = args[1] if len(args) > 1 else kwargs.get("target")
         if isinstance(target, Tensor):
-            # Negative labels are ignored ones.
-            counted = target.numel() if target.is_floating_point() else int((target >= 0).sum())
-            self.num_targets = max(self.num_targets or 0, counted)
+            self._note_targets(target.detach())
         args = map_tensors(args, _widen)
         kwargs = map_tensors(kwargs, _widen)
         return args, kwargs
 
-    def note_product(self, result: Any) -> None:
-        """Remember the coarsest rounding of a matrix product."""
+    @property
+    def num_targets(self) -> int | None:
+        """Size of the largest target a loss function was given, or None; read from the device."""
+        return None if self._num_targets is None else int(self._num_targets)
+
+    def _note_targets(self, target: Tensor) -> None:
+        """Remember the largest number of targets that count; on the device, where the host does not wait for it."""
+        if target.is_floating_point():
+            counted = target.new_full((), target.numel(), dtype=torch.int64)
+        else:
+            # Negative labels are ignored ones.
+            counted = (target >= 0).sum()
+        before = self._num_targets
+        if before is not None and before.device == counted.device:
+            counted = torch.maximum(before, counted)
+        self._num_targets = counted
+
+    def note_product(self, name: str, result: Any) -> None:
+        """Remember the coarsest rounding of a matrix product or convolution.
+
+        Args:
+            name: of the call.
+            result: what it returned.
+        """
         if not isinstance(result, Tensor):
             return
         if is_low(result.dtype):
             self._note_roundoff(torch.finfo(result.dtype).eps / 2)
-        elif result.is_cuda and result.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        elif result.is_cuda and result.dtype == torch.float32 and _is_tf32(name):
             # TF32 keeps 10 bits of the operands.
             self._note_roundoff(2.0**-11)
 
@@ -69,12 +88,24 @@ class LossPrecision:
         if is_low(self.loss_dtype):
             return torch.finfo(self.loss_dtype).eps
         if self.unit_roundoff is not None:
-            if not self.num_targets:
+            num_targets = self.num_targets
+            if not num_targets:
                 return _UNSEEN_NOISE
-            return max(1.5 * self.unit_roundoff / math.sqrt(self.num_targets), _FLOAT32_NOISE)
+            return max(1.5 * self.unit_roundoff / math.sqrt(num_targets), _FLOAT32_NOISE)
         if low_and_unseen:
             return _UNSEEN_NOISE
         return 1e-14 if self.loss_dtype == torch.float64 else _FLOAT32_NOISE
+
+
+def _is_tf32(name: str) -> bool:
+    """Whether a float32 product on a GPU is computed in TF32; convolutions are by default."""
+    is_convolution = name.startswith("conv")
+    backend = getattr(torch.backends.cudnn, "conv", None) if is_convolution else torch.backends.cuda.matmul
+    precision = getattr(backend, "fp32_precision", None)
+    if precision is not None:
+        # Where this is there, the questions below may raise.
+        return bool(precision == "tf32")
+    return torch.backends.cudnn.allow_tf32 if is_convolution else torch.get_float32_matmul_precision() != "highest"
 
 
 def _widen(tensor: Tensor) -> Tensor:

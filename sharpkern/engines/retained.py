@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from sharpkern.engines.table import Pair, Step
+from sharpkern.engines.table import Pair
 from sharpkern.sums import total
 
 # Elements looked at in each tensor; there are many tensors.
@@ -27,14 +27,14 @@ def retained_share(pairs: Sequence[Pair], rounded: Collection[int], alpha: float
     # Collected on the device, and read once at the end.
     kept: list[Tensor] = []
     lengths: list[Tensor] = []
-    step = Step(alpha)
     for pair in pairs:
         part = pair.view(_sample)
         displacement = part.move.update().double() * alpha
         scale = pair.weight.numel() / max(1, part.weight.numel())
         lengths.append(scale * displacement.square().sum())
         if pair.owner in rounded:
-            moved = part.form(step).double() - part.weight.double()
+            formed = (part.move.base.double() + displacement).to(part.weight.dtype)
+            moved = formed.double() - part.weight.double()
             kept.append(scale * (moved * displacement).sum())
         else:
             kept.append(lengths[-1])

@@ -81,17 +81,19 @@ def make_pairs(moves: Iterable[tuple[Tensor, Move]]) -> list[Pair]:
 
 
 class Scratch:
-    """One buffer per dtype and device that formed weights take turns in; it grows to the largest of them."""
+    """One buffer per dtype, device and stream that formed weights take turns in; it grows to the largest of them."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
 
     def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor of the shape of ``like``, with its strides where they are dense; the contents are undefined.
 
         Memory: grows to the largest tensor asked for.
         """
-        key = (dtype, like.device)
+        # A closure may compute on several streams at once.
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        key = (dtype, like.device, stream)
         if key in self._buffers and self._buffers[key].numel() < like.numel():
             # The smaller buffer goes before the larger one comes.
             del self._buffers[key]

@@ -6,8 +6,9 @@ the closure and the parameters stay untouched. One layer's weight exists at a ti
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class VirtualParameters(TorchFunctionMode):
         else:
             result = func(*args, **kwargs)
         if name in calls.PRODUCTS:
-            self._precision.note_product(result)
+            self._precision.note_product(name, result)
         elif func is linear_cross_entropy:
             self._note_head(*args[::2])
         return result
@@ -168,7 +169,8 @@ class VirtualParameters(TorchFunctionMode):
 
         self.read.add(pair.owner)
         move = pair.move
-        if self.alpha and isinstance(move, Stored) and ops.has_kernels(move.base.device) and len(args) > 1:
+        on_kernels = ops.has_kernels(move.base.device) and not torch.is_grad_enabled()
+        if self.alpha and on_kernels and isinstance(move, Stored) and len(args) > 1:
             self.rounded.add(pair.owner)
             return ops.embedding(args[0], move.base, move.delta, self.alpha.of(move), dtype=pair.weight.dtype)[0]
         weight: Tensor = rows(pair.weight)
@@ -210,7 +212,11 @@ class VirtualParameters(TorchFunctionMode):
                 return self._form(pair, self._scratch.take(pair.weight, pair.weight.dtype))
             return self._form(pair)
 
-        result = func(*calls.map_values(formed, args), **calls.map_values(formed, kwargs))
+        with warnings.catch_warnings() if name in calls.RECURRENT else nullcontext():
+            if name in calls.RECURRENT:
+                # Weights formed one by one are not, as cuDNN would like them, in one piece.
+                warnings.filterwarnings("ignore", "RNN module weights")
+            result = func(*calls.map_values(formed, args), **calls.map_values(formed, kwargs))
         if name in calls.PRODUCTS and isinstance(result, Tensor) and self._scratch.owns(result):
             return result.clone()
         return result
@@ -245,7 +251,7 @@ class VirtualParameters(TorchFunctionMode):
     def _note_head(self, hidden: Tensor, labels: Tensor) -> None:
         """Remember the precision of a cross-entropy that holds its product inside."""
         self._precision.widen_loss((None, labels), {})
-        self._precision.note_product(torch.empty(0, dtype=product_dtype(hidden), device=hidden.device))
+        self._precision.note_product("linear", torch.empty(0, dtype=product_dtype(hidden), device=hidden.device))
 
     def _with_copies(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments of a call that writes its weight, the parameters among them copied."""
@@ -352,8 +358,13 @@ class VirtualEngine:
                     raise
                 raise EngineUnsupportedError("scripted code, which no mode can look into, reads parameters") from error
             # What has a gradient was read when that was taken, if perhaps by code that torch does not see.
-            with_gradient = {pair.owner for pair in self._pairs if self._closure.guard.had_gradient(pair.weight)}
-            hidden = (watch.touched | with_gradient) & self._unread()
+            unread = self._unread()
+            with_gradient = {
+                pair.owner
+                for pair in self._pairs
+                if pair.owner in unread and self._closure.guard.had_gradient(pair.weight)
+            }
+            hidden = (watch.touched | with_gradient) & unread
             if hidden:
                 raise EngineUnsupportedError(
                     f"{len(hidden)} of {len(self._pairs)} parameters are read where torch's Python calls do not show "
