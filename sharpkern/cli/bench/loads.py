@@ -89,6 +89,17 @@ class Loads:
         call = partial(_over, ops.form_sgd, *(self._tensors(shapes, seed) for seed in range(3)))
         return self._formed(shapes, num_steps, 6, call, **_SGD)
 
+    def adam_sums(self, shapes: Shapes, state: torch.dtype) -> Load:
+        """Return the sums over AdamW's next step: weight and gradient in bf16, two moments."""
+        lists = [self._tensors(shapes, seed) for seed in range(2)] + [self._tensors(shapes, 2, state)]
+        lists.append([tensor.square_() for tensor in self._tensors(shapes, 3, state)])
+        return Load(partial(_each, ops.adam_sums, *lists, **_ADAM), (4 + 2 * state.itemsize) * _numel(shapes))
+
+    def sgd_sums(self, shapes: Shapes) -> Load:
+        """Return the sums over SGD's next step: weight, gradient and buffer in bf16."""
+        lists = [self._tensors(shapes, seed) for seed in range(3)]
+        return Load(partial(_each, ops.sgd_sums, *lists, **_SGD), 6 * _numel(shapes))
+
     def embedding(self, vocabulary: int, width: int, num_tokens: int, num_steps: int) -> Load:
         """Return the look-up of random rows, 4 + 2K bytes per element of the output."""
         W, D = (self._machine.randn(vocabulary, width, dtype=BF16, seed=seed) for seed in range(2))
@@ -136,6 +147,12 @@ def _over(
     """Call a function once per tensor."""
     for *operands, out in zip(*lists, outs, strict=True):
         function(*operands, alpha, out=out, **options)
+
+
+def _each(function: Callable[..., Tensor], *lists: list[Tensor], **options: Any) -> None:
+    """Call a function once per tensor."""
+    for operands in zip(*lists, strict=True):
+        function(*operands, **options)
 
 
 def _product(shape: tuple[int, ...]) -> int:

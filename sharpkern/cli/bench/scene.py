@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -15,6 +15,11 @@ import sharpkern
 from sharpkern._extras import missing
 from sharpkern.cli.bench.machine import Machine
 from sharpkern.cli.bench.record import Json
+from sharpkern.engines.choose import open_engine
+from sharpkern.engines.closure import Closure
+from sharpkern.engines.guards import preserved
+from sharpkern.engines.precision import LossPrecision
+from sharpkern.engines.table import make_pairs
 from sharpkern.head import linear_cross_entropy
 
 _BETAS = (0.9, 0.95)
@@ -155,8 +160,23 @@ class Scene:
 
     @cached_property
     def measured(self) -> sharpkern.Measurement:
-        """λ_c by the virtual engine from the optimizer's state, which the other ways are held against."""
-        return self.measure("virtual", self.direction(resident=False))
+        """λ_c from the optimizer's state, begun at its learning rate: the first measurement, with all checks."""
+        return self.measure("auto", self.direction(resident=False))
+
+    @cached_property
+    def losses(self) -> tuple[tuple[float, float], ...]:
+        """Step sizes and losses there, as the virtual engine has them from the state: what every way has to find."""
+        step_sizes = [0.0, self.start / 2, self.start]
+        return tuple(
+            zip(step_sizes, self.losses_by("virtual", self.direction(resident=False), step_sizes), strict=True)
+        )
+
+    def losses_by(self, engine: str, direction: sharpkern.Direction, step_sizes: Sequence[float]) -> list[float]:
+        """Return the losses at step sizes by one engine, outside of any search."""
+        with preserved(self.model, direction.parameters) as guard:
+            closure = Closure(self.loss, guard, LossPrecision())
+            with open_engine(engine, make_pairs(direction.moves()), closure, compiled=False) as opened:
+                return opened.losses(step_sizes)
 
     @property
     def start(self) -> float:

@@ -64,6 +64,8 @@ def kinds(bench: Bench, numel: int) -> dict[str, Kind]:
         "form from bf16 AdamW state K=1": Kind("form_adam", partial(make.form_adam, big, 1, BF16), _MANY),
         "form from SGD state K=1": Kind("form_sgd", partial(make.form_sgd, big, 1), _STREAM),
         "form from SGD state K=8": Kind("form_sgd", partial(make.form_sgd, big, 8), _MANY),
+        "sums over an AdamW step": Kind("adam_sums", partial(make.adam_sums, big, FP32), _MANY),
+        "sums over an SGD step": Kind("sgd_sums", partial(make.sgd_sums, big), _STREAM),
         "reduce": Kind("reduce", partial(make.reduce, big), _STREAM),
         "form stochastic K=1": Kind("form stochastic", partial(make.form, big, 1, seed=1), _STREAM),
         "form stochastic K=8": Kind("form stochastic", partial(make.form, big, 8, seed=1), _MANY),
@@ -86,6 +88,7 @@ def _model_kinds(bench: Bench) -> dict[str, Kind]:
         "reduce, whole model": Kind("reduce", partial(make.reduce, model), _STREAM),
         "form K=1, whole model": Kind("form", partial(make.form, model, 1)),
         "form from AdamW state K=1, whole model": Kind("form_adam", partial(make.form_adam, model, 1, FP32)),
+        "sums over an AdamW step, whole model": Kind("adam_sums", partial(make.adam_sums, model, FP32)),
     }
 
 

@@ -37,6 +37,8 @@ class Trials:
             "form stochastic": self._form_stochastic(),
             "form_adam": self._form_adam(),
             "form_sgd": self._form_sgd(),
+            "adam_sums": self._sums("adam_sums", self._form_adam()),
+            "sgd_sums": self._sums("sgd_sums", self._form_sgd()),
             "reduce": self._reduce(),
             "embedding": self._embedding(),
             "rms_norm": self._norm("rms_norm"),
@@ -127,6 +129,18 @@ class Trials:
             about |= {name: value for name, value in options.items() if isinstance(value, (int, float))}
             operands = theta, grad, buffer, self._alpha(num_steps)
             yield Trial("form_sgd", operands, about, options, floor=1e-5, repeated=num_steps == 8)
+
+    @staticmethod
+    def _sums(operation: str, formed: Iterator[Trial]) -> Iterator[Trial]:
+        """Yield the sums over the steps of other trials."""
+        for trial in formed:
+            operands = trial.operands[:-1]
+            options = {name: value for name, value in trial.options.items() if name != "dtype"}
+            delta = Trial(trial.operation, (*operands, None), {}, options).exact()[0]
+            magnitudes = torch.stack([(delta * operands[1]).abs().sum(), delta.square().sum()])
+            # Every term carries the fp32 roundings of its Δθ.
+            floor = 1e-6 * magnitudes
+            yield Trial(operation, operands, trial.about, options, floor=floor, repeated=trial.repeated)
 
     def _reduce(self) -> Iterator[Trial]:
         sizes = [*self._sizes, 0, 1000]
