@@ -16,6 +16,7 @@ from sharpkern.kernels.form_adam import form_adam
 from sharpkern.kernels.form_sgd import form_sgd
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
 from sharpkern.kernels.reduce import reduce
+from sharpkern.kernels.step_sums import adam_sums, sgd_sums
 
 ADAM = {"beta1": 0.9, "beta2": 0.999, "correction1": 0.1, "correction2": 0.001, "eps": 1e-8}
 
@@ -32,6 +33,10 @@ def _form_adam(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, alpha, out):
     form_adam(theta, grad, exp_avg, exp_avg_sq, alpha, max_exp_avg_sq=max_exp_avg_sq, out=out, **ADAM)
 
 
+def _adam_sums(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq):
+    adam_sums(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq, **ADAM)
+
+
 def _online_cross_entropy(maximum, total, target, logits, labels):
     online_cross_entropy_(maximum, total, target, logits, labels, 0)
 
@@ -42,6 +47,8 @@ KERNELS = {
     "form": (form, {"W": (4, 6), "D": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
     "form_adam": (_form_adam, {"theta": (4, 6), "grad": (4, 6), "exp_avg": (4, 6), "exp_avg_sq": (4, 6), "max_exp_avg_sq": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
     "form_sgd": (form_sgd, {"theta": (4, 6), "grad": (4, 6), "momentum_buffer": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
+    "adam_sums": (_adam_sums, {"theta": (4, 6), "grad": (4, 6), "exp_avg": (4, 6), "exp_avg_sq": (4, 6), "max_exp_avg_sq": (4, 6)}),
+    "sgd_sums": (sgd_sums, {"theta": (4, 6), "grad": (4, 6), "momentum_buffer": (4, 6)}),
     "reduce": (_reduce, {"theta": (4, 6), "delta": (4, 6), "grad": (4, 6)}),
     "embedding": (embedding, {"indices": (3,), "W": (4, 6), "D": (4, 6), "alpha": (2,)}),
     "rms_norm": (rms_norm, {"x": (2, 3, 6), "weight": (6,), "weight_direction": (6,), "alpha": (2,)}),
