@@ -1,5 +1,6 @@
 """What the virtual engine knows of torch's calls: which read, view, cast, write or consume a parameter."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,11 @@ OPAQUE = frozenset(
 )
 
 
+# On the path of every torch call of every pass, of which there are thousands: each is looked at once.
+_looked_up = functools.lru_cache(maxsize=4096)
+
+
+@_looked_up
 def name_of(func: Any) -> str:
     """The call's name; a property's own name for reads, ``set.<name>`` for writes."""
     name = getattr(func, "__name__", "")
@@ -61,11 +67,13 @@ def name_of(func: Any) -> str:
     return str(name)
 
 
+@_looked_up
 def is_metadata(name: str) -> bool:
     """Whether the call tells shape, dtype or the like, or makes an unrelated tensor of that shape."""
     return name in _METADATA or name.startswith(("is_", "new_", "sym_")) or name.endswith("_like")
 
 
+@_looked_up
 def writes(name: str) -> bool:
     """Whether the call writes its first argument."""
     if name.startswith("__"):

@@ -73,7 +73,7 @@ class Tail:
 
         Memory: one element, and a copy of ``hidden`` where that is not contiguous.
         """
-        if not self.enabled or not _can_wait(hidden, weight):
+        if not self.enabled or _most_bytes(hidden, weight) <= HEAD_THRESHOLD or not _can_wait(hidden, weight):
             return None
         (vocabulary, width), dtype = weight.shape, product_dtype(hidden)
         layout = torch.empty(*hidden.shape[:-1], vocabulary, dtype=dtype, device="meta")
@@ -87,7 +87,7 @@ class Tail:
 
     def holds(self, *values: Any) -> bool:
         """Whether deferred logits are among the values; on the path of every torch call."""
-        return len(self._deferred) > 0 and bool(self._found(values))
+        return self.used and bool(self._found(values))
 
     def answer(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call on deferred logits.
@@ -116,7 +116,7 @@ class Tail:
 
     def before_write(self, written: Any) -> None:
         """Make the logits whose hidden states are about to be written."""
-        if len(self._deferred) == 0:
+        if not self.used:
             return
         pointers = {storage_pointer(tensor) for tensor in tensors_in(written)}
         heads = (logits.head for logits in self._deferred.values())
@@ -223,6 +223,12 @@ def cross_entropy_by_name(
         softcap=softcap,
         backend=backend,
     )
+
+
+def _most_bytes(hidden: Tensor, weight: Tensor) -> int:
+    """What a head may take at most: for nearly all products too little, which is told without a closer look."""
+    num_tokens = hidden.numel() // max(1, hidden.shape[-1] if hidden.dim() else 1)
+    return 4 * num_tokens * (len(weight) if weight.dim() else 1) + weight.nbytes
 
 
 def _can_wait(hidden: Tensor, weight: Tensor) -> bool:
