@@ -4,7 +4,6 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -133,7 +132,9 @@ def _kernels_work(device: torch.device) -> bool:
 
 
 def _triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in version("triton").split(".")[:2])
+    # Not that of the distribution, which has other names for ROCm and in nightly builds.
+    triton = importlib.import_module("triton")
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def _vmap_rule(operation: Callable[..., Tensor], stepped: Sequence[int]) -> Callable[..., tuple[Tensor, int]]:

@@ -231,6 +231,13 @@ def test_a_triton_that_does_not_work_is_said_once(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_a_triton_older_than_the_kernels_are_checked_with_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    with pytest.warns(sharpkern.KernelWarning, match=r"it is older than 3\.6"):
+        ops.form(randn(4), randn(4), ALPHA)
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
 def test_a_kernel_that_gives_wrong_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_launcher", lambda *_: lambda W, *_, **__: W.unsqueeze(0) + 1)
     W = randn(4)
