@@ -46,6 +46,8 @@ def define(
     name = full_name.split(".")[0]
     _LIBRARY.define(f"{arguments}{keywords}, str backend='auto') -> {result}")
     _LIBRARY.impl(full_name, _implementation(name, kernel, returns=result != "()"), "CompositeExplicitAutograd")
+    # No operation is differentiable: results of parameters belong to no graph, instead of to one that cannot be walked.
+    _LIBRARY.impl(full_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"sharpkern::{full_name}", fake, lib=_LIBRARY)
     if stepped:
         operation = getattr(torch.ops.sharpkern, name)
@@ -55,15 +57,20 @@ def define(
 def _implementation(name: str, kernel: str, *, returns: bool) -> Callable[..., Tensor | None]:
     in_torch = getattr(reference, name)
 
+    @torch.no_grad()
     def run(*operands: Any, backend: str = "auto", **options: Any) -> Tensor | None:
-        chosen = os.environ.get(VARIABLE, "auto") if backend == "auto" else backend
+        chosen = os.environ.get(VARIABLE) or "auto" if backend == "auto" else backend
         if chosen not in BACKENDS:
             source = "backend" if backend != "auto" else VARIABLE
             raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {chosen!r}; leave it out for auto")
+        device = _device_of(operands)
+        on_kernels = device is not None and has_kernels(device)
+        if chosen == "triton" and backend == "auto" and not on_kernels:
+            raise ValueError(f"{VARIABLE}=triton needs tensors on a GPU, got {name} on {device}; unset it")
         result = None
         if chosen == "triton":
             result = _launcher(name, kernel)(*operands, **options)
-        elif chosen == "torch" or not _kernels_take(operands):
+        elif chosen == "torch" or not on_kernels or not _kernels_work(device):
             result = in_torch(*operands, **options)
         else:
             try:
@@ -88,14 +95,14 @@ def _launcher(name: str, kernel: str) -> Callable[..., Tensor | None]:
     return launcher
 
 
-def _kernels_take(operands: Sequence[Any]) -> bool:
-    """Whether the first tensor among the operands is on a device where kernels run."""
+def _device_of(operands: Sequence[Any]) -> torch.device | None:
+    """The device of the first tensor among the operands, which the others have to share."""
     for operand in operands:
         if isinstance(operand, Tensor):
-            return has_kernels(operand.device) and _kernels_work(operand.device)
+            return operand.device
         if isinstance(operand, (list, tuple)) and operand:
-            return _kernels_take(operand)
-    return False
+            return _device_of(operand)
+    return None
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -161,9 +161,11 @@ def test_an_explicit_backend_never_falls_back() -> None:
 def test_the_environment_takes_the_place_of_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     W = randn(4)
     monkeypatch.setenv("SHARPKERN_BACKEND", "triton")
-    with pytest.raises(ValueError, match="dense CUDA tensor"):
+    with pytest.raises(ValueError, match="SHARPKERN_BACKEND=triton needs tensors on a GPU, got form on cpu; unset it"):
         ops.form(W, W, ALPHA)
     assert ops.form(W, W, ALPHA, backend="torch").shape == (3, 4)
+    monkeypatch.setenv("SHARPKERN_BACKEND", "")
+    assert ops.form(W, W, ALPHA).shape == (3, 4)
     monkeypatch.setenv("SHARPKERN_BACKEND", "tritn")
     with pytest.raises(ValueError, match="SHARPKERN_BACKEND must be one of auto, triton, torch, got 'tritn'"):
         ops.form(W, W, ALPHA)
@@ -261,6 +263,21 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
+
+
+def test_parameters_are_taken_as_they_are_and_results_belong_to_no_graph() -> None:
+    W, v = torch.nn.Parameter(randn(4, 3)), torch.nn.Parameter(randn(3))
+    for result in (
+        ops.form(W, W, ALPHA),
+        ops.form(W, W, ALPHA, out=torch.empty(3, 4, 3)),
+        ops.form_sgd(W, W, None, ALPHA),
+        ops.embedding(torch.tensor([1]), W, W, ALPHA),
+        ops.rms_norm(randn(3, 2, 3), v, v, ALPHA, eps=1e-5),
+        ops.reduce([W], [W], [W]),
+    ):
+        assert not result.requires_grad
+    ops.axpy_([W], [randn(4, 3)], [randn(4, 3)], ALPHA[:1])
+    assert W.requires_grad
 
 
 # The torch backend
