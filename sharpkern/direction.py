@@ -18,6 +18,11 @@ from sharpkern.updates.optimizer import optimizer_update
 from sharpkern.updates.placement import check_fit, checked_module, placed
 from sharpkern.updates.slots import check_gradient, check_parameter
 
+# Tensors whose |Δθ|² is taken again before a direction that is not in memory is used, and by how much it may differ:
+# less than any step that matters, more than another backend's roundings.
+_NUM_WITNESSES = 4
+_SAME = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -252,17 +257,17 @@ class Direction:
                 f"that are not (the first of shape {list(foreign[0].shape)}); measure the model that the direction or "
                 "its optimizer was made from"
             )
-        if self._versions != _state_of(self.sources):
-            raise ValueError(
-                "direction must hold what it was made with, got tensors written since (a backward, clipping or "
-                "zero_grad of its gradients, or the step itself); make the direction anew just before measuring, or "
-                "with resident=True where it is to outlive the step"
-            )
+        self._refuse_what_has_changed()
         return self
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Δθ of each parameter; where it is not resident, worked out anew at every access."""
+        """Δθ of each parameter; where it is not resident, worked out anew at every access.
+
+        Raises:
+            ValueError: if what it was made from was changed since.
+        """
+        self._refuse_what_has_changed()
         return tuple(source if isinstance(source, Tensor) else source.update() for source in self.sources)
 
     @property
@@ -294,6 +299,30 @@ class Direction:
             f"{name} = {value:.3g}" for name, value in (("slope", self.slope), ("lr", self.lr)) if value is not None
         ]
         return f"Direction({', '.join(facts)}{', by name' if self._names else ''})"
+
+    def _refuse_what_has_changed(self) -> None:
+        """Raise where Δθ is no longer what it was made as."""
+        if self._versions != _state_of(self.sources) or self._steps_have_changed():
+            raise ValueError(
+                "direction must hold what it was made with, got tensors written since (a backward, clipping or "
+                "zero_grad of its gradients, or the step itself); make the direction anew just before measuring, or "
+                "with resident=True where it is to outlive the step"
+            )
+
+    @torch.no_grad()
+    def _steps_have_changed(self) -> bool:
+        """Whether a step that Δθ is worked out of is another by now: fused optimizers write without being counted.
+
+        The smallest tensors are witnesses for all, since an optimizer steps all of them.
+        """
+        steps = [
+            (source, norm_sq)
+            for source, norm_sq in zip(self.sources, self._norms_sq, strict=True)
+            if isinstance(source, OptimizerStep) and norm_sq > 0
+        ]
+        witnesses = sorted(steps, key=lambda step: step[0].base.numel())[:_NUM_WITNESSES]
+        now = read([source.slope_and_norm()[1] for source, _ in witnesses])
+        return any(abs(new - norm_sq) > _SAME * norm_sq for new, (_, norm_sq) in zip(now, witnesses, strict=True))
 
     def _resolved(self, model: nn.Module) -> "Direction":
         """Return the direction with its names looked up in ``model``."""

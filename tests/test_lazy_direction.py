@@ -204,6 +204,39 @@ def test_it_is_refused_once_the_state_has_changed() -> None:
         sharpkern.critical_sharpness(model, loss_fn, lazy)
 
 
+UNCOUNTED: dict[str, tuple[int, Callable[[Any], torch.optim.Optimizer]]] = {
+    "fused AdamW": (1, lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)),
+    "fused SGD with momentum": (1, lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, fused=True)),
+    "the first step of AdamW": (0, lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)),
+    "SGD with decay": (0, lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_steps_that_autograd_does_not_count_are_noticed(name: str) -> None:
+    num_steps, make = UNCOUNTED[name]
+    model, loss_fn, _ = scene()
+    optimizer = make(model.parameters())
+    for _ in range(num_steps):
+        optimizer.step()
+    lazy = Direction.from_optimizer(optimizer, resident=False)
+    assert lazy.bind(model) is lazy
+    optimizer.step()
+    with pytest.raises(ValueError, match="written since"):
+        sharpkern.critical_sharpness(model, loss_fn, lazy)
+    with pytest.raises(ValueError, match="written since"):
+        _ = lazy.tensors
+
+
+def test_a_step_that_leaves_the_direction_as_it_is_does_not_matter() -> None:
+    model, _, _ = scene()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    resident, lazy = both(optimizer)
+    optimizer.step()
+    assert lazy.bind(model) is lazy
+    assert all(map(torch.equal, resident.tensors, lazy.tensors))
+
+
 def test_it_is_refused_once_the_gradient_is_zeroed_in_place() -> None:
     model, loss_fn, optimizer = scene()
     _, lazy = both(optimizer)
