@@ -21,6 +21,8 @@ from sharpkern.measurement import Measurement, Options
 from sharpkern.search import LineSearch, SearchMemory, SearchResult
 
 _RETAINED_FLOOR = 0.9
+# Relative difference of two losses that are the same but for float32 roundings.
+_SAME_LOSS = 2e-6
 
 
 def critical_sharpness(
@@ -54,7 +56,8 @@ def critical_sharpness(
         method: "auto", or "bisection" (doubling and bisection to 1/16, the published search).
         engine: "auto"; "virtual" computes with θ − ηΔθ without ever writing θ; "inplace" writes and restores θ. An
             engine that is named is used or raises; "auto" warns when it has to leave the virtual one.
-        base_loss: L(θ), if it is known already; saves one evaluation.
+        base_loss: L(θ), if it is known already; saves one evaluation, except where 16-bit arithmetic makes it differ
+            from what the engine, which computes losses in float32, compares the other losses with.
         certify: evaluate further until the bracket around η_c is closed to 2.5·rtol.
         noise: relative standard error of one loss; by default from the precision seen in the pass.
         max_forwards: most evaluations of ``loss_fn``, the base loss included.
@@ -171,9 +174,14 @@ class _Run:
         # A loss with dropout that is handed in is of other masks, each time anew.
         known = self._checks.base_agrees if given else self._checks.repeatable
         if not known and self._spare_forwards() > 2 and math.isfinite(self._base):
-            check_repeatable(self._base, engine.losses([0.0])[0], self._noise(), given=given)
+            again = engine.losses([0.0])[0]
+            check_repeatable(self._base, again, self._noise(), given=given)
             self._checks.repeatable = True
-            self._checks.base_agrees = given and not self._closure.random
+            if given:
+                # In 16 bits the engine computes more exactly than a training step: then its own base loss is needed.
+                same = abs(again - self._base) <= _SAME_LOSS * abs(again)
+                self._checks.base_agrees = same and not self._closure.random
+                self._base = again
         search = LineSearch(
             self._base,
             slope=slope,

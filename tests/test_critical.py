@@ -1,6 +1,7 @@
 """λ_c of losses whose critical learning rate is known."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from torch import nn
 
 import sharpkern
 from sharpkern import Direction
+from tests.cases import tokens
+from tests.models import GPT
 
 
 class Point(nn.Module):
@@ -175,3 +178,22 @@ def test_a_check_that_does_not_fit_into_memory_is_left_out_once(monkeypatch: pyt
         assert sharpkern.critical_sharpness(model, model, direction).sharpness == pytest.approx(2, rel=1e-2)
     # A second warning would be an error.
     assert sharpkern.critical_sharpness(model, model, direction).sharpness == pytest.approx(2, rel=1e-2)
+
+
+def test_a_known_base_loss_of_coarser_arithmetic_is_not_compared_with() -> None:
+    model = GPT(dropout=0.0).bfloat16()
+    x = tokens(batch=2)
+
+    def loss_fn() -> torch.Tensor:
+        return nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+    loss_fn().backward()
+    direction = Direction.from_gradients(model)
+    with torch.no_grad():
+        coarse = loss_fn()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sharpkern.RetainedWarning)
+        own = sharpkern.critical_sharpness(model, loss_fn, direction)
+        for _ in range(2):
+            given_ = sharpkern.critical_sharpness(model, loss_fn, direction, base_loss=coarse)
+            assert given_.base_loss == own.base_loss != float(coarse)
