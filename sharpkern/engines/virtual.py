@@ -340,7 +340,13 @@ class VirtualEngine:
         # Casts that an enclosing autocast keeps are of θ itself.
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(False)
-        return self._closure(_eagerly(StorageOracle(self._pairs, -eta)))
+        precision = self._closure.precision
+        seen = precision.loss_dtype
+        try:
+            return self._closure(_eagerly(StorageOracle(self._pairs, -eta)))
+        finally:
+            # Without the mode a 16-bit loss is not taken to float32: that says nothing of the engine's losses.
+            precision.loss_dtype = seen
 
     def close(self) -> None:
         """Nothing to put back: θ was not written."""
