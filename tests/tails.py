@@ -33,6 +33,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
 
     monkeypatch.setattr(tail, "cross_entropy_of_rows", spy)
     monkeypatch.setattr(tail, "HEAD_THRESHOLD", 0)
+    monkeypatch.setattr(tail, "HEAD_ROWS", 0)
     monkeypatch.setattr(head, "VOCABULARY_CHUNK", 48)
     return calls
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import sharpkern
 from sharpkern.engines import tail
 from sharpkern.engines.deferred import Head
+from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.tail import Tail
 from tests import tails
 from tests.cases import TORCH_CASES, TRANSFORMERS_CASES, Case, _hugging_face, _transformers, tokens
@@ -71,6 +72,20 @@ def test_the_threshold_counts_float32_logits_and_the_formed_head(taken: Taken, m
     monkeypatch.setattr(tail, "HEAD_THRESHOLD", size - 1)
     virtual_losses(model, loss)
     assert len(taken) == len(STEP_SIZES)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "deferred"), [(30_000, 8192, True), (29_568, 8192, False), (4096, 512, True), (4095, 512, False)]
+)
+def test_wide_layers_of_an_mlp_are_not_taken_for_heads(
+    rows: int, width: int, deferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "HEAD_THRESHOLD", 0)
+    # Their memory is not touched.
+    hidden, weight = torch.empty(1, 2, width), torch.empty(rows, width)
+    with torch.no_grad():
+        logits = Tail(LossPrecision()).defer(hidden, weight, lambda dtype: None, lambda: None)
+    assert (logits is not None) == deferred
 
 
 def test_a_whole_measurement(taken: Taken) -> None:

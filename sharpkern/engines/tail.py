@@ -26,6 +26,10 @@ from sharpkern.head import Rows, check_operands, cross_entropy_of_rows, product_
 # Logits are deferred where they in float32, and the formed weight of the head, take more bytes than this.
 HEAD_THRESHOLD = 256 * 2**20
 
+# A head has this many rows, or that many for each column. What is smaller is some other layer, whose results the very
+# next call would need.
+HEAD_ROWS, HEAD_RATIO = 30_000, 8
+
 # Answered by the placeholder; strides are those of the logits it stands for.
 _METADATA = frozenset(
     "shape size dim ndim ndimension numel nelement element_size itemsize nbytes dtype device layout get_device "
@@ -73,7 +77,7 @@ class Tail:
 
         Memory: one element, and a copy of ``hidden`` where that is not contiguous.
         """
-        if not self.enabled or _most_bytes(hidden, weight) <= HEAD_THRESHOLD or not _can_wait(hidden, weight):
+        if not self.enabled or not _may_be_large_head(hidden, weight) or not _can_wait(hidden, weight):
             return None
         (vocabulary, width), dtype = weight.shape, product_dtype(hidden)
         layout = torch.empty(*hidden.shape[:-1], vocabulary, dtype=dtype, device="meta")
@@ -225,10 +229,13 @@ def cross_entropy_by_name(
     )
 
 
-def _most_bytes(hidden: Tensor, weight: Tensor) -> int:
-    """What a head may take at most: for nearly all products too little, which is told without a closer look."""
-    num_tokens = hidden.numel() // max(1, hidden.shape[-1] if hidden.dim() else 1)
-    return 4 * num_tokens * (len(weight) if weight.dim() else 1) + weight.nbytes
+def _may_be_large_head(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether a product may be that of a large head: nearly none is, which is told without a closer look."""
+    if hidden.dim() == 0 or weight.dim() != 2:
+        return False
+    rows, width = weight.shape
+    num_tokens = hidden.numel() // max(1, hidden.shape[-1])
+    return rows >= min(HEAD_ROWS, HEAD_RATIO * width) and 4 * num_tokens * rows + weight.nbytes > HEAD_THRESHOLD
 
 
 def _can_wait(hidden: Tensor, weight: Tensor) -> bool:
@@ -239,7 +246,6 @@ def _can_wait(hidden: Tensor, weight: Tensor) -> bool:
         # Wrappers of torch.func have no memory, and tensors of inference mode no version.
         and all(storage_pointer(tensor) is not None for tensor in (hidden, weight))
         and not hidden.is_inference()
-        and weight.dim() == 2
         and hidden.shape[-1:] == weight.shape[1:]
         and product_dtype(hidden) == product_dtype(weight)
     )
