@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from sharpkern import ops
 from sharpkern.cli import app
-from sharpkern.cli.bench import machine, runner, table
+from sharpkern.cli.bench import machine, runner, table, views
 from sharpkern.cli.bench.environment import child_environment
 from sharpkern.cli.bench.judge import Trial, judge, poisoned
 from sharpkern.cli.bench.machine import Machine, Timing
@@ -79,6 +79,9 @@ def test_the_output_ends_with_the_table_and_what_was_left_out(sitting):
     assert "form 8 at once" in result.output
     assert "compiled: left out: needs a GPU" in result.output
     assert "No GPU: small sizes by plain torch" in result.output
+    said = " ".join(result.output.split())
+    assert re.search(r"Correctness against float64: \d+ calls of axpy_, form, .*; largest error 0\.", said)
+    assert ", 0 of them with other bits" in said
 
 
 def test_the_record_names_versions_and_neither_host_nor_paths(sitting):
@@ -110,18 +113,54 @@ def test_a_second_call_does_only_what_is_missing(sitting, tmp_path):
     assert cases[failed]["rows"]
 
 
+@pytest.fixture
+def known_machine(monkeypatch):
+    """No process is started to look at the machine."""
+    monkeypatch.setattr("sharpkern.cli.bench.environment.look_from_outside", lambda limit: dict(ENVIRONMENT))
+
+
+@pytest.mark.usefixtures("known_machine")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--section", "lineal"], "section must be one of ceilings, correctness, .* got 'lineal'"),
         (["--budget", 0], "should be greater than or equal to 1|is not in the range"),
+        (["--output", "."], "output must be a file, got the folder \\.; name one in it: bench.json"),
+        (
+            ["--output", "file/bench.json"],
+            "output must be a file that can be written, .*exists: file.*choose another name",
+        ),
     ],
 )
-def test_bad_arguments_are_refused(arguments, words, tmp_path):
-    result = invoke(*arguments, "--output", tmp_path / "never.json")
+def test_bad_arguments_are_refused(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    result = invoke("--output", "never.json", *arguments)
     assert result.exit_code == 2
-    assert re.search(words, re.sub(r"[\s│]+", " ", result.output))
-    assert not (tmp_path / "never.json").exists()
+    assert re.search(words, re.sub(r"[\s│]+", " ", result.output)), result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_an_interrupted_call_says_how_to_go_on(tmp_path, monkeypatch):
+    def listen(lanes, inbox, deadline, record):
+        (lane,) = lanes
+        while lane._begun is None:
+            lane.hear(inbox.get(timeout=60)[1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_listen", listen)
+    output = tmp_path / "bench.json"
+    result = invoke("--section", "ceilings", "--output", output)
+    assert result.exit_code == 130
+    assert f"Interrupted. What was found so far is in {output}; the same call goes on from there." in result.output
+    (record,) = json.loads(output.read_text())
+    ceilings = record["sections"]["ceilings"]
+    assert ceilings["status"] == "incomplete"
+    assert {name: case["status"] for name, case in ceilings["cases"].items()} == {
+        "copy": "interrupted",
+        "product": "not run",
+    }
 
 
 def test_the_limits_fit_into_ten_minutes():
@@ -515,15 +554,22 @@ def test_the_host_gets_ahead_of_the_gpu(host_seconds, cycles, monkeypatch):
     ],
 )
 def test_the_model_is_the_largest_that_fits(gigabytes, name, moments):
-    preset = fitting(SimpleNamespace(is_gpu=True, memory=gigabytes * 10**9))
+    preset = fitting(SimpleNamespace(is_gpu=True, memory=gigabytes * 10**9), quick=False)
     assert (preset.name, str(preset.moments)) == (name, f"torch.{moments}")
+
+
+def test_without_a_gpu_only_a_quick_sitting_has_a_model_too_small_to_judge_by():
+    small, tiny = (fitting(CPU.machine, quick=quick) for quick in (False, True))
+    assert (small.name, tiny.name) == ("small", "tiny")
+    assert tiny.num_parameters < 1e6 < 5e6 < small.num_parameters < 1e7
+    assert small.tokens >= 256
 
 
 def test_shares_are_held_against_their_targets():
     row = {"target": 0.92, "accept": 0.85}
-    assert [table.verdict({**row, "share": share}) for share in (0.93, 0.9, 0.8)] == ["reached", "accepted", "MISSED"]
-    assert table.verdict({"beyond_plain": 3, "most_beyond_plain": 2}) == "MISSED"
-    assert table.verdict({"share": 0.5}) == ""
+    assert [views.verdict({**row, "share": share}) for share in (0.93, 0.9, 0.8)] == ["reached", "accepted", "MISSED"]
+    assert views.verdict({"beyond_plain": 3, "most_beyond_plain": 2}) == "MISSED"
+    assert views.verdict({"share": 0.5}) == ""
 
 
 def done(*rows):
@@ -533,7 +579,16 @@ def done(*rows):
 def test_the_table_of_a_gpu(tmp_path, capsys):
     timing = {"median": 2e-3, "p20": 1e-3, "p80": 3e-3, "rounds": 5, "host": 1e-4}
     judged = {"target": 0.92, "accept": 0.85}
+    size = {"model": "7B", "parameters": 7_298_000_000, "tokens": 4096, "moments": "float32"}
     cases = {
+        "correctness": {
+            "axpy_": done({"operation": "axpy_", "error_of_budget": 0.25, "repeats": 100, "passed": True}),
+            "form": {
+                **done({"operation": "form", "error_of_budget": "inf", "repeats_with_other_bits": 3, "passed": False}),
+                "status": "wrong",
+            },
+            "linear_cross_entropy": done({"error": 2e-6, "tolerance": 1e-5, "passed": True}),
+        },
         "streaming": {
             "axpy": done(
                 {"variant": "triton", "share": 0.95, **judged, **timing},
@@ -544,21 +599,32 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
         },
         "head": {
             "T=4096": done(
-                {"variant": "chunked", "share": 0.7, "target": 0.74, "accept": 0.68, "allocated": 10**8, **timing}
+                {
+                    "variant": "chunked",
+                    "share": 0.7,
+                    "target": 0.74,
+                    "accept": 0.68,
+                    "allocated": 10**8,
+                    "vocabulary": 100352,
+                    "width": 4096,
+                    **timing,
+                }
             )
         },
         "model": {
+            "plain forward": done({"variant": "plain", "plain_ms": 94.0, **size, **timing, "median": 0.094}),
             "in place": done(
                 {"engine": "inplace", "sharpness": 12.5, "passed": True},
                 {
                     "variant": "inplace",
-                    "model": "7B",
+                    **size,
                     "ms_per_forward": 98.7,
+                    "plain_ms": 94.0,
                     "allocated": 15 * 10**9,
                     "reserved": 16 * 10**9,
                 },
             ),
-            "deep copy": done({"variant": "deep copy", "model": "7B", "outcome": "out of memory"}),
+            "deep copy": done({"variant": "deep copy", **size, "outcome": "out of memory"}),
         },
         "compiled": {"axpy": done({"kernel": "_axpy_kernel", "registers": 34, "spills": 0, "shared": 0, "warps": 8})},
         "ceilings": {
@@ -575,16 +641,41 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
     for words in (
         r"axpy +triton +2\.000 +0\.100 +0\.950 +0\.010 +0\.310 +0\.92 \(0\.85\) +reached",
         r"T=4096: chunked +2\.00 +0\.700 +0\.10 +0\.74 \(0\.68\) +accepted",
-        r"7B: in place +98\.7 +15\.00 +16\.00 +12\.5",
+        r"LM head and cross-entropy: vocabulary 100352, width 4096",
+        r"Whole model: 7B of 7\.30 billion parameters, 4096 tokens, AdamW moments in float32\n",
+        r"7B: plain +94\.0 +1\.00",
+        r"7B: in place +98\.7 +1\.05 +15\.00 +16\.00 +12\.5",
         r"7B: deep copy +out of memory",
         r"axpy: _axpy_kernel +34 +0 +0 +8",
-        r"copy: 4300 GB/s",
-        r"product: 790\.0 TFLOP/s",
+        r"\(c0ffee\)\nCeilings: copy 4300 GB/s, product 790 TFLOP/s\n",
+        r"  ± run: how far",
         r"  reduce: BLOCKED: not timed",
         r"linear: not run, 0 of 0 cases",
     ):
         assert re.search(words, said), (words, said)
+    judged = "3 calls of axpy_, form, linear_cross_entropy; largest error inf of its budget, by form; 100 repeats, 3 of"
+    assert judged in " ".join(said.split())
+    # No row has such a figure.
+    assert "beyond plain GB" not in said
     assert max(map(len, said.splitlines())) <= table.WIDTH
+
+
+def test_columns_that_nothing_fills_are_left_out():
+    view = views.View(["kernel", "host ms", "ms"], [["axpy", "", "1"], ["form", "", ""]], "about")
+    assert view.filled() == views.View(["kernel", "ms"], [["axpy", "1"], ["form", ""]], "about")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.07123, "0.0712"), (1.0, "1.00"), (34.56, "34.6"), (4300.4, "4300"), (0.0, "0")]
+)
+def test_numbers_have_three_digits(value, said):
+    assert views.significant(value) == said
+
+
+def test_a_model_too_small_for_its_calls_is_said_to_be():
+    size = {"variant": "plain", "model": "tiny", "tokens": 64, "moments": "float32", "median": 1e-3}
+    about = [views.model({"plain forward": [{**size, "parameters": 10**n}]}).about for n in (5, 7)]
+    assert [text.endswith("fixed costs per call dominate") for text in about] == [True, False]
 
 
 def test_workers_import_what_this_process_can(monkeypatch, tmp_path):

@@ -45,8 +45,8 @@ def command(
         commit: recorded where git does not know.
 
     Raises:
-        BadParameter: if a section is unknown or the file holds something else.
-        Exit: with code 1 where a case crashed, hung, failed or was wrong.
+        BadParameter: if a section is unknown, or the output is a folder, holds something else or cannot be written.
+        Exit: with code 1 where a case crashed, hung, failed or was wrong, and 130 on Ctrl-C.
     """
     started = time.monotonic()
     # Workers import this package too, and need none of this.
@@ -59,15 +59,24 @@ def command(
         environment = look_from_outside(min(_LOOK, budget))
         environment["commit"] = environment["commit"] or commit
         record = Record(output, environment, quick)
+        # What cannot be written is better known before anything is measured.
+        record.save()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    except OSError as error:
+        said = f"output must be a file that can be written, got {output}"
+        raise typer.BadParameter(f"{said} ({error.strerror}: {error.filename}); choose another name") from error
     except RuntimeError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
     if environment["gpu"] is None:
         typer.echo("No GPU: small sizes by plain torch, and the sections that need a GPU are left out.", err=True)
     budget -= time.monotonic() - started
-    runner.run(record, sections, quick=quick, budget=budget, tell=lambda line: typer.echo(line, err=True))
+    try:
+        runner.run(record, sections, quick=quick, budget=budget, tell=lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. What was found so far is in {output}; the same call goes on from there.", err=True)
+        raise typer.Exit(130) from None
     table.show(record, sections)
     typer.echo(f"Wrote {output}.")
     if any(record.sections[one.name]["status"] == INCOMPLETE for one in sections):

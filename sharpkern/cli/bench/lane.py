@@ -133,15 +133,20 @@ class Lane:
             self._timed_out = True
             self._kill()
 
-    def stop(self) -> None:
-        """End the worker for good; the case that it was at counts as timed out."""
+    def stop(self, status: str, error: str | None) -> None:
+        """End the worker for good.
+
+        Args:
+            status: of the case that it was at.
+            error: why, in words, where the status does not say it.
+        """
         if self.running:
             self.running = False
             self._kill()
             self._process.wait()
             self._stderr.close()
             if self._begun is not None:
-                self._close(TIMEOUT, "the section's time was up")
+                self._close(status, error)
 
     def _kill(self) -> None:
         # It may just have ended by itself.

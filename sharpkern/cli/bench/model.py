@@ -1,6 +1,7 @@
 """One measurement of a large model by each engine: λ_c, time per forward pass, and peak memory."""
 
 import copy
+import statistics
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -27,7 +28,7 @@ def cases(bench: Bench) -> dict[str, Case]:
     @cache
     def scene() -> Scene:
         bench.require("form", "form_adam", "adam_sums", "reduce", "axpy_", "embedding", "linear_cross_entropy")
-        return Scene(bench.machine, fitting(bench.machine))
+        return Scene(bench.machine, fitting(bench.machine, bench.quick))
 
     return {
         "plain forward": lambda: _plain(scene()),
@@ -50,8 +51,9 @@ def _plain(scene: Scene) -> Iterator[Json]:
     peaks = {name: scene.machine.peak(call) for name, call in calls.items()}
     seconds = 1.5 if scene.machine.is_gpu else 0.2
     timings = scene.machine.time({name: each_call(call) for name, call in calls.items()}, seconds)
+    plain_ms = 1e3 * timings["plain"].median
     for name, timing in timings.items():
-        yield {"variant": name, **scene.about(), **_peak_fields(peaks[name]), **timing.to_json()}
+        yield {"variant": name, "plain_ms": plain_ms, **scene.about(), **_peak_fields(peaks[name]), **timing.to_json()}
 
 
 def _first(scene: Scene) -> Iterator[Json]:
@@ -74,20 +76,23 @@ def _engine(scene: Scene, engine: str, *, resident: bool) -> Iterator[Json]:
         scene.measure(engine, direction, scene.start)
         plain_peak = machine.peak(scene.chunked_loss)
         peak = machine.peak(lambda: scene.measure(engine, direction, scene.start))
-        repeats = [scene.measure(engine, direction, scene.start) for _ in range(_REPEATS)]
+        # In turns, so that clocks and other load meet both alike.
+        turns = [(_plain_ms(scene), scene.measure(engine, direction, scene.start)) for _ in range(_REPEATS)]
     except torch.OutOfMemoryError:
         yield {"variant": engine, "outcome": "out of memory", **scene.about()}
         return
-    yield {"engine": engine, **_agreement(scene, engine, direction), **_measured_fields(repeats[0])}
-    per_forward = sorted(1e3 * m.seconds / m.forwards for m in repeats)
+    plain_ms, measurements = zip(*turns, strict=True)
+    yield {"engine": engine, **_agreement(scene, engine, direction), **_measured_fields(measurements[0])}
+    per_forward = sorted(1e3 * m.seconds / m.forwards for m in measurements)
     row: Json = {
         "variant": engine,
         "direction_in_memory": resident,
         "direction_bytes": direction.nbytes,
         "direction_ms": 1e3 * seconds_for_direction,
-        "ms_per_forward": per_forward[_REPEATS // 2],
+        "ms_per_forward": statistics.median(per_forward),
         "ms_per_forward_range": [per_forward[0], per_forward[-1]],
-        "forwards": repeats[0].forwards,
+        "plain_ms": statistics.median(plain_ms),
+        "forwards": measurements[0].forwards,
         **_peak_fields(peak),
         **scene.about(),
     }
@@ -96,6 +101,14 @@ def _engine(scene: Scene, engine: str, *, resident: bool) -> Iterator[Json]:
         if engine == "virtual" and not resident:
             row["most_beyond_plain"] = _BEYOND_PLAIN
     yield row
+
+
+def _plain_ms(scene: Scene) -> float:
+    """Return the milliseconds of a plain forward pass that is waited for, as those of a measurement are."""
+    scene.machine.synchronize()
+    started = time.perf_counter()
+    float(scene.loss())
+    return 1e3 * (time.perf_counter() - started)
 
 
 def _agreement(scene: Scene, engine: str, direction: sharpkern.Direction) -> Json:
@@ -137,7 +150,8 @@ def _deep_copy(scene: Scene) -> Iterator[Json]:
 
         peak = machine.peak(evaluate)
         loss = float(evaluate())
-        timing = machine.time({"deep copy": each_call(evaluate)}, 1.0 if machine.is_gpu else 0.1)
+        variants = {"deep copy": each_call(evaluate), "plain": each_call(scene.loss)}
+        timings = machine.time(variants, 1.5 if machine.is_gpu else 0.2)
     except torch.OutOfMemoryError:
         yield {"variant": "deep copy", "outcome": "out of memory", **scene.about()}
         return
@@ -145,8 +159,8 @@ def _deep_copy(scene: Scene) -> Iterator[Json]:
     passed = difference <= _SAME_LOSS[scene.preset.dtype]
     yield {"compared": ["deep copy", "virtual"], "step_size": eta, "difference": difference, "passed": passed}
     fields = {"direction_bytes": direction.nbytes, **_peak_fields(peak), **scene.about()}
-    median = 1e3 * timing["deep copy"].median
-    yield {"variant": "deep copy", "ms_per_forward": median, **fields, **timing["deep copy"].to_json()}
+    plain_ms = 1e3 * timings["plain"].median
+    yield {"variant": "deep copy", "plain_ms": plain_ms, **fields, **timings["deep copy"].to_json()}
 
 
 def _peak_fields(peak: Peak | None) -> Json:

@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 # How a case can end. Only those that are done are kept when a sitting is continued.
 DONE, WRONG, FAILED, CRASHED = "done", "wrong", "failed", "crashed"
-TIMEOUT, BLOCKED, NOT_RUN = "timeout", "blocked", "not run"
+TIMEOUT, INTERRUPTED, BLOCKED, NOT_RUN = "timeout", "interrupted", "blocked", "not run"
 # How a section can stand besides "done": cases are missing or failed, it is under way, or it needs another machine.
 INCOMPLETE, RUNNING, LEFT_OUT = "incomplete", "running", "left out"
 
@@ -32,6 +32,9 @@ class Record:
         path: the file; made on the first `save` if it is not there.
         environment: from `environment.look`.
         quick: whether the sitting is a quick one.
+
+    Raises:
+        ValueError: if the path is a folder or the file holds something else.
 
     Attributes:
         sections: {section: {"status", "seconds", "cases": {case: {"status", "seconds", "rows", "error"}}}}.
@@ -102,8 +105,10 @@ def _read(path: Path) -> list[Json]:
     """Return the sittings in a file.
 
     Raises:
-        ValueError: if the file is something else, which must not be overwritten.
+        ValueError: if it is a folder, or the file is something else, which must not be overwritten.
     """
+    if path.is_dir():
+        raise ValueError(f"output must be a file, got the folder {path}; name one in it: {path / 'bench.json'}")
     if not path.exists():
         return []
     try:

@@ -7,7 +7,17 @@ from collections.abc import Callable, Sequence
 
 from sharpkern.cli.bench.lane import Inbox, Lane
 from sharpkern.cli.bench.plan import GATE, Section
-from sharpkern.cli.bench.record import DONE, INCOMPLETE, LEFT_OUT, NOT_RUN, RUNNING, Json, Record
+from sharpkern.cli.bench.record import (
+    DONE,
+    INCOMPLETE,
+    INTERRUPTED,
+    LEFT_OUT,
+    NOT_RUN,
+    RUNNING,
+    TIMEOUT,
+    Json,
+    Record,
+)
 from sharpkern.cli.bench.worker import Job
 
 # Seconds between two looks at the clock, and between two writes of the record while rows come in.
@@ -56,16 +66,19 @@ def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, li
         return
     inbox: Inbox = queue.Queue()
     lanes: list[Lane] = []
+    # Until the clock has ended it, whatever ends it does so from outside: Ctrl-C.
+    ended: tuple[str, str | None] = INTERRUPTED, None
     try:
         num_lanes = max(1, min(section.lanes, (os.cpu_count() or 1) // 2)) if gpu else 1
         for i in range(num_lanes):
             job = Job(section.module, quick, "cuda:0" if gpu else "cpu", record.done(GATE), (i, num_lanes), done)
             lanes.append(Lane(job, section.patience, cases, inbox))
         _listen(lanes, inbox, started + limit, record)
+        ended = TIMEOUT, "the section's time was up"
     finally:
         # Also on Ctrl-C: no process outlives the bench.
         for lane in lanes:
-            lane.stop()
+            lane.stop(*ended)
         errors = [lane.error for lane in lanes if lane.error]
         complete = bool(cases) and all(case["status"] == DONE for case in cases.values()) and not errors
         entry |= {"status": DONE if complete else INCOMPLETE, "seconds": round(time.monotonic() - started, 1)}

@@ -66,10 +66,13 @@ class Preset:
         return per_parameter * self.num_parameters + 10 * self.tokens * self.vocabulary
 
 
-def presets(machine: Machine) -> Iterator[Preset]:
+def presets(machine: Machine, quick: bool) -> Iterator[Preset]:
     """Yield what could be measured on a machine, the best first and the last without regard to memory."""
     if not machine.is_gpu:
-        yield Preset("tiny", 64, 256, 2, 4, 512, tokens=64, dtype=torch.float32)
+        tiny = Preset("tiny", 64, 256, 2, 4, 512, tokens=64, dtype=torch.float32)
+        # Enough of both that matrix products count for more than calls, and these for more than forming weights.
+        small = Preset("small", 256, 704, 4, 4, 4096, tokens=1024, dtype=torch.float32)
+        yield tiny if quick else small
         return
     sizes = (
         ("7B", 4096, 11008, 32, 32, 100352),
@@ -80,9 +83,9 @@ def presets(machine: Machine) -> Iterator[Preset]:
         yield Preset(*size, moments=moments)
 
 
-def fitting(machine: Machine) -> Preset:
-    """Return the largest preset that fits the memory that is free."""
-    candidates = list(presets(machine))
+def fitting(machine: Machine, quick: bool) -> Preset:
+    """Return the largest preset that fits the memory that is free; on a CPU one of two, by ``quick``."""
+    candidates = list(presets(machine, quick))
     room = _USABLE * machine.memory
     return next((preset for preset in candidates if preset.nbytes <= room), candidates[-1])
 
