@@ -91,9 +91,10 @@ def check_alpha(alpha: Tensor, like: Tensor) -> int:
     if alpha.device != like.device:
         raise ValueError(f"alpha must be on {like.device}, got {alpha.device}; move it there")
     if alpha.dim() != 1 or not 1 <= alpha.numel() <= MAX_STEP_SIZES or not alpha.is_contiguous():
+        remedy = "call once per part" if alpha.numel() else "pass one step size at least"
         raise ValueError(
             f"alpha must be a contiguous vector of 1 to {MAX_STEP_SIZES} step sizes, got shape {list(alpha.shape)}; "
-            "call once per part"
+            f"{remedy}"
         )
     return alpha.numel()
 

@@ -6,6 +6,8 @@ operands. The full perturbed table is never formed. Arithmetic is fp32 with one 
 Source: Kalra et al. 2026, Def. 2.1 (W − ηΔθ at every probe of the line search).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -78,6 +80,9 @@ def embedding(indices: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: to
     config = choose(_CONFIGS, W, length)
     programs = grid(indices.numel() * triton.cdiv(length, config.block), config)
     out = torch.empty(num_steps, *indices.shape, length, dtype=dtype, device=W.device)
+    if num_rows == 0:
+        # The kernel reads row 0 for an index that is not there.
+        return out.fill_(math.nan)
     if out.numel() == 0:
         return out
     with on_device(W):

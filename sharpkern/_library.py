@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sharpkern import reference
 from sharpkern.errors import KernelWarning, warn
@@ -48,7 +49,7 @@ def define(
     _LIBRARY.impl(full_name, _implementation(name, kernel, returns=result != "()"), "CompositeExplicitAutograd")
     # No operation is differentiable: results of parameters belong to no graph, instead of to one that cannot be walked.
     _LIBRARY.impl(full_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"sharpkern::{full_name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"sharpkern::{full_name}", _on_one_device(fake), lib=_LIBRARY)
     if stepped:
         operation = getattr(torch.ops.sharpkern, name)
         torch.library.register_vmap(f"sharpkern::{full_name}", _vmap_rule(operation, stepped), lib=_LIBRARY)
@@ -80,6 +81,21 @@ def _implementation(name: str, kernel: str, *, returns: bool) -> Callable[..., T
                     raise
                 result = in_torch(*operands, **options)
         return result if returns else None
+
+    return run
+
+
+def _on_one_device(fake: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """The fake of operands that share a device: torch takes it for real ones too where one of them is on meta."""
+
+    def run(*operands: Any, **options: Any) -> Tensor | None:
+        leaves = tree_leaves((operands, options))
+        devices = dict.fromkeys(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        if len(devices) > 1:
+            raise ValueError(
+                f"all operands must be on one device, got {', '.join(map(str, devices))}; move them to one device"
+            )
+        return fake(*operands, **options)
 
     return run
 

@@ -9,6 +9,7 @@ the vocabulary takes 4 per token and row of a chunk.
 Source: Milakov and Gimelshein 2018 (online normaliser of softmax).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def linear_cross_entropy(
         labels: [...], int64 or int32, already shifted.
         ignore_index: label of tokens that do not count.
         reduction: "mean" over the tokens that count, or "sum".
-        softcap: c of the cap c·tanh(z/c) on the logits, or None.
+        softcap: c of the cap c·tanh(z/c) on the logits, positive and finite, or None.
         backend: of the softmax statistics, "auto", "triton" or "torch"; see `sharpkern.ops`.
 
     Returns:
@@ -112,6 +113,8 @@ def cross_entropy_of_rows(
     backend: Backend = "auto",
 ) -> Tensor:
     """`linear_cross_entropy` of a weight that exists one chunk at a time. Not differentiable.
+
+    Factors are not checked here: see `check_operands`.
 
     Args:
         hidden: [T, C], in the product's dtype.
@@ -333,8 +336,9 @@ def check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: st
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}; leave it out for 'mean'")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}; leave it out for none")
+    if softcap is not None and not 0 < softcap < math.inf:
+        rule = "finite" if softcap == math.inf else "positive"
+        raise ValueError(f"softcap must be {rule}, got {softcap}; leave it out for none")
 
 
 def _check_range(task: _Task, vocabulary: int) -> None:

@@ -6,6 +6,14 @@ everywhere else. ``"triton"`` and ``"torch"`` are used or raise. Triton is impor
 Step sizes come as a tensor ``alpha`` [K] of signed steps (−η along an update): float32, or float64 with operands of
 float64. Results have K in front. No operation is differentiable, none reads a tensor back to the host on a GPU, and
 none is timed or tuned while it runs.
+
+Both backends refuse, before anything is written, operands that are not dense and floating on one device, shapes that do
+not belong together, and outputs that overlap themselves or other operands. The kernels have limits of their own, beyond
+which "auto" goes to torch: 1 to 16 step sizes, rows of norms up to 16384, chunks of logits up to 4096 columns, float32,
+float16 and bfloat16, operands of one parameter with equal strides and no gaps, no output in the place of an operand.
+
+Triton's interpreter (``TRITON_INTERPRET=1``) runs the kernels on CPU tensors, for their logic: it truncates what it
+stores to bfloat16, where a GPU rounds to nearest.
 """
 
 from collections.abc import Sequence
@@ -34,6 +42,13 @@ _SGD = f"Tensor theta, Tensor grad, Tensor? momentum_buffer, Tensor? alpha, *, {
 
 def _formed(like: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     return empty_steps(like, 1 if alpha is None else alpha.numel(), dtype or like.dtype)
+
+
+def _vector(alpha: Tensor) -> Tensor:
+    """Return the step sizes if they are a tensor: torch would print the whole schema instead."""
+    if not isinstance(alpha, Tensor):
+        raise TypeError(f"alpha must be a tensor, got {type(alpha).__name__}; pass torch.tensor([...]) on the device")
+    return alpha
 
 
 def _summed(theta: Tensor, *_: object, **__: object) -> Tensor:
@@ -126,7 +141,7 @@ def axpy_(
 
     Raises:
         TypeError: if a dtype does not fit.
-        ValueError: if a shape or device does not fit, or an output overlaps another operand.
+        ValueError: if a shape or device does not fit, or an output overlaps itself or another operand.
 
     Memory:
         On a GPU 32 bytes per tensor and 8 per 64 Ki elements.
@@ -134,7 +149,7 @@ def axpy_(
     Determinism:
         Elementwise; rounded once, and θ₀ bit for bit where α = 0 and the dtypes agree.
     """
-    _ops.axpy_(list(theta), list(base), list(delta), alpha, backend=backend)
+    _ops.axpy_(list(theta), list(base), list(delta), _vector(alpha), backend=backend)
 
 
 def form(
@@ -155,7 +170,7 @@ def form(
         alpha: signed steps, [K].
         dtype: of the result; that of ``W`` by default. Ignored when ``out`` is given.
         seed: rounds stochastically to bfloat16, 0 ≤ seed < 2³¹, with the same random numbers for every k.
-        out: written and returned if given, [K, *W.shape].
+        out: written and returned if given, [K, *W.shape]. With one step it may be W or D itself, by torch.
         backend: see the module.
 
     Returns:
@@ -163,8 +178,8 @@ def form(
         bit for bit, if the dtype is that of ``W``.
 
     Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a shape or device does not fit.
+        TypeError: if a dtype does not fit, or a seed is given for a result that is not bfloat16.
+        ValueError: if a shape, device or seed does not fit, or ``out`` overlaps itself or another operand.
 
     Memory:
         The result; where torch has to widen a dtype on the way, 0.5 MiB on the CPU and 32 MiB elsewhere.
@@ -172,6 +187,7 @@ def form(
     Determinism:
         Elementwise; the same bits on every run.
     """
+    alpha = _vector(alpha)
     if out is None:
         result: Tensor = _ops.form(W, D, alpha, dtype=dtype, seed=seed, backend=backend)
         return result
@@ -221,7 +237,7 @@ def form_adam(
         grad_factor: what the gradient is multiplied by first: one over the loss scale, negative to maximize.
         rate: what Δθ is multiplied by: the group's learning rate over that of the reference group.
         dtype: of the result; that of ``theta`` by default. Ignored when ``out`` is given.
-        out: written and returned if given, [K, *theta.shape].
+        out: written and returned if given, [K, *theta.shape]. With one step it may be an operand itself, by torch.
         backend: see the module.
 
     Returns:
@@ -229,7 +245,8 @@ def form_adam(
 
     Raises:
         TypeError: if a dtype does not fit.
-        ValueError: if a shape or device does not fit.
+        ValueError: if a shape or device does not fit, ``out`` overlaps itself or another operand, a number is not
+            finite or a correction not positive, or one moment alone, or neither moments nor gradient, are given.
 
     Memory:
         The result; with the torch backend a few chunks of at most 32 MiB.
@@ -237,7 +254,7 @@ def form_adam(
     Determinism:
         Elementwise; the same bits on every run.
     """
-    operands = (theta, grad, exp_avg, exp_avg_sq, alpha)
+    operands = (theta, grad, exp_avg, exp_avg_sq, None if alpha is None else _vector(alpha))
     options = {
         "max_exp_avg_sq": max_exp_avg_sq,
         "beta1": beta1,
@@ -290,15 +307,16 @@ def form_sgd(
         grad_factor: what the gradient is multiplied by first: one over the loss scale, negative to maximize.
         rate: what Δθ is multiplied by: the group's learning rate over that of the reference group.
         dtype: of the result; that of ``theta`` by default. Ignored when ``out`` is given.
-        out: written and returned if given, [K, *theta.shape].
+        out: written and returned if given, [K, *theta.shape]. With one step it may be an operand itself, by torch.
         backend: see the module.
 
     Returns:
         Tensor: [K, *theta.shape].
 
     Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a shape or device does not fit.
+        TypeError: if a dtype does not fit, or there is no gradient.
+        ValueError: if a shape or device does not fit, ``out`` overlaps itself or another operand, or a number is not
+            finite.
 
     Memory:
         The result; with the torch backend a few chunks of at most 32 MiB.
@@ -306,7 +324,7 @@ def form_sgd(
     Determinism:
         Elementwise; the same bits on every run.
     """
-    operands = (theta, grad, momentum_buffer, alpha)
+    operands = (theta, grad, momentum_buffer, None if alpha is None else _vector(alpha))
     options = {
         "weight_decay": weight_decay,
         "momentum": momentum,
@@ -349,8 +367,9 @@ def adam_sums(
         Tensor: [2] float64 on the device, summed in float64 over Δθ in float32 or wider.
 
     Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a shape or device does not fit.
+        TypeError: if a dtype does not fit, or there is no gradient.
+        ValueError: if a shape or device does not fit, a number is not finite or a correction not positive, or one
+            moment alone is given.
 
     Memory:
         On a GPU at most 16 bytes per 8 Ki elements (2 Ki in tensors below 4 M); with the torch backend a few chunks of
@@ -381,8 +400,8 @@ def sgd_sums(
         Tensor: [2] float64 on the device, summed in float64 over Δθ in float32 or wider.
 
     Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a shape or device does not fit.
+        TypeError: if a dtype does not fit, or there is no gradient.
+        ValueError: if a shape or device does not fit, or a number is not finite.
 
     Memory:
         As `adam_sums`.
@@ -436,7 +455,7 @@ def embedding(
 
     Args:
         indices: rows to take, any shape, int64 or int32.
-        W: the table, [V, C].
+        W: the table, [V, C]; V may be 0.
         D: the direction, [V, C].
         alpha: signed steps, [K].
         dtype: of the result; that of ``W`` by default.
@@ -455,7 +474,7 @@ def embedding(
     Determinism:
         Elementwise; the same bits on every run.
     """
-    rows: Tensor = _ops.embedding(indices, W, D, alpha, dtype=dtype, backend=backend)
+    rows: Tensor = _ops.embedding(indices, W, D, _vector(alpha), dtype=dtype, backend=backend)
     return rows
 
 
@@ -493,7 +512,7 @@ def rms_norm(
     Determinism:
         Fixed order of additions; the same bits on every run.
     """
-    y: Tensor = _ops.rms_norm(x, weight, weight_direction, alpha, eps=eps, dtype=dtype, backend=backend)
+    y: Tensor = _ops.rms_norm(x, weight, weight_direction, _vector(alpha), eps=eps, dtype=dtype, backend=backend)
     return y
 
 
@@ -516,7 +535,7 @@ def layer_norm(
         weight: W, [C].
         weight_direction: D, [C]; None if the weight does not move.
         bias: b, [C]; None if there is none.
-        bias_direction: d, [C]; None if the bias does not move.
+        bias_direction: d, [C]; None if the bias does not move or there is none.
         alpha: signed steps, [K].
         eps: added to the variance.
         dtype: of the result; that of ``x`` by default.
@@ -536,7 +555,7 @@ def layer_norm(
         Fixed order of additions; the same bits on every run.
     """
     vectors = (weight, weight_direction, bias, bias_direction)
-    y: Tensor = _ops.layer_norm(x, *vectors, alpha, eps=eps, dtype=dtype, backend=backend)
+    y: Tensor = _ops.layer_norm(x, *vectors, _vector(alpha), eps=eps, dtype=dtype, backend=backend)
     return y
 
 
@@ -557,15 +576,15 @@ def online_cross_entropy_(
         maximum: largest logit so far, [T] float32 (float64 by torch alone), −inf at the start; written.
         total: Σ exp(logit − maximum) so far, likewise, 0 at the start; written.
         target: logit of the label, likewise, NaN until its chunk comes by; written.
-        logits: of this chunk, [T, v], likewise.
+        logits: of this chunk, [T, v], likewise; nothing happens where v is 0.
         labels: [T], int64 or int32.
         first: which entry of the vocabulary the chunk begins with.
-        softcap: c of the cap c·tanh(z/c) on the logits, or None.
+        softcap: c of the cap c·tanh(z/c) on the logits, positive and finite, or None.
         backend: see the module.
 
     Raises:
         TypeError: if a dtype does not fit.
-        ValueError: if a shape or device does not fit.
+        ValueError: if a shape, device or number does not fit, or a written tensor overlaps itself or another.
 
     Memory:
         None on a GPU; with the torch backend up to two more of the chunk.

@@ -1,15 +1,18 @@
 """Every operation of `sharpkern.ops` in plain torch: for any device and floating dtype, float64 included.
 
 What the Triton kernels are held against, and what runs where they do not. Arithmetic is in the widest of the operands'
-dtypes and at least float32, results are rounded once. Arguments and results are those of the kernels' launchers.
+dtypes and at least float32, results are rounded once. Arguments and results are those of the kernels' launchers, and
+what those refuse for every device is refused here before anything is written.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sharpkern import _checks
 
 # Elements worked on at a time. On the CPU they should stay in the cache, which is up to ten times faster; elsewhere a
 # launch should be worth its while.
@@ -32,6 +35,13 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def axpy_(theta: Sequence[Tensor], base: Sequence[Tensor], delta: Sequence[Tensor], alpha: Tensor) -> None:
     """Write θ ← θ₀ + αΔθ into every tensor; ``alpha`` is [1]."""
+    _checks.check_lists(theta=theta, base=base, delta=delta)
+    if not theta:
+        return
+    if _checks.check_alpha(alpha, theta[0].device) != 1:
+        raise ValueError(f"alpha must hold one step size, got {alpha.numel()}; call once per step size")
+    written = {f"theta[{index}]": target for index, target in enumerate(theta)}
+    _checks.check_no_overlap(written, [*base, *delta, alpha])
     for target, start, move in zip(theta, base, delta, strict=True):
         form(start, move, alpha, out=target.unsqueeze(0))
 
@@ -46,8 +56,10 @@ def form(
     out: Tensor | None = None,
 ) -> Tensor:
     """Return W + α_k D, [K, *W.shape]."""
-    _check_shapes(W=W, D=D)
-    out = _output(out, W, len(alpha), dtype)
+    _checks.check_alike(W=W, D=D)
+    num_steps = _checks.check_alpha(alpha, W.device)
+    out = _output(out, W, num_steps, dtype, (W, D, alpha))
+    _checks.check_seed(seed, out.dtype)
     if seed is not None:
         _form_stochastically(W, D, alpha, seed, out)
         return out
@@ -86,7 +98,8 @@ def form_adam(
     The order of operations is that of torch's own step.
     """
     update = _adam(beta1, beta2, correction1, correction2, eps, weight_decay, decoupled, grad_factor)
-    return _form_from(update, (theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq), alpha, rate, dtype, out)
+    operands = _adam_operands(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+    return _form_from(update, operands, alpha, rate, dtype, out)
 
 
 def form_sgd(
@@ -109,7 +122,7 @@ def form_sgd(
     The order of operations is that of torch's own step.
     """
     update = _sgd(weight_decay, momentum, dampening, nesterov, grad_factor)
-    return _form_from(update, (theta, grad, momentum_buffer), alpha, rate, dtype, out)
+    return _form_from(update, _sgd_operands(theta, grad, momentum_buffer), alpha, rate, dtype, out)
 
 
 def adam_sums(
@@ -130,8 +143,9 @@ def adam_sums(
     rate: float = 1.0,
 ) -> Tensor:
     """Return Δθᵀg and |Δθ|², [2] float64: Δθ as `form_adam` works it out, g the gradient as it is stored."""
+    _check_has_gradient(grad)
     update = _adam(beta1, beta2, correction1, correction2, eps, weight_decay, decoupled, grad_factor)
-    return _sum_from(update, (theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq), rate)
+    return _sum_from(update, _adam_operands(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq), rate)
 
 
 def sgd_sums(
@@ -147,12 +161,14 @@ def sgd_sums(
     rate: float = 1.0,
 ) -> Tensor:
     """Return Δθᵀg and |Δθ|², [2] float64: Δθ as `form_sgd` works it out, g the gradient as it is stored."""
+    _check_has_gradient(grad)
     update = _sgd(weight_decay, momentum, dampening, nesterov, grad_factor)
-    return _sum_from(update, (theta, grad, momentum_buffer), rate)
+    return _sum_from(update, _sgd_operands(theta, grad, momentum_buffer), rate)
 
 
 def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
     """Return Δθᵀg, |Δθ|², |θ|² and |g|² of every tensor, [N, 4] float64."""
+    _checks.check_lists(theta=theta, delta=delta, grad=grad)
     sums = [
         torch.stack([inner_product(d, g), inner_product(d, d), inner_product(t, t), inner_product(g, g)])
         for t, d, g in zip(theta, delta, grad, strict=True)
@@ -184,10 +200,18 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
 
 def embedding(indices: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Return rows of W + α_k D, [K, *indices.shape, C]; an index outside the table gives a row of NaN."""
-    _check_shapes(W=W, D=D)
+    _checks.check_alike(W=W, D=D)
+    if W.dim() != 2:
+        raise ValueError(f"W must be a matrix [rows, columns], got shape {list(W.shape)}; pass the embedding's weight")
+    _checks.check_integers("indices", indices, W.device, "convert them")
+    num_steps = _checks.check_alpha(alpha, W.device)
+    dtype = dtype or W.dtype
+    _checks.check_dtype(dtype)
+    out = W.new_empty((num_steps, *indices.shape, W.shape[1]), dtype=dtype)
+    if len(W) == 0:
+        return out.fill_(math.nan)
     known = (indices >= 0) & (indices < len(W))
     rows = torch.where(known, indices, 0)
-    out = W.new_empty((len(alpha), *indices.shape, W.shape[1]), dtype=dtype or W.dtype)
     form(F.embedding(rows, W), F.embedding(rows, D), alpha, out=out)
     return out.masked_fill_(~known.unsqueeze(-1), math.nan)
 
@@ -202,6 +226,7 @@ def rms_norm(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return RMSNorm of x[k] with weight W + α_k D, [K, ..., C]."""
+    _checks.check_norm(x, alpha, dtype, weight=weight, weight_direction=weight_direction)
     dtype = dtype or x.dtype
     wide = compute_dtype(x.dtype, weight.dtype)
     x = x.to(wide)
@@ -221,6 +246,10 @@ def layer_norm(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return LayerNorm of x[k] with weight W + α_k D and bias b + α_k d, [K, ..., C]."""
+    if bias is None and bias_direction is not None:
+        raise ValueError("bias_direction must be None without a bias, got a tensor; pass the bias that it moves")
+    vectors = {"weight": weight, "weight_direction": weight_direction, "bias": bias, "bias_direction": bias_direction}
+    _checks.check_norm(x, alpha, dtype, **vectors)
     wide = compute_dtype(x.dtype, weight.dtype)
     normal = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
     normal = normal * _moved_vectors(weight, weight_direction, alpha, normal)
@@ -240,6 +269,10 @@ def online_cross_entropy_(
     softcap: float | None = None,
 ) -> None:
     """Carry every token's maximum, sum of exponentials and label's logit on by one chunk of logits."""
+    statistics = {"maximum": maximum, "total": total, "target": target}
+    _checks.check_statistics(statistics, logits, labels, first, softcap)
+    if logits.numel() == 0:
+        return
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     after = torch.maximum(maximum, z.amax(-1))
     # Where every logit so far is −inf there is nothing to shift by, and −inf − (−inf) would be NaN.
@@ -261,24 +294,16 @@ def empty_steps(like: Tensor, num: int, dtype: torch.dtype) -> Tensor:
     return like.new_empty_strided((num, *like.shape), (-(-like.numel() // 16) * 16, *strides), dtype=dtype)
 
 
-def _output(out: Tensor | None, like: Tensor, num: int, dtype: torch.dtype | None) -> Tensor:
-    """Return ``out`` if it has the right shape, or a new one."""
-    if out is None:
-        return empty_steps(like, num, dtype or like.dtype)
-    if out.shape != (num, *like.shape):
-        raise ValueError(f"out must have shape {[num, *like.shape]}, got {list(out.shape)}; leave it out to allocate")
-    return out
-
-
-def _check_shapes(**tensors: Tensor) -> None:
-    """Refuse tensors of other shapes than the first: torch would broadcast them."""
-    first, reference = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if tensor.shape != reference.shape:
-            raise ValueError(
-                f"{name} must have the shape of {first}, {list(reference.shape)}, got {list(tensor.shape)}; pass the "
-                "tensors of one parameter"
-            )
+def _output(
+    out: Tensor | None, like: Tensor, num: int, dtype: torch.dtype | None, operands: Iterable[Tensor | None]
+) -> Tensor:
+    """Return ``out`` if it may be written, or a new one."""
+    if out is not None:
+        _checks.check_output(out, like, num, operands)
+        return out
+    dtype = dtype or like.dtype
+    _checks.check_dtype(dtype)
+    return empty_steps(like, num, dtype)
 
 
 def _numbers(alpha: Tensor) -> Sequence[float | Tensor]:
@@ -307,6 +332,8 @@ def _adam(
     grad_factor: float,
 ) -> Update:
     """Return the update of Adam and AdamW as a function of θ, g, m, v and the largest v."""
+    _checks.check_corrections(correction1=correction1, correction2=correction2)
+    _checks.check_numbers(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, grad_factor=grad_factor)
 
     def update(theta: Tensor, grad: Tensor | None, m: Tensor | None, v: Tensor | None, v_max: Tensor | None) -> Tensor:
         m = torch.zeros_like(theta) if m is None else m.clone()
@@ -329,6 +356,7 @@ def _adam(
 
 def _sgd(weight_decay: float, momentum: float, dampening: float, nesterov: bool, grad_factor: float) -> Update:
     """Return the update of SGD as a function of θ, g and the momentum buffer."""
+    _checks.check_numbers(weight_decay=weight_decay, momentum=momentum, dampening=dampening, grad_factor=grad_factor)
 
     def update(theta: Tensor, grad: Tensor, stored: Tensor | None) -> Tensor:
         update = grad * grad_factor
@@ -339,6 +367,32 @@ def _sgd(weight_decay: float, momentum: float, dampening: float, nesterov: bool,
         return update.add_(buffer, alpha=momentum) if nesterov else buffer
 
     return update
+
+
+def _adam_operands(
+    theta: Tensor,
+    grad: Tensor | None,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    max_exp_avg_sq: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return what the update of Adam takes, checked."""
+    _checks.check_moments(grad, exp_avg, exp_avg_sq)
+    state = {"grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "max_exp_avg_sq": max_exp_avg_sq}
+    _checks.check_alike(theta=theta, **{name: tensor for name, tensor in state.items() if tensor is not None})
+    return theta, *state.values()
+
+
+def _sgd_operands(theta: Tensor, grad: Tensor, momentum_buffer: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return what the update of SGD takes, checked."""
+    buffer = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
+    _checks.check_alike(theta=theta, grad=grad, **buffer)
+    return theta, grad, momentum_buffer
+
+
+def _check_has_gradient(grad: Tensor | None) -> None:
+    if grad is None:
+        raise TypeError("grad must be a tensor, got None; the sums over a step are taken before it, with its gradient")
 
 
 def _form_from(
@@ -352,7 +406,8 @@ def _form_from(
     """Return operands[0] + α_k update(*operands), or the update itself, formed some rows at a time."""
     theta = operands[0]
     assert theta is not None
-    out = _output(out, theta, 1 if alpha is None else len(alpha), dtype)
+    num_steps = 1 if alpha is None else _checks.check_alpha(alpha, theta.device)
+    out = _output(out, theta, num_steps, dtype, (*operands, alpha))
     for delta, (rows, *_), targets in _updates(update, operands, rate, out.unbind()):
         if alpha is None:
             targets[0].copy_(delta)
@@ -386,7 +441,7 @@ def _updates(
         Δθ, new and of the rows' shape; the rows of the operands that are there; those of the outputs.
     """
     given = [operand for operand in operands if operand is not None]
-    _check_shapes(**{f"operand {i}": operand for i, operand in enumerate(given)})
+    _checks.check_numbers(rate=rate)
     wide = compute_dtype(*(operand.dtype for operand in given))
     for rows in _row_chunks(*given, *outputs):
         parts = iter(part.to(wide) for part in rows[: len(given)])
@@ -396,10 +451,10 @@ def _updates(
 
 def _moved_vectors(vector: Tensor, direction: Tensor | None, alpha: Tensor, like: Tensor) -> Tensor:
     """Return vector + α_k direction for every k, [K, 1, ..., C] in the dtype of ``like``."""
-    moved = vector.to(like.dtype).expand(len(alpha), -1)
+    moved = vector.to(like.dtype).expand(alpha.numel(), -1)
     if direction is not None:
         moved = torch.stack([_add(moved[0], direction.to(like.dtype), step) for step in _numbers(alpha)])
-    return moved.view(len(alpha), *[1] * (like.dim() - 2), -1)
+    return moved.view(alpha.numel(), *[1] * (like.dim() - 2), -1)
 
 
 def _row_chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

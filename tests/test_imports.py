@@ -18,7 +18,19 @@ ROOMS = {
     "quantities": ["critical", "relative", "directional", "hessian", "thresholds", "_hvp"],
     "results": ["measurement"],
     "parts": ["search", "_curve", "_strategies", "direction", "updates", "engines"],
-    "ground": ["head", "moves", "sums", "ops", "_library", "reference", "randomness", "errors", "_checkout", "_extras"],
+    "ground": [
+        "head",
+        "moves",
+        "sums",
+        "ops",
+        "_library",
+        "reference",
+        "randomness",
+        "errors",
+        "_checks",
+        "_checkout",
+        "_extras",
+    ],
 }
 LEVEL = {module: level for level, modules in enumerate(ROOMS.values()) for module in modules}
 # Within "parts", the search, the directions and the engines know nothing of each other, with one exception.

@@ -371,7 +371,7 @@ def test_tensors_of_other_shapes_are_not_broadcast() -> None:
         ops.form(randn(4, 3), randn(3), ALPHA)
     with pytest.raises(ValueError, match=r"out must have shape \[3, 4\], got \[4\]; leave it out"):
         ops.form(randn(4), randn(4), ALPHA, out=torch.empty(4))
-    with pytest.raises(ValueError, match=r"operand 2 must have the shape of operand 0, \[4\], got \[1\]"):
+    with pytest.raises(ValueError, match=r"momentum_buffer must have the shape of theta, \[4\], got \[1\]"):
         ops.form_sgd(randn(4), randn(4), randn(1), ALPHA, momentum=0.9)
 
 
