@@ -5,14 +5,11 @@ Each strategy is a generator. It yields step sizes, finds their losses in the cu
 """
 
 import math
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
 from itertools import pairwise
-from typing import Literal, TypeAlias
 
-from sharpkern._curve import SIGNIFICANT, Curve, Estimate, Probe
-
-Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "unresolved"]
+from sharpkern._acceptance import Outcome, converged, kept, open_sides, settled, unchecked
+from sharpkern._curve import Curve, Estimate, Probe
 
 # Without any rise the search goes up to this multiple of the first guess, or of the step that would bring a linear
 # loss to zero, whichever is larger; and no further down.
@@ -21,32 +18,14 @@ _REACH = 1e9
 _FLOOR = 20.0
 # A rise at the noise floor is compared with one this much further out.
 _LOOK_ABOVE = 3.0
+# A step out of the noise is at least this factor.
+_LEAST_STEP = 1.05
 # A probe that shows nothing proves so for step sizes up to this ratio above it.
 _CLOSE = 4.5
 # A loss that changes nowhere over this ratio of step sizes is flat as far as its noise lets see.
 _FLAT = 1e6
 # A rise by more than this share of the loss is too far out to say how the loss starts.
 _LOCAL = 0.1
-# So many losses without a sign between the last fall and the first rise: noise hides the crossing among them.
-_BLURRED = 3
-# Where an earlier crossing would hide: the guard looks at the estimate divided by these ...
-_GUARDS = (4.0, 12.0)
-# ... where the slope alone would take this many times the loss off, or the exponent is below this.
-_GUARD_FALL = 2.0
-_GUARD_EXPONENT = 0.4
-# Above this relative error from noise alone a crossing counts as not resolved.
-_TOO_NOISY = 0.1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a search ended: status, critical learning rate, its relative error, and the exponent if measured."""
-
-    status: Status
-    eta: float = math.nan
-    error: float = math.nan
-    exponent: float | None = None
-
 
 Steps = Generator[tuple[float, ...], None, Outcome]
 
@@ -58,7 +37,7 @@ def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int
         curve: Receives the losses; empty at the start. Its guess is where the search begins.
         exponent: Expected slope of ψ.
         rtol: Relative error to reach.
-        certify: Whether to close the bracket to 2.5·rtol around the answer.
+        certify: Whether to close the bracket around the answer.
         num: Step sizes per pass.
         width: Half-width of the first grid, in log units; of no use if ``num`` is 1.
 
@@ -69,20 +48,24 @@ def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int
         The outcome.
     """
     chooser = _Single(curve, rtol) if num == 1 else _Grids(curve, rtol, num, width)
+    answer = None
     yield chooser.first()
     while True:
         outcome = _dead_end(curve)
         if outcome is not None:
             return outcome
         estimate = curve.estimate(exponent)
-        settled = _settled(curve, estimate, rtol)
-        if settled is None:
+        found = settled(curve, estimate, rtol)
+        answer = kept(curve, answer, found) if certify else found
+        if answer is None:
             yield chooser.after(estimate)
             continue
-        checks = tuple(_unchecked(curve, settled, rtol, certify))[:num]
+        checks = tuple(unchecked(curve, answer))
+        if certify and not checks:
+            checks = tuple(open_sides(curve, answer, rtol))
         if not checks:
-            return _converged(curve, settled)
-        yield tuple(sorted(checks))
+            return converged(curve, answer, rtol, certify)
+        yield tuple(sorted(checks[:num]))
 
 
 class _Single:
@@ -189,78 +172,6 @@ def _grid(curve: Curve, center: float, width: float, num: int) -> tuple[float, .
     return tuple(math.exp(bottom + (top - bottom) * i / (num - 1)) for i in range(num))
 
 
-def _settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:
-    """Return the estimate if it is exact enough and backed by enough probes, or the middle of a closed bracket."""
-    lo, hi = curve.bracket()
-    enclosed = lo > 0 and hi < math.inf
-    if estimate is not None:
-        tolerance = max(rtol, estimate.noise)
-        # Without a slope to trust, two probes determine it and ψ only together.
-        enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
-        inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
-        # From one side only, a nearly flat ψ may cross anywhere further on, or not at all.
-        conditioned = enclosed or estimate.exponent >= 0.25
-        # No extrapolation beyond a factor of two, however straight ψ looks.
-        exact = estimate.measured and estimate.nearest < 0.7 and estimate.error <= tolerance
-        if enough and inside and conditioned and exact:
-            return estimate
-    blurred = sum(lo < probe.eta < hi for probe in curve.probes) >= _BLURRED
-    if enclosed and (blurred or hi <= lo * (1 + 2 * rtol)):
-        half = math.log(hi / lo) / 2
-        noise = half if blurred else 0.0
-        return Estimate(math.log(lo) + half, half, noise, 1.0, measured=False, nearest=half)
-    return None
-
-
-def _unchecked(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> Iterator[float]:
-    """Yield the step sizes that must still be evaluated before the estimate may be returned.
-
-    An earlier crossing is possible where the loss would fall far below zero on a straight line, where ψ is flat, and
-    around a probe that lies higher than its neighbours.
-    """
-    eta = math.exp(estimate.y)
-    slope = max(curve.given_slope or 0.0, curve.slope() or 0.0) or math.inf
-    if slope * eta > _GUARD_FALL * abs(curve.base_loss) or estimate.exponent < _GUARD_EXPONENT:
-        for divisor in _GUARDS:
-            yield from _unless_near(curve, eta / divisor, 1.3)
-    for bump in _bumps(curve):
-        yield from _unless_near(curve, bump, 1.25)
-    if certify:
-        lo, hi = curve.bracket()
-        tolerance = max(rtol, estimate.noise)
-        if hi > lo * (1 + 2.5 * tolerance):
-            if lo * (1 + 1.25 * tolerance) < eta < hi * (1 + 1.1 * tolerance):
-                yield from _unless_near(curve, eta / (1 + 1.1 * tolerance), 1 + 0.3 * tolerance)
-            if hi > eta * (1 + 1.25 * tolerance):
-                yield from _unless_near(curve, eta * (1 + 1.1 * tolerance), 1 + 0.3 * tolerance)
-
-
-def _bumps(curve: Curve) -> Iterator[float]:
-    """Yield the middles of the gaps to either side of each fall that is higher than its neighbours, and high."""
-    before = [probe for probe in curve.probes if probe.eta < curve.bracket()[1]]
-    deepest = min((probe.rise for probe in before), default=0.0)
-    for left, top, right in zip(before, before[1:], before[2:], strict=False):
-        if top.rise > max(max(left.rise, right.rise) + SIGNIFICANT * curve.noise_level, 0.5 * deepest):
-            yield math.sqrt(top.eta * right.eta)
-            yield math.sqrt(left.eta * top.eta)
-
-
-def _unless_near(curve: Curve, eta: float, factor: float) -> Iterator[float]:
-    """Yield ``eta`` unless a probe lies within ``factor`` of it."""
-    if not any(eta / factor < probe.eta < eta * factor for probe in curve.probes):
-        yield eta
-
-
-def _converged(curve: Curve, estimate: Estimate) -> Outcome:
-    """Return the estimate as an outcome; one that drowns in noise is not resolved."""
-    if estimate.noise > _TOO_NOISY:
-        return Outcome("unresolved", exponent=estimate.exponent)
-    lo, hi = (math.log(eta) if eta > 0 else -math.inf for eta in curve.bracket())
-    error = min(estimate.reported_error, max(estimate.y - lo, hi - estimate.y) + estimate.noise)
-    exponent = estimate.exponent if estimate.measured else None
-    return Outcome("converged", math.exp(estimate.y), math.expm1(error), exponent)
-
-
 def _dead_end(curve: Curve) -> Outcome | None:
     """Return the outcome where another probe can add nothing: the top or the noise floor is reached."""
     lo, hi = curve.bracket()
@@ -355,7 +266,7 @@ def _upward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
     if estimate is not None and estimate.exponent >= 0.25 and (lo > 0 or len(curve.probes) == 1):
         # The power law is local: it may be trusted over a decade or two.
         eta = min(max(math.exp(estimate.y), last * push if lo > 0 else 0.0), last * max(100.0, leap))
-    return min(eta, _limit(curve))
+    return min(eta, _step_out(curve), _limit(curve))
 
 
 def _downward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
@@ -383,11 +294,22 @@ def _stride(passes: int) -> tuple[float, float]:
 
 
 def _middle(curve: Curve) -> float:
-    """Return the middle, in log, of the widest gap between the probes around the crossing."""
+    """Return the middle, in log, of the widest gap between the probes around the crossing, or less far out."""
     lo, hi = curve.bracket()
     etas = [probe.eta for probe in curve.probes if lo <= probe.eta <= hi]
     left, right = max(pairwise(etas), key=lambda gap: gap[1] / gap[0])
-    return math.sqrt(left * right)
+    middle = math.sqrt(left * right)
+    return min(middle, _step_out(curve)) if right == hi else middle
+
+
+def _step_out(curve: Curve) -> float:
+    """Return how far to go at most above probes that noise leaves without a sign: as far as they reach above a fall.
+
+    A crossing may begin there, and the loss may have fallen again by the middle of a wide gap.
+    """
+    lo, hi = curve.bracket()
+    last = max((probe.eta for probe in curve.probes if probe.eta < hi), default=0.0)
+    return last * max(last / lo, _LEAST_STEP) if last > lo > 0 else math.inf
 
 
 def _away_from(curve: Curve, eta: float, estimate: Estimate, rtol: float) -> float:

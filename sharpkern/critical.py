@@ -58,7 +58,10 @@ def critical_sharpness(
             engine that is named is used or raises; "auto" warns when it has to leave the virtual one.
         base_loss: L(θ), if it is known already; saves one evaluation, except where 16-bit arithmetic makes it differ
             from what the engine, which computes losses in float32, compares the other losses with.
-        certify: evaluate further until the bracket around η_c is closed to 2.5·rtol.
+        certify: evaluate further until a fall and a rise beyond the noise enclose η_c, within 2.5·rtol of each other,
+            or, where noise hides all signs in so narrow a bracket, within a ratio of 1.5; ``error`` then covers all of
+            it. A bracket that stays open is "unresolved". A rise further down that no evaluation came near, or that
+            the noise exceeds, is not seen.
         noise: relative standard error of one loss; by default from the precision seen in the pass.
         max_forwards: most evaluations of ``loss_fn``, the base loss included.
         reduce: applied to the loss tensor before it is read, such as an all-reduce; every rank then decides alike. By

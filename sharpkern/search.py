@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from sharpkern._acceptance import Outcome
+from sharpkern._acceptance import Status as Status
 from sharpkern._curve import Curve
-from sharpkern._strategies import Outcome, Steps, adaptive, bisection
-from sharpkern._strategies import Status as Status
+from sharpkern._strategies import Steps, adaptive, bisection
 
 # The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
 _LARGEST_CORRECTION = 30.0
@@ -100,8 +101,11 @@ class LineSearch:
         memory: `SearchResult.memory` of the previous search.
         rtol: Relative error to reach, in (0, 1).
         method: "auto", or "bisection" (doubling or halving, then bisection to 1/16, for comparison).
-        certify: Whether to close the bracket around the answer to 2.5·rtol.
-        noise: Relative standard error of one loss.
+        certify: Whether to evaluate further until a fall and a rise beyond the noise enclose the answer. "converged"
+            then means a bracket closed to 2.5·rtol, or, where noise hides all signs in so narrow a one, to a ratio of
+            1.5 at most; the error then covers all of it. A bracket that stays open is "unresolved". A rise further
+            down that no probe came near, or that the noise exceeds, is not seen.
+        noise: Relative standard error of one loss. Where it is given too small, noise passes for a rise or a fall.
         max_evaluations: Most probes, the base loss not included.
         num_parallel: Step sizes asked for at a time.
 
@@ -310,7 +314,7 @@ def find_critical_lr(
         memory: From the previous search.
         rtol: Relative error to reach.
         method: "auto" or "bisection".
-        certify: Whether to close the bracket.
+        certify: Whether to close the bracket, as far as noise allows.
         noise: Relative standard error of one loss.
         max_evaluations: Most evaluations of f, f(0) not included.
         num_parallel: Step sizes chosen at a time.

@@ -17,7 +17,7 @@ ROOMS = {
     "loop": ["monitor", "plot"],
     "quantities": ["critical", "relative", "directional", "hessian", "thresholds", "_hvp"],
     "results": ["measurement"],
-    "parts": ["search", "_curve", "_strategies", "direction", "updates", "engines"],
+    "parts": ["search", "_acceptance", "_curve", "_strategies", "direction", "updates", "engines"],
     "ground": [
         "head",
         "moves",
@@ -35,7 +35,7 @@ ROOMS = {
 LEVEL = {module: level for level, modules in enumerate(ROOMS.values()) for module in modules}
 # Within "parts", the search, the directions and the engines know nothing of each other, with one exception.
 PARTS = {
-    "search": {"search", "_curve", "_strategies"},
+    "search": {"search", "_acceptance", "_curve", "_strategies"},
     "direction": {"direction", "updates"},
     "engines": {"engines"},
 }

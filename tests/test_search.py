@@ -249,6 +249,8 @@ def test_the_search_never_runs_away(
     assert all(factor <= 3.1 for factor in ignored)
     assert result.passes < 30
     assert min(eta for eta, _ in result.probes) > 1e-11 * result.probes[0][0]
+    if certify and result.status == "converged":
+        assert result.bracket[1] <= 1.5 * result.bracket[0]
     if fall < -0.1 and log_noise < -4:
         assert result.status == "ascent"
     # Where the loss falls by less than the noise, a slope much too large makes for too small an error.
@@ -356,13 +358,79 @@ def test_any_losses_end_within_the_budget(
 
 @pytest.mark.parametrize("num_parallel", [1, 4])
 def test_certify_closes_the_bracket(num_parallel: int) -> None:
-    for rtol in (0.1, 0.01, 1e-3):
+    for rtol in (0.5, 0.1, 0.01, 1e-3):
         result = find_critical_lr(
             KNOWN["quartic"][0], slope=1.0, initial_lr=1.0, rtol=rtol, certify=True, num_parallel=num_parallel
         )
         lo, hi = result.bracket
         assert lo < 4 ** (1 / 3) < hi
         assert hi / lo - 1 <= 2.5 * rtol
+
+
+def noisy(f: Function, size: float, rng: random.Random) -> Function:
+    return lambda x: f(x) + size * rng.gauss(0.0, 1.0)
+
+
+@pytest.mark.parametrize("num_parallel", [1, 4])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("fall", "noise"), [(0.1, 1e-4), (0.1, 3e-4), (0.02, 1e-4), (0.02, 3e-4)])
+def test_certify_encloses_the_crossing_as_closely_as_noise_allows(
+    fall: float, noise: float, known: bool, num_parallel: int
+) -> None:
+    results = []
+    for seed in range(100):
+        rng = random.Random(seed)
+        f = noisy(lambda x: 1 - fall * x + fall * x**2, noise, rng)
+        options: Any = {"slope": fall if known else None, "num_parallel": num_parallel, "noise": noise, "certify": True}
+        results.append(find_critical_lr(f, initial_lr=math.exp(rng.uniform(-2.0, 2.0)), **options))
+    found = [result for result in results if result.status == "converged"]
+    assert len(found) >= 95
+    assert sum(abs(math.log(result.critical_lr)) <= math.log1p(result.error) for result in found) >= 0.9 * len(found)
+    for result in found:
+        lo, hi = result.bracket
+        assert lo <= result.critical_lr <= hi <= 1.5 * lo
+        if hi > lo * (1 + 2.5 * 0.01):
+            assert 1 + result.error >= max(result.critical_lr / lo, hi / result.critical_lr)
+
+
+def bumpy(x: float) -> float:
+    """Return a loss that crosses its base value of 5.7 at 0.0686, falls below it at 0.097, and rises at 0.185."""
+    return 5.7 + min(-21.0 * x * (1 - x / 0.0686) * (1 - x / 0.097) * (1 - x / 0.185), 10.0)
+
+
+@pytest.mark.parametrize("slope", [21.0, None])
+@pytest.mark.parametrize("certify", [True, False])
+def test_a_probe_at_the_base_value_is_not_stepped_over(certify: bool, slope: float | None) -> None:
+    near, size = 0, 3e-4 * bumpy(0.0)
+    for seed in range(200):
+        rng = random.Random(seed)
+        f = noisy(bumpy, size, rng)
+        base = f(0.0)
+        guess = 0.0686 * math.exp(rng.uniform(-2.0, 2.0))
+        result = find_critical_lr(f, base_loss=base, slope=slope, initial_lr=guess, noise=3e-4, certify=certify)
+        if result.status == "converged" and any(loss > base for eta, loss in result.probes if 0.05 < eta < 0.11):
+            near += 1
+            # Where the loss falls through its base value nothing but a certificate has to tell that from a rise.
+            assert result.critical_lr < (0.08 if certify else 0.11)
+    # A search that begins far out may never come near.
+    assert near >= 90
+
+
+@pytest.mark.parametrize(("guess", "slope"), [(0.06, 21.0), (0.064, None)])
+@pytest.mark.parametrize("units", [-2.0, 0.0, 2.5])
+def test_no_long_step_is_taken_above_a_probe_at_the_base_value(units: float, guess: float, slope: float | None) -> None:
+    # Around the crossing that the first falls point to, the noise leaves every probe without a sign.
+    size = 1e-4 * bumpy(0.0)
+    search = LineSearch(bumpy(0.0), slope=slope, memory=SearchMemory(eta=guess), noise=1e-4, certify=True)
+    below: list[float] = []
+    while step_sizes := search.ask():
+        (eta,) = step_sizes
+        hidden = 0.065 < eta < 0.0696
+        below += [eta] if hidden else []
+        assert not below or eta < 0.097
+        search.tell([bumpy(0.0) + units * size if hidden else bumpy(eta)])
+    assert below
+    assert search.result().critical_lr == pytest.approx(0.0686, rel=0.05)
 
 
 def test_a_tighter_tolerance_is_reached() -> None:
