@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sharpkern import Direction, _library, ops
-from tests.cases import CASES
+from tests.cases import CASES, TRANSFORMERS_CASES
 from tests.oracle import engine_losses, random_direction
 
 STEP_SIZES = (0.0, 0.02)
@@ -39,6 +39,8 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
 @pytest.mark.parametrize("engine", ["virtual", "inplace"])
 def test_losses_are_those_of_plain_torch(case, engine, launched, monkeypatch):
+    if case in TRANSFORMERS_CASES:
+        pytest.importorskip("transformers", reason="the model is of transformers")
     model = case.build()
     loss_fn = case.closure(model)
     direction = random_direction(model)
