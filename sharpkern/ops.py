@@ -17,6 +17,7 @@ stores to bfloat16, where a GPU rounds to nearest.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,15 @@ def _vector(alpha: Tensor) -> Tensor:
     if not isinstance(alpha, Tensor):
         raise TypeError(f"alpha must be a tensor, got {type(alpha).__name__}; pass torch.tensor([...]) on the device")
     return alpha
+
+
+def _into(operation: Any, dtype: torch.dtype | None, out: Tensor | None, *operands: Any, **options: Any) -> Tensor:
+    """Run an operation that allocates its result in a dtype, or its variant that writes a given one."""
+    if out is None:
+        result: Tensor = operation(*operands, **options, dtype=dtype)
+        return result
+    operation.out(*operands, **options, out=out)
+    return out
 
 
 def _summed(theta: Tensor, *_: object, **__: object) -> Tensor:
@@ -188,11 +198,7 @@ def form(
         Elementwise; the same bits on every run.
     """
     alpha = _vector(alpha)
-    if out is None:
-        result: Tensor = _ops.form(W, D, alpha, dtype=dtype, seed=seed, backend=backend)
-        return result
-    _ops.form.out(W, D, alpha, seed=seed, backend=backend, out=out)
-    return out
+    return _into(_ops.form, dtype, out, W, D, alpha, seed=seed, backend=backend)
 
 
 def form_adam(
@@ -268,11 +274,7 @@ def form_adam(
         "rate": rate,
         "backend": backend,
     }
-    if out is None:
-        result: Tensor = _ops.form_adam(*operands, **options, dtype=dtype)
-        return result
-    _ops.form_adam.out(*operands, **options, out=out)
-    return out
+    return _into(_ops.form_adam, dtype, out, *operands, **options)
 
 
 def form_sgd(
@@ -334,11 +336,7 @@ def form_sgd(
         "rate": rate,
         "backend": backend,
     }
-    if out is None:
-        result: Tensor = _ops.form_sgd(*operands, **options, dtype=dtype)
-        return result
-    _ops.form_sgd.out(*operands, **options, out=out)
-    return out
+    return _into(_ops.form_sgd, dtype, out, *operands, **options)
 
 
 def adam_sums(

@@ -56,7 +56,4 @@ def total(terms: Iterable[Tensor]) -> float:
     Returns:
         Their sum; 0.0 where there are none.
     """
-    sums: dict[torch.device, Tensor] = {}
-    for term in terms:
-        sums[term.device] = sums[term.device] + term if term.device in sums else term
-    return sum(float(one) for one in sums.values())
+    return sum(read(list(terms)), 0.0)
