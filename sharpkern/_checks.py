@@ -230,6 +230,37 @@ def check_moments(grad: Tensor | None, exp_avg: Tensor | None, exp_avg_sq: Tenso
         )
 
 
+def check_linear(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor, dtype: torch.dtype | None) -> int:
+    """Refuse operands of a linear layer that do not fit each other.
+
+    Args:
+        x: inputs, [K, M, C], or [1, M, C] for all step sizes.
+        W: weight, [N, C].
+        D: direction, [N, C].
+        alpha: step sizes, [K].
+        dtype: of the result; None for that of ``x``.
+
+    Returns:
+        K.
+
+    Raises:
+        TypeError: what `check_floats`, `check_alpha` and `check_dtype` refuse.
+        ValueError: what those and `check_shapes` refuse, or if the shapes do not fit.
+    """
+    check_floats(x=x, W=W, D=D)
+    check_shapes(W=W, D=D)
+    num = check_alpha(alpha, x.device)
+    check_dtype(dtype or x.dtype)
+    if W.dim() != 2:
+        raise ValueError(f"W must be a matrix [outputs, inputs], got shape {list(W.shape)}; pass the layer's weight")
+    if x.dim() != 3 or x.shape[0] not in (1, num) or x.shape[2] != W.shape[1]:
+        raise ValueError(
+            f"x must have shape [{num} or 1, M, {W.shape[1]}], one input per step size or one for all, got "
+            f"{list(x.shape)}; flatten the dimensions between"
+        )
+    return num
+
+
 def check_norm(x: Tensor, alpha: Tensor, dtype: torch.dtype | None, **vectors: Tensor | None) -> None:
     """Refuse operands of a norm that do not fit each other.
 

@@ -34,7 +34,7 @@ def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int
     """Try step sizes where the probes so far put the crossing, until they agree, and look where they may be deceived.
 
     Args:
-        curve: Receives the losses; empty at the start. Its guess is where the search begins.
+        curve: Receives the losses. Its guess is where the search begins, unless it holds some already.
         exponent: Expected slope of ψ.
         rtol: Relative error to reach.
         certify: Whether to close the bracket around the answer.
@@ -49,7 +49,8 @@ def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int
     """
     chooser = _Single(curve, rtol) if num == 1 else _Grids(curve, rtol, num, width)
     answer = None
-    yield chooser.first()
+    if not curve.probes:
+        yield chooser.first()
     while True:
         outcome = _dead_end(curve)
         if outcome is not None:
@@ -97,10 +98,7 @@ class _Grids:
         self._passes = 0
 
     def first(self) -> tuple[float, ...]:
-        center = math.log(self._curve.guess)
-        # With six or more, two of the first grid look for an earlier crossing.
-        watch = [center - self._width - math.log(divisor) for divisor in (12.0, 3.5)] if self._num >= 6 else []
-        return tuple(math.exp(y) for y in watch) + _grid(self._curve, center, self._width, self._num - len(watch))
+        return first_grid(self._curve.guess, self._width, self._num)
 
     def after(self, estimate: Estimate | None) -> tuple[float, ...]:
         self._passes += 1
@@ -120,6 +118,22 @@ class _Grids:
         elif lo == 0:
             center = min(center, math.log(hi) - self._width / 2)
         return _grid(self._curve, center, self._width, self._num)
+
+
+def first_grid(guess: float, width: float, num: int) -> tuple[float, ...]:
+    """Return the step sizes to begin with, several at a time.
+
+    Args:
+        guess: Where the crossing is expected.
+        width: How far off it may be, in log units.
+        num: How many step sizes.
+
+    Returns:
+        Ascending step sizes, evenly spaced in log around the guess. Of six or more, two look for an earlier crossing.
+    """
+    center = math.log(guess)
+    watch = [center - width - math.log(divisor) for divisor in (12.0, 3.5)] if num >= 6 else []
+    return tuple(math.exp(y) for y in [*watch, *_spaced(center - width, center + width, num - len(watch))])
 
 
 def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
@@ -169,7 +183,11 @@ def _grid(curve: Curve, center: float, width: float, num: int) -> tuple[float, .
     if top >= math.log(hi):
         top = math.log(hi) - (math.log(hi) - bottom) / num
     top = min(top, math.log(_limit(curve)))
-    return tuple(math.exp(bottom + (top - bottom) * i / (num - 1)) for i in range(num))
+    return tuple(math.exp(y) for y in _spaced(bottom, top, num))
+
+
+def _spaced(bottom: float, top: float, num: int) -> list[float]:
+    return [bottom + (top - bottom) * i / (num - 1) for i in range(num)]
 
 
 def _dead_end(curve: Curve) -> Outcome | None:

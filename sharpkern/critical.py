@@ -7,18 +7,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from sharpkern import ops
 from sharpkern.direction import Direction
+from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.engines.checks import Checks, checks_of
 from sharpkern.engines.choose import Engine, choose, fall_back, is_compiled, open_engine
 from sharpkern.engines.closure import Closure, default_reduce
 from sharpkern.engines.guards import preserved
+from sharpkern.engines.pace import Pace
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import Pair, make_pairs
-from sharpkern.engines.verify import check_repeatable, check_slope, confirm_virtual
+from sharpkern.engines.verify import check_repeatable, check_slope, confirm
+from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.errors import EngineUnsupportedError, LossPrecisionWarning, RetainedWarning, warn
 from sharpkern.measurement import Measurement, Options
-from sharpkern.search import LineSearch, SearchMemory, SearchResult
+from sharpkern.search import LineSearch, SearchMemory, SearchResult, warm_grid
 
 _RETAINED_FLOOR = 0.9
 # Relative difference of two losses that are the same but for float32 roundings.
@@ -54,8 +58,10 @@ def critical_sharpness(
         initial_lr: first guess of η_c; the optimizer's learning rate by default.
         rtol: relative error of η_c to reach, in (0, 1).
         method: "auto", or "bisection" (doubling and bisection to 1/16, the published search).
-        engine: "auto"; "virtual" computes with θ − ηΔθ without ever writing θ; "inplace" writes and restores θ. An
-            engine that is named is used or raises; "auto" warns when it has to leave the virtual one.
+        engine: "auto"; "virtual" computes with θ − ηΔθ without ever writing θ; "batched" the same for up to 8 step
+            sizes in one call of ``loss_fn``, which pays for small models and few tokens on a GPU; "inplace" writes and
+            restores θ. An engine that is named is used or raises; "auto" begins with the virtual one, and warns when it
+            has to leave it.
         base_loss: L(θ), if it is known already; saves one evaluation, except where 16-bit arithmetic makes it differ
             from what the engine, which computes losses in float32, compares the other losses with.
         certify: evaluate further until a fall and a rise beyond the noise enclose η_c, within 2.5·rtol of each other,
@@ -71,12 +77,13 @@ def critical_sharpness(
         Measurement: with ``sharpness`` in 1/learning-rate, and a ``status`` that says whether there is one.
 
     Raises:
-        EngineUnsupportedError: the virtual engine was named and cannot evaluate this model or closure.
+        EngineUnsupportedError: the virtual or batched engine was named and cannot evaluate this model or closure.
         TypeError: an argument is of the wrong kind, or ``loss_fn`` does not return a floating-point tensor.
         ValueError: an argument is out of range, the direction moves none of the model's parameters, or ``loss_fn`` is
             not repeatable or does not depend on the parameters.
 
-    Memory: virtual: the largest weight matrix and the buffers; inplace: a copy of the parameters that move.
+    Memory: virtual: the largest weight matrix and the buffers; batched: 8 times the activations besides; inplace: a
+    copy of the parameters that move.
 
     Determinism: as deterministic as ``loss_fn``.
 
@@ -107,6 +114,7 @@ def measure(
     *,
     base_loss: float | Tensor | None = None,
     memory: SearchMemory | None = None,
+    pace: Pace | None = None,
 ) -> tuple[Measurement, SearchMemory]:
     """`critical_sharpness` with a warm start.
 
@@ -117,6 +125,7 @@ def measure(
         options: as there.
         base_loss: as there.
         memory: what the last search left.
+        pace: what passes took in the loop that this is a measurement of; engine="auto" then takes the quicker one.
 
     Returns:
         tuple: the measurement, and what to hand to the next one.
@@ -133,14 +142,19 @@ def measure(
     pairs = make_pairs(direction.moves())
     checks = checks_of(model, loss_fn)
     compiled = is_compiled(model, loss_fn)
-    name = choose(options.engine, model, loss_fn, checks)
+    reduce = options.reduce or default_reduce(model)
+    quickest = "virtual" if pace is None or not _may_batch(pairs, options, reduce) else pace.engine()
+    name = choose(options.engine, model, loss_fn, checks, quickest)
     with preserved(model, direction.parameters) as guard:
-        closure = Closure(loss_fn, guard, LossPrecision(), options.reduce or default_reduce(model))
+        closure = Closure(loss_fn, guard, LossPrecision(), reduce)
 
         def search(engine_name: str) -> tuple[_Run, SearchResult]:
             with open_engine(engine_name, pairs, closure, compiled=compiled) as engine:
                 run = _Run(engine, closure, direction, pairs, options, checks, known_base)
-                return run, run.search(memory)
+                result = run.search(memory)
+                if pace is not None and isinstance(engine, VirtualEngine):
+                    pace.note(engine.name, engine.work, engine.seconds)
+                return run, result
 
         run, result = fall_back(search, name, options.engine, checks)
     checks.num_measurements += 1
@@ -172,7 +186,16 @@ class _Run:
     def search(self, memory: SearchMemory | None) -> SearchResult:
         """Base loss, line search, and the checks that are due."""
         engine, options, slope = self._engine, self._options, self._direction.slope
-        self._base = engine.losses([0.0])[0] if self._known_base is None else self._known_base
+        num_parallel = NUM_PARALLEL if engine.name == "batched" and options.method == "auto" else 1
+        first: list[tuple[float, float]] = []
+        if self._known_base is not None:
+            self._base = self._known_base
+        else:
+            step_sizes: tuple[float, ...] = ()
+            if num_parallel > 1 and self._spare_forwards() >= num_parallel:
+                step_sizes = warm_grid(memory, slope=slope, norm_sq=self._direction.norm_sq, num=num_parallel - 1)
+            self._base, *losses = engine.losses([0.0, *step_sizes])
+            first = list(zip(step_sizes, losses, strict=True))
         given = self._known_base is not None
         # A loss with dropout that is handed in is of other masks, each time anew.
         known = self._checks.base_agrees if given else self._checks.repeatable
@@ -195,7 +218,9 @@ class _Run:
             method="bisection" if options.method == "bisection" else "auto",
             certify=options.certify,
             noise=self._noise(),
-            max_evaluations=max(1, self._spare_forwards()),
+            max_evaluations=max(1, self._spare_forwards() + len(first)),
+            num_parallel=num_parallel,
+            probes=first,
         )
         while step_sizes := search.ask():
             search.tell(engine.losses(step_sizes))
@@ -255,8 +280,8 @@ class _Run:
         """Compare the engine with the oracle once, and the slope with the gradient's now and then."""
         if not math.isfinite(self._base):
             return
-        if self._engine.name == "virtual" and not self._checks.agrees and self._spare_forwards() > 0:
-            self._checks.agrees = confirm_virtual(self._engine, self._base, result.probes, self._noise())
+        if self._spare_forwards() > 0:
+            confirm(self._engine, self._checks, self._base, result.probes, self._noise())
         # On measurements 1, 2, 4, 8, ...: a loop that mixes up its batches does so all the time.
         due = self._checks.num_measurements & (self._checks.num_measurements + 1) == 0
         if due and self._direction.slope is not None and self._direction.slope > 0 and self._spare_forwards() > 0:
@@ -274,13 +299,23 @@ class _Run:
     def _refuse_constant(self, result: SearchResult) -> None:
         losses = {loss for _, loss in result.probes}
         if len(result.probes) > 1 and losses == {self._base}:
-            if self._engine.name == "virtual":
+            if self._engine.name != "inplace":
                 # Perhaps the parameters are read where no mode can see it.
                 raise EngineUnsupportedError("the loss is the same at every step size")
             raise ValueError(
                 f"loss_fn must depend on the parameters that the direction moves, got {self._base} at every step size "
                 f"up to {max(eta for eta, _ in result.probes):.3g}; compute the loss anew from the model in every call"
             )
+
+
+def _may_batch(pairs: Sequence[Pair], options: Options, reduce: Callable[[Tensor], Tensor] | None) -> bool:
+    """Whether several step sizes at a time may be quicker, and the choice is nobody else's."""
+    # Ranks would not agree on what is quickest.
+    distributed = torch.distributed
+    alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+    # On a CPU eight cost more than a whole search one at a time (bench/results/line_search.json).
+    on_gpu = all(ops.has_kernels(pair.weight.device) for pair in pairs)
+    return options.method == "auto" and reduce is None and alone and on_gpu
 
 
 def _check_arguments(model: object, loss_fn: object, direction: object) -> None:

@@ -25,7 +25,7 @@ from sharpkern.engines.guards import preserved
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
-from sharpkern.engines.verify import check_repeatable, confirm_virtual
+from sharpkern.engines.verify import check_repeatable, confirm
 from sharpkern.errors import RetainedWarning, warn
 from sharpkern.reference import inner_product
 from sharpkern.sums import total
@@ -130,8 +130,7 @@ def _by_differences(
                 return values
 
             value = _three_point(losses, base, first_step=direction.lr or _small_step(direction), noise=noise)
-            if name == "virtual" and not checks.agrees:
-                checks.agrees = confirm_virtual(engine, base, probes, noise)
+            confirm(engine, checks, base, probes, noise)
             kept = retained_share(pairs, engine.rounded, probes[-1][0])
     if kept < _RETAINED_FLOOR:
         warn(

@@ -20,15 +20,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from sharpkern import ops
 from sharpkern._library import Backend
+from sharpkern.products import accumulator_dtype, factor, product, product_dtype
 
 VOCABULARY_CHUNK = 4096
 
 Rows = Callable[[slice], Tensor]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-# Products of 16-bit matrices with an fp32 result: torch 2.8 and later, with CUDA.
-_HAS_WIDE_PRODUCT = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def linear_cross_entropy(
@@ -117,18 +115,18 @@ def cross_entropy_of_rows(
     Factors are not checked here: see `check_operands`.
 
     Args:
-        hidden: [T, C], in the product's dtype.
+        hidden: [T, C], or [K, T, C] for K step sizes, in the product's dtype.
         vocabulary: V.
-        rows: takes a slice of [0, V) and gives those rows of the weight, [v, C] in the dtype of ``hidden``. They are
-            used before the next ones are asked for, and may lie in the same memory.
-        labels: [T], int64 or int32.
+        rows: takes a slice of [0, V) and gives those rows of the weight, [v, C], or [K, v, C], in the dtype of
+            ``hidden``. They are used before the next ones are asked for, and may lie in the same memory.
+        labels: [T], int64 or int32, the same for all step sizes.
         ignore_index: as there.
         reduction: as there.
         softcap: as there.
         backend: as there.
 
     Returns:
-        Tensor: 0-dim, float32, or float64 where ``hidden`` is.
+        Tensor: 0-dim, or [K]; float32, or float64 where ``hidden`` is.
 
     Raises:
         ValueError: if a label on the CPU is neither in [0, V) nor ``ignore_index``.
@@ -136,16 +134,9 @@ def cross_entropy_of_rows(
     Memory:
         As there, and what ``rows`` takes.
     """
-    task = _Task(labels.contiguous(), hidden.dtype, ignore_index, reduction, softcap, backend)
+    labels = labels.expand(hidden.shape[:-1]).contiguous()
+    task = _Task(labels, hidden.dtype, ignore_index, reduction, softcap, backend)
     return _loss(_statistics(hidden, vocabulary, rows, task), task)
-
-
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product takes a tensor: autocast's where that is on, else its own."""
-    device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,7 @@ class _Task:
     @property
     def accumulator(self) -> torch.dtype:
         """The dtype of logits and statistics."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return accumulator_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -199,26 +190,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         hidden, weight, maximum, total = ctx.saved_tensors
         task: _Task = ctx.task
-        factor = _factor(hidden, task)
+        states = factor(hidden, task.dtype)
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.zeros_like(hidden, dtype=task.accumulator) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         num_counted = task.counted.sum() if task.reduction == "mean" else 1
         scale = torch.where(task.counted, grad.to(task.accumulator) / num_counted, 0.0).unsqueeze(-1)
         for rows, logits in _chunks(hidden, len(weight), task):
-            chunk = _factor(weight[rows], task)
-            _product(factor, chunk.t(), logits)
+            chunk = factor(weight[rows], task.dtype)
+            product(states, chunk.t(), logits)
             slope = _cap(logits, task.softcap)
             _softmax_minus_one_hot(logits, maximum, total, task.labels - rows.start)
             logits.mul_(scale)
             if slope is not None:
                 logits.mul_(slope)
-            slopes = _factor(logits, task)
+            slopes = factor(logits, task.dtype)
             if grad_hidden is not None:
-                grad_hidden.add_(_product(slopes, chunk, torch.empty_like(grad_hidden)))
+                grad_hidden.add_(product(slopes, chunk, torch.empty_like(grad_hidden)))
             if grad_weight is not None:
                 part = torch.empty(chunk.shape, dtype=task.accumulator, device=chunk.device)
-                grad_weight[rows] = _product(slopes.t(), factor, part)
+                grad_weight[rows] = product(slopes.t(), states, part)
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None
 
 
@@ -226,14 +217,21 @@ def _statistics(hidden: Tensor, vocabulary: int, rows: Rows, task: _Task) -> _St
     _check_range(task, vocabulary)
     # A label that no chunk contains leaves NaN.
     maximum, total, target = (
-        torch.full(hidden.shape[:1], start, dtype=task.accumulator, device=hidden.device)
+        torch.full((task.labels.numel(),), start, dtype=task.accumulator, device=hidden.device)
         for start in (-torch.inf, 0.0, torch.nan)
     )
-    factor = _factor(hidden, task)
+    states = factor(hidden, task.dtype)
     for chosen, logits in _chunks(hidden, vocabulary, task):
-        _product(factor, _factor(rows(chosen), task).t(), logits)
+        product(states, factor(rows(chosen), task.dtype).mT, logits)
         ops.online_cross_entropy_(
-            maximum, total, target, logits, task.labels, chosen.start, softcap=task.softcap, backend=task.backend
+            maximum,
+            total,
+            target,
+            logits.flatten(0, -2),
+            task.labels.flatten(),
+            chosen.start,
+            softcap=task.softcap,
+            backend=task.backend,
         )
     return _Statistics(maximum, total, target)
 
@@ -242,33 +240,22 @@ def _loss(statistics: _Statistics, task: _Task) -> Tensor:
     # Apple's mps has no float64.
     wide = torch.float32 if task.labels.device.type == "mps" else torch.float64
     maximum, total, target = (part.to(wide) for part in (statistics.maximum, statistics.total, statistics.target))
-    loss = torch.where(task.counted, maximum + total.log() - target, 0.0).sum()
+    losses = (maximum + total.log() - target).view(task.labels.shape)
+    loss = torch.where(task.counted, losses, 0.0).sum(-1)
     if task.reduction == "mean":
-        loss = loss / task.counted.sum()
+        loss = loss / task.counted.sum(-1)
     return loss.to(task.accumulator)
 
 
 def _chunks(hidden: Tensor, vocabulary: int, task: _Task) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the vocabulary, each with memory for its logits; all take turns in one buffer."""
-    height = min(VOCABULARY_CHUNK, vocabulary)
+    # All step sizes together have as many logits as one would have.
+    height = min(max(1, VOCABULARY_CHUNK // math.prod(hidden.shape[:-2])), vocabulary)
     # Rows of a ragged last chunk keep their distance, so that each starts at an aligned address.
-    memory = torch.empty(len(hidden), height, dtype=task.accumulator, device=hidden.device)
+    memory = torch.empty(*hidden.shape[:-1], height, dtype=task.accumulator, device=hidden.device)
     for first in range(0, vocabulary, height):
         chosen = slice(first, min(first + height, vocabulary))
-        yield chosen, memory[:, : chosen.stop - first]
-
-
-def _factor(tensor: Tensor, task: _Task) -> Tensor:
-    """A factor of `_product`: rounded to the product's dtype, and widened again where torch cannot do so on the way."""
-    tensor = tensor.to(task.dtype)
-    return tensor if tensor.is_cuda and _HAS_WIDE_PRODUCT else tensor.to(task.accumulator)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Write a·b in the dtype of ``out``. Outputs given by name also keep autocast away from the product."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+        yield chosen, memory[..., : chosen.stop - first]
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor | None:

@@ -34,7 +34,7 @@ class Measurement:
         probes: (η, loss) in the order evaluated by the search, the base loss not among them.
         forwards: evaluations of the closure, all of them: base loss, probes and checks.
         status: "converged"; "ascent"; "unbounded"; "nonfinite", the base loss is nan or inf; "unresolved".
-        engine: "virtual" or "inplace", which evaluated the losses.
+        engine: "virtual", "batched" or "inplace", which evaluated the losses.
         retained: share of the displacement at η_c that survives rounding to the weights' dtype; 1.0 = all. Estimated
             from about 4096 elements of each tensor; nan where there is no η_c.
         seconds: wall time.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from sharpkern.critical import measure
 from sharpkern.direction import Direction
+from sharpkern.engines.pace import Pace
 from sharpkern.errors import NoUpdateError
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import SearchMemory
@@ -135,6 +136,7 @@ class Monitor:
         self._step = 0
         self._memory: SearchMemory | None = None
         self._heldout_memory: SearchMemory | None = None
+        self._pace, self._heldout_pace = Pace(), Pace()
         self.history: list[Record] = []
         self.skipped: list[tuple[int, str]] = []
 
@@ -158,13 +160,15 @@ class Monitor:
             # A warm-up that starts at 0, a step that the loss scaler will skip: the run goes on, and so does this.
             self.skipped.append((step, str(reason)))
             return None
-        measurement, self._memory = measure(self._model, loss_fn, direction, self._options, memory=self._memory)
+        measurement, self._memory = measure(
+            self._model, loss_fn, direction, self._options, memory=self._memory, pace=self._pace
+        )
         other = None
         if heldout is not None:
             # The slope of another batch's loss is not the gradient's: the search finds it by itself.
             sideways = replace(direction, slope=None)
             other, self._heldout_memory = measure(
-                self._model, heldout, sideways, self._options, memory=self._heldout_memory
+                self._model, heldout, sideways, self._options, memory=self._heldout_memory, pace=self._heldout_pace
             )
         record = Record(step, direction.lr, measurement, other)
         self.history.append(record)

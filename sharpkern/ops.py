@@ -22,27 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpkern._library import Backend, define
+from sharpkern._library import Backend
 from sharpkern._library import has_kernels as has_kernels
-from sharpkern.reference import empty_steps
-
-_ops = torch.ops.sharpkern
-
-# What the operations on an optimizer's state share with each other, and with their variant that writes a given output.
-_ADAM_OPTIONS = (
-    "Tensor? max_exp_avg_sq=None, float beta1, float beta2, float correction1, float correction2, float eps, "
-    "float weight_decay=0.0, bool decoupled=True, float grad_factor=1.0, float rate=1.0"
-)
-_ADAM = f"Tensor theta, Tensor? grad, Tensor? exp_avg, Tensor? exp_avg_sq, Tensor? alpha, *, {_ADAM_OPTIONS}"
-_SGD_OPTIONS = (
-    "float weight_decay=0.0, float momentum=0.0, float dampening=0.0, bool nesterov=False, float grad_factor=1.0, "
-    "float rate=1.0"
-)
-_SGD = f"Tensor theta, Tensor grad, Tensor? momentum_buffer, Tensor? alpha, *, {_SGD_OPTIONS}"
-
-
-def _formed(like: Tensor, alpha: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    return empty_steps(like, 1 if alpha is None else alpha.numel(), dtype or like.dtype)
+from sharpkern._schemas import operations as _ops
 
 
 def _vector(alpha: Tensor) -> Tensor:
@@ -59,77 +41,6 @@ def _into(operation: Any, dtype: torch.dtype | None, out: Tensor | None, *operan
         return result
     operation.out(*operands, **options, out=out)
     return out
-
-
-def _summed(theta: Tensor, *_: object, **__: object) -> Tensor:
-    return theta.new_empty(2, dtype=torch.float64)
-
-
-def _normed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype or x.dtype)
-
-
-# Schema, kernel file, fake result; where there is a rule for torch.func.vmap, the arguments with K in front.
-define("axpy_(Tensor(a!)[] theta, Tensor[] base, Tensor[] delta, Tensor alpha) -> ()", "axpy")
-define(
-    "form(Tensor W, Tensor D, Tensor alpha, *, ScalarType? dtype=None, int? seed=None) -> Tensor",
-    "form",
-    lambda W, D, alpha, dtype=None, **_: _formed(W, alpha, dtype),
-    stepped=(2,),
-)
-define("form.out(Tensor W, Tensor D, Tensor alpha, *, int? seed=None, Tensor(a!) out) -> ()", "form")
-define(
-    f"form_adam({_ADAM}, ScalarType? dtype=None) -> Tensor",
-    "form_adam",
-    lambda theta, grad, exp_avg, exp_avg_sq, alpha, dtype=None, **_: _formed(theta, alpha, dtype),
-)
-define(f"form_adam.out({_ADAM}, Tensor(a!) out) -> ()", "form_adam")
-define(
-    f"form_sgd({_SGD}, ScalarType? dtype=None) -> Tensor",
-    "form_sgd",
-    lambda theta, grad, momentum_buffer, alpha, dtype=None, **_: _formed(theta, alpha, dtype),
-)
-define(f"form_sgd.out({_SGD}, Tensor(a!) out) -> ()", "form_sgd")
-define(
-    f"adam_sums(Tensor theta, Tensor grad, Tensor? exp_avg, Tensor? exp_avg_sq, *, {_ADAM_OPTIONS}) -> Tensor",
-    "step_sums",
-    _summed,
-)
-define(
-    f"sgd_sums(Tensor theta, Tensor grad, Tensor? momentum_buffer, *, {_SGD_OPTIONS}) -> Tensor", "step_sums", _summed
-)
-define(
-    "reduce(Tensor[] theta, Tensor[] delta, Tensor[] grad) -> Tensor",
-    "reduce",
-    lambda theta, *_, **__: torch.empty(len(theta), 4, dtype=torch.float64, device=theta[0].device if theta else None),
-)
-define(
-    "embedding(Tensor indices, Tensor W, Tensor D, Tensor alpha, *, ScalarType? dtype=None) -> Tensor",
-    "embedding",
-    lambda indices, W, D, alpha, dtype=None, **_: W.new_empty(
-        (alpha.numel(), *indices.shape, W.shape[1]), dtype=dtype or W.dtype
-    ),
-    stepped=(3,),
-)
-define(
-    "rms_norm(Tensor x, Tensor weight, Tensor? weight_direction, Tensor alpha, *, float eps, ScalarType? dtype=None) "
-    "-> Tensor",
-    "norm",
-    lambda x, *_, dtype=None, **__: _normed(x, dtype),
-    stepped=(0, 3),
-)
-define(
-    "layer_norm(Tensor x, Tensor weight, Tensor? weight_direction, Tensor? bias, Tensor? bias_direction, Tensor alpha, "
-    "*, float eps, ScalarType? dtype=None) -> Tensor",
-    "norm",
-    lambda x, *_, dtype=None, **__: _normed(x, dtype),
-    stepped=(0, 5),
-)
-define(
-    "online_cross_entropy_(Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) target, Tensor logits, Tensor labels, "
-    "int first, *, float? softcap=None) -> ()",
-    "cross_entropy",
-)
 
 
 def axpy_(
@@ -438,6 +349,42 @@ def reduce(
     """
     sums: Tensor = _ops.reduce(list(theta), list(delta), list(grad), backend=backend)
     return sums
+
+
+def linear(
+    x: Tensor,
+    W: Tensor,
+    D: Tensor,
+    alpha: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return x[k] (W + α_k D)ᵀ: each perturbed weight is rounded once to the dtype of ``x``, as a layer would hold it.
+
+    Args:
+        x: one input per step, [K, M, C], or one for all of them, [1, M, C].
+        W: the weight, [N, C].
+        D: the direction, [N, C].
+        alpha: signed steps, [K].
+        dtype: of the result; that of ``x`` by default. float32 returns what 16 bits would round away at the end.
+        backend: see the module.
+
+    Returns:
+        Tensor: [K, M, N], contiguous.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape or device does not fit.
+
+    Memory:
+        The result; on a GPU where M is small up to 16 more in float32, with the torch backend one formed weight.
+
+    Determinism:
+        Fixed order of additions on a GPU; with the torch backend as far as torch's own product.
+    """
+    y: Tensor = _ops.linear(x, W, D, _vector(alpha), dtype=dtype, backend=backend)
+    return y
 
 
 def embedding(

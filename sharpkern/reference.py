@@ -198,6 +198,19 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
+def linear(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return x[k] (W + α_k D)ᵀ, [K, M, N]: one weight at a time, rounded to the dtype of ``x``."""
+    num_steps = _checks.check_linear(x, W, D, alpha, dtype)
+    dtype = dtype or x.dtype
+    wide = torch.promote_types(x.dtype, dtype)
+    weight = W.new_empty((1, *W.shape), dtype=x.dtype)
+    out = x.new_empty((num_steps, x.shape[1], len(W)), dtype=dtype)
+    for inputs, step, result in zip(x.expand(num_steps, -1, -1), alpha.split(1), out, strict=True):
+        form(W, D, step, out=weight)
+        result.copy_(torch.mm(inputs.to(wide), weight[0].t().to(wide)))
+    return out
+
+
 def embedding(indices: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Return rows of W + α_k D, [K, *indices.shape, C]; an index outside the table gives a row of NaN."""
     _checks.check_alike(W=W, D=D)

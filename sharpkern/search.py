@@ -12,7 +12,7 @@ from typing import Literal
 from sharpkern._acceptance import Outcome
 from sharpkern._acceptance import Status as Status
 from sharpkern._curve import Curve
-from sharpkern._strategies import Steps, adaptive, bisection
+from sharpkern._strategies import Steps, adaptive, bisection, first_grid
 
 # The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
 _LARGEST_CORRECTION = 30.0
@@ -108,6 +108,7 @@ class LineSearch:
         noise: Relative standard error of one loss. Where it is given too small, noise passes for a rise or a fall.
         max_evaluations: Most probes, the base loss not included.
         num_parallel: Step sizes asked for at a time.
+        probes: Pairs (η, loss) that are known already, as those of a `warm_grid`.
 
     Raises:
         TypeError: If an argument is not of the named type.
@@ -139,6 +140,7 @@ class LineSearch:
         noise: float = 1e-6,
         max_evaluations: int = 39,
         num_parallel: int = 1,
+        probes: Sequence[tuple[float, float]] = (),
     ) -> None:
         if method not in ("auto", "bisection"):
             raise ValueError(f"method must be 'auto' or 'bisection', got {method!r}; leave it out for 'auto'")
@@ -170,6 +172,8 @@ class LineSearch:
             self._outcome = Outcome("ascent")
         else:
             self._steps = self._strategy(method, rtol, certify)
+            if probes:
+                self._take(probes)
             self._advance()
 
     @property
@@ -196,10 +200,7 @@ class LineSearch:
                 "call ask() again to see them"
             )
         values = [_number("losses", loss, "pass floats, for example tensor.item()") for loss in losses]
-        for eta, loss in zip(self._pending, values, strict=True):
-            self._probes.append((eta, loss))
-            self._curve.add(eta, loss)
-        self._passes += 1
+        self._take(list(zip(self._pending, values, strict=True)))
         self._advance()
 
     def result(self) -> SearchResult:
@@ -231,6 +232,13 @@ class LineSearch:
             memory=self._memory() if found else self._before,
         )
 
+    def _take(self, probes: Sequence[tuple[float, float]]) -> None:
+        """Enter the losses of one pass."""
+        for eta, loss in probes:
+            self._probes.append((eta, loss))
+            self._curve.add(eta, loss)
+        self._passes += 1
+
     def _advance(self) -> None:
         """Resume the strategy for its next step sizes, or take its outcome; never ask for more than is left."""
         left = self._max_evaluations - len(self._probes)
@@ -257,13 +265,7 @@ class LineSearch:
             if slope is not None and slope > 0 and method == "auto" and math.isfinite(self._base_loss):
                 usual = _USUAL_FALL * abs(self._base_loss) / slope
             return max(float(initial_lr or 0.0), usual) or 1.0
-        # Half-way, in log units, between curvature that stays per unit step and curvature that stays per unit length.
-        ratio = 1.0
-        if slope is not None and slope > 0 and before.slope is not None and before.slope > 0:
-            ratio *= slope / before.slope
-        if self._norm_sq is not None and before.norm_sq is not None:
-            ratio *= before.norm_sq / self._norm_sq
-        return before.eta * min(max(math.sqrt(ratio), 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
+        return _scaled(before, slope, self._norm_sq)
 
     def _first_width(self) -> float:
         """Return the half-width of the first grid: that of the memory, or wide enough for a cold guess."""
@@ -286,6 +288,38 @@ class LineSearch:
         measured = self._outcome.exponent is not None and self._curve.trusts_slope()
         exponent = self._outcome.exponent if measured else self._before.exponent
         return SearchMemory(eta, exponent, self._slope(), self._norm_sq, width)
+
+
+def _scaled(before: SearchMemory, slope: float | None, norm_sq: float | None) -> float:
+    """Return the last crossing, scaled to another direction."""
+    assert before.eta is not None
+    # Half-way, in log units, between curvature that stays per unit step and curvature that stays per unit length.
+    ratio = 1.0
+    if slope is not None and slope > 0 and before.slope is not None and before.slope > 0:
+        ratio *= slope / before.slope
+    if norm_sq is not None and before.norm_sq is not None:
+        ratio *= before.norm_sq / norm_sq
+    return before.eta * min(max(math.sqrt(ratio), 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
+
+
+def warm_grid(
+    memory: SearchMemory | None, *, slope: float | None = None, norm_sq: float | None = None, num: int
+) -> tuple[float, ...]:
+    """Return step sizes to evaluate together with f(0): the first ones of a search that takes several at a time.
+
+    Args:
+        memory: From the previous search.
+        slope: As in `LineSearch`.
+        norm_sq: As in `LineSearch`.
+        num: How many.
+
+    Returns:
+        ``num`` step sizes, ascending; none where the previous search tells nothing, or the direction goes uphill.
+    """
+    if memory is None or memory.eta is None or (slope is not None and slope <= 0):
+        return ()
+    guess = _scaled(memory, slope, norm_sq)
+    return first_grid(guess, _WARM_WIDTH if memory.half_width is None else memory.half_width, num)
 
 
 def find_critical_lr(

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor, nn
 
 from sharpkern import head
-from sharpkern.engines import tail
+from sharpkern.engines import layers, tail
 from tests.cases import tokens
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction
 
@@ -25,13 +25,13 @@ class Taken(list[dict[str, Any]]):
 def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
     """Every head is large, and chunks are of 48 rows."""
     calls = Taken()
-    chunked = tail.cross_entropy_of_rows
+    chunked = layers.cross_entropy_of_rows
 
     def spy(*args: Any, **options: Any) -> Tensor:
         calls.append(options)
         return chunked(*args, **options)
 
-    monkeypatch.setattr(tail, "cross_entropy_of_rows", spy)
+    monkeypatch.setattr(layers, "cross_entropy_of_rows", spy)
     monkeypatch.setattr(tail, "HEAD_THRESHOLD", 0)
     monkeypatch.setattr(tail, "HEAD_ROWS", 0)
     monkeypatch.setattr(head, "VOCABULARY_CHUNK", 48)

@@ -182,7 +182,7 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Scene], object]]] = {
     "forwards as float": (TypeError, "max_forwards must be an int", lambda s: s.measure(max_forwards=10.0)),
     "unknown engine": (
         ValueError,
-        "engine must be one of 'auto', 'virtual', 'inplace', got 'fast'",
+        "engine must be one of 'auto', 'virtual', 'batched', 'inplace', got 'fast'",
         lambda s: s.measure(engine="fast"),
     ),
     "unknown method": (

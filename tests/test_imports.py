@@ -20,9 +20,12 @@ ROOMS = {
     "parts": ["search", "_acceptance", "_curve", "_strategies", "direction", "updates", "engines"],
     "ground": [
         "head",
+        "linear",
+        "products",
         "moves",
         "sums",
         "ops",
+        "_schemas",
         "_library",
         "reference",
         "randomness",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -51,6 +52,10 @@ CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "adam_sums.default": lambda: (tuple(five()[:4]), {**ADAM, "max_exp_avg_sq": five()[4]}),
     "sgd_sums.default": lambda: (tuple(five()[:3]), {"momentum": 0.9, "nesterov": True, "rate": 2.0}),
     "reduce.default": lambda: ((lists(), lists(), lists()), {}),
+    "linear.default": lambda: (
+        (randn(1, 4, 5), randn(6, 5), randn(6, 5), ALPHA),
+        {"dtype": torch.float64},
+    ),
     "embedding.default": lambda: ((torch.tensor([[1, 4], [0, 1]]), randn(5, 3), randn(5, 3), ALPHA), {}),
     "rms_norm.default": lambda: ((randn(3, 4, 6), randn(6), randn(6), ALPHA), {"eps": 1e-5}),
     "layer_norm.default": lambda: (
@@ -112,6 +117,7 @@ def test_memory_plans_see_shapes_without_values() -> None:
     with FakeTensorMode():
         W = torch.empty(100_000, 4096, dtype=torch.bfloat16)
         assert ops.form(W, W, torch.empty(8)).shape == (8, 100_000, 4096)
+        assert ops.linear(W[None, :9], W, W, torch.empty(8)).shape == (8, 9, 100_000)
         assert ops.embedding(torch.empty(2, 9, dtype=torch.long), W, W, torch.empty(8)).shape == (8, 2, 9, 4096)
 
 
@@ -125,11 +131,12 @@ MATRIX, OTHER, VECTOR, INPUT = randn(4, 3), randn(4, 3, seed=1), randn(3), randn
     "call",
     [
         lambda alpha: ops.form(MATRIX, OTHER, alpha),
+        lambda alpha: ops.form_sgd(MATRIX, OTHER, None, alpha),
         lambda alpha: ops.embedding(torch.tensor([1, 2]), MATRIX, OTHER, alpha),
         lambda alpha: ops.rms_norm(INPUT, VECTOR, VECTOR, alpha, eps=1e-5),
         lambda alpha: ops.layer_norm(INPUT, VECTOR, VECTOR, None, None, alpha, eps=1e-5),
     ],
-    ids=["form", "embedding", "rms_norm", "layer_norm"],
+    ids=["form", "form_sgd", "embedding", "rms_norm", "layer_norm"],
 )
 def test_step_sizes_may_be_mapped(call: Callable[[Tensor], Tensor]) -> None:
     mapped = torch.func.vmap(call)(ALPHA[:, None])
@@ -271,6 +278,7 @@ def test_parameters_are_taken_as_they_are_and_results_belong_to_no_graph() -> No
         ops.form(W, W, ALPHA),
         ops.form(W, W, ALPHA, out=torch.empty(3, 4, 3)),
         ops.form_sgd(W, W, None, ALPHA),
+        ops.linear(randn(1, 2, 3), W, W, ALPHA),
         ops.embedding(torch.tensor([1]), W, W, ALPHA),
         ops.rms_norm(randn(3, 2, 3), v, v, ALPHA, eps=1e-5),
         ops.reduce([W], [W], [W]),
@@ -388,6 +396,29 @@ def test_stochastic_rounding_keeps_small_steps_on_average() -> None:
     assert (large >= small).all()
     transposed = ops.form(W.t(), D.t(), alphas, seed=5)
     assert torch.equal(transposed, ops.form(W, D, alphas, seed=5).mT)
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_linear_layer_is_that_of_weights_formed_in_the_dtype_of_its_input(
+    dtype: torch.dtype, weight_dtype: torch.dtype, shared: bool
+) -> None:
+    x, W, D = randn(1 if shared else 3, 5, 7).to(dtype), randn(4, 7).to(weight_dtype), randn(4, 7, seed=1)
+    formed = ops.form(W, D, ALPHA, dtype=dtype)
+    y = ops.linear(x, W, D, ALPHA)
+    expected = torch.stack([F.linear(x[0 if shared else k], formed[k]) for k in range(3)])
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    wider = ops.linear(x, W, D, ALPHA, dtype=torch.float64)
+    torch.testing.assert_close(wider, x.double() @ formed.double().mT, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 7), (5, 0, 7), (5, 4, 0)])
+def test_a_linear_layer_of_any_size(shape: tuple[int, int, int]) -> None:
+    M, N, C = shape
+    y = ops.linear(torch.ones(1, M, C), torch.ones(N, C), torch.ones(N, C), ALPHA)
+    assert torch.equal(y, torch.zeros(3, M, N))
 
 
 def test_an_index_outside_the_table_gives_nan() -> None:

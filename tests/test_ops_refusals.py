@@ -47,6 +47,10 @@ def sgd(*state: Any, alpha: Tensor | None = ALPHA, **options: Any) -> Tensor:
     return ops.form_sgd(W, *state, alpha, **options)
 
 
+def linear(x: Tensor = X, W: Tensor = W, D: Tensor = D, alpha: Tensor = ALPHA, **options: Any) -> Tensor:
+    return ops.linear(x, W, D, alpha, **options)
+
+
 def embedding(indices: Tensor = INDICES, W: Tensor = W, D: Tensor = D, alpha: Tensor = ALPHA, **options: Any) -> Tensor:
     return ops.embedding(indices, W, D, alpha, **options)
 
@@ -86,6 +90,8 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "adam dtype": (lambda: adam(D, D, D, dtype=torch.int64), TypeError, f"dtype must be {FLOATS}, got torch.int64"),
     "sgd int": (lambda: sgd(D, INT), TypeError, f"momentum_buffer must be {FLOATS}, got torch.int32"),
     "sgd sums int": (lambda: ops.sgd_sums(W, INT, None), TypeError, f"grad must be {FLOATS}, got torch.int32"),
+    "linear int": (lambda: linear(D=INT), TypeError, f"D must be {FLOATS}, got torch.int32; convert it"),
+    "linear dtype": (lambda: linear(dtype=torch.int32), TypeError, f"dtype must be {FLOATS}, got torch.int32; convert the result instead"),
     "embedding float": (lambda: embedding(INDICES.float()), TypeError, "indices must be int64 or int32, got torch.float32; convert them"),
     "embedding bool": (lambda: embedding(INDICES > 1), TypeError, "indices must be int64 or int32, got torch.bool; convert them"),
     "embedding dtype": (lambda: embedding(dtype=torch.int32), TypeError, f"dtype must be {FLOATS}, got torch.int32"),
@@ -99,6 +105,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "form sparse": (lambda: form(SPARSE), ValueError, "D must be a dense tensor, got torch.sparse_coo; convert it with .to_dense()"),
     "form sparse out": (lambda: form(out=BUFFER[:2].to_sparse()), ValueError, "out must be a dense tensor, got torch.sparse_coo"),
     "reduce sparse": (lambda: ops.reduce([W], [SPARSE], [W]), ValueError, "delta[0] must be a dense tensor, got torch.sparse_coo"),
+    "linear sparse": (lambda: linear(D=SPARSE), ValueError, "D must be a dense tensor, got torch.sparse_coo"),
     "embedding sparse": (lambda: embedding(D=SPARSE), ValueError, "D must be a dense tensor, got torch.sparse_coo"),
     # Step sizes
     "alpha 0-dim": (lambda: form(alpha=torch.tensor(-0.1)), ValueError, "alpha must be a vector of step sizes, got shape []; reshape it"),
@@ -110,6 +117,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "alpha axpy": (lambda: axpy([W.clone()], alpha=ALPHA), ValueError, "alpha must hold one step size, got 2; call once per step size"),
     "alpha adam": (lambda: adam(D, D, D, alpha=ALPHA[:0]), ValueError, "alpha must hold one step size at least, got shape [0]; pass torch.zeros(1) for no step"),
     "alpha sgd": (lambda: sgd(D, None, alpha=ALPHA[None]), ValueError, "alpha must be a vector of step sizes"),
+    "alpha linear": (lambda: linear(X[:1], alpha=ALPHA[:0]), ValueError, "alpha must hold one step size at least, got shape [0]"),
     "alpha embedding": (lambda: embedding(alpha=ALPHA[:0]), ValueError, "alpha must hold one step size at least, got shape [0]; pass torch.zeros(1) for no step"),
     "alpha rms": (lambda: rms(X[:0], alpha=ALPHA[:0]), ValueError, "alpha must hold one step size at least, got shape [0]; pass torch.zeros(1) for no step"),
     # Shapes
@@ -117,6 +125,11 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "axpy shapes": (lambda: axpy([W.clone(), W.clone()], delta=[D, D[:1]]), ValueError, "delta[1] must have the shape of theta[1], [4, 6], got [1, 6]; pass the tensors of one parameter"),
     "reduce lengths": (lambda: ops.reduce([W], [W, W], [W]), ValueError, "theta, delta, grad must be equally long, got [1, 2, 1]"),
     "reduce shapes": (lambda: ops.reduce([W], [W], [D.t()]), ValueError, "grad[0] must have the shape of theta[0], [4, 6], got [6, 4]"),
+    "linear direction": (lambda: linear(D=D.t()), ValueError, "D must have the shape of W, [4, 6], got [6, 4]; pass the tensors of one parameter"),
+    "linear vector": (lambda: linear(W=V, D=V), ValueError, "W must be a matrix [outputs, inputs], got shape [6]; pass the layer's weight"),
+    "linear steps": (lambda: linear(torch.ones(3, 3, 6)), ValueError, "x must have shape [2 or 1, M, 6], one input per step size or one for all, got [3, 3, 6]; flatten the dimensions between"),
+    "linear columns": (lambda: linear(X[..., :5]), ValueError, "x must have shape [2 or 1, M, 6], one input per step size or one for all, got [2, 3, 5]"),
+    "linear tokens": (lambda: linear(X[:, :, None]), ValueError, "x must have shape [2 or 1, M, 6], one input per step size or one for all, got [2, 3, 1, 6]"),
     "embedding vector": (lambda: embedding(W=V, D=V), ValueError, "W must be a matrix [rows, columns], got shape [6]; pass the embedding's weight"),
     "rms steps": (lambda: rms(X[:1]), ValueError, "x must have shape [2, ..., C] with one input per step size, got [1, 3, 6]; expand it if the inputs are equal"),
     "rms vector": (lambda: rms(V[:2]), ValueError, "x must have shape [2, ..., C] with one input per step size, got [2]"),
@@ -184,6 +197,7 @@ ELSEWHERE: dict[str, tuple[Callable[[], object], str]] = {
     "axpy devices": (lambda: reference.axpy_([BUFFER[0], META], [W, META], [D, META], ONE), "all tensors must be on one device, got cpu, meta; call once per device"),
     "sgd": (lambda: reference.form_sgd(W, D, META, ALPHA), "momentum_buffer must be on cpu as the other operands, got meta"),
     "reduce": (lambda: reference.reduce([W], [META], [W]), "delta[0] must be on cpu as the other operands, got meta"),
+    "linear": (lambda: reference.linear(X, W.to("meta"), D, ALPHA), "W must be on cpu as the other operands, got meta"),
     "embedding": (lambda: reference.embedding(INDICES.to("meta"), W, D, ALPHA), "indices must be on cpu as the other operands, got meta"),
     "rms": (lambda: reference.rms_norm(X, V, V.to("meta"), ALPHA, eps=1e-5), "weight_direction must be on cpu as the other operands, got meta"),
 }  # fmt: skip

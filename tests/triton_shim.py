@@ -1,6 +1,7 @@
 """Cures of faults of Triton's CPU interpreter, for tests only, so that it computes what the hardware computes.
 
 - fp32 is truncated to bf16; the path that rounds does not round to even, and loses carries into the exponent.
+- A product of bf16 matrices multiplies their bit patterns.
 - Up to 3.8 a fused multiply-add rounds twice, and bounds of loops that are known at run time fail with numpy 2.4.
 """
 
@@ -26,6 +27,7 @@ def install() -> None:
     """Patch the interpreter of this process."""
     builder = interpreter.InterpreterBuilder
     stock_cast, stock_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+    stock_dot = builder.create_dot
     stock_patch_tensor = interpreter._patch_lang_tensor
 
     def cast(self, src, dst_type):
@@ -36,12 +38,15 @@ def install() -> None:
         converted = _converted(src, dst_type)
         return stock_fp_to_fp(self, src, dst_type, rounding_mode) if converted is None else converted
 
+    def dot(self, a, b, *options):
+        return stock_dot(self, _widened(a), _widened(b), *options)
+
     def patch_tensor(tensor, scope):
         stock_patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     builder.cast_impl, builder.create_fp_to_fp = cast, fp_to_fp
-    builder.create_fma = _fma
+    builder.create_fma, builder.create_dot = _fma, dot
     interpreter._patch_lang_tensor = patch_tensor
 
 
@@ -50,6 +55,12 @@ def _fma(self, x, y, z):
     with np.errstate(invalid="ignore"):
         total = x.data.astype(np.float64) * y.data + z.data
     return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+
+def _widened(handle):
+    """The handle, bf16 as fp32: an exact product of two of them needs no more."""
+    converted = _converted(handle, tl.float32)
+    return handle if converted is None else converted
 
 
 def _converted(src, dst_type):

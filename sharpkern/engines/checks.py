@@ -1,7 +1,7 @@
 """What has been found out about a model and a closure, so that it is found out once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,15 +15,15 @@ class Checks:
     Attributes:
         repeatable: the closure gives the same loss twice at θ.
         base_agrees: a base loss that was handed in was the closure's, which draws no random numbers.
-        agrees: the virtual engine's loss was confirmed by the storage oracle.
-        unsupported: why the virtual engine cannot be used, or None.
+        agrees: engines whose loss was confirmed by the storage oracle.
+        unsupported: why an engine cannot be used, by its name.
         num_measurements: measurements made so far.
     """
 
     repeatable: bool = False
     base_agrees: bool = False
-    agrees: bool = False
-    unsupported: str | None = None
+    agrees: set[str] = field(default_factory=set)
+    unsupported: dict[str, str] = field(default_factory=dict)
     num_measurements: int = 0
 
 

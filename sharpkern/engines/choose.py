@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from sharpkern.engines.batched import BatchedEngine
 from sharpkern.engines.checks import Checks
 from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.inplace import InPlaceEngine
@@ -16,7 +17,7 @@ from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
 
 Result = TypeVar("Result")
 
-ENGINES = ("auto", "virtual", "inplace")
+ENGINES = ("auto", "virtual", "batched", "inplace")
 
 
 class Engine(Protocol):
@@ -35,31 +36,49 @@ class Engine(Protocol):
         """Leave the parameters as they were, bit for bit."""
 
 
-def choose(engine: str, model: nn.Module, loss_fn: LossFn, checks: Checks) -> str:
+# What takes the place of an engine that is unable, and how that measures.
+_NEXT = {
+    "batched": ("virtual", "one step size at a time"),
+    "virtual": ("inplace", "in place, θ is written and restored"),
+}
+
+
+def choose(engine: str, model: nn.Module, loss_fn: LossFn, checks: Checks, quickest: str = "virtual") -> str:
     """Name of the engine that ``engine`` stands for.
 
+    Args:
+        engine: what the caller asked for, "auto" or a name.
+        model: that is evaluated.
+        loss_fn: evaluates it.
+        checks: what was found out before.
+        quickest: the engine for ``"auto"`` where nothing speaks against it.
+
     Returns:
-        str: ``"virtual"`` for ``"auto"``, and ``"inplace"`` where the model or the closure is compiled or scripted, or
-        the virtual engine was found unable before.
+        str: ``"inplace"`` for ``"auto"`` where the model or the closure is compiled or scripted; otherwise the first of
+        ``quickest`` and what takes its place that was not found unable before.
 
     Raises:
-        EngineUnsupportedError: the virtual engine was named for a scripted model.
+        EngineUnsupportedError: an engine was named that a scripted model does not show its reads to.
     """
-    if engine == "virtual" and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    if engine in ("virtual", "batched") and scripted:
         raise EngineUnsupportedError("the model is scripted: its reads of parameters cannot be seen; use engine='auto'")
     if engine != "auto":
         return engine
-    return "inplace" if checks.unsupported or is_compiled(model, loss_fn) else "virtual"
+    name = "inplace" if is_compiled(model, loss_fn) else quickest
+    while name in checks.unsupported:
+        name, _ = _NEXT[name]
+    return name
 
 
 def fall_back(run: Callable[[str], Result], name: str, asked: str, checks: Checks) -> Result:
-    """Run with an engine, and with the in-place one if the virtual one turns out unable and none was named.
+    """Run with an engine, and with the next one in its place if it turns out unable and none was named.
 
     Args:
         run: takes the name of an engine.
         name: of the engine to begin with.
         asked: what the caller asked for, "auto" or a name.
-        checks: told why the virtual engine cannot be used.
+        checks: told why an engine cannot be used.
 
     Returns:
         Result: what ``run`` returned.
@@ -67,14 +86,15 @@ def fall_back(run: Callable[[str], Result], name: str, asked: str, checks: Check
     Raises:
         EngineUnsupportedError: the engine was named and is unable.
     """
-    try:
-        return run(name)
-    except EngineUnsupportedError as reason:
-        if asked != "auto" or name == "inplace":
-            raise
-        checks.unsupported = str(reason)
-        warn(f"measuring in place, θ is written and restored: {reason}", EngineFallbackWarning)
-        return run("inplace")
+    while True:
+        try:
+            return run(name)
+        except EngineUnsupportedError as reason:
+            if asked != "auto" or name not in _NEXT:
+                raise
+            checks.unsupported[name] = str(reason)
+            name, how = _NEXT[name]
+            warn(f"measuring {how}: {reason}", EngineFallbackWarning)
 
 
 @contextmanager
@@ -82,7 +102,7 @@ def open_engine(name: str, pairs: Sequence[Pair], closure: Closure, *, compiled:
     """Make an engine, and close it whatever happens.
 
     Args:
-        name: ``"virtual"`` or ``"inplace"``.
+        name: ``"virtual"``, ``"batched"`` or ``"inplace"``.
         pairs: the parameters that move.
         closure: evaluates the user's loss.
         compiled: the model or closure is compiled, so that no mode may look on.
@@ -93,6 +113,8 @@ def open_engine(name: str, pairs: Sequence[Pair], closure: Closure, *, compiled:
     engine: Engine
     if name == "virtual":
         engine = VirtualEngine(pairs, closure)
+    elif name == "batched":
+        engine = BatchedEngine(pairs, closure)
     else:
         # Without pairs the mode only takes losses to float32 and notes the products' precision.
         watching = VirtualParameters((), closure.precision, closure.guard.parameters)

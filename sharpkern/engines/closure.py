@@ -1,6 +1,6 @@
 """One evaluation of the user's loss: from the same state each time, checked, reduced over ranks, as a Python float."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -52,6 +52,34 @@ class Closure:
             loss = self._called()
         self.random = self.guard.drew_random_numbers()
         _check_loss(loss)
+        return self._read(loss)
+
+    def several(
+        self, around: Callable[[Tensor], AbstractContextManager[object]], values: Sequence[float]
+    ) -> list[float]:
+        """Evaluate the loss once for several values, by torch.func.vmap.
+
+        Args:
+            around: entered around the user's function alone; takes what stands for the values, a 0-dim float64 tensor.
+            values: any numbers.
+
+        Returns:
+            list: one loss for each, as calling it for each would have given.
+        """
+        self.guard.rewind()
+        self.calls += len(values)
+
+        def one(value: Tensor) -> Tensor:
+            with around(value):
+                loss = self._called()
+            _check_loss(loss)
+            return loss
+
+        losses = torch.func.vmap(one, randomness="same")(torch.tensor(values, dtype=torch.float64, device="cpu"))
+        self.random = self.guard.drew_random_numbers()
+        return [self._read(loss) for loss in losses.reshape(-1)]
+
+    def _read(self, loss: Tensor) -> float:
         self.precision.loss_dtype = loss.dtype
         loss = loss.detach().float() if is_low(loss.dtype) else loss.detach()
         return float(loss if self._reduce is None else self._reduce(loss))

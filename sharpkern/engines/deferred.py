@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sharpkern.engines import calls
+from sharpkern.engines.layers import HeadLoss
 from sharpkern.errors import EngineUnsupportedError
-from sharpkern.head import Rows
 
 _COPIES = frozenset("contiguous clone".split())
 # Of the calls that usually give views, those that may copy without changing the order of the elements.
@@ -33,7 +33,7 @@ class Head:
         hidden: last hidden states, [..., C].
         vocabulary: V.
         dtype: the product's.
-        rows: gives rows of the formed weight in that dtype.
+        loss: the cross-entropy of hidden states and labels.
         call: the call that was put off, without arguments.
         autocast: makes the autocast context of that call.
         version: of ``hidden`` at that call.
@@ -42,7 +42,7 @@ class Head:
     hidden: Tensor
     vocabulary: int
     dtype: torch.dtype
-    rows: Rows
+    loss: HeadLoss
     call: Callable[[], Tensor]
     autocast: Callable[[], AbstractContextManager[object]]
     version: int

@@ -18,17 +18,22 @@ def storage_pointer(tensor: Tensor) -> int | None:
 
 
 class Step:
-    """A signed step α, as a number and as the tensors that operations take: one per device and dtype, made once."""
+    """A signed step α as the tensors that operations take: one per device and dtype, made once.
 
-    def __init__(self, alpha: float) -> None:
+    Args:
+        alpha: a number; or, inside of torch.func.vmap, a 0-dim float64 tensor on the CPU that stands for several.
+
+    Attributes:
+        is_several: α stands for several step sizes, each of which gives a result of its own.
+    """
+
+    def __init__(self, alpha: float | Tensor) -> None:
         self._alpha = alpha
+        self.is_several = isinstance(alpha, Tensor)
         self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __bool__(self) -> bool:
-        return self._alpha != 0
-
-    def __float__(self) -> float:
-        return self._alpha
+        return self.is_several or bool(self._alpha != 0)
 
     def of(self, move: Move) -> Tensor:
         """α as a move takes it, [1]."""
@@ -37,7 +42,11 @@ class Step:
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """α on a device, [1]."""
         if (device, dtype) not in self._tensors:
-            self._tensors[device, dtype] = torch.full((1,), self._alpha, dtype=dtype, device=device)
+            if isinstance(self._alpha, Tensor):
+                tensor = self._alpha.to(device, dtype).unsqueeze(0)
+            else:
+                tensor = torch.full((1,), self._alpha, dtype=dtype, device=device)
+            self._tensors[device, dtype] = tensor
         return self._tensors[device, dtype]
 
 
@@ -70,7 +79,8 @@ class Pair:
         dtype = dtype or self.weight.dtype
         if out is None and self.move.base.requires_grad and torch.is_grad_enabled():
             wide = self.move.wide
-            return (self.move.base.to(wide) + float(step) * self.move.update().to(wide)).to(dtype)
+            alpha = step.on(self.move.base.device, wide).squeeze(0)
+            return (self.move.base.to(wide) + alpha * self.move.update().to(wide)).to(dtype)
         with torch.no_grad():
             return self.move.form(step.of(self.move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
 

@@ -19,9 +19,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sharpkern._library import Backend
 from sharpkern.engines import calls
 from sharpkern.engines.deferred import Deferred, Head, tensors_in
+from sharpkern.engines.layers import HeadLoss
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.table import storage_pointer
-from sharpkern.head import Rows, check_operands, cross_entropy_of_rows, product_dtype
+from sharpkern.head import check_operands
+from sharpkern.products import product_dtype
 
 # Logits are deferred where they in float32, and the formed weight of the head, take more bytes than this.
 HEAD_THRESHOLD = 256 * 2**20
@@ -44,14 +46,17 @@ class Tail:
 
     Args:
         precision: told about the losses that are answered here.
+        num_steps: step sizes whose logits may exist at once.
 
     Attributes:
         used: whether logits were deferred in this pass.
         enabled: whether logits may be deferred.
     """
 
-    def __init__(self, precision: LossPrecision) -> None:
+    def __init__(self, precision: LossPrecision, num_steps: int = 1) -> None:
         self._precision = precision
+        # Of the engine and not of the pass: losses of passes of few and of many step sizes are compared.
+        self._num_steps = num_steps
         self._deferred: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.used = False
         self.enabled = True
@@ -62,14 +67,14 @@ class Tail:
         self.used = False
 
     def defer(
-        self, hidden: Tensor, weight: Tensor, rows: Callable[[torch.dtype], Rows], call: Callable[[], Tensor]
+        self, hidden: Tensor, weight: Tensor, loss: Callable[[torch.dtype], HeadLoss], call: Callable[[], Tensor]
     ) -> Tensor | None:
         """A placeholder for the logits of a head, if they are large.
 
         Args:
             hidden: last hidden states, [..., C].
             weight: of the head, [V, C]; its values are not read.
-            rows: gives, for a dtype, what gives rows of the formed weight in it.
+            loss: gives, for the dtype of the product, the cross-entropy of the head.
             call: makes the logits.
 
         Returns:
@@ -77,17 +82,39 @@ class Tail:
 
         Memory: one element, and a copy of ``hidden`` where that is not contiguous.
         """
-        if not self.enabled or not _may_be_large_head(hidden, weight) or not _can_wait(hidden, weight):
+        if not self.enabled or not self._may_be_large_head(hidden, weight) or not self._can_wait(hidden, weight):
             return None
         (vocabulary, width), dtype = weight.shape, product_dtype(hidden)
         layout = torch.empty(*hidden.shape[:-1], vocabulary, dtype=dtype, device="meta")
-        if 4 * layout.numel() + dtype.itemsize * weight.numel() <= HEAD_THRESHOLD:
+        if self._num_steps * (4 * layout.numel() + dtype.itemsize * weight.numel()) <= HEAD_THRESHOLD:
             return None
         autocast = _autocast_now(hidden.device.type)
-        head = Head(hidden, vocabulary, dtype, rows(dtype), call, autocast, hidden._version)
+        head = Head(hidden, vocabulary, dtype, loss(dtype), call, autocast, hidden._version)
         states = hidden.detach().reshape(-1, width).contiguous()
         self.used = True
         return self._placeholder(Deferred(head, layout, states, head.logits))
+
+    def _may_be_large_head(self, hidden: Tensor, weight: Tensor) -> bool:
+        """Whether a product may be that of a large head: nearly none is, which is told without a closer look."""
+        if hidden.dim() == 0 or weight.dim() != 2:
+            return False
+        rows, width = weight.shape
+        num_tokens = hidden.numel() // max(1, hidden.shape[-1])
+        nbytes = self._num_steps * (4 * num_tokens * rows + weight.nbytes)
+        return rows >= min(HEAD_ROWS, HEAD_RATIO * width) and nbytes > HEAD_THRESHOLD
+
+    def _can_wait(self, hidden: Tensor, weight: Tensor) -> bool:
+        """Whether a product of plain tensors that autograd does not look at is asked for."""
+        return (
+            not torch.is_grad_enabled()
+            and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (hidden, weight))
+            # Wrappers of torch.func have no memory, and tensors of inference mode no version.
+            and storage_pointer(weight) is not None
+            and (self._num_steps > 1 or storage_pointer(hidden) is not None)
+            and not hidden.is_inference()
+            and hidden.shape[-1:] == weight.shape[1:]
+            and product_dtype(hidden) == product_dtype(weight)
+        )
 
     def holds(self, *values: Any) -> bool:
         """Whether deferred logits are among the values; on the path of every torch call."""
@@ -157,10 +184,8 @@ class Tail:
             return NotImplemented
         logits.head.check()
         self._precision.widen_loss((None, target), {})
-        return cross_entropy_of_rows(
+        return logits.head.loss(
             logits.hidden.to(logits.head.dtype),
-            logits.head.vocabulary,
-            logits.head.rows,
             target,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -186,7 +211,7 @@ def linear_operands(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def cross_entropy_by_name(
-    rows: Callable[[torch.dtype], Rows],
+    loss: Callable[[torch.dtype], HeadLoss],
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -199,7 +224,7 @@ def cross_entropy_by_name(
     """`sharpkern.linear_cross_entropy` of a weight that is formed some rows at a time.
 
     Args:
-        rows: gives, for a dtype, what gives rows of the formed weight in it.
+        loss: gives, for the dtype of the product, the cross-entropy of the head.
         hidden: as there.
         weight: as there; its values are not read.
         labels: as there.
@@ -217,37 +242,13 @@ def cross_entropy_by_name(
     """
     check_operands(hidden, weight, labels, reduction, softcap)
     dtype = product_dtype(hidden)
-    return cross_entropy_of_rows(
+    return loss(dtype)(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-        len(weight),
-        rows(dtype),
         labels.reshape(-1),
         ignore_index=ignore_index,
         reduction=reduction,
         softcap=softcap,
         backend=backend,
-    )
-
-
-def _may_be_large_head(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether a product may be that of a large head: nearly none is, which is told without a closer look."""
-    if hidden.dim() == 0 or weight.dim() != 2:
-        return False
-    rows, width = weight.shape
-    num_tokens = hidden.numel() // max(1, hidden.shape[-1])
-    return rows >= min(HEAD_ROWS, HEAD_RATIO * width) and 4 * num_tokens * rows + weight.nbytes > HEAD_THRESHOLD
-
-
-def _can_wait(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether a product of plain tensors that autograd does not look at is asked for."""
-    return (
-        not torch.is_grad_enabled()
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (hidden, weight))
-        # Wrappers of torch.func have no memory, and tensors of inference mode no version.
-        and all(storage_pointer(tensor) is not None for tensor in (hidden, weight))
-        and not hidden.is_inference()
-        and hidden.shape[-1:] == weight.shape[1:]
-        and product_dtype(hidden) == product_dtype(weight)
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sharpkern.engines.checks import Checks
 from sharpkern.engines.choose import Engine
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.errors import EngineUnsupportedError, SlopeMismatchWarning, UncheckedWarning, warn
@@ -43,43 +44,45 @@ def check_repeatable(first: float, second: float, noise: float, *, given: bool) 
     )
 
 
-def confirm_virtual(engine: Engine, base: float, probes: Sequence[tuple[float, float]], noise: float) -> bool:
-    """Compare the virtual engine with the storage oracle at the probe that shows the largest effect.
+def confirm(engine: Engine, checks: Checks, base: float, probes: Sequence[tuple[float, float]], noise: float) -> None:
+    """Compare an engine that does not write θ with the storage oracle, once, where a probe shows the largest effect.
+
+    Where no probe stands out of the noise, that is left to the next measurement.
 
     Args:
-        engine: the virtual engine.
+        engine: that evaluated the probes; the in-place one needs no comparison.
+        checks: told that it agrees.
         base: loss at θ.
         probes: step sizes and losses that it evaluated.
         noise: relative standard error of one loss.
-
-    Returns:
-        bool: whether that is settled; False where no probe stands out of the noise.
 
     Raises:
         EngineUnsupportedError: they differ.
     """
     floor = noise * abs(base)
     effects = {(eta, loss): abs(loss - base) for eta, loss in probes if math.isfinite(loss)}
-    if not effects or not isinstance(engine, VirtualEngine):
-        return False
+    if not effects or not isinstance(engine, VirtualEngine) or engine.name in checks.agrees:
+        return
     (eta, loss), effect = max(effects.items(), key=lambda item: item[1])
     if effect < 50 * floor:
-        return False
+        return
     try:
         oracle = engine.oracle_loss(eta)
     except torch.OutOfMemoryError:
         # It takes a formed copy of the largest parameter, and all logits of a language model.
         warn(
-            "the independent check of the virtual engine does not fit into memory and is left out for this model; "
-            "measure it once with fewer tokens to have it made",
+            f"the independent check of the {engine.name} engine does not fit into memory and is left out for this "
+            "model; measure it once with fewer tokens to have it made",
             UncheckedWarning,
         )
-        return True
+        checks.agrees.add(engine.name)
+        return
     if abs(oracle - loss) > 0.02 * effect + 20 * floor:
         raise EngineUnsupportedError(
-            f"at the step size {eta:.3g} the virtual engine's loss is {loss}, an independent evaluation gives {oracle}"
+            f"at the step size {eta:.3g} the {engine.name} engine's loss is {loss}, "
+            f"an independent evaluation gives {oracle}"
         )
-    return True
+    checks.agrees.add(engine.name)
 
 
 def check_slope(

@@ -6,6 +6,7 @@ the closure and the parameters stay untouched. One layer's weight exists at a ti
 
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -18,14 +19,18 @@ from torch.overrides import TorchFunctionMode
 from sharpkern import ops
 from sharpkern.engines import calls
 from sharpkern.engines.closure import Closure
+from sharpkern.engines.layers import HeadLoss, head_loss, linear_on_steps
 from sharpkern.engines.norms import moving_norm
 from sharpkern.engines.precision import LossPrecision, is_low
+from sharpkern.engines.stepped import STEPPED
 from sharpkern.engines.storage import StorageOracle, StorageWatch
 from sharpkern.engines.table import Pair, Scratch, Step, storage_pointer
 from sharpkern.engines.tail import Tail, cross_entropy_by_name, linear_operands
 from sharpkern.errors import EngineUnsupportedError
-from sharpkern.head import Rows, linear_cross_entropy, product_dtype
+from sharpkern.head import linear_cross_entropy
+from sharpkern.linear import choose as choose_way
 from sharpkern.moves import Stored
+from sharpkern.products import product_dtype
 
 
 class VirtualParameters(TorchFunctionMode):
@@ -35,34 +40,45 @@ class VirtualParameters(TorchFunctionMode):
         pairs: the parameters that move.
         precision: told about the loss functions that are called.
         watched: parameters that the closure must not write, whether they move or not.
+        num_steps: step sizes that a pass may be for.
 
     Memory: the largest weight matrix (shared scratch); one row block for embeddings; a copy of the weights that a call
     takes several of at once (an LSTM layer, `nn.MultiheadAttention`). Of a language model's head that would take more
     than `tail.HEAD_THRESHOLD` with its logits: 4096 rows of both, if the logits only go into a cross-entropy.
     """
 
-    def __init__(self, pairs: Iterable[Pair], precision: LossPrecision, watched: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, pairs: Iterable[Pair], precision: LossPrecision, watched: Iterable[Tensor] = (), num_steps: int = 1
+    ) -> None:
         super().__init__()
         self._watched = {id(parameter): parameter for parameter in watched}
         self._parameters = {id(pair.weight): pair for pair in pairs}
         self._table = dict(self._parameters)
         self._precision = precision
         self._scratch = Scratch()
-        self.tail = Tail(precision)
+        self.tail = Tail(precision, num_steps)
         self.alpha = Step(0.0)
+        self.work = 0
         self.read: set[int] = set()
         self.rounded: set[int] = set()
 
-    def begin(self, alpha: float) -> None:
-        """Start a pass: forget the views of the last one."""
+    def begin(self, alpha: float | Tensor) -> None:
+        """Start a pass: forget the views of the last one.
+
+        Args:
+            alpha: as `Step` takes it.
+        """
         self._table = dict(self._parameters)
         self.tail.begin()
         self.alpha = Step(alpha)
         self.read = set()
+        self.work = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = calls.name_of(func)
+        if self.alpha.is_several and not torch.is_grad_enabled():
+            func = STEPPED.get(func, func)
         if calls.writes(name) and args:
             self._refuse_write(name, args[0])
             self.tail.before_write(args[0])
@@ -83,6 +99,7 @@ class VirtualParameters(TorchFunctionMode):
             result = func(*args, **kwargs)
         if name in calls.PRODUCTS:
             self._precision.note_product(name, result)
+            self.work += result.numel() if isinstance(result, Tensor) else 0
         elif func is linear_cross_entropy:
             self._note_head(*args[::2])
         return result
@@ -109,11 +126,11 @@ class VirtualParameters(TorchFunctionMode):
             if weight is not None:
                 return self._gather_rows(func, weight, args, kwargs)
         if name == "linear":
-            logits = self._deferred_logits(func, args, kwargs)
-            if logits is not None:
-                return logits
+            answer = self._linear(func, *linear_operands(*args, **kwargs))
+            if answer is not None:
+                return answer
         if func is linear_cross_entropy and not torch.is_grad_enabled() and not self._holds(args[::2]):
-            return cross_entropy_by_name(self._rows(self._table[id(args[1])]), *args, **kwargs)
+            return cross_entropy_by_name(self._head(self._table[id(args[1])]), *args, **kwargs)
         if name in calls.NORMS and (normed := moving_norm(func, args, kwargs, self._pair, self.alpha)) is not None:
             result, owners = normed
             self.read |= owners
@@ -201,7 +218,7 @@ class VirtualParameters(TorchFunctionMode):
     def _with_formed(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any other call: form the weights it takes. Products consume theirs at once: one scratch serves them all."""
         # A closure that differentiates by its inputs keeps the weights: then each is formed in memory of its own.
-        free = [name in calls.PRODUCTS and not torch.is_grad_enabled()]
+        free = [name in calls.PRODUCTS and not torch.is_grad_enabled() and not self.alpha.is_several]
 
         def formed(value: Any) -> Any:
             pair = self._pair(value)
@@ -221,32 +238,42 @@ class VirtualParameters(TorchFunctionMode):
             return result.clone()
         return result
 
-    def _deferred_logits(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """A placeholder for logits that are too large to be made before it is known what for."""
-        hidden, weight, bias = linear_operands(*args, **kwargs)
+    def _linear(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """A linear layer that stands for large logits, or takes all step sizes at once; None for any other."""
         pair = self._pair(weight)
-        if pair is None or bias is not None or self._pair(hidden) is not None:
+        if pair is None or self._pair(x) is not None:
             return None
-        return self.tail.defer(
-            hidden, weight, self._rows(pair), lambda: self._with_formed(func, "linear", args, kwargs)
-        )
+        if bias is None:
+            call = lambda: self._product(func, pair, x, None)  # noqa: E731
+            logits = self.tail.defer(x, weight, self._head(pair), call)
+            if logits is not None:
+                return logits
+        return self._product(func, pair, x, bias)
 
-    def _rows(self, pair: Pair) -> Callable[[torch.dtype], Rows]:
-        """What gives, for a dtype, what gives rows of the formed weight in it; they take turns in the scratch."""
+    def _product(self, func: Any, pair: Pair, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.alpha.is_several or torch.is_grad_enabled():
+            product: Tensor = self._with_formed(func, "linear", (x, pair.weight, bias), {})
+            return product
+        dtype = product_dtype(x)
+        way = choose_way(x.device, dtype, x.numel() // max(1, x.shape[-1]))
+        self.read.add(pair.owner)
+        if way != "products":
+            self.rounded.add(pair.owner)
+        y = linear_on_steps(pair, self.alpha, x, dtype, way)
+        if bias is None:
+            return y
+        moved = self._pair(bias)
+        return y + (bias if moved is None else self._form(moved)).to(dtype)
 
-        def rows_in(dtype: torch.dtype) -> Rows:
+    def _head(self, pair: Pair) -> Callable[[torch.dtype], HeadLoss]:
+        """What gives, for the dtype of the product, the cross-entropy of a head."""
+
+        def in_dtype(dtype: torch.dtype) -> HeadLoss:
             self.read.add(pair.owner)
             self.rounded.add(pair.owner)
+            return head_loss(pair, self.alpha, dtype, self._scratch)
 
-            def rows(chosen: slice) -> Tensor:
-                part = pair.view(lambda tensor: tensor[chosen])
-                if not self.alpha:
-                    return part.weight.to(dtype)
-                return part.form(self.alpha, dtype=dtype, out=self._scratch.take(part.weight, dtype))
-
-            return rows
-
-        return rows_in
+        return in_dtype
 
     def _note_head(self, hidden: Tensor, labels: Tensor) -> None:
         """Remember the precision of a cross-entropy that holds its product inside."""
@@ -307,15 +334,19 @@ class VirtualEngine:
         pairs: the parameters that move.
         closure: evaluates the user's loss.
 
+    Attributes:
+        seconds: of every pass with as many step sizes as the engine takes at a time.
+
     Memory: see `VirtualParameters`.
     """
 
     name = "virtual"
 
-    def __init__(self, pairs: Sequence[Pair], closure: Closure) -> None:
+    def __init__(self, pairs: Sequence[Pair], closure: Closure, num_steps: int = 1) -> None:
         self._pairs = pairs
         self._closure = closure
-        self._mode = VirtualParameters(pairs, closure.precision, closure.guard.parameters)
+        self._mode = VirtualParameters(pairs, closure.precision, closure.guard.parameters, num_steps)
+        self.seconds: list[float] = []
         self._unused: set[int] = set()
         self._deferral_works = False
 
@@ -330,7 +361,17 @@ class VirtualEngine:
         Raises:
             EngineUnsupportedError: a parameter is read where the mode cannot see it.
         """
-        return [self._loss(eta) for eta in step_sizes]
+        losses = []
+        for eta in step_sizes:
+            started = time.perf_counter()
+            losses.append(self._loss(eta))
+            self.seconds.append(time.perf_counter() - started)
+        return losses
+
+    @property
+    def work(self) -> int:
+        """Outputs of all matrix products that the last pass made for one step size."""
+        return self._mode.work
 
     def oracle_loss(self, eta: float) -> float:
         """The loss at θ − ηΔθ by `StorageOracle`, which shares none of the mode's knowledge of torch's calls.
@@ -343,7 +384,7 @@ class VirtualEngine:
         precision = self._closure.precision
         seen = precision.loss_dtype
         try:
-            return self._closure(_eagerly(StorageOracle(self._pairs, -eta)))
+            return self._closure(eagerly(StorageOracle(self._pairs, -eta)))
         finally:
             # Without the mode a 16-bit loss is not taken to float32: that says nothing of the engine's losses.
             precision.loss_dtype = seen
@@ -384,7 +425,7 @@ class VirtualEngine:
 
     def _pass(self, eta: float, watch: StorageWatch | None = None) -> float:
         self._mode.begin(-eta)
-        loss = self._closure(_eagerly(self._mode, *([watch] if watch else [])))
+        loss = self._closure(eagerly(self._mode, *([watch] if watch else [])))
         tail = self._mode.tail
         if tail.used and math.isnan(loss) and not self._deferral_works:
             # A placeholder's NaN, read where no mode looks? Then not one of the passes may have placeholders.
@@ -395,7 +436,7 @@ class VirtualEngine:
 
 
 @contextmanager
-def _eagerly(*modes: AbstractContextManager[Any]) -> Iterator[None]:
+def eagerly(*modes: AbstractContextManager[Any]) -> Iterator[None]:
     """Enter the modes with compiled functions running as plain Python: Dynamo would apply α twice."""
     with ExitStack() as stack:
         # Nothing can be compiled before Dynamo is loaded, and loading it takes seconds.

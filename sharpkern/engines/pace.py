@@ -1,0 +1,45 @@
+"""Which engine is quicker for a model in a loop: what their passes took, as it was measured on the way."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# A warm-started search needs 3.8 passes of one step size, or 1.3 of eight, the base loss among them
+# (bench/results/line_search.json).
+_WORTH = 3.8 / 1.3
+_KEPT = 8
+# The first pass of an engine compiles kernels and fills caches.
+_SEARCHES = 2
+
+
+@dataclass
+class Pace:
+    """Times of passes of one model and closure, by the size of their work.
+
+    Batches are told apart by their size; what was measured for one size holds for the next ones of that size.
+    """
+
+    _work: int = 0
+    _seconds: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def engine(self) -> str:
+        """The engine for the next search: "virtual", or "batched" where that is quicker or its time is not known."""
+        single, several = (self._seconds[name, self._work] for name in ("virtual", "batched"))
+        if not single:
+            return "virtual"
+        return "batched" if len(several) < _SEARCHES or min(several) < _WORTH * min(single) else "virtual"
+
+    def note(self, engine: str, work: int, seconds: Sequence[float]) -> None:
+        """Remember a search.
+
+        Args:
+            engine: that evaluated its losses.
+            work: outputs of all matrix products of one step size.
+            seconds: of each pass with as many step sizes as the engine takes at a time.
+        """
+        # Batches of a similar length take a similar time.
+        self._work = round(2 * math.log2(max(1, work)))
+        times = self._seconds[engine, self._work]
+        times += seconds
+        del times[:-_KEPT]

@@ -1,0 +1,122 @@
+"""A linear layer whose weight moves, for several step sizes at once: y[k] = x[k] (W + α_k D)ᵀ, the quickest way.
+
+Three ways, which differ in what is read, written and multiplied for K step sizes of M tokens each:
+
+- "products": x Wᵀ + α_k (x D ᵀ), two products over all K·M rows. W and D are read once and nothing is formed, for twice
+  the arithmetic: for few tokens, where reading weights is what takes the time. Nothing of W + α_k D is rounded either.
+- "formed": W + α_k D of all k, formed from one reading of W and D some rows at a time, and K products.
+- "fused": one kernel that forms tiles on the way to the matrix units (`ops.linear`).
+"""
+
+import math
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharpkern import ops
+from sharpkern.moves import Move
+from sharpkern.products import accumulator_dtype, factor, widens
+from sharpkern.products import product as multiply
+
+# Memory for formed rows. On a GPU more would not be quicker: the product of 1024 rows of width 4096 fills it. A CPU
+# forms for one step size after the other what stays in its cache, with W and D.
+SCRATCH_BYTES = 64 * 2**20
+CACHE_BYTES = 2**21
+
+
+class Case(NamedTuple):
+    """Which way is taken up to a number of tokens per step size; None: any."""
+
+    device: str
+    below: int | None
+    way: str
+
+
+# For 8 step sizes. Of "cpu" measured (bench/results/bench.json, section linear), of "cuda" counted: with 8 step sizes
+# per reading, forming takes what M/(M + 230) of a product's speed leaves, two products 1/2.
+CASES = (
+    Case("cpu", 17, "products"),
+    Case("cpu", None, "formed"),
+    Case("cuda", 230, "products"),
+    Case("cuda", None, "formed"),
+)
+
+
+def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
+    """Return the way that is taken.
+
+    Args:
+        device: of the operands.
+        dtype: of the product.
+        num_tokens: per step size.
+    """
+    way = next(
+        (case.way for case in CASES if case.device == device.type and (case.below is None or num_tokens < case.below)),
+        "formed",
+    )
+    # Elsewhere a product of 16-bit factors is rounded to 16 bits, and its sum with another one once more.
+    return "formed" if way == "products" and dtype.itemsize < 4 and not widens(device) else way
+
+
+def moving_linear(
+    x: Tensor, weight: Tensor, move: Move, alpha: Tensor, *, dtype: torch.dtype, way: str | None = None
+) -> Tensor:
+    """Return x[k] (W + α_k D)ᵀ.
+
+    Args:
+        x: [K, ..., C], or [1, ..., C] where all step sizes share it; any floating dtype.
+        weight: W, [N, C], or its rounding if ``move`` has a full-precision master.
+        move: θ + αΔθ of the weight.
+        alpha: signed steps, [K], as `ops.form` takes them.
+        dtype: in which the factors are multiplied.
+        way: "products", "formed" or "fused"; the quickest by default.
+
+    Returns:
+        Tensor: [K, ..., N] in ``dtype``.
+
+    Memory: the result, and for "formed" `SCRATCH_BYTES` or one row of every step size; for "products" a second result,
+    and Δθ of the layer where it is not in memory.
+    """
+    num_steps, shape = len(alpha), x.shape[1:-1]
+    x = x.to(dtype).reshape(len(x), -1, x.shape[-1])
+    way = way or choose(x.device, dtype, x.shape[1])
+    if way == "products":
+        y = _products(x, weight, move, alpha, dtype)
+    elif way == "fused":
+        y = ops.linear(x, move.base, move.update(), alpha, dtype=dtype)
+    else:
+        y = _formed(x, weight, move, alpha)
+    return y.reshape(num_steps, *shape, len(weight))
+
+
+def _products(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = factor(x.flatten(0, 1), dtype)
+    still, moving = (
+        multiply(rows, factor(matrix, dtype).t(), _empty_rows(rows, matrix)).unflatten(0, x.shape[:2])
+        for matrix in (weight, move.update())
+    )
+    steps = alpha.view(-1, 1, 1)
+    summed = still.addcmul_(moving, steps) if len(x) == len(alpha) else torch.addcmul(still, moving, steps)
+    return summed.to(dtype)
+
+
+def _empty_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), len(matrix), dtype=accumulator_dtype(rows.dtype))
+
+
+def _formed(x: Tensor, weight: Tensor, move: Move, alpha: Tensor) -> Tensor:
+    (num_rows, width), (num_steps, num_tokens) = weight.shape, (len(alpha), x.shape[1])
+    at_once, nbytes = (1, CACHE_BYTES) if x.device.type == "cpu" else (num_steps, SCRATCH_BYTES)
+    height = min(num_rows, max(1, nbytes // max(1, at_once * width * x.element_size())))
+    x = x.expand(num_steps, -1, -1)
+    y = x.new_empty(num_steps, num_tokens, num_rows)
+    memory = x.new_empty(at_once * height * width)
+    for first, step in product(range(0, num_rows, height), range(0, num_steps, at_once)):
+        rows, steps = slice(first, min(first + height, num_rows)), slice(step, step + at_once)
+        part = move.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+        shape = (at_once, rows.stop - first, width)
+        weights = part.form(alpha[steps], dtype=x.dtype, out=memory[: math.prod(shape)].view(shape))
+        torch.bmm(x[steps], weights.mT, out=y[steps, :, rows])
+    return y
