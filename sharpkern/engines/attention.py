@@ -38,8 +38,8 @@ def attention(
     Returns:
         Tensor: [..., H, T, F].
 
-    Memory: the result; copies of those tensors that join a batch of several samples and of which some step sizes share
-    one, and of a mask only if it differs between samples or step sizes.
+    Memory: the result. Of several samples, a copy of each tensor that all step sizes share, or whose layout keeps step
+    sizes and samples apart; of a mask only if it differs between samples or step sizes.
     """
 
     def stock(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpkern.engines.closure import Closure
+from sharpkern.engines.layers import Kept
 from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine, eagerly
 from sharpkern.errors import EngineUnsupportedError
@@ -26,6 +27,7 @@ class BatchedEngine(VirtualEngine):
     Args:
         pairs: the parameters that move.
         closure: evaluates the user's loss.
+        kept: formed weights that engines of other closures on the same pairs share.
 
     Attributes:
         chunk_size: most step sizes per pass; halved, down to 1, where a pass runs out of memory.
@@ -36,8 +38,8 @@ class BatchedEngine(VirtualEngine):
 
     name = "batched"
 
-    def __init__(self, pairs: Sequence[Pair], closure: Closure) -> None:
-        super().__init__(pairs, closure, NUM_PARALLEL)
+    def __init__(self, pairs: Sequence[Pair], closure: Closure, kept: Kept | None = None) -> None:
+        super().__init__(pairs, closure, NUM_PARALLEL, kept)
         self.chunk_size = NUM_PARALLEL
 
     def losses(self, step_sizes: Sequence[float]) -> list[float]:
@@ -63,6 +65,7 @@ class BatchedEngine(VirtualEngine):
 
     def _several(self, step_sizes: Sequence[float]) -> list[float]:
         """The losses of one pass."""
+        self._kept.begin(tuple(step_sizes))
         try:
             losses = self._closure.several(self._around, [-eta for eta in step_sizes])
         except RuntimeError as error:

@@ -11,6 +11,7 @@ from sharpkern.engines.batched import BatchedEngine
 from sharpkern.engines.checks import Checks
 from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.inplace import InPlaceEngine
+from sharpkern.engines.layers import Kept
 from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine, VirtualParameters
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
@@ -98,7 +99,9 @@ def fall_back(run: Callable[[str], Result], name: str, asked: str, checks: Check
 
 
 @contextmanager
-def open_engine(name: str, pairs: Sequence[Pair], closure: Closure, *, compiled: bool) -> Iterator[Engine]:
+def open_engine(
+    name: str, pairs: Sequence[Pair], closure: Closure, *, compiled: bool, kept: Kept | None = None
+) -> Iterator[Engine]:
     """Make an engine, and close it whatever happens.
 
     Args:
@@ -106,15 +109,16 @@ def open_engine(name: str, pairs: Sequence[Pair], closure: Closure, *, compiled:
         pairs: the parameters that move.
         closure: evaluates the user's loss.
         compiled: the model or closure is compiled, so that no mode may look on.
+        kept: formed weights that engines of other closures on the same pairs share.
 
     Yields:
         Engine: until the block ends.
     """
     engine: Engine
     if name == "virtual":
-        engine = VirtualEngine(pairs, closure)
+        engine = VirtualEngine(pairs, closure, kept=kept)
     elif name == "batched":
-        engine = BatchedEngine(pairs, closure)
+        engine = BatchedEngine(pairs, closure, kept)
     else:
         # Without pairs the mode only takes losses to float32 and notes the products' precision.
         watching = VirtualParameters((), closure.precision, closure.guard.parameters)

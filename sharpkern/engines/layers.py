@@ -1,6 +1,7 @@
 """Layers whose weight is worth more than being formed: the linear layer and the language-model head."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,38 @@ from sharpkern.head import cross_entropy_of_rows
 HeadLoss = Callable[..., Tensor]
 
 
-def linear_on_steps(pair: Pair, step: Step, x: Tensor, dtype: torch.dtype, way: str) -> Tensor:
+class Kept:
+    """Formed weights of linear layers, for the next closure that is evaluated at the same step sizes.
+
+    Args:
+        num_bytes: most memory to keep; layers that come when it is used up are not kept.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = self._room = num_bytes
+        self._step_sizes: tuple[float, ...] = ()
+        self._weights: dict[tuple[Any, ...], Tensor] = {}
+
+    def begin(self, step_sizes: tuple[float, ...]) -> None:
+        """Start a pass, and forget what is of other step sizes."""
+        if step_sizes != self._step_sizes:
+            self._weights, self._room = {}, self._num_bytes
+        self._step_sizes = step_sizes
+
+    def weights(self, pair: Pair, alpha: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """W + α_k D, [K, N, C], formed where it is not there yet; None where there is no room for it."""
+        weight = pair.weight
+        key = (pair.owner, weight.storage_offset(), weight.shape, weight.stride(), dtype)
+        if key not in self._weights:
+            num_bytes = len(alpha) * weight.numel() * dtype.itemsize
+            if num_bytes > self._room:
+                return None
+            self._room -= num_bytes
+            self._weights[key] = pair.move.form(alpha, dtype=dtype)
+        return self._weights[key]
+
+
+def linear_on_steps(pair: Pair, step: Step, x: Tensor, dtype: torch.dtype, way: str, kept: Kept) -> Tensor:
     """X (W + αD)ᵀ for all step sizes that α stands for.
 
     Args:
@@ -24,13 +56,18 @@ def linear_on_steps(pair: Pair, step: Step, x: Tensor, dtype: torch.dtype, way: 
         x: input, [..., C] as torch.func.vmap shows it.
         dtype: in which factors are multiplied.
         way: see `linear.moving_linear`.
+        kept: where formed weights may be, and stay.
 
     Returns:
         Tensor: [..., N] in ``dtype``, as vmap shows it.
     """
 
     def of_all(x: Tensor, alpha: Tensor) -> Tensor:
-        return linear.moving_linear(x, pair.weight, pair.move, alpha, dtype=dtype, way=way)
+        weights = kept.weights(pair, alpha, dtype) if way == "formed" else None
+        if weights is None:
+            return linear.moving_linear(x, pair.weight, pair.move, alpha, dtype=dtype, way=way)
+        flat = x.to(dtype).reshape(len(x), -1, x.shape[-1]).expand(len(alpha), -1, -1)
+        return torch.bmm(flat, weights.mT).reshape(len(alpha), *x.shape[1:-1], -1)
 
     return _on_steps(of_all, pair, step, x)
 

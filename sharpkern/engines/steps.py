@@ -26,6 +26,8 @@ class _OnSteps(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: Sequence[int | None], stock: Any, rule: Rule, *tensors: Tensor | None
     ) -> tuple[Tensor, int]:
+        if info.randomness == "different":
+            raise RuntimeError("loss_fn calls torch.func.vmap with randomness of its own")
         dims = in_dims[2:]
         front = [
             tensor if tensor is None or dim is None else tensor.movedim(dim, 0)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from sharpkern import ops
 from sharpkern.engines import calls
 from sharpkern.engines.closure import Closure
-from sharpkern.engines.layers import HeadLoss, head_loss, linear_on_steps
+from sharpkern.engines.layers import HeadLoss, Kept, head_loss, linear_on_steps
 from sharpkern.engines.norms import moving_norm
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.stepped import STEPPED
@@ -41,6 +41,7 @@ class VirtualParameters(TorchFunctionMode):
         precision: told about the loss functions that are called.
         watched: parameters that the closure must not write, whether they move or not.
         num_steps: step sizes that a pass may be for.
+        kept: where formed weights may be, and stay.
 
     Memory: the largest weight matrix (shared scratch); one row block for embeddings; a copy of the weights that a call
     takes several of at once (an LSTM layer, `nn.MultiheadAttention`). Of a language model's head that would take more
@@ -48,7 +49,12 @@ class VirtualParameters(TorchFunctionMode):
     """
 
     def __init__(
-        self, pairs: Iterable[Pair], precision: LossPrecision, watched: Iterable[Tensor] = (), num_steps: int = 1
+        self,
+        pairs: Iterable[Pair],
+        precision: LossPrecision,
+        watched: Iterable[Tensor] = (),
+        num_steps: int = 1,
+        kept: Kept | None = None,
     ) -> None:
         super().__init__()
         self._watched = {id(parameter): parameter for parameter in watched}
@@ -56,6 +62,7 @@ class VirtualParameters(TorchFunctionMode):
         self._table = dict(self._parameters)
         self._precision = precision
         self._scratch = Scratch()
+        self._kept = kept or Kept(0)
         self.tail = Tail(precision, num_steps)
         self.alpha = Step(0.0)
         self.work = 0
@@ -252,14 +259,21 @@ class VirtualParameters(TorchFunctionMode):
 
     def _product(self, func: Any, pair: Pair, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self.alpha.is_several or torch.is_grad_enabled():
-            product: Tensor = self._with_formed(func, "linear", (x, pair.weight, bias), {})
+            weight = pair.weight
+            if self.alpha and not torch.is_grad_enabled():
+                weights = self._kept.weights(pair, self.alpha.of(pair.move), weight.dtype)
+                if weights is not None:
+                    self.read.add(pair.owner)
+                    self.rounded.add(pair.owner)
+                    weight = weights[0]
+            product: Tensor = self._with_formed(func, "linear", (x, weight, bias), {})
             return product
         dtype = product_dtype(x)
         way = choose_way(x.device, dtype, x.numel() // max(1, x.shape[-1]))
         self.read.add(pair.owner)
         if way != "products":
             self.rounded.add(pair.owner)
-        y = linear_on_steps(pair, self.alpha, x, dtype, way)
+        y = linear_on_steps(pair, self.alpha, x, dtype, way, self._kept)
         if bias is None:
             return y
         moved = self._pair(bias)
@@ -333,6 +347,8 @@ class VirtualEngine:
     Args:
         pairs: the parameters that move.
         closure: evaluates the user's loss.
+        num_steps: step sizes that a pass may be for.
+        kept: formed weights that engines of other closures on the same pairs share.
 
     Attributes:
         seconds: of every pass with as many step sizes as the engine takes at a time.
@@ -342,10 +358,11 @@ class VirtualEngine:
 
     name = "virtual"
 
-    def __init__(self, pairs: Sequence[Pair], closure: Closure, num_steps: int = 1) -> None:
+    def __init__(self, pairs: Sequence[Pair], closure: Closure, num_steps: int = 1, kept: Kept | None = None) -> None:
         self._pairs = pairs
         self._closure = closure
-        self._mode = VirtualParameters(pairs, closure.precision, closure.guard.parameters, num_steps)
+        self._kept = kept or Kept(0)
+        self._mode = VirtualParameters(pairs, closure.precision, closure.guard.parameters, num_steps, self._kept)
         self.seconds: list[float] = []
         self._unused: set[int] = set()
         self._deferral_works = False
@@ -425,6 +442,7 @@ class VirtualEngine:
 
     def _pass(self, eta: float, watch: StorageWatch | None = None) -> float:
         self._mode.begin(-eta)
+        self._kept.begin((eta,))
         loss = self._closure(eagerly(self._mode, *([watch] if watch else [])))
         tail = self._mode.tail
         if tail.used and math.isnan(loss) and not self._deferral_works:
