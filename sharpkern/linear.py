@@ -106,17 +106,25 @@ def _empty_rows(rows: Tensor, matrix: Tensor) -> Tensor:
     return rows.new_empty(len(rows), len(matrix), dtype=accumulator_dtype(rows.dtype))
 
 
+def _block(x: Tensor, num_rows: int, width: int, num_steps: int) -> tuple[int, int]:
+    """Return how many step sizes, and rows of each, are formed at a time."""
+    num_bytes = max(1, width * x.element_size())
+    if x.device.type != "cpu":
+        return num_steps, min(num_rows, max(1, SCRATCH_BYTES // (num_steps * num_bytes)))
+    height = min(num_rows, max(1, CACHE_BYTES // num_bytes))
+    return min(num_steps, max(1, CACHE_BYTES // (height * num_bytes))), height
+
+
 def _formed(x: Tensor, weight: Tensor, move: Move, alpha: Tensor) -> Tensor:
     (num_rows, width), (num_steps, num_tokens) = weight.shape, (len(alpha), x.shape[1])
-    at_once, nbytes = (1, CACHE_BYTES) if x.device.type == "cpu" else (num_steps, SCRATCH_BYTES)
-    height = min(num_rows, max(1, nbytes // max(1, at_once * width * x.element_size())))
+    at_once, height = _block(x, num_rows, width, num_steps)
     x = x.expand(num_steps, -1, -1)
     y = x.new_empty(num_steps, num_tokens, num_rows)
     memory = x.new_empty(at_once * height * width)
     for first, step in product(range(0, num_rows, height), range(0, num_steps, at_once)):
-        rows, steps = slice(first, min(first + height, num_rows)), slice(step, step + at_once)
+        rows, steps = slice(first, min(first + height, num_rows)), slice(step, min(step + at_once, num_steps))
         part = move.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
-        shape = (at_once, rows.stop - first, width)
+        shape = (steps.stop - step, rows.stop - first, width)
         weights = part.form(alpha[steps], dtype=x.dtype, out=memory[: math.prod(shape)].view(shape))
         torch.bmm(x[steps], weights.mT, out=y[steps, :, rows])
     return y

@@ -74,6 +74,8 @@ class BatchedEngine(VirtualEngine):
             raise EngineUnsupportedError(
                 f"the loss of several step sizes cannot be had from one call of loss_fn ({_first_line(error)})"
             ) from error
+        if self._may_have_read_placeholders(losses):
+            return self._several(step_sizes)
         if self._unread():
             # An expert without tokens, or a read that the mode cannot see? One step size alone tells.
             self._loss(step_sizes[0])

@@ -47,11 +47,14 @@ class Kept:
         return self._weights[key]
 
 
-def linear_on_steps(pair: Pair, step: Step, x: Tensor, dtype: torch.dtype, way: str, kept: Kept) -> Tensor:
-    """X (W + αD)ᵀ for all step sizes that α stands for.
+def linear_on_steps(
+    pair: Pair, bias: Pair | None, step: Step, x: Tensor, dtype: torch.dtype, way: str, kept: Kept
+) -> Tensor:
+    """The layer x (W + αD)ᵀ + b + αd for all step sizes that α stands for.
 
     Args:
         pair: the weight, [N, C].
+        bias: [N], if there is one and it moves.
         step: α, of several step sizes.
         x: input, [..., C] as torch.func.vmap shows it.
         dtype: in which factors are multiplied.
@@ -65,9 +68,14 @@ def linear_on_steps(pair: Pair, step: Step, x: Tensor, dtype: torch.dtype, way: 
     def of_all(x: Tensor, alpha: Tensor) -> Tensor:
         weights = kept.weights(pair, alpha, dtype) if way == "formed" else None
         if weights is None:
-            return linear.moving_linear(x, pair.weight, pair.move, alpha, dtype=dtype, way=way)
-        flat = x.to(dtype).reshape(len(x), -1, x.shape[-1]).expand(len(alpha), -1, -1)
-        return torch.bmm(flat, weights.mT).reshape(len(alpha), *x.shape[1:-1], -1)
+            y = linear.moving_linear(x, pair.weight, pair.move, alpha, dtype=dtype, way=way)
+        else:
+            flat = x.to(dtype).reshape(len(x), -1, x.shape[-1]).expand(len(alpha), -1, -1)
+            y = torch.bmm(flat, weights.mT).reshape(len(alpha), *x.shape[1:-1], -1)
+        if bias is not None:
+            moved = bias.move.form(alpha, dtype=dtype)
+            y += moved.view(len(alpha), *(1,) * (y.dim() - 2), -1)
+        return y
 
     return _on_steps(of_all, pair, step, x)
 

@@ -47,7 +47,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, set[int]] | None:
-    if not _fits(input, normalized_shape, weight, bias):
+    if not _fits(step, input, normalized_shape, weight, bias):
         return None
     (W, D), (b, d) = _moving(weight, pair_of), _moving(bias, pair_of)
     y = ops.layer_norm(input.unsqueeze(0), W, D, b, d, step.on(input.device), eps=eps)[0]
@@ -62,20 +62,22 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, set[int]] | None:
-    if eps is None or not _fits(input, normalized_shape, weight, None):
+    if eps is None or not _fits(step, input, normalized_shape, weight, None):
         return None
     W, D = _moving(weight, pair_of)
     y = ops.rms_norm(input.unsqueeze(0), W, D, step.on(input.device), eps=eps)[0]
     return y, _owners(pair_of, weight)
 
 
-def _fits(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> bool:
+def _fits(
+    step: Step, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> bool:
     """Whether the kernels compute what the stock operator would, but for roundings."""
     return (
         weight is not None
         and len(normalized_shape) == 1
-        # Elsewhere the stock operators on a formed weight are as fast.
-        and ops.has_kernels(input.device)
+        # Elsewhere the stock operators on the formed weight of one step size are as fast.
+        and (step.is_several or ops.has_kernels(input.device))
         and not torch.is_autocast_enabled(input.device.type)
         and all(vector is None or vector.dtype == input.dtype != torch.float64 for vector in (weight, bias))
     )

@@ -273,11 +273,12 @@ class VirtualParameters(TorchFunctionMode):
         self.read.add(pair.owner)
         if way != "products":
             self.rounded.add(pair.owner)
-        y = linear_on_steps(pair, self.alpha, x, dtype, way, self._kept)
-        if bias is None:
-            return y
         moved = self._pair(bias)
-        return y + (bias if moved is None else self._form(moved)).to(dtype)
+        if moved is not None:
+            self.read.add(moved.owner)
+            self.rounded.add(moved.owner)
+        y = linear_on_steps(pair, moved, self.alpha, x, dtype, way, self._kept)
+        return y if bias is None or moved is not None else y + bias.to(dtype)
 
     def _head(self, pair: Pair) -> Callable[[torch.dtype], HeadLoss]:
         """What gives, for the dtype of the product, the cross-entropy of a head."""
@@ -444,13 +445,16 @@ class VirtualEngine:
         self._mode.begin(-eta)
         self._kept.begin((eta,))
         loss = self._closure(eagerly(self._mode, *([watch] if watch else [])))
+        return self._pass(eta, watch) if self._may_have_read_placeholders([loss]) else loss
+
+    def _may_have_read_placeholders(self, losses: Sequence[float]) -> bool:
+        """Whether a loss may be the NaN of a placeholder for logits; then there will be none in the passes to come."""
         tail = self._mode.tail
-        if tail.used and math.isnan(loss) and not self._deferral_works:
-            # A placeholder's NaN, read where no mode looks? Then not one of the passes may have placeholders.
+        if tail.used and any(map(math.isnan, losses)) and not self._deferral_works:
             tail.enabled = False
-            return self._pass(eta, watch)
+            return True
         self._deferral_works |= tail.used
-        return loss
+        return False
 
 
 @contextmanager
