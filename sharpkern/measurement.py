@@ -32,7 +32,8 @@ class Measurement:
         exponent: how steeply the loss crosses its base value; 1 on a quadratic, small for an ill-conditioned crossing,
             None if unknown.
         probes: (η, loss) in the order evaluated by the search, the base loss not among them.
-        forwards: evaluations of the closure, all of them: base loss, probes and checks.
+        forwards: losses evaluated, all of them: base loss, probes and checks. The batched engine has up to 8 of them
+            from one call of the closure.
         status: "converged"; "ascent"; "unbounded"; "nonfinite", the base loss is nan or inf; "unresolved".
         engine: "virtual", "batched" or "inplace", which evaluated the losses.
         retained: share of the displacement at η_c that survives rounding to the weights' dtype; 1.0 = all. Estimated

@@ -50,17 +50,17 @@ class BatchedEngine(VirtualEngine):
                 the mode cannot see it.
         """
         values: list[float] = []
+        started = time.perf_counter()
         while len(values) < len(step_sizes):
             part = step_sizes[len(values) : len(values) + self.chunk_size]
-            started = time.perf_counter()
             try:
                 values += self._several(part)
-                if len(part) == NUM_PARALLEL:
-                    self.seconds.append(time.perf_counter() - started)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
                 self.chunk_size = len(part) // 2
+        if len(step_sizes) == NUM_PARALLEL:
+            self.seconds.append(time.perf_counter() - started)
         return values
 
     def _several(self, step_sizes: Sequence[float]) -> list[float]:

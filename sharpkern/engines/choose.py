@@ -88,9 +88,11 @@ def fall_back(run: Callable[[str], Result], name: str, asked: str, checks: Check
         EngineUnsupportedError: the engine was named and is unable.
     """
     while True:
+        # One step size at a time takes less memory.
+        unable = (EngineUnsupportedError, torch.OutOfMemoryError) if name == "batched" else EngineUnsupportedError
         try:
             return run(name)
-        except EngineUnsupportedError as reason:
+        except unable as reason:
             if asked != "auto" or name not in _NEXT:
                 raise
             checks.unsupported[name] = str(reason)

@@ -52,7 +52,7 @@ class Closure:
             loss = self._called()
         self.random = self.guard.drew_random_numbers()
         _check_loss(loss)
-        return self._read(loss)
+        return self._read(loss)[0]
 
     def several(
         self, around: Callable[[Tensor], AbstractContextManager[object]], values: Sequence[float]
@@ -77,12 +77,16 @@ class Closure:
 
         losses = torch.func.vmap(one, randomness="same")(torch.tensor(values, dtype=torch.float64, device="cpu"))
         self.random = self.guard.drew_random_numbers()
-        return [self._read(loss) for loss in losses.reshape(-1)]
+        return self._read(losses)
 
-    def _read(self, loss: Tensor) -> float:
-        self.precision.loss_dtype = loss.dtype
-        loss = loss.detach().float() if is_low(loss.dtype) else loss.detach()
-        return float(loss if self._reduce is None else self._reduce(loss))
+    def _read(self, losses: Tensor) -> list[float]:
+        """Wait for losses, and have each reduced by itself."""
+        self.precision.loss_dtype = losses.dtype
+        losses = (losses.detach().float() if is_low(losses.dtype) else losses.detach()).reshape(-1)
+        if self._reduce is not None:
+            return [float(self._reduce(loss)) for loss in losses]
+        values: list[float] = losses.tolist()
+        return values
 
     def _called(self) -> Tensor:
         try:
