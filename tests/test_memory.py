@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
+from sharpkern.engines.batched import NUM_PARALLEL
 from tests.memory import bytes_of, peak_bytes
 from tests.models import GPT
 from tests.oracle import random_direction
@@ -17,8 +18,8 @@ def scene() -> tuple[nn.Module, object, sharpkern.Direction]:
     return model, lambda: F.cross_entropy(model(x).flatten(0, 1), x.flip(1).flatten()), random_direction(model)
 
 
-def extra_bytes(engine: str) -> tuple[int, nn.Module]:
-    """Peak of a measurement above that of a plain forward pass. A first one has run the checks made once."""
+def extra_and_plain_bytes(engine: str) -> tuple[int, int, nn.Module]:
+    """Peak of a measurement above that of a plain forward pass, and this. A first one has run the checks made once."""
     model, loss_fn, direction = scene()
 
     def measure() -> None:
@@ -27,19 +28,25 @@ def extra_bytes(engine: str) -> tuple[int, nn.Module]:
     measure()
     with torch.no_grad():
         plain = peak_bytes(loss_fn)
-    return peak_bytes(measure) - plain, model
+    return peak_bytes(measure) - plain, plain, model
 
 
 def test_the_virtual_engine_needs_the_largest_weight_matrix() -> None:
-    extra, model = extra_bytes("virtual")
+    extra, _, model = extra_and_plain_bytes("virtual")
     largest = max(bytes_of([p]) for p in model.parameters())
     assert largest / 2 < extra <= 1.1 * largest
 
 
 def test_the_in_place_engine_needs_one_copy_of_the_parameters() -> None:
-    extra, model = extra_bytes("inplace")
+    extra, _, model = extra_and_plain_bytes("inplace")
     copy = bytes_of(model.parameters())
     assert 0.9 * copy < extra <= 1.1 * copy
+
+
+def test_the_batched_engine_needs_the_activations_of_every_step_size() -> None:
+    extra, plain, _ = extra_and_plain_bytes("batched")
+    others = NUM_PARALLEL - 1
+    assert 0.9 * others * plain < extra <= 1.1 * others * plain
 
 
 @pytest.mark.parametrize("engine", ["virtual", "inplace"])

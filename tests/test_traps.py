@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
-from sharpkern import critical
+from sharpkern import _run
 from sharpkern.engines import calls, guards
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
@@ -272,7 +272,7 @@ def test_the_share_that_rounding_swallows_is_reported(monkeypatch: pytest.Monkey
     assert shares["masters"] == pytest.approx(1, abs=0.1)
 
     assert sharpkern.critical_sharpness(model, loss_fn, mastered, noise=1e-3).retained > 0.9
-    monkeypatch.setattr(critical, "retained_share", lambda *_: shares["plain"])
+    monkeypatch.setattr(_run, "retained_share", lambda *_: shares["plain"])
     with pytest.warns(sharpkern.RetainedWarning, match=rf"only {shares['plain']:.2f} .* masters"):
         measured = sharpkern.critical_sharpness(model, loss_fn, plain, noise=1e-3)
     assert measured.retained == shares["plain"]
