@@ -2,7 +2,8 @@
 
     python bench/bench_line_search.py [--quick] [--json PATH]
 
-Every method measures the same points, warm-started from its own last result; the free base loss is not counted.
+Every method measures the same points, warm-started from its own last result. Evaluations do not count the base loss,
+which a training step has; passes do: it takes one of its own, or a place in the first pass for several step sizes.
 """
 
 import argparse
@@ -22,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from cost import cost_rows
+from cost import cost_rows, workloads
 from rich.console import Console
 from rich.table import Table
 from runs import Point, Run, standard_runs
 
 import sharpkern
-from sharpkern.search import SearchMemory, SearchResult, find_critical_lr
+from sharpkern.search import LineSearch, SearchMemory, SearchResult, warm_grid
 
 METHODS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -36,11 +37,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "auto, rtol 0.001": {"rtol": 0.001},
     "auto, certify": {"certify": True},
     "auto, slope unknown": {},
+    "auto, slope unknown, 8 at a time": {"num_parallel": 8},
     "auto, 4 at a time": {"num_parallel": 4},
     "auto, 8 at a time": {"num_parallel": 8},
     "bisection": {"method": "bisection"},
 }
 QUICK = ("auto", "auto, 8 at a time", "bisection")
+# Of runs that measure another batch than the gradient's, and of all others.
+OTHER_BATCH = ("auto, slope unknown", "auto, slope unknown, 8 at a time", "bisection")
+OWN_BATCH = tuple(method for method in METHODS if method != "auto, slope unknown, 8 at a time")
 # An answer this far off, in log units, is another crossing and not an inexact one.
 OTHER_CROSSING = 0.25
 
@@ -52,22 +57,29 @@ class Series:
     memory: SearchMemory | None = None
     steps: list[int] = field(default_factory=list)
     results: list[SearchResult] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
     truths: list[float | None] = field(default_factory=list)
 
     def measure(self, point: Point, base_loss: float, truth: float | None, slope: float | None, options: Any) -> None:
-        """Measure one point, starting from the last result."""
-        result = find_critical_lr(
-            point.loss,
-            base_loss=base_loss,
-            slope=slope,
-            norm_sq=point.norm_sq,
+        """Measure one point, starting from the last result, with the base loss in the first pass as a measurement."""
+        known = {"slope": slope, "norm_sq": point.norm_sq}
+        num_parallel = options.get("num_parallel", 1)
+        first = warm_grid(self.memory, **known, num=num_parallel - 1) if num_parallel > 1 else ()
+        search = LineSearch(
+            base_loss,
+            **known,
             initial_lr=point.lr,
             memory=self.memory,
+            probes=[(eta, point.loss(eta)) for eta in first],
             **options,
         )
+        while step_sizes := search.ask():
+            search.tell([point.loss(eta) for eta in step_sizes])
+        result = search.result()
         self.memory = result.memory
         self.steps.append(point.step)
         self.results.append(result)
+        self.passes.append(result.passes if first else 1 + result.passes)
         self.truths.append(truth)
 
     def row(self, run: str, method: str) -> dict[str, Any]:
@@ -88,7 +100,7 @@ class Series:
             "steps": [self.steps[0], self.steps[-1]],
             "evaluations_mean": float(evaluations.mean()),
             "evaluations_p95": float(np.percentile(evaluations, 95)),
-            "passes_mean": float(np.mean([result.passes for result in self.results])),
+            "passes_with_base_loss_mean": float(np.mean(self.passes)),
             "evaluations_first_ten_steps": float(np.mean(first)) if first else None,
             "error_median": median,
             "error_p95": p95,
@@ -109,7 +121,7 @@ def measure_run(run: Run, methods: Sequence[str]) -> list[dict[str, Any]]:
     for point in run.points():
         truth, base_loss = point.first_crossing(), point.loss(0.0)
         for method in methods:
-            slope = None if method == "auto, slope unknown" else point.slope
+            slope = None if "slope unknown" in method else point.slope
             series[method].measure(point, base_loss, truth, slope, METHODS[method])
     return [series[method].row(run.name, method) for method in methods]
 
@@ -122,7 +134,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "points",
         "evaluations",
         "p95",
-        "passes",
+        "passes + f(0)",
         "first 10",
         "error %",
         "p95",
@@ -130,7 +142,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "other",
         "covered",
     )
-    shown = Table(*columns, title="Line search: evaluations (base loss not counted) and error of η_c")
+    shown = Table(*columns, title="Line search: evaluations, passes with the base loss, error of η_c")
     last = None
     for row in rows:
         if row["run"] != last:
@@ -142,7 +154,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             str(row["points"]),
             f"{row['evaluations_mean']:.2f}",
             f"{row['evaluations_p95']:.0f}",
-            f"{row['passes_mean']:.2f}",
+            f"{row['passes_with_base_loss_mean']:.2f}",
             "" if first is None else f"{first:.1f}",
             *(f"{100 * row[key]:.3f}" for key in ("error_median", "error_p95", "error_p99")),
             str(row["other_crossings"]),
@@ -155,24 +167,31 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def cost_table(rows: list[dict[str, Any]]) -> Table:
     """Return the cost rows as a table for people."""
     columns = (
+        "model",
         "tokens",
         "engine",
         "forwards",
+        "passes",
         "plain forward ms",
-        "time / plain forwards",
-        "direction, in forwards",
+        "search / plain",
+        "r_8",
+        "direction / plain",
         "extra MB",
         "largest matrix MB",
-        "all parameters MB",
+        "parameters MB",
     )
-    shown = Table(*columns, title="One measurement of a GPT of 5 M parameters, one thread")
+    shown = Table(*columns, title="One warm-started search in training, medians, one thread; r_8: pass of 8 / of 1")
     for row in rows:
+        ratio = row["pass_over_virtual_pass"]
         shown.add_row(
+            f"{row['model']}, {row['parameters'] / 1e6:.2g} M",
             str(row["tokens"]),
             row["engine"],
-            str(row["forwards"]),
-            f"{row['plain_forward_ms']:.1f}",
-            f"{row['ratio_to_plain_forwards']:.2f}",
+            f"{row['forwards']:g}",
+            f"{row['passes']:g}",
+            f"{row['plain_forward_ms']:.2f}",
+            f"{row['search_in_plain_forwards']:.2f}",
+            "" if ratio is None else f"{ratio:.2f}",
             f"{row['direction_in_plain_forwards']:.2f}",
             *(f"{row[key] / 1e6:.2f}" for key in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")),
         )
@@ -216,13 +235,11 @@ def main() -> None:
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
     for run in standard_runs(arguments.quick):
-        methods = QUICK if arguments.quick else tuple(METHODS)
-        if run.other_batch:
-            methods = tuple(method for method in methods if method in ("auto, slope unknown", "bisection"))
-        rows += measure_run(run, methods)
+        own_batch = QUICK if arguments.quick else OWN_BATCH
+        rows += measure_run(run, OTHER_BATCH if run.other_batch else own_batch)
         print(f"{run.name}: done after {time.perf_counter() - started:.0f} s", file=sys.stderr)
     console.print(table(rows))
-    costs = [row for num_tokens in (256, 1024) for row in cost_rows(num_tokens, 2 if arguments.quick else 7)]
+    costs = [row for workload in workloads(arguments.quick) for row in cost_rows(workload)]
     console.print(cost_table(costs))
     if arguments.json:
         record = {"environment": environment(), "quick": arguments.quick, "line_search": rows, "cost": costs}

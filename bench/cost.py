@@ -1,93 +1,222 @@
-"""Time and memory of one measurement, in plain no-grad forward passes and bytes of tensors."""
+"""Time and memory of searches in a training loop, by each engine, in plain forward passes and bytes of tensors."""
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from runs import GPT, text, token_loss
-from torch import Tensor
+from runs import GPT, Batch, Loss, digits, mlp, text, token_loss
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sharpkern
+from sharpkern.cli.bench.side_by_side import engines
+from sharpkern.engines.batched import NUM_PARALLEL
 from tests.memory import peak_bytes
 
-ENGINES = ("virtual", "inplace")
+ENGINES = ("virtual", "batched", "inplace")
+# Steps of training before the first search, and searches before those that count, which make the checks.
+_TRAINED, _WARM_UP = 10, 2
+# Engines may differ by as much as their searches' tolerance, in log units.
+_SAME = 0.03
 
 
-def cost_rows(num_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Measure a GPT of 5 million parameters in training, by each engine, beside its plain forward pass.
+@dataclass(frozen=True)
+class Workload:
+    """A model in training.
 
-    The passes and the measurements take turns, and medians are compared, so that a busy machine slows both.
+    Attributes:
+        name: for the table.
+        make: builds model and optimizer.
+        batch: inputs and targets of a step.
+        loss_of: loss of outputs and targets.
+        tokens: tokens, or samples, of a batch.
+        steps: of training whose searches count.
+    """
+
+    name: str
+    make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+    batch: Callable[[int], Batch]
+    loss_of: Loss
+    tokens: int
+    steps: int
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """Return what is measured: from models whose calls take longer than their products to one where these count.
 
     Args:
-        num_tokens: Length of the one sequence in the batch.
-        repeats: Rounds.
+        quick: a few searches each, and no large model.
+    """
+    small = [_digits(3 if quick else 31), _gpt(32, 3 if quick else 31)]
+    if quick:
+        return small
+    wide = {"width": 512, "num_layers": 9, "num_heads": 8, "context": 256}
+    middle = {"width": 256, "num_layers": 6, "num_heads": 8, "context": 1024}
+    return [*small, _gpt(32, 9, **wide), _gpt(256, 3, **wide), _gpt(1024, 3, **middle)]
+
+
+def _digits(steps: int) -> Workload:
+    images, targets = digits()
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = mlp()
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def batch(step: int) -> Batch:
+        rows = torch.randint(0, len(images), (64,), generator=torch.Generator().manual_seed(step))
+        return images[rows], targets[rows]
+
+    return Workload("MLP", make, batch, F.cross_entropy, 64, steps)
+
+
+def _gpt(num_tokens: int, steps: int, **sizes: int) -> Workload:
+    data = text()
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = GPT(**sizes)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def batch(step: int) -> Batch:
+        tokens = data[None, step * num_tokens : (step + 1) * num_tokens + 1]
+        return tokens[:, :-1], tokens[:, 1:]
+
+    return Workload("GPT", make, batch, token_loss, num_tokens, steps)
+
+
+class _Counted:
+    """The loss of one batch, and how often it was asked for."""
+
+    def __init__(self, model: nn.Module, loss_of: Loss, batch: Batch) -> None:
+        self._model, self._loss_of, self._batch = model, loss_of, batch
+        self.calls = 0
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        return self._loss_of(self._model(self._batch[0]), self._batch[1])
+
+
+def cost_rows(workload: Workload) -> list[dict[str, Any]]:
+    """Train a model with a monitor per engine, warm-started each from its own last search, in turns.
+
+    Passes, searches and plain forwards take turns, and medians are compared, so that a busy machine slows all alike.
+
+    Args:
+        workload: what to train.
 
     Returns:
         One row per engine.
+
+    Raises:
+        RuntimeError: the engines disagree, and times are worth nothing.
     """
     torch.manual_seed(0)
-    model = GPT(width=256, num_layers=6, num_heads=8, context=1024)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    data = text()
-    for step in range(10):
-        start = step * num_tokens
-        tokens = data[None, start : start + num_tokens + 1]
-        optimizer.zero_grad()
-        token_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
-        if step < 9:
-            optimizer.step()
-
-    def loss_fn() -> Tensor:
-        return token_loss(model(tokens[:, :-1]), tokens[:, 1:])
-
-    def forward() -> None:
-        with torch.no_grad():
-            loss_fn()
-
-    direction = sharpkern.Direction.from_optimizer(optimizer)
-
-    def measure(engine: str) -> sharpkern.Measurement:
-        return sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine)
-
-    found = {engine: measure(engine) for engine in ENGINES}
-    values = [measurement.sharpness for measurement in found.values()]
-    if not abs(values[0] / values[1] - 1) < 1e-3:
-        raise RuntimeError(f"engines disagree, nothing is timed: {dict(zip(ENGINES, values, strict=True))}")
+    model, optimizer = workload.make()
+    monitors = {engine: sharpkern.Monitor(model, optimizer, engine=engine) for engine in ENGINES}
     plain: list[float] = []
     building: list[float] = []
-    seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
-    for _ in range(repeats):
-        plain.append(_seconds(forward))
-        building.append(_seconds(lambda: sharpkern.Direction.from_optimizer(optimizer)))
-        for engine in ENGINES:
-            # Forwards differ between rounds: now and then a measurement checks the slope as well.
-            started = time.perf_counter()
-            forwards = measure(engine).forwards
-            seconds[engine].append((time.perf_counter() - started) / forwards)
-            plain.append(_seconds(forward))
+    searches: dict[str, list[_Search]] = defaultdict(list)
+    for step in range(_TRAINED + _WARM_UP + workload.steps):
+        loss_fn = _Counted(model, workload.loss_of, workload.batch(step))
+        optimizer.zero_grad()
+        loss_fn().backward()
+        if step >= _TRAINED:
+            first = step % len(ENGINES)
+            for engine in ENGINES[first:] + ENGINES[:first]:
+                plain.append(_seconds(partial(_forward, loss_fn)))
+                searches[engine].append(_Search.by(monitors[engine], loss_fn))
+            building.append(_seconds(lambda: sharpkern.Direction.from_optimizer(optimizer)))
+        if step < _TRAINED + _WARM_UP + workload.steps - 1:
+            optimizer.step()
+    counted = _converged({engine: searches[engine][_WARM_UP:] for engine in ENGINES})
+    plain_seconds = median(plain)
+    direction = sharpkern.Direction.from_optimizer(optimizer)
+    eta = counted["virtual"][-1].critical_lr
+    step_sizes = [eta * (k + 1) / NUM_PARALLEL for k in range(NUM_PARALLEL)]
+    pass_ratio = _pass_ratio(model, loss_fn, direction, step_sizes, workload.steps)
+
+    def losses(engine: str) -> list[float]:
+        with engines([engine], model, loss_fn, direction) as (opened,):
+            return opened.losses(step_sizes)
+
+    forward_peak = peak_bytes(lambda: _forward(loss_fn))
     parameters = [p.numel() * p.element_size() for p in model.parameters()]
-    forward_peak = peak_bytes(forward)
     rows = []
-    for engine in ENGINES:
-        peak = peak_bytes(lambda e=engine: measure(e))
+    for engine, of_one in counted.items():
+        peak = peak_bytes(lambda e=engine: losses(e))
         rows.append(
             {
-                "tokens": num_tokens,
+                "model": workload.name,
+                "tokens": workload.tokens,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "engine": engine,
-                "forwards": found[engine].forwards,
-                "status": found[engine].status,
-                "plain_forward_ms": 1e3 * median(plain),
-                "ratio_to_plain_forwards": median(seconds[engine]) / median(plain),
-                "direction_in_plain_forwards": median(building) / median(plain),
+                "searches": len(of_one),
+                "forwards": median(search.forwards for search in of_one),
+                "passes": median(search.passes for search in of_one),
+                "plain_forward_ms": 1e3 * plain_seconds,
+                "search_in_plain_forwards": median(search.seconds for search in of_one) / plain_seconds,
+                "pass_over_virtual_pass": pass_ratio if engine == "batched" else None,
+                "direction_in_plain_forwards": median(building) / plain_seconds,
                 "extra_bytes": peak - forward_peak,
                 "largest_matrix_bytes": max(parameters),
                 "parameter_bytes": sum(parameters),
             }
         )
     return rows
+
+
+@dataclass(frozen=True)
+class _Search:
+    critical_lr: float
+    status: str
+    forwards: int
+    passes: int
+    seconds: float
+
+    @classmethod
+    def by(cls, monitor: sharpkern.Monitor, loss_fn: _Counted) -> "_Search":
+        calls = loss_fn.calls
+        found = monitor(loss_fn)
+        assert found is not None
+        return cls(found.critical_lr, found.status, found.forwards, loss_fn.calls - calls, found.seconds)
+
+
+def _converged(searches: dict[str, list[_Search]]) -> dict[str, list[_Search]]:
+    """Return the searches of the steps at which every engine found a crossing.
+
+    Raises:
+        RuntimeError: there are none, or the engines found different ones.
+    """
+    steps = [found for found in zip(*searches.values(), strict=True) if all(s.status == "converged" for s in found)]
+    kept = {engine: [found[i] for found in steps] for i, engine in enumerate(searches)}
+    for engine, found in kept.items():
+        off = [abs(math.log(one.critical_lr / kept["virtual"][i].critical_lr)) for i, one in enumerate(found)]
+        if not off or median(off) > _SAME:
+            raise RuntimeError(f"engine {engine} disagrees with virtual, nothing is timed: {searches}")
+    return kept
+
+
+def _pass_ratio(
+    model: nn.Module, loss_fn: _Counted, direction: sharpkern.Direction, step_sizes: list[float], repeats: int
+) -> float:
+    """Return what a pass for all step sizes takes, over one of the virtual engine for one of them."""
+    with engines(("virtual", "batched"), model, loss_fn, direction) as (virtual, batched):
+        turns = [
+            (_seconds(lambda: virtual.losses(step_sizes[:1])), _seconds(lambda: batched.losses(step_sizes)))
+            for _ in range(repeats + 1)
+        ]
+    one, several = (median(column) for column in zip(*turns[1:], strict=True))
+    return several / one
+
+
+def _forward(loss_fn: _Counted) -> float:
+    with torch.no_grad():
+        return float(loss_fn())
 
 
 def _seconds(function: Callable[[], object]) -> float:

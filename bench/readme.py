@@ -7,9 +7,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-METHODS = {"auto": "default", "bisection": "doubling and bisection"}
+METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
 # Where the gradient is not of the measured loss.
-NO_SLOPE = {"auto, slope unknown": "default", "bisection": "doubling and bisection"}
+NO_SLOPE = {
+    "auto, slope unknown": "default",
+    "auto, slope unknown, 8 at a time": "default, 8 at a time",
+    "bisection": "doubling and bisection",
+}
 
 
 def latest(name: str) -> dict[str, Any]:
@@ -22,8 +26,9 @@ def latest(name: str) -> dict[str, Any]:
 def line_search() -> str:
     """Evaluations and errors of the default search and of the published one."""
     lines = [
-        "| run | search | forwards besides the base loss | median error | p95 | other crossings | error covers truth |",
-        "|---|---|---|---|---|---|---|",
+        "| run | search | forwards besides the base loss | passes with it | median error | p95 | other crossings | "
+        "error covers truth |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows = latest("line_search")["line_search"]
     with_slope = {row["run"] for row in rows if row["method"] == "auto"}
@@ -32,6 +37,7 @@ def line_search() -> str:
         if row["method"] in methods:
             lines.append(
                 f"| {row['run']} | {methods[row['method']]} | {row['evaluations_mean']:.2f} | "
+                f"{row['passes_with_base_loss_mean']:.2f} | "
                 f"{row['error_median']:.3%} | {row['error_p95']:.2%} | {row['other_crossings']} of {row['points']} | "
                 f"{row['covered']:.0%} |"
             )
@@ -39,17 +45,19 @@ def line_search() -> str:
 
 
 def cost() -> str:
-    """Time and memory of one measurement."""
+    """Time and memory of one search in a training loop, by each engine."""
     lines = [
-        "| tokens | engine | forwards | time, in as many plain forwards | extra memory | largest matrix | parameters |",
-        "|---|---|---|---|---|---|---|",
+        "| model | tokens | engine | forwards | passes | time, in plain forwards | r_8 | extra memory | "
+        "largest matrix | parameters |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in latest("line_search")["cost"]:
+        ratio = row["pass_over_virtual_pass"]
         megabytes = [row[name] / 1e6 for name in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")]
         lines.append(
-            f"| {row['tokens']} | {row['engine']} | {row['forwards']} | {row['ratio_to_plain_forwards']:.2f} | "
-            + " | ".join(f"{size:.1f} MB" for size in megabytes)
-            + " |"
+            f"| {row['model']}, {row['parameters'] / 1e6:.2g} M | {row['tokens']} | {row['engine']} | "
+            f"{row['forwards']:g} | {row['passes']:g} | {row['search_in_plain_forwards']:.1f} | "
+            f"{'' if ratio is None else f'{ratio:.1f}'} | " + " | ".join(f"{size:.1f} MB" for size in megabytes) + " |"
         )
     return "\n".join(lines)
 

@@ -57,6 +57,12 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
+def mlp() -> nn.Sequential:
+    """Return the network for `digits`: four linear layers, GELU between."""
+    layers = [layer for i, o in pairwise((64, 128, 128, 128, 10)) for layer in (nn.Linear(i, o), nn.GELU())]
+    return nn.Sequential(*layers[:-1])
+
+
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy over all tokens."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -123,9 +129,7 @@ class Run:
         draw = self._batches(torch.Generator().manual_seed(self.seed + 1))
         loss_of: Loss
         if self.kind == "digits":
-            widths = (64, 128, 128, 128, 10)
-            layers = [layer for i, o in pairwise(widths) for layer in (nn.Linear(i, o), nn.GELU())]
-            model: nn.Module = nn.Sequential(*layers[:-1])
+            model: nn.Module = mlp()
             loss_of = F.cross_entropy
             optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=self.momentum)
         else:

@@ -62,17 +62,29 @@ def test_a_section_runs_behind_the_check_that_it_waits_for(sitting):
     assert all(row["passed"] for row in checks)
     assert {"float32", "bfloat16 float32"} <= {row["dtypes"] for row in checks if "dtypes" in row}
     timed = [row for case in sections["linear"]["cases"].values() for row in case["rows"] if "variant" in row]
-    assert {"product", "clone and add", "form", "form 8 at once", "two products"} <= {row["variant"] for row in timed}
+    one_at_a_time = {("product", 1), ("product again", 1), ("clone and add", 1), ("formed singly", 1)}
+    ways = {(way, at_once) for way in ("products", "formed") for at_once in (1, 4, 8)}
+    # On a CPU there is no fused kernel to time.
+    assert {(row["way"], row["at_once"]) for row in timed} == one_at_a_time | ways
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in timed)
+    assert {(row["tokens"], *row["shape"], row["dtype"]) for row in timed} == {
+        (tokens, 384, 384, "float32") for tokens in (8, 128)
+    }
+    floor = {row["tokens"] for row in timed if "share_of_floor" in row}
+    assert floor == {8}
 
 
 def test_the_output_ends_with_the_table_and_what_was_left_out(sitting):
     _, result = sitting
-    assert "form 8 at once" in result.output
+    assert re.search(
+        r"tokens +at once +clone and add +formed singly +products +formed +× naive +of floor", result.output
+    )
+    assert re.search(r"\n8 +8 +0\.|\n8 +8 +1\.", result.output)
     assert "compiled: left out: needs a GPU" in result.output
     assert "No GPU: small sizes by plain torch" in result.output
     said = " ".join(result.output.split())
-    assert re.search(r"Correctness against float64: \d+ calls of axpy_, form, .*; largest error 0\.", said)
+    names = "linear K=1, linear K=4, linear K=8, axpy_, form"
+    assert re.search(rf"Correctness against float64: \d+ calls of {names}, .*; largest error 0\.", said)
     assert ", 0 of them with other bits" in said
 
 
@@ -81,7 +93,7 @@ def test_the_record_names_versions_and_neither_host_nor_paths(sitting):
     environment = json.loads(output.read_text())[0]["environment"]
     assert environment["torch"] == torch.__version__
     assert re.fullmatch("[0-9a-f]{16}", environment["source"])
-    assert {"commit", "dirty", "triton", "driver", "gpu"} <= set(environment)
+    assert {"commit", "dirty", "triton", "driver", "gpu", "architecture"} <= set(environment)
     assert not platform.node() or platform.node() not in output.read_text()
     assert not [value for value in environment.values() if "/" in str(value)]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sharpkern import ops
-from sharpkern.cli.bench import machine, table, views
+from sharpkern.cli.bench import environment, machine, table, views
 from sharpkern.cli.bench.environment import child_environment
 from sharpkern.cli.bench.judge import Trial, judge, poisoned
 from sharpkern.cli.bench.machine import Machine, Timing
@@ -147,6 +147,20 @@ def test_the_host_gets_ahead_of_the_gpu(host_seconds, cycles, monkeypatch):
     assert set(slept[1:]) == {cycles}
 
 
+@pytest.mark.parametrize(("hip", "architecture"), [(None, "sm_90"), ("7.0", "gfx942")])
+def test_a_gpu_is_named_with_its_architecture(hip, architecture, monkeypatch):
+    seen = SimpleNamespace(
+        name="GPU", major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-", total_memory=1, multi_processor_count=2
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: seen)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = environment._gpu()
+    assert (found["gpu"], found["architecture"], found["l2_bytes"]) == ("GPU", architecture, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert environment._gpu() == dict.fromkeys(found)
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "name", "moments"),
     [
@@ -173,7 +187,14 @@ def test_shares_are_held_against_their_targets():
     row = {"target": 0.92, "accept": 0.85}
     assert [views.verdict({**row, "share": share}) for share in (0.93, 0.9, 0.8)] == ["reached", "accepted", "MISSED"]
     assert views.verdict({"beyond_plain": 3, "most_beyond_plain": 2}) == "MISSED"
+    assert views.verdict({"total_bytes": 2, "most_total_bytes": 2}) == "reached"
+    assert views.verdict({"total_bytes": 3, "most_total_bytes": 2}) == "MISSED"
     assert views.verdict({"share": 0.5}) == ""
+
+
+def way(name, share, tokens=16, **more):
+    row = {"way": name, "at_once": 1, "tokens": tokens, "dtype": "bfloat16", "shape": [4096, 4096], "share": share}
+    return {**row, **more}
 
 
 def done(*rows):
@@ -230,6 +251,40 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
             ),
             "deep copy": done({"variant": "deep copy", **size, "outcome": "out of memory"}),
         },
+        "passes": {
+            "7B, 4096 tokens": done(
+                {
+                    "variant": "batched",
+                    "at_once": 8,
+                    "ms_per_step_size": 100.0,
+                    "plain_ms": 95.0,
+                    "pass_over_virtual": 7.5,
+                    "allocated": 4 * 10**9,
+                    "total_bytes": 33 * 10**9,
+                    "most_total_bytes": 31 << 30,
+                }
+            ),
+            "7B, 64 tokens": done({"variant": "batched", "outcome": "out of memory"}),
+        },
+        "linear": {
+            "4096x4096 M=16": done(
+                {"way": "fused", "at_once": 8, "error": 1e-3, "passed": True},
+                way("product again", 0.98),
+                way("clone and add", 0.3),
+                way("fused", 3.1, at_once=8, least_times_naive=3.0, share_of_floor=0.7),
+                way("formed", 0.4, at_once=8, least_times_naive=3.0, share_of_floor=0.1),
+            ),
+            "11008x4096 M=16": done(
+                way("product again", 0.98),
+                way("clone and add", 0.4),
+                way("fused", 2.9, at_once=8, least_times_naive=3.0, share_of_floor=0.8),
+            ),
+            "4096x4096 M=4096": done(
+                way("product again", 1.0, tokens=4096),
+                way("clone and add", 0.5, tokens=4096),
+                way("formed", 0.8, tokens=4096, at_once=8, target=0.85, accept=0.85),
+            ),
+        },
         "compiled": {"axpy": done({"kernel": "_axpy_kernel", "registers": 34, "spills": 0, "shared": 0, "warps": 8})},
         "ceilings": {
             "copy": done({"variant": "copy", "bytes_per_second": 4.3e12}),
@@ -250,11 +305,15 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
         r"7B: plain +94\.0 +1\.00",
         r"7B: in place +98\.7 +1\.05 +15\.00 +16\.00 +12\.5",
         r"7B: deep copy +out of memory",
+        r"7B, 4096 tokens +batched +8 +100\.00 +1\.05 +7\.50 +4\.00 +33\.00 +reached",
+        r"7B, 64 tokens +batched +out of memory",
+        r"16 +8 +0\.35 +0\.40 +3\.00 +8\.57 +0\.75 +0\.02 +3 × naive +reached",
+        r"4096 +8 +0\.50 +0\.80 +1\.60 +0\.00 +formed 0\.85 +MISSED",
         r"axpy: _axpy_kernel +34 +0 +0 +8",
         r"\(c0ffee\)\nCeilings: copy 4300 GB/s, product 790 TFLOP/s\n",
         r"  ± run: how far",
         r"  reduce: BLOCKED: not timed",
-        r"linear: not run, 0 of 0 cases",
+        r"linear: done, 3 of 3 cases",
     ):
         assert re.search(words, said), (words, said)
     judged = "3 calls of axpy_, form, linear_cross_entropy; largest error inf of its budget, by form; 100 repeats, 3 of"

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from sharpkern.cli.bench.loads import Loads
 from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.streaming import Kind, kinds
 from sharpkern.cli.bench.suite import Bench, Case
+from sharpkern.cli.bench.trials import fused_linear
 
 # Elements: enough for the launch configuration of large tensors.
 _NUMEL = 1 << 24
@@ -16,7 +18,19 @@ _NUMEL = 1 << 24
 
 def cases(bench: Bench) -> dict[str, Case]:
     """Return one case per kind of launch."""
-    return {name: partial(_facts, bench, kind) for name, kind in kinds(bench, _NUMEL).items()}
+    all_kinds = {**kinds(bench, _NUMEL), **_linear_kinds(bench)}
+    return {name: partial(_facts, bench, kind) for name, kind in all_kinds.items()}
+
+
+def _linear_kinds(bench: Bench) -> dict[str, Kind]:
+    """Return linear layers that are timed in a section of their own."""
+    make = Loads(bench.machine)
+    return {
+        f"linear K={num_steps} M={num_tokens}": Kind(
+            fused_linear(num_steps), partial(make.linear, 4096, 4096, num_tokens, num_steps)
+        )
+        for num_steps, num_tokens in ((1, 16), (8, 16), (8, 64), (8, 128), (8, 512))
+    }
 
 
 def _facts(bench: Bench, kind: Kind) -> Iterator[Json]:

@@ -79,10 +79,12 @@ def child_environment() -> dict[str, str]:
 
 def _gpu() -> Json:
     if not torch.cuda.is_available():
-        return {"gpu": None, "driver": None, "gpu_memory": None, "multiprocessors": None, "l2_bytes": None}
+        names = ("gpu", "architecture", "driver", "gpu_memory", "multiprocessors", "l2_bytes")
+        return dict.fromkeys(names)
     device = torch.cuda.get_device_properties(0)
     return {
         "gpu": device.name,
+        "architecture": device.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{device.major}{device.minor}",
         "driver": _said("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "gpu_memory": device.total_memory,
         "multiprocessors": device.multi_processor_count,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern import ops
-from sharpkern.cli.bench.machine import each_call
+from sharpkern.cli.bench.machine import each_call, peak_fields
 from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.suite import Bench, Case
 from sharpkern.head import VOCABULARY_CHUNK, cross_entropy_of_rows, linear_cross_entropy
@@ -65,7 +65,4 @@ def _timed(bench: Bench, num_tokens: int) -> Iterator[Json]:
         row: Json = {"variant": name, "share": timings["product"].median / timing.median, "of": "product"}
         if name == "formed and chunked" and machine.is_gpu and num_tokens == 4096:
             row |= {"target": _TARGET, "accept": _ACCEPT}
-        peak = peaks.get(name)
-        if peak is not None:
-            row |= {"allocated": peak.allocated, "reserved": peak.reserved}
-        yield {**row, "vocabulary": vocabulary, "width": width, **timing.to_json()}
+        yield {**row, **peak_fields(peaks.get(name)), "vocabulary": vocabulary, "width": width, **timing.to_json()}

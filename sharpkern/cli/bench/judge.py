@@ -73,7 +73,7 @@ def judge(bench: Bench, trial: Trial) -> Json:
         _excess(*tensors, trial.roundings, trial.floor) for tensors in zip(found, trial.exact(), in_torch, strict=True)
     )
     # Races are a GPU's: elsewhere a few repeats show that the check runs.
-    repeats = (100 if bench.machine.is_gpu else 3) if trial.repeated else 0
+    repeats = (300 if bench.machine.is_gpu else 3) if trial.repeated else 0
     differing = sum(
         ~same_bits(tensor, again)
         for _ in range(repeats)

@@ -1,30 +1,59 @@
-"""y = x(W + αD)ᵀ for M tokens: what forming the weight costs beside the bare product, by each method."""
+"""y[k] = x[k] (W + α_k D)ᵀ for K step sizes of M tokens each: every way, beside bare products and the obvious way."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern import ops
+from sharpkern.cli.bench.machine import each_call
 from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.suite import Bench, Case
+from sharpkern.cli.bench.trials import fused_linear
+from sharpkern.linear import moving_linear
+from sharpkern.moves import Stored
 
-# Step sizes that one reading of W and D serves.
-_STEPS_PER_PASS = 8
-# Relative error of a product of bf16 factors, against float64.
-_TOLERANCE = 1e-2
+# Every variant evaluates so many step sizes in a call: all of them at once, or some at a time.
+NUM_STEPS = 8
+_AT_ONCE = (1, 4, NUM_STEPS)
+# The obvious way, and one weight at a time in a scratch: nothing is gained from several step sizes.
+NAIVE, ONE_AT_A_TIME = "clone and add", "formed singly"
+# Up to here it is the reading of weights that takes the time.
+FEW_TOKENS = 64
+# Relative error of a product, against float64.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# Targets on a GPU, 8 step sizes at once: how many times as fast as the obvious way the quickest one is with few
+# tokens, and the share of the bare product's speed with 4096, each weight formed.
+_LEAST_TIMES_NAIVE = 3.0
+_SHARE_OF_PRODUCT = 0.85
 
-Method = Callable[[int], list[Tensor]]
+Outputs = list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Variant:
+    way: str
+    at_once: int
+    run: Callable[[], Outputs]
+
+    @property
+    def name(self) -> str:
+        return f"{self.way} K={self.at_once}"
 
 
 def cases(bench: Bench) -> dict[str, Case]:
-    """Return one case per shape of the weight and number of tokens."""
-    gpu = bench.machine.is_gpu
-    shapes = [(4096, 4096), (11008, 4096), (4096, 11008)] if gpu else [(256, 256)]
-    tokens = (64, 256, 512, 1024, 2048, 4096, 8192) if gpu else (64, 256)
+    """Return one case per number of tokens and shape of the weight."""
+    if bench.machine.is_gpu:
+        shapes = [(4096, 4096), (11008, 4096), (4096, 11008)]
+        tokens: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    elif bench.quick:
+        shapes, tokens = [(384, 384)], (8, 128)
+    else:
+        shapes, tokens = [(384, 384), (1536, 384), (384, 1536)], (8, 16, 32, 64, 256, 1024)
     return {
         f"{rows}x{columns} M={num}": partial(_timed, bench, (rows, columns), num)
         for num, (rows, columns) in product(tokens, shapes)
@@ -32,75 +61,114 @@ def cases(bench: Bench) -> dict[str, Case]:
 
 
 def _timed(bench: Bench, shape: tuple[int, int], num_tokens: int) -> Iterator[Json]:
-    """Check every method against float64, and time those that are right; shares are per step size."""
+    """Check every way against float64, and time those that are right; shares are per step size."""
     bench.require("form")
-    layer = _Layer(bench, shape, num_tokens)
-    methods: dict[str, Method] = {
-        "clone and add": layer.clone_and_add,
-        "form": layer.form,
-        f"form {_STEPS_PER_PASS} at once": layer.form_together,
-        "two products": layer.two_products,
-    }
-    exact = layer.exact()
-    for name, method in list(methods.items()):
-        error = float((method(0)[0] - exact).norm() / exact.norm())
-        yield {"method": name, "error": error, "passed": error <= _TOLERANCE}
-        if not error <= _TOLERANCE:
-            del methods[name]
-    del exact
-    variants = {"product": layer.product, "product again": layer.product, **methods}
-    timings = bench.machine.time(variants, 0.5 if bench.machine.is_gpu else 0.1)
-    for name, timing in timings.items():
-        num_steps = len(variants[name](0))
-        row: Json = {"variant": name, "share": num_steps * timings["product"].median / timing.median, "of": "product"}
-        yield {**row, "step_sizes": num_steps, "tokens": num_tokens, "shape": shape, **timing.to_json()}
+    machine, layer = bench.machine, _Layer(bench, shape, num_tokens)
+    about: Json = {"tokens": num_tokens, "shape": shape, "dtype": str(layer.dtype).removeprefix("torch.")}
+    right = []
+    for variant in layer.ways(bench):
+        error = layer.error(variant.run)
+        passed = error <= _TOLERANCE[layer.dtype]
+        yield {"way": variant.way, "at_once": variant.at_once, "error": error, "passed": passed}
+        if passed:
+            right.append(variant)
+    bare = [_Variant(name, 1, layer.product) for name in ("product", "product again")]
+    variants = {variant.name: variant for variant in [*bare, *right]}
+    calls = {name: each_call(variant.run) for name, variant in variants.items()}
+    copy, copied = machine.copy()
+    timings = machine.time({**calls, "copy": copy}, 0.3 if machine.is_gpu else 0.1)
+    bandwidth = copied / timings["copy"].median
+    taken = {name: timing.median for name, timing in timings.items()}
+    for name, variant in variants.items():
+        row: Json = {"variant": name, "way": variant.way, "at_once": variant.at_once, **about, "of": "product"}
+        row["share"] = taken["product K=1"] / taken[name]
+        if variant in right and num_tokens <= FEW_TOKENS:
+            row["share_of_floor"] = NUM_STEPS // variant.at_once * layer.nbytes / bandwidth / taken[name]
+        if machine.is_gpu and variant.at_once == NUM_STEPS:
+            row |= _target(variant.way, num_tokens)
+        yield {**row, "step_sizes": NUM_STEPS, **timings[name].to_json()}
+
+
+def _target(way: str, num_tokens: int) -> Json:
+    """Return what is asked of a way that takes 8 step sizes at once."""
+    if num_tokens <= FEW_TOKENS:
+        return {"least_times_naive": _LEAST_TIMES_NAIVE}
+    if (way, num_tokens) == ("formed", 4096):
+        return {"target": _SHARE_OF_PRODUCT, "accept": _SHARE_OF_PRODUCT}
+    return {}
 
 
 class _Layer:
-    """A linear layer on weights that are not in the cache; every method returns one output per step size."""
+    """A linear layer of K inputs on weights that are not in the cache: every pass over them takes the next pair.
+
+    Attributes:
+        dtype: of inputs and weights.
+        nbytes: of W and D.
+    """
 
     def __init__(self, bench: Bench, shape: tuple[int, int], num_tokens: int) -> None:
         machine = bench.machine
-        dtype = torch.bfloat16 if machine.is_gpu else torch.float32
+        self.dtype = torch.bfloat16 if machine.is_gpu else torch.float32
+        self.nbytes = 2 * self.dtype.itemsize * shape[0] * shape[1]
         self._backend = bench.backend
-        self._x = machine.randn(num_tokens, shape[1], dtype=dtype)
-        self._weights = [
-            (
-                machine.randn(*shape, dtype=dtype, seed=seed, scale=0.02),
-                machine.randn(*shape, dtype=dtype, seed=seed + 100),
+        self._x = machine.randn(NUM_STEPS, num_tokens, shape[1], dtype=self.dtype)
+        # The bare product reads W alone.
+        pairs = [
+            Stored(
+                machine.randn(*shape, dtype=self.dtype, seed=seed, scale=0.02),
+                machine.randn(*shape, dtype=self.dtype, seed=seed + 100),
             )
-            for seed in range(machine.rotations(2 * dtype.itemsize * shape[0] * shape[1]))
+            for seed in range(machine.rotations(self.nbytes // 2))
         ]
-        self._alphas = torch.linspace(-1e-2, -1e-3, _STEPS_PER_PASS, device=machine.device)
-        self._alpha = -1e-2
-        self._scratch = torch.empty(_STEPS_PER_PASS, *shape, dtype=dtype, device=machine.device)
+        self._next = cycle(pairs)
+        self._last = pairs[-1]
+        self._alpha = torch.linspace(-1e-2, -1e-3, NUM_STEPS, device=machine.device)
+        self._numbers = self._alpha.tolist()
+        self._scratch = torch.empty(1, *shape, dtype=self.dtype, device=machine.device)
 
-    def exact(self) -> Tensor:
-        W, D = self._pair(0)
-        return self._x.double() @ (W.double() + self._alpha * D.double()).T
+    def ways(self, bench: Bench) -> list[_Variant]:
+        """Return every way and number of step sizes at once; the fused kernel where it runs and passed its check."""
+        several = [
+            _Variant(way, at_once, partial(self._several, way, at_once))
+            for way, at_once in product(("products", "formed", "fused"), _AT_ONCE)
+            if way != "fused" or (bench.backend == "triton" and fused_linear(at_once) in bench.passed)
+        ]
+        return [_Variant(NAIVE, 1, self._clone_and_add), _Variant(ONE_AT_A_TIME, 1, self._form), *several]
 
-    def product(self, call: int) -> list[Tensor]:
-        W, _ = self._pair(call)
-        return [F.linear(self._x, W)]
+    def error(self, run: Callable[[], Outputs]) -> float:
+        """Return the norm of the last output's error over that of the exact one, of some hundred of the tokens."""
+        some = slice(None, None, max(1, self._x.shape[1] // 256))
+        found = run()[-1][-1][some]
+        exact = self._x[-1, some].double() @ self._last.delta.double().mul_(self._numbers[-1]).add_(self._last.base).T
+        return float((found - exact).norm() / exact.norm())
 
-    def clone_and_add(self, call: int) -> list[Tensor]:
-        W, D = self._pair(call)
-        return [F.linear(self._x, W.clone().add_(D, alpha=self._alpha))]
+    def product(self) -> Outputs:
+        """Return the products of every input with W alone."""
+        return self._one_at_a_time(lambda W, D, k: W)
 
-    def form(self, call: int) -> list[Tensor]:
-        return self._formed(call, 1)
+    def _clone_and_add(self) -> Outputs:
+        return self._one_at_a_time(lambda W, D, k: W.clone().add_(D, alpha=self._numbers[k]))
 
-    def form_together(self, call: int) -> list[Tensor]:
-        return self._formed(call, _STEPS_PER_PASS)
+    def _form(self) -> Outputs:
+        def formed(W: Tensor, D: Tensor, k: int) -> Tensor:
+            return ops.form(W, D, self._alpha[k : k + 1], out=self._scratch, backend=self._backend)[0]
 
-    def two_products(self, call: int) -> list[Tensor]:
-        W, D = self._pair(call)
-        return [torch.addmm(F.linear(self._x, W), self._x, D.t(), alpha=self._alpha)]
+        return self._one_at_a_time(formed)
 
-    def _formed(self, call: int, num_steps: int) -> list[Tensor]:
-        W, D = self._pair(call)
-        weights = ops.form(W, D, self._alphas[:num_steps], out=self._scratch[:num_steps], backend=self._backend)
-        return [F.linear(self._x, weight) for weight in weights]
+    def _one_at_a_time(self, weight: Callable[[Tensor, Tensor, int], Tensor]) -> Outputs:
+        outputs = []
+        for k, x in enumerate(self._x):
+            pair = self._pair()
+            outputs.append(F.linear(x, weight(pair.base, pair.delta, k)).unsqueeze(0))
+        return outputs
 
-    def _pair(self, call: int) -> tuple[Tensor, Tensor]:
-        return self._weights[call % len(self._weights)]
+    def _several(self, way: str, at_once: int) -> Outputs:
+        outputs = []
+        for x, alpha in zip(self._x.split(at_once), self._alpha.split(at_once), strict=True):
+            pair = self._pair()
+            outputs.append(moving_linear(x, pair.base, pair, alpha, dtype=self.dtype, way=way))
+        return outputs
+
+    def _pair(self) -> Stored:
+        self._last = next(self._next)
+        return self._last

@@ -126,6 +126,13 @@ class Loads:
         run = partial(ops.online_cross_entropy_, maximum, total.exp_(), target, logits, labels, 0)
         return Load(run, 4 * num_tokens * width)
 
+    def linear(self, rows: int, width: int, num_tokens: int, num_steps: int) -> Load:
+        """Return a linear layer, 4 bytes per weight and 2 per element of inputs and outputs."""
+        x = self._machine.randn(num_steps, num_tokens, width, dtype=BF16)
+        W, D = (self._machine.randn(rows, width, dtype=BF16, seed=seed) for seed in (1, 2))
+        run = partial(ops.linear, x, W, D, self._alpha(num_steps))
+        return Load(run, 4 * rows * width + 2 * num_steps * num_tokens * (rows + width))
+
     def _formed(self, shapes: Shapes, num_steps: int, read: int, call: Callable[..., None], **options: Any) -> Load:
         """Return a formation of every tensor into one buffer, as the engines use it: ``read`` bytes per element."""
         largest = max(map(_product, shapes))

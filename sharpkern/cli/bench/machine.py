@@ -78,6 +78,11 @@ class Peak:
     reserved: int
 
 
+def peak_fields(peak: Peak | None) -> Json:
+    """Return the peak as fields of a row, none on a CPU."""
+    return {} if peak is None else asdict(peak)
+
+
 class Machine:
     """The device under test.
 
@@ -132,6 +137,21 @@ class Machine:
             cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 1 << 26)
         return max(1, -(-3 * cache // max(1, nbytes)))
 
+    def copy(self, nbytes: int = 0) -> tuple[Variant, int]:
+        """Return a copy within memory, for what takes turns with it to be held against.
+
+        Args:
+            nbytes: to read and write; at least what no cache holds, and at most what is as good as more.
+
+        Returns:
+            The copy, and how many bytes it reads and writes.
+        """
+        # A quarter gigabyte is beyond any cache, and enough for the full bandwidth.
+        smallest, largest = (1 << 28, 1 << 31) if self.is_gpu else (1 << 24, 1 << 26)
+        source = self.randn(min(max(nbytes // 2, smallest), largest) // 4)
+        target = torch.empty_like(source)
+        return lambda _: target.copy_(source), 2 * source.nbytes
+
     def time(self, variants: Mapping[str, Variant], seconds: float = 1.0) -> dict[str, Timing]:
         """Time variants in turns.
 
@@ -173,6 +193,14 @@ class Machine:
             end.record()
         self.synchronize()
         return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
+
+    def milliseconds(self, function: Callable[[], object]) -> float:
+        """Call a function and return the milliseconds until all that it asked for is done, the host's part included."""
+        self.synchronize()
+        started = time.perf_counter()
+        function()
+        self.synchronize()
+        return 1e3 * (time.perf_counter() - started)
 
     def peak(self, function: Callable[[], object]) -> Peak | None:
         """Call a function and return the memory it took at most; None on a CPU, where no allocator counts it."""

@@ -9,16 +9,14 @@ from functools import cache
 import torch
 
 import sharpkern
-from sharpkern.cli.bench.machine import Peak, each_call
+from sharpkern.cli.bench.language_model import SAME_LOSS
+from sharpkern.cli.bench.machine import each_call, peak_fields
 from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.scene import Scene, fitting
 from sharpkern.cli.bench.suite import Bench, Case
 
 # Most bytes that the virtual engine may take beyond a plain forward pass with a chunked head.
 _BEYOND_PLAIN = 1 << 30
-# Relative difference of losses that are the same. In place 16-bit norm weights are rounded, which the virtual engine
-# spares them.
-_SAME_LOSS = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 _REPEATS = 3
 
 
@@ -47,13 +45,13 @@ def _plain(scene: Scene) -> Iterator[Json]:
     yield {"scene": scene.about()}
     losses = {name: float(call()) for name, call in calls.items()}
     difference = abs(losses["plain"] / losses["plain, chunked head"] - 1)
-    yield {"compared": list(calls), "difference": difference, "passed": difference <= _SAME_LOSS[scene.preset.dtype]}
+    yield {"compared": list(calls), "difference": difference, "passed": difference <= SAME_LOSS[scene.preset.dtype]}
     peaks = {name: scene.machine.peak(call) for name, call in calls.items()}
     seconds = 1.5 if scene.machine.is_gpu else 0.2
     timings = scene.machine.time({name: each_call(call) for name, call in calls.items()}, seconds)
     plain_ms = 1e3 * timings["plain"].median
     for name, timing in timings.items():
-        yield {"variant": name, "plain_ms": plain_ms, **scene.about(), **_peak_fields(peaks[name]), **timing.to_json()}
+        yield {"variant": name, "plain_ms": plain_ms, **scene.about(), **peak_fields(peaks[name]), **timing.to_json()}
 
 
 def _first(scene: Scene) -> Iterator[Json]:
@@ -61,7 +59,7 @@ def _first(scene: Scene) -> Iterator[Json]:
     peak = scene.machine.peak(lambda: scene.measured)
     first = scene.measured
     fields = {"forwards": first.forwards, "ms_per_forward": 1e3 * first.seconds / first.forwards}
-    yield {"variant": "virtual", **fields, **_measured_fields(first), **_peak_fields(peak), **scene.about()}
+    yield {"variant": "virtual", **fields, **_measured_fields(first), **peak_fields(peak), **scene.about()}
 
 
 def _engine(scene: Scene, engine: str, *, resident: bool) -> Iterator[Json]:
@@ -77,7 +75,9 @@ def _engine(scene: Scene, engine: str, *, resident: bool) -> Iterator[Json]:
         plain_peak = machine.peak(scene.chunked_loss)
         peak = machine.peak(lambda: scene.measure(engine, direction, scene.start))
         # In turns, so that clocks and other load meet both alike.
-        turns = [(_plain_ms(scene), scene.measure(engine, direction, scene.start)) for _ in range(_REPEATS)]
+        turns = [
+            (machine.milliseconds(scene.loss), scene.measure(engine, direction, scene.start)) for _ in range(_REPEATS)
+        ]
     except torch.OutOfMemoryError:
         yield {"variant": engine, "outcome": "out of memory", **scene.about()}
         return
@@ -93,7 +93,7 @@ def _engine(scene: Scene, engine: str, *, resident: bool) -> Iterator[Json]:
         "ms_per_forward_range": [per_forward[0], per_forward[-1]],
         "plain_ms": statistics.median(plain_ms),
         "forwards": measurements[0].forwards,
-        **_peak_fields(peak),
+        **peak_fields(peak),
         **scene.about(),
     }
     if peak is not None and plain_peak is not None:
@@ -101,14 +101,6 @@ def _engine(scene: Scene, engine: str, *, resident: bool) -> Iterator[Json]:
         if engine == "virtual" and not resident:
             row["most_beyond_plain"] = _BEYOND_PLAIN
     yield row
-
-
-def _plain_ms(scene: Scene) -> float:
-    """Return the milliseconds of a plain forward pass that is waited for, as those of a measurement are."""
-    scene.machine.synchronize()
-    started = time.perf_counter()
-    float(scene.loss())
-    return 1e3 * (time.perf_counter() - started)
 
 
 def _agreement(scene: Scene, engine: str, direction: sharpkern.Direction) -> Json:
@@ -122,7 +114,7 @@ def _agreement(scene: Scene, engine: str, direction: sharpkern.Direction) -> Jso
     difference = max(abs(one / other - 1) for one, other in zip(found, expected, strict=True))
     # Or else nothing would have been compared.
     moved = len(set(expected)) == len(expected)
-    passed = moved and difference <= _SAME_LOSS[scene.preset.dtype]
+    passed = moved and difference <= SAME_LOSS[scene.preset.dtype]
     return {"step_sizes": step_sizes, "losses": found, "difference": difference, "passed": passed}
 
 
@@ -156,12 +148,8 @@ def _deep_copy(scene: Scene) -> Iterator[Json]:
         yield {"variant": "deep copy", "outcome": "out of memory", **scene.about()}
         return
     difference = abs(loss / expected - 1)
-    passed = difference <= _SAME_LOSS[scene.preset.dtype]
+    passed = difference <= SAME_LOSS[scene.preset.dtype]
     yield {"compared": ["deep copy", "virtual"], "step_size": eta, "difference": difference, "passed": passed}
-    fields = {"direction_bytes": direction.nbytes, **_peak_fields(peak), **scene.about()}
+    fields = {"direction_bytes": direction.nbytes, **peak_fields(peak), **scene.about()}
     plain_ms = 1e3 * timings["plain"].median
     yield {"variant": "deep copy", "plain_ms": plain_ms, **fields, **timings["deep copy"].to_json()}
-
-
-def _peak_fields(peak: Peak | None) -> Json:
-    return {} if peak is None else {"allocated": peak.allocated, "reserved": peak.reserved}

@@ -1,96 +1,42 @@
-"""A language model of Olmo2's form: random weights, real gradients, an AdamW state, as large as the GPU holds."""
+"""A language model in training: real gradients and an AdamW state, as large as the GPU holds."""
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import sharpkern
-from sharpkern._extras import missing
+from sharpkern.cli.bench.language_model import LARGE, SMALL, TINY, LanguageModel, Preset
 from sharpkern.cli.bench.machine import Machine
 from sharpkern.cli.bench.record import Json
-from sharpkern.engines.choose import open_engine
-from sharpkern.engines.closure import Closure
-from sharpkern.engines.guards import preserved
-from sharpkern.engines.precision import LossPrecision
-from sharpkern.engines.table import make_pairs
-from sharpkern.head import linear_cross_entropy
+from sharpkern.cli.bench.side_by_side import engines
 
 _BETAS = (0.9, 0.95)
 _STEPS_TAKEN = 100
 # Of the GPU's free memory; the rest is for activations and what the allocator cannot use.
-_USABLE = 0.93
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The shape of a model.
-
-    Attributes:
-        name: for the table.
-        width: of the hidden states.
-        hidden: of the MLP.
-        layers: how many.
-        heads: of the attention.
-        vocabulary: entries.
-        tokens: in the one sequence of the batch.
-        dtype: of the weights.
-        moments: dtype of the optimizer's moments.
-    """
-
-    name: str
-    width: int
-    hidden: int
-    layers: int
-    heads: int
-    vocabulary: int
-    tokens: int = 4096
-    dtype: torch.dtype = torch.bfloat16
-    moments: torch.dtype = torch.float32
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of all weight matrices."""
-        return 2 * self.vocabulary * self.width + self.layers * self.width * (4 * self.width + 3 * self.hidden)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weights and a copy, gradients, moments, a direction in memory, and a forward's logits."""
-        per_parameter = 3 * self.dtype.itemsize + 3 * self.moments.itemsize
-        return per_parameter * self.num_parameters + 10 * self.tokens * self.vocabulary
+USABLE = 0.93
 
 
 def presets(machine: Machine, quick: bool) -> Iterator[Preset]:
     """Yield what could be measured on a machine, the best first and the last without regard to memory."""
     if not machine.is_gpu:
-        tiny = Preset("tiny", 64, 256, 2, 4, 512, tokens=64, dtype=torch.float32)
-        # Enough of both that matrix products count for more than calls, and these for more than forming weights.
-        small = Preset("small", 256, 704, 4, 4, 4096, tokens=1024, dtype=torch.float32)
-        yield tiny if quick else small
+        yield TINY if quick else SMALL
         return
-    sizes = (
-        ("7B", 4096, 11008, 32, 32, 100352),
-        ("1.5B", 2048, 8192, 16, 16, 100352),
-        ("0.2B", 1024, 2816, 8, 16, 50304),
-    )
-    for size, moments in product(sizes, (torch.float32, torch.bfloat16)):
-        yield Preset(*size, moments=moments)
+    for preset, moments in product(LARGE, (torch.float32, torch.bfloat16)):
+        yield replace(preset, moments=moments)
 
 
 def fitting(machine: Machine, quick: bool) -> Preset:
     """Return the largest preset that fits the memory that is free; on a CPU one of two, by ``quick``."""
     candidates = list(presets(machine, quick))
-    room = _USABLE * machine.memory
-    return next((preset for preset in candidates if preset.nbytes <= room), candidates[-1])
+    room = USABLE * machine.memory
+    return next((preset for preset in candidates if preset.training_bytes <= room), candidates[-1])
 
 
-class Scene:
+class Scene(LanguageModel):
     """A model in training, at the moment between backward and step.
 
     Args:
@@ -103,31 +49,7 @@ class Scene:
     """
 
     def __init__(self, machine: Machine, preset: Preset) -> None:
-        try:
-            transformers = importlib.import_module("transformers")
-        except ImportError as error:
-            raise missing("transformers", "test", "the model of the bench") from error
-        self.machine, self.preset = machine, preset
-        config = transformers.Olmo2Config(
-            hidden_size=preset.width,
-            intermediate_size=preset.hidden,
-            num_hidden_layers=preset.layers,
-            num_attention_heads=preset.heads,
-            num_key_value_heads=preset.heads,
-            vocab_size=preset.vocabulary,
-            max_position_embeddings=preset.tokens,
-            use_cache=False,
-            pad_token_id=None,
-            eos_token_id=None,
-        )
-        torch.manual_seed(0)
-        # Built where it will be used: a machine may have less memory of its own than its GPU.
-        with machine.device:
-            self.model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=preset.dtype).eval()
-        generator = machine.generator(1)
-        self._tokens = torch.randint(
-            0, preset.vocabulary, (1, preset.tokens), generator=generator, device=machine.device
-        )
+        super().__init__(machine, preset)
         with torch.enable_grad():
             self.loss().backward()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=_BETAS, weight_decay=0.1)
@@ -147,20 +69,6 @@ class Scene:
             step = torch.tensor(float(_STEPS_TAKEN))
             self.optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
-    def loss(self, model: nn.Module | None = None) -> Tensor:
-        """Return the loss as transformers computes it, from logits of the whole vocabulary.
-
-        Args:
-            model: a copy of the scene's own, or None for that.
-        """
-        loss: Tensor = (model or self.model)(input_ids=self._tokens, labels=self._tokens).loss
-        return loss
-
-    def chunked_loss(self) -> Tensor:
-        """Return the same loss by the chunked head: what a forward pass needs at least."""
-        hidden = self.model.model(input_ids=self._tokens).last_hidden_state
-        return linear_cross_entropy(hidden[:, :-1], self.model.lm_head.weight, self._tokens[:, 1:])
-
     @cached_property
     def measured(self) -> sharpkern.Measurement:
         """λ_c from the optimizer's state, begun at its learning rate: the first measurement, with all checks."""
@@ -176,10 +84,8 @@ class Scene:
 
     def losses_by(self, engine: str, direction: sharpkern.Direction, step_sizes: Sequence[float]) -> list[float]:
         """Return the losses at step sizes by one engine, outside of any search."""
-        with preserved(self.model, direction.parameters) as guard:
-            closure = Closure(self.loss, guard, LossPrecision())
-            with open_engine(engine, make_pairs(direction.moves()), closure, compiled=False) as opened:
-                return opened.losses(step_sizes)
+        with engines([engine], self.model, self.loss, direction) as (opened,):
+            return opened.losses(step_sizes)
 
     @property
     def start(self) -> float:
@@ -199,10 +105,4 @@ class Scene:
 
     def about(self) -> Json:
         """Return what the figures are of."""
-        return {
-            "model": self.preset.name,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "tokens": self.preset.tokens,
-            "moments": str(self.preset.moments).removeprefix("torch."),
-            "weight_bytes": sum(p.nbytes for p in self.model.parameters()),
-        }
+        return {**super().about(), "moments": str(self.preset.moments).removeprefix("torch.")}

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from sharpkern import ops
 from sharpkern.cli.bench.loads import BF16, FP32, Load, Loads, Shapes, olmo2_1b
 from sharpkern.cli.bench.machine import Variant
@@ -98,10 +96,7 @@ def _timed(bench: Bench, kind: Kind) -> Iterator[Json]:
     machine = bench.machine
     load = kind.build()
     loads = [load, *(kind.build() for _ in range(machine.rotations(load.nbytes) - 1))]
-    # A quarter gigabyte is beyond any cache, and enough for the full bandwidth; two are as good as more.
-    smallest, largest = (1 << 28, 1 << 31) if machine.is_gpu else (1 << 24, 1 << 26)
-    source = machine.randn(min(max(load.nbytes // 2, smallest), largest) // 4)
-    copied_to = torch.empty_like(source)
+    copy, copied = machine.copy(load.nbytes)
 
     def variant(backend: str) -> Variant:
         return lambda call: loads[call % len(loads)].run(backend=backend)
@@ -109,8 +104,7 @@ def _timed(bench: Bench, kind: Kind) -> Iterator[Json]:
     variants = {bench.backend: variant(bench.backend), f"{bench.backend} again": variant(bench.backend)}
     if bench.backend == "triton":
         variants["torch"] = variant("torch")
-    copied = 2 * source.nbytes
-    timings = machine.time({**variants, "copy": lambda _: copied_to.copy_(source)}, 1.0 if machine.is_gpu else 0.2)
+    timings = machine.time({**variants, "copy": copy}, 1.0 if machine.is_gpu else 0.2)
     bandwidth = copied / timings["copy"].median
     for name in variants:
         row = {"variant": name, "bytes": load.nbytes, "share": load.nbytes / timings[name].median / bandwidth}

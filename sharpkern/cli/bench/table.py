@@ -30,6 +30,7 @@ def show(record: Record, sections: Iterable[Section]) -> None:
         "compiled": views.compiled,
         "linear": views.linear,
         "head": views.head,
+        "passes": views.passes,
         "model": views.model,
         "streaming": views.streaming,
     }

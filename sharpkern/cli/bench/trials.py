@@ -14,6 +14,15 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 _EPS = 1e-5
 
 
+def fused_linear(num_steps: int) -> str:
+    """Return the name of the trials of `ops.linear`; by K they are compiled side by side.
+
+    Args:
+        num_steps: K.
+    """
+    return f"linear K={num_steps}"
+
+
 class Trials:
     """Makes the trials of each operation on one machine.
 
@@ -28,10 +37,13 @@ class Trials:
         self._dtypes = [FP32, FP16] if interpreted else [FP32, FP16, BF16]
         self._large = 9001 if interpreted else bench.pick(gpu=(1 << 22) + 3, cpu=(1 << 20) + 3, quick=(1 << 16) + 3)
         self._sizes = [1, 63, 4097, self._large]
+        self._matrix = (1024, 4096) if bench.machine.is_gpu else (64, 128) if interpreted else (256, 512)
 
     def all(self) -> dict[str, Iterator[Trial]]:
         """Return the trials by operation, none of them made yet."""
         return {
+            # First what takes the longest to compile.
+            **{fused_linear(num_steps): self._linear(num_steps) for num_steps in (1, 4, 8)},
             "axpy_": self._axpy(),
             "form": self._form(),
             "form stochastic": self._form_stochastic(),
@@ -200,6 +212,34 @@ class Trials:
                     repeated=width == 4096,
                 )
 
+    def _linear(self, num_steps: int) -> Iterator[Trial]:
+        last, large, odd = self._dtypes[-1], self._matrix, (70, 99)
+        # Large ones are those of timed layers to the compiler: what it makes of them is there when they are timed.
+        kinds: list[tuple[torch.dtype, torch.dtype, int, tuple[int, int]]] = [
+            *((last, last, tokens, large) for tokens in (8, 16, 32, 64, 128, 256)),
+            *((dtype, dtype, tokens, odd) for dtype, tokens in product((FP32, last), (1, 33, 130))),
+            (FP16, FP16, 33, odd),
+            (last, FP32, 16, large),
+        ]
+        for dtype, moved, tokens, shape in kinds:
+            x = self._randn(num_steps, tokens, shape[1], dtype=dtype)
+            yield self._product(num_steps, x, moved, shape[0])
+        shared = self._randn(1, 24, large[1], dtype=last)
+        yield self._product(num_steps, shared, last, large[0], dtype=FP32)
+
+    def _product(self, num_steps: int, x: Tensor, moved: torch.dtype, rows: int, **options: torch.dtype) -> Trial:
+        """Return a linear layer on inputs x, [K, M, C] or [1, M, C]."""
+        inputs, tokens, columns = x.shape
+        W, D = self._randn(rows, columns, dtype=x.dtype, seed=1), self._randn(rows, columns, dtype=moved, seed=2)
+        operands = x, W, D, self._steps(num_steps)
+        magnitudes = Trial("linear", [operand.abs() for operand in operands], {}).exact()[0]
+        # Sums add up in another order, and a weight half-way between two of 16 bits may be rounded to the other one.
+        largest = x.abs().amax(-1, keepdim=True).double() * (W.abs() + D.abs()).amax(-1).double()
+        floor = 1e-6 * magnitudes + torch.finfo(x.dtype).eps * largest
+        dtypes = x.dtype, moved, *options.values()
+        about = _about(*dtypes, size=columns, num_steps=num_steps, inputs=inputs, tokens=tokens)
+        return Trial("linear", operands, about, options, floor=floor, repeated=(rows, columns) == self._matrix)
+
     def _randn(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
         return self._machine.randn(*shape, dtype=dtype, seed=seed, scale=scale)
 
@@ -214,9 +254,11 @@ class Trials:
         return [self._randn(size, dtype=dtype, seed=seed + i) for i, size in enumerate(sizes)]
 
     def _alpha(self, num_steps: int) -> Tensor | None:
-        """Return step sizes of both signs, 0 among them where there are several; None for no step size at all."""
-        if num_steps == 0:
-            return None
+        """Return step sizes as `_steps`; None for no step size at all."""
+        return self._steps(num_steps) if num_steps else None
+
+    def _steps(self, num_steps: int) -> Tensor:
+        """Return step sizes of both signs, 0 among them where there are several."""
         steps = [-0.3, 0.0, 0.7, -1e-3, 0.11, -0.5, 1e-5, 0.25]
         return torch.tensor(steps[:num_steps], device=self._machine.device)
 

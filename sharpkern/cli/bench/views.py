@@ -1,11 +1,12 @@
 """What the table of each section says: its columns and lines, made of the rows that were recorded."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sharpkern.cli.bench.record import Json
+from sharpkern.cli.bench.ways import REFERENCES, WAYS, Summary, summaries
 
 # Rows of the cases of a section, by case.
 Cases = dict[str, list[Json]]
@@ -19,6 +20,11 @@ NOTES = {
     "share of copy": "bytes per second over those of a copy that took turns with it",
     "share of product": "speed over that of the bare matrix product, which took turns with it",
     "± run": "how far the share was off when the same was timed a second time",
+    "at once": "step sizes that one pass serves",
+    "× virtual pass": "time of a pass over that of one for one step size",
+    "in all GB": "peak, weights and direction",
+    "× naive": "speed of the quickest way over that of clone, add and multiply",
+    "of floor": "what reading W and D would take at the speed of a copy, over what the quickest way takes",
     "torch": "the share of plain torch doing the same",
     "target": "share to reach, and in brackets the least that is accepted",
     "× plain": "ms per forward over those of a plain one that took turns with it; a measurement's checks count too",
@@ -92,15 +98,26 @@ def head(cases: Cases) -> View:
 
 
 def linear(cases: Cases) -> View:
-    """Return the methods side by side."""
-    shares = {name: {row["variant"]: row["share"] for row in rows if "variant" in row} for name, rows in cases.items()}
-    # The product itself comes first; its share is 1.
-    methods = list(dict.fromkeys(method for by_method in shares.values() for method in by_method))[1:]
+    """Return the ways side by side, each the median over the shapes."""
+    columns = ["tokens", "at once", *REFERENCES[1:], *WAYS, "× naive", "of floor", "± run", "target", ""]
+    found = summaries(cases)
     lines = [
-        [name, *(f"{by_method[method]:.2f}" if method in by_method else "" for method in methods)]
-        for name, by_method in shares.items()
+        [
+            str(summary.tokens),
+            str(summary.at_once),
+            *(_share(summary.references, name) for name in REFERENCES[1:]),
+            *(_share(summary.shares, way) for way in WAYS),
+            f"{summary.times_naive:.2f}",
+            _share(summary.floor, summary.best),
+            f"{abs(1 - summary.references.get(REFERENCES[0], math.nan)):.2f}",
+            *_asked_of(summary),
+        ]
+        for summary in found
     ]
-    return View(["weight, tokens", *methods], lines, "speed per step size as a share of the bare product's")
+    about = (
+        f"{'; '.join(dict.fromkeys(summary.dtype for summary in found))}, speed per step size as a share of the bare"
+    )
+    return View(columns, lines, f"{about} product's, median over shapes")
 
 
 def model(cases: Cases) -> View:
@@ -124,6 +141,41 @@ def model(cases: Cases) -> View:
             ]
         )
     return View(columns, lines, _each_once(_model_size(row) for _, row in timed))
+
+
+def passes(cases: Cases) -> View:
+    """Return one pass for several step sizes beside one pass each."""
+    columns = [
+        "model",
+        "engine",
+        "at once",
+        "ms per step size",
+        "× plain",
+        "× virtual pass",
+        "peak GB",
+        "in all GB",
+        "",
+    ]
+    timed = [(name, row) for name, rows in cases.items() for row in rows if "variant" in row]
+    lines = []
+    for name, row in timed:
+        if "outcome" in row:
+            lines.append([name, row["variant"], "", row["outcome"], "", "", "", "", ""])
+            continue
+        lines.append(
+            [
+                name,
+                row["variant"],
+                str(row["at_once"]),
+                f"{row['ms_per_step_size']:.2f}",
+                f"{row['ms_per_step_size'] / row['plain_ms']:.2f}",
+                f"{row['pass_over_virtual']:.2f}",
+                _gigabytes(row.get("allocated")),
+                _gigabytes(row.get("total_bytes")),
+                verdict(row),
+            ]
+        )
+    return View(columns, lines, "losses along a direction in memory")
 
 
 def compiled(cases: Cases) -> View:
@@ -170,8 +222,9 @@ def verdict(row: Json) -> str:
     """
     if "target" in row:
         return "reached" if row["share"] >= row["target"] else "accepted" if row["share"] >= row["accept"] else "MISSED"
-    if "most_beyond_plain" in row:
-        return "reached" if row["beyond_plain"] <= row["most_beyond_plain"] else "MISSED"
+    for most, field in (("most_beyond_plain", "beyond_plain"), ("most_total_bytes", "total_bytes")):
+        if most in row:
+            return "reached" if row[field] <= row[most] else "MISSED"
     return ""
 
 
@@ -197,6 +250,20 @@ def _model_size(row: Json) -> str:
     parameters = f"{significant(count / 1e9)} billion" if count >= 1e9 else f"{significant(count / 1e6)} million"
     size = f"{row['model']} of {parameters} parameters, {row['tokens']} tokens, AdamW moments in {row['moments']}"
     return f"{size}; so small that fixed costs per call dominate" if count < _FEW_PARAMETERS else size
+
+
+def _share(shares: Mapping[str, float], name: str) -> str:
+    return f"{shares[name]:.2f}" if name in shares else ""
+
+
+def _asked_of(summary: Summary) -> tuple[str, str]:
+    """Return what is asked of a way to take several step sizes, and how that stands."""
+    least, share = summary.asked("least_times_naive"), summary.asked("target")
+    if least is not None:
+        return f"{least:g} × naive", "reached" if summary.times_naive >= least else "MISSED"
+    if share is not None:
+        return f"formed {share:.2f}", "reached" if summary.shares["formed"] >= share else "MISSED"
+    return "", ""
 
 
 def _each_once(texts: Iterable[str]) -> str:

@@ -1,0 +1,74 @@
+"""The scripts of bench/: how passes are counted, and that engines that disagree are not timed."""
+
+import importlib
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+
+
+def quadratic(step):
+    """L(η) = 1 − η + ½cη², which crosses at 2/c; c drifts."""
+    c = 2.0 * 1.02**step
+    return SimpleNamespace(step=step, lr=0.5, norm_sq=1.0, loss=lambda eta: 1 - eta + 0.5 * c * eta**2), 2 / c
+
+
+@pytest.mark.parametrize(("num_parallel", "cold", "warm"), [(1, 3, 3), (8, 3, 1)])
+def test_the_base_loss_has_a_pass_of_its_own_or_a_place_in_the_first(num_parallel, cold, warm):
+    series = importlib.import_module("bench_line_search").Series()
+    evaluated = []
+    for step in range(2):
+        point, truth = quadratic(step)
+        f = point.loss
+        point.loss = lambda eta, f=f: evaluated.append(eta) or f(eta)
+        series.measure(point, 1.0, truth, 1.0, {"num_parallel": num_parallel})
+        assert series.results[-1].critical_lr == pytest.approx(truth, rel=0.01)
+    assert series.passes == [cold, warm]
+    assert [result.evaluations for result in series.results][-1] == (2 if num_parallel == 1 else 7)
+    assert len(evaluated) == sum(result.evaluations for result in series.results)
+
+
+def test_cost_is_of_searches_that_found_the_same():
+    cost = importlib.import_module("cost")
+    (row, batched, inplace) = cost.cost_rows(cost.workloads(quick=True)[0])
+    assert [row["engine"], batched["engine"], inplace["engine"]] == ["virtual", "batched", "inplace"]
+    assert batched["passes"] < row["passes"] == row["forwards"] < batched["forwards"]
+    assert batched["pass_over_virtual_pass"] > 0
+    assert row["pass_over_virtual_pass"] is None
+    assert 0 < row["extra_bytes"] < batched["extra_bytes"]
+    assert inplace["extra_bytes"] >= inplace["parameter_bytes"]
+
+
+def test_engines_that_disagree_are_not_timed():
+    cost = importlib.import_module("cost")
+
+    def found(*lrs, status="converged"):
+        return [cost._Search(lr, status, 3, 3, 0.1) for lr in lrs]
+
+    same = {"virtual": found(1.0, 2.0), "batched": found(1.01, 2.01)}
+    assert cost._converged(same) == same
+    with pytest.raises(RuntimeError, match="engine batched disagrees with virtual, nothing is timed"):
+        cost._converged({"virtual": found(1.0), "batched": found(1.1)})
+    with pytest.raises(RuntimeError, match="nothing is timed"):
+        cost._converged({"virtual": found(1.0), "batched": found(math.nan, status="unresolved")})
+
+
+def test_the_workloads_are_of_the_sizes_they_are_named_by():
+    cost = importlib.import_module("cost")
+    sizes = []
+    for workload in cost.workloads(quick=False):
+        with torch.device("meta"):
+            model, _ = workload.make()
+        assert isinstance(model, nn.Module)
+        sizes.append((workload.name, workload.tokens, round(sum(p.numel() for p in model.parameters()) / 1e6, 1)))
+    assert sizes == [("MLP", 64, 0.0), ("GPT", 32, 0.1), ("GPT", 32, 28.8), ("GPT", 256, 28.8), ("GPT", 1024, 5.1)]
