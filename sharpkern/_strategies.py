@@ -187,7 +187,7 @@ def _grid(curve: Curve, center: float, width: float, num: int) -> tuple[float, .
 
 
 def _spaced(bottom: float, top: float, num: int) -> list[float]:
-    return [bottom + (top - bottom) * i / (num - 1) for i in range(num)]
+    return [bottom + (top - bottom) * i / (num - 1) for i in range(num)] if num > 1 else [(bottom + top) / 2]
 
 
 def _dead_end(curve: Curve) -> Outcome | None:

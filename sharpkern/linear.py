@@ -61,9 +61,16 @@ def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
 
 
 def moving_linear(
-    x: Tensor, weight: Tensor, move: Move, alpha: Tensor, *, dtype: torch.dtype, way: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    move: Move,
+    alpha: Tensor,
+    *,
+    dtype: torch.dtype,
+    way: str | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Return x[k] (W + α_k D)ᵀ.
+    """Return x[k] (W + α_k D)ᵀ + b[k].
 
     Args:
         x: [K, ..., C], or [1, ..., C] where all step sizes share it; any floating dtype.
@@ -72,6 +79,7 @@ def moving_linear(
         alpha: signed steps, [K], as `ops.form` takes them.
         dtype: in which the factors are multiplied.
         way: "products", "formed" or "fused"; the quickest by default.
+        bias: [K, N] in ``dtype``, or None.
 
     Returns:
         Tensor: [K, ..., N] in ``dtype``.
@@ -83,15 +91,30 @@ def moving_linear(
     x = x.to(dtype).reshape(len(x), -1, x.shape[-1])
     way = way or choose(x.device, dtype, x.shape[1])
     if way == "products":
-        y = _products(x, weight, move, alpha, dtype)
+        y = _products(x, weight, move, alpha, dtype, bias)
     elif way == "fused":
         y = ops.linear(x, move.base, move.update(), alpha, dtype=dtype)
+        y = y if bias is None else y.add_(bias.unsqueeze(1))
     else:
-        y = _formed(x, weight, move, alpha)
+        y = _formed(x, weight, move, alpha, bias)
     return y.reshape(num_steps, *shape, len(weight))
 
 
-def _products(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+def with_weights(x: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Return x[k] W[k]ᵀ + b[k], rounded once.
+
+    Args:
+        x: [K, M, C].
+        weights: [K, N, C].
+        bias: [K, N], or None.
+        out: written and returned if given, [K, M, N].
+    """
+    if bias is None:
+        return torch.bmm(x, weights.mT, out=out)
+    return torch.baddbmm(bias.unsqueeze(1), x, weights.mT, out=out)
+
+
+def _products(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     rows = factor(x.flatten(0, 1), dtype)
     still, moving = (
         multiply(rows, factor(matrix, dtype).t(), _empty_rows(rows, matrix)).unflatten(0, x.shape[:2])
@@ -99,6 +122,8 @@ def _products(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, dtype: torch
     )
     steps = alpha.view(-1, 1, 1)
     summed = still.addcmul_(moving, steps) if len(x) == len(alpha) else torch.addcmul(still, moving, steps)
+    if bias is not None:
+        summed += bias.unsqueeze(1)
     return summed.to(dtype)
 
 
@@ -115,7 +140,7 @@ def _block(x: Tensor, num_rows: int, width: int, num_steps: int) -> tuple[int, i
     return min(num_steps, max(1, CACHE_BYTES // (height * num_bytes))), height
 
 
-def _formed(x: Tensor, weight: Tensor, move: Move, alpha: Tensor) -> Tensor:
+def _formed(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, bias: Tensor | None) -> Tensor:
     (num_rows, width), (num_steps, num_tokens) = weight.shape, (len(alpha), x.shape[1])
     at_once, height = _block(x, num_rows, width, num_steps)
     x = x.expand(num_steps, -1, -1)
@@ -126,5 +151,5 @@ def _formed(x: Tensor, weight: Tensor, move: Move, alpha: Tensor) -> Tensor:
         part = move.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
         shape = (steps.stop - step, rows.stop - first, width)
         weights = part.form(alpha[steps], dtype=x.dtype, out=memory[: math.prod(shape)].view(shape))
-        torch.bmm(x[steps], weights.mT, out=y[steps, :, rows])
+        with_weights(x[steps], weights, None if bias is None else bias[steps, rows], y[steps, :, rows])
     return y

@@ -89,13 +89,36 @@ TRANSFORMERS_CASES = [
     Case("llama", _transformers("LlamaForCausalLM", "LlamaConfig"), _hugging_face),
     Case("gpt2", _transformers("GPT2LMHeadModel", "GPT2Config", n_inner=64), _hugging_face),
     Case("qwen3", _transformers("Qwen3ForCausalLM", "Qwen3Config", head_dim=8), _hugging_face),
+    Case("gpt-neox", _transformers("GPTNeoXForCausalLM", "GPTNeoXConfig"), _hugging_face),
+    Case(
+        "gemma2",
+        _transformers(
+            "Gemma2ForCausalLM",
+            "Gemma2Config",
+            head_dim=8,
+            sliding_window=8,
+            attn_logit_softcapping=1.0,
+            final_logit_softcapping=2.0,
+            # The only one that caps the attention's logits.
+            attn_implementation="eager",
+        ),
+        _hugging_face,
+    ),
     Case("mixtral", _transformers("MixtralForCausalLM", "MixtralConfig", num_local_experts=4), _hugging_face),
+    Case(
+        "olmoe", _transformers("OlmoeForCausalLM", "OlmoeConfig", num_experts=4, num_experts_per_tok=2), _hugging_face
+    ),
     Case("mamba", _transformers("MambaForCausalLM", "MambaConfig", state_size=4), _hugging_face),
     Case("bert", _transformers("BertForMaskedLM", "BertConfig"), _masked),
     Case(
         "vit",
         _transformers("ViTForImageClassification", "ViTConfig", image_size=16, patch_size=4, num_labels=10),
         _image,
+    ),
+    Case(
+        "t5",
+        _transformers("T5ForConditionalGeneration", "T5Config", d_model=32, d_kv=8, d_ff=64, decoder_start_token_id=0),
+        _hugging_face,
     ),
 ]
 

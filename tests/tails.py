@@ -1,4 +1,4 @@
-"""Closures over the logits of a language model, by the virtual engine with every head deferred, and with none."""
+"""Closures over the logits of a language model, by engines with every head deferred, and with none."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +12,9 @@ from tests.cases import tokens
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction
 
 STEP_SIZES = (0.0, 1e-2, 0.1)
+# Of K step sizes at once, and of K after one another.
+PASSES = {"virtual": len(STEP_SIZES), "batched": 1}
+BOTH = pytest.mark.parametrize("engine", PASSES)
 NEVER = 2**60
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -48,19 +51,23 @@ def closure_of(loss: Loss) -> Callable[[nn.Module], LossFn]:
     return closure
 
 
-def virtual_losses(model: nn.Module, loss: Loss, step_sizes: Sequence[float] = STEP_SIZES) -> list[float]:
-    return engine_losses("virtual", model, closure_of(loss)(model), random_direction(model), step_sizes)
+def losses_of(
+    model: nn.Module, loss: Loss, step_sizes: Sequence[float] = STEP_SIZES, engine: str = "virtual"
+) -> list[float]:
+    return engine_losses(engine, model, closure_of(loss)(model), random_direction(model), step_sizes)
 
 
 def exact_losses(model: nn.Module, loss: Loss, step_sizes: Sequence[float] = STEP_SIZES) -> list[float]:
     return deep_copy_losses(model, closure_of(loss), random_direction(model), step_sizes)
 
 
-def undeferred_losses(model: nn.Module, loss: Loss, step_sizes: Sequence[float] = STEP_SIZES) -> list[float]:
+def undeferred_losses(
+    model: nn.Module, loss: Loss, step_sizes: Sequence[float] = STEP_SIZES, engine: str = "virtual"
+) -> list[float]:
     """What the engine gives where no head is large enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tail, "HEAD_THRESHOLD", NEVER)
-        return virtual_losses(model, loss, step_sizes)
+        return losses_of(model, loss, step_sizes, engine)
 
 
 def wrong(got: list[float], right: list[float]) -> bool:

@@ -50,6 +50,17 @@ def test_16_bit_factors_are_rounded_once(way: str) -> None:
     assert_within_budget(y, exact(x, W, D, alpha), in_torch(x, W, D, alpha), roundings=1, floor=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_is_added_before_the_result_is_rounded(dtype: torch.dtype) -> None:
+    (W, D), x, alpha = weights(37, 24, dtype), randn(4, 7, 24, dtype=dtype, seed=2), torch.tensor(ALPHA)
+    bias = randn(4, 37, dtype=dtype, seed=3, scale=10.0)
+    y = moving_linear(x, W, Stored(W, D), alpha, dtype=dtype, way="formed", bias=bias)
+    formed = ops.form(W, D, alpha)
+    stock = torch.stack([torch.nn.functional.linear(x[k], formed[k], bias[k]) for k in range(4)])
+    right = torch.einsum("kmc,knc->kmn", x.double(), formed.double()) + bias.double()[:, None]
+    assert_within_budget(y, right, stock, roundings=0.5, floor=1e-5)
+
+
 @pytest.mark.parametrize("num_bytes", [1, 24 * 4 * 5, 24 * 4 * 37 * 3, 2**20], ids=str)
 def test_blocks_of_rows_and_step_sizes_cover_everything(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (W, D), x, alpha = weights(37, 24, torch.float32), randn(4, 7, 24, seed=2), torch.tensor(ALPHA)

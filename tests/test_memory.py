@@ -49,7 +49,7 @@ def test_the_batched_engine_needs_the_activations_of_every_step_size() -> None:
     assert 0.9 * others * plain < extra <= 1.1 * others * plain
 
 
-@pytest.mark.parametrize("engine", ["virtual", "inplace"])
+@pytest.mark.parametrize("engine", ["virtual", "batched", "inplace"])
 def test_nothing_is_kept_between_measurements(engine: str) -> None:
     import gc
 

@@ -14,7 +14,7 @@ from torch import nn
 import sharpkern
 from tests.oracle import random_direction
 
-ENGINES = ["virtual", "inplace"]
+ENGINES = ["virtual", "batched", "inplace"]
 
 
 class Noisy(nn.Module):
@@ -112,19 +112,23 @@ class Boom(Exception):
     pass
 
 
-def faulty(loss_fn: Callable, at: int, error: BaseException) -> Callable:
-    """The closure, raising at its ``at``-th call: half-way, after the forward pass has changed things."""
-    calls = 0
+class Faulty:
+    """The closure, raising at its ``at``-th call: half-way, after the forward pass has changed things.
 
-    def closure() -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        loss = loss_fn()
-        if calls == at:
-            raise error
+    Attributes:
+        calls: so far.
+    """
+
+    def __init__(self, loss_fn: Callable, at: int, error: BaseException) -> None:
+        self._loss_fn, self._at, self._error = loss_fn, at, error
+        self.calls = 0
+
+    def __call__(self) -> torch.Tensor:
+        self.calls += 1
+        loss = self._loss_fn()
+        if self.calls == self._at:
+            raise self._error
         return loss
-
-    return closure
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -140,16 +144,16 @@ def test_everything_is_restored_when_the_closure_raises_at_any_call(engine: str,
     at = 0
     while True:
         at += 1
-        closure = faulty(loss_fn, at, error)
+        closure = Faulty(loss_fn, at, error)
         try:
             with warnings.catch_warnings():
                 # Out of memory in the check by other means is no reason to give up.
                 warnings.simplefilter("ignore", sharpkern.UncheckedWarning)
-                measurement = sharpkern.critical_sharpness(model, closure, direction, engine=engine)
+                sharpkern.critical_sharpness(model, closure, direction, engine=engine)
         except type(error) as raised:
             assert raised is error
         else:
-            if measurement.forwards < at:
+            if closure.calls < at:
                 break
         assert differing(before, snapshot(model, optimizer)) == [], f"raised at call {at}"
     assert at > 4
@@ -189,6 +193,7 @@ def test_a_closure_may_clear_and_fill_gradients_and_flags(engine: str) -> None:
         optimizer.zero_grad(set_to_none=False)
         model.first.weight.requires_grad_(False)
         model.dropout.eval()
+        model.norm.eval()
         torch.set_autocast_enabled("cpu", False)
         with torch.enable_grad():
             loss = F.cross_entropy(model(x), y)
@@ -199,20 +204,33 @@ def test_a_closure_may_clear_and_fill_gradients_and_flags(engine: str) -> None:
     direction = sharpkern.Direction.from_optimizer(optimizer)
     before = snapshot(model, optimizer)
     with warnings.catch_warnings():
-        # Dropout is off in the closure and was on in the gradient.
+        # Dropout is off in the closure and was on in the gradient, and so are the batch's statistics.
         warnings.simplefilter("ignore", sharpkern.SlopeMismatchWarning)
         sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine)
     assert differing(before, snapshot(model, optimizer)) == []
 
 
-def test_a_backward_pass_begun_before_the_measurement_still_works() -> None:
+@pytest.mark.parametrize("engine", ["virtual", "batched"])
+def test_a_backward_pass_begun_before_the_measurement_still_works(engine: str) -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 10))
     x, y = torch.randn(16, 16), torch.randint(0, 10, (16,))
     loss_fn = lambda: F.cross_entropy(model(x), y)
     loss = loss_fn()
-    sharpkern.critical_sharpness(model, loss_fn, random_direction(model), engine="virtual")
+    sharpkern.critical_sharpness(model, loss_fn, random_direction(model), engine=engine)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_enclosing_autocast_keeps_casts_of_the_parameters(engine: str) -> None:
+    """It goes on with those that a measurement inside of it has left."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
+    x, y = torch.randn(16, 16), torch.randint(0, 10, (16,))
+    loss_fn = lambda: F.cross_entropy(model(x), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = loss_fn().item()
+        sharpkern.critical_sharpness(model, loss_fn, random_direction(model), engine=engine)
+        assert loss_fn().item() == before
 
 
 def test_the_guard_keeps_restoring_when_one_restore_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 import sharpkern
 from sharpkern.engines import tail
+from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.engines.deferred import Head
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.tail import Tail
 from tests import tails
-from tests.cases import TORCH_CASES, TRANSFORMERS_CASES, Case, _hugging_face, _transformers, tokens
+from tests.cases import TORCH_CASES, TRANSFORMERS_CASES, tokens
 from tests.memory import peak_bytes
 from tests.models import GPT
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction
-from tests.tails import NEVER, STEP_SIZES, Loss, Taken, closure_of, exact_losses, undeferred_losses, virtual_losses
+from tests.tails import NEVER, PASSES, STEP_SIZES, Loss, Taken, closure_of, exact_losses, losses_of, undeferred_losses
 
 taken = tails.taken
 
@@ -25,25 +26,20 @@ taken = tails.taken
 # -- what people run --------------------------------------------------------------------------------------------------
 
 CAUSAL = {case.name: case for case in TORCH_CASES + TRANSFORMERS_CASES}
-SOFT_CAPPED = Case(
-    "gemma2",
-    _transformers("Gemma2ForCausalLM", "Gemma2Config", head_dim=8, final_logit_softcapping=2.0),
-    _hugging_face,
-)
 
 
-@pytest.mark.parametrize(
-    "case", [*(CAUSAL[name] for name in ("gpt", "llama", "olmo2", "qwen3", "gpt2")), SOFT_CAPPED], ids=lambda c: c.name
-)
-def test_losses_equal_those_of_deep_copies(case: Case, taken: Taken) -> None:
+@tails.BOTH
+@pytest.mark.parametrize("name", ["gpt", "llama", "olmo2", "qwen3", "gpt2", "gemma2"])
+def test_losses_equal_those_of_deep_copies(name: str, engine: str, taken: Taken) -> None:
+    case = CAUSAL[name]
     model = case.build()
     direction = random_direction(model)
     expected = deep_copy_losses(model, case.closure, direction, STEP_SIZES)
-    assert engine_losses("virtual", model, case.closure(model), direction, STEP_SIZES) == pytest.approx(
+    assert engine_losses(engine, model, case.closure(model), direction, STEP_SIZES) == pytest.approx(
         expected, rel=1e-6, abs=0
     )
-    softcap = 2.0 if case is SOFT_CAPPED else None
-    assert [call["softcap"] for call in taken] == [softcap] * len(STEP_SIZES), "the base pass goes the same way"
+    softcap = 2.0 if name == "gemma2" else None
+    assert [call["softcap"] for call in taken] == [softcap] * PASSES[engine], "the base pass goes the same way"
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
@@ -62,16 +58,37 @@ def test_small_heads_go_the_usual_way_bit_for_bit(name: str, taken: Taken, monke
     assert taken == []
 
 
-def test_the_threshold_counts_float32_logits_and_the_formed_head(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine", "at_once"), [("virtual", 1), ("batched", NUM_PARALLEL)])
+def test_the_threshold_counts_float32_logits_and_the_formed_head(
+    engine: str, at_once: int, taken: Taken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many step sizes as the engine takes at a time, if not in this pass."""
     model = GPT().bfloat16()
-    size = 4 * 24 * 128 * 4 + 128 * 32 * 2
+    size = at_once * (4 * 24 * 128 * 4 + 128 * 32 * 2)
     loss = lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
     monkeypatch.setattr(tail, "HEAD_THRESHOLD", size)
-    virtual_losses(model, loss)
+    losses_of(model, loss, engine=engine)
     assert taken == []
     monkeypatch.setattr(tail, "HEAD_THRESHOLD", size - 1)
-    virtual_losses(model, loss)
-    assert len(taken) == len(STEP_SIZES)
+    losses_of(model, loss, engine=engine)
+    assert len(taken) == PASSES[engine]
+
+
+@tails.BOTH
+def test_a_direction_that_is_worked_out_of_the_optimizer_s_state(engine: str, taken: Taken) -> None:
+    model = GPT(dropout=0.0)
+    loss_fn = closure_of(shifted)(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_fn().backward()
+    resident, worked_out = (
+        sharpkern.Direction.from_optimizer(optimizer, resident=resident) for resident in (True, False)
+    )
+    expected = deep_copy_losses(model, closure_of(shifted), resident, STEP_SIZES)
+    assert engine_losses(engine, model, loss_fn, worked_out, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
+    assert len(taken) == PASSES[engine]
 
 
 @pytest.mark.parametrize(
@@ -88,13 +105,14 @@ def test_wide_layers_of_an_mlp_are_not_taken_for_heads(
     assert (logits is not None) == deferred
 
 
-def test_a_whole_measurement(taken: Taken) -> None:
+@tails.BOTH
+def test_a_whole_measurement(engine: str, taken: Taken) -> None:
     model = GPT(dropout=0.0)
     loss_fn = closure_of(lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))(model)
     loss_fn().backward()
     direction = sharpkern.Direction.from_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3))
-    measured = sharpkern.critical_sharpness(model, loss_fn, direction)
-    assert (measured.engine, measured.status) == ("virtual", "converged")
+    measured = sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine)
+    assert (measured.engine, measured.status) == (engine, "converged")
     assert len(taken) >= 3
     written = sharpkern.critical_sharpness(model, loss_fn, direction, engine="inplace")
     assert measured.critical_lr == pytest.approx(written.critical_lr, rel=1e-3)
@@ -103,12 +121,14 @@ def test_a_whole_measurement(taken: Taken) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or HIP device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype: torch.dtype, taken: Taken) -> None:
+@tails.BOTH
+def test_on_a_gpu(engine: str, dtype: torch.dtype, taken: Taken) -> None:
     loss = lambda z, y: F.cross_entropy(z.float().flatten(0, 1), y.flatten())
     model = GPT(dropout=0.0).to("cuda", dtype)
     expected = exact_losses(model, loss)
-    assert virtual_losses(model, loss) == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 3e-3)
-    assert len(taken) == len(STEP_SIZES)
+    losses = losses_of(model, loss, engine=engine)
+    assert losses == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 3e-3)
+    assert len(taken) == PASSES[engine]
 
 
 # -- calls that leave logits deferred ---------------------------------------------------------------------------------
@@ -178,25 +198,27 @@ LEFT_DEFERRED = [
 ]
 
 
+@tails.BOTH
 @pytest.mark.parametrize("loss", LEFT_DEFERRED, ids=lambda f: f.__name__)
-def test_logits_stay_deferred(loss: Loss, taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_stay_deferred(loss: Loss, engine: str, taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT()
     expected = exact_losses(model, loss)
     monkeypatch.setattr(Head, "logits", None)
-    assert virtual_losses(model, loss) == pytest.approx(expected, rel=1e-6, abs=0)
-    assert len(taken) == len(STEP_SIZES)
+    assert losses_of(model, loss, engine=engine) == pytest.approx(expected, rel=1e-6, abs=0)
+    assert len(taken) == PASSES[engine]
 
 
-def test_bfloat16_and_autocast(taken: Taken) -> None:
+@tails.BOTH
+def test_bfloat16_and_autocast(engine: str, taken: Taken) -> None:
     """Logits are not rounded to 16 bits on the way, as they are usually."""
     loss = lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
     for dtype, context in ((torch.float32, torch.autocast("cpu", torch.bfloat16)), (torch.bfloat16, nullcontext())):
         model = GPT(dropout=0.0).to(dtype)
         with context:
-            usual, chunked = undeferred_losses(model, loss), virtual_losses(model, loss)
+            usual, chunked = undeferred_losses(model, loss, engine=engine), losses_of(model, loss, engine=engine)
         assert chunked == pytest.approx(usual, rel=2e-3, abs=0)
         assert chunked != usual
-    assert len(taken) == 2 * len(STEP_SIZES)
+    assert len(taken) == 2 * PASSES[engine]
 
 
 # -- calls that make them ---------------------------------------------------------------------------------------------
@@ -344,24 +366,34 @@ MADE = [
 ]
 
 
-@pytest.mark.parametrize("loss", MADE, ids=lambda f: f.__name__)
-def test_anything_else_gives_the_bits_that_it_gave(loss: Loss, taken: Taken) -> None:
+# Python numbers of each step size's own; a memory format for tensors of four dimensions.
+NOT_BATCHED = (looked_at, channels_last)
+
+
+@pytest.mark.parametrize(
+    ("engine", "loss"),
+    [(engine, loss) for engine in PASSES for loss in MADE if engine == "virtual" or loss not in NOT_BATCHED],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_anything_else_gives_the_bits_that_it_gave(engine: str, loss: Loss, taken: Taken) -> None:
     model = GPT()
-    usual = undeferred_losses(model, loss)
-    assert virtual_losses(model, loss) == usual
+    usual = undeferred_losses(model, loss, engine=engine)
+    assert losses_of(model, loss, engine=engine) == usual
     assert usual == pytest.approx(exact_losses(model, loss), rel=1e-5, abs=0)
     assert taken == []
 
 
-def test_a_head_with_a_bias_is_left_alone(taken: Taken) -> None:
+@tails.BOTH
+def test_a_head_with_a_bias_is_left_alone(engine: str, taken: Taken) -> None:
     model = GPT()
     model.head.bias = nn.Parameter(torch.randn(128))
     loss = lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
-    assert virtual_losses(model, loss) == undeferred_losses(model, loss)
+    assert losses_of(model, loss, engine=engine) == undeferred_losses(model, loss, engine=engine)
     assert taken == []
 
 
-def test_logits_used_again_after_the_loss(taken: Taken) -> None:
+@tails.BOTH
+def test_logits_used_again_after_the_loss(engine: str, taken: Taken) -> None:
     model = GPT()
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
@@ -369,8 +401,9 @@ def test_logits_used_again_after_the_loss(taken: Taken) -> None:
         assert z.to("meta").device.type == "meta"
         return first + z.logsumexp(-1).mean()
 
-    assert virtual_losses(model, loss) == pytest.approx(undeferred_losses(model, loss), rel=1e-6)
-    assert len(taken) == len(STEP_SIZES)
+    expected = undeferred_losses(model, loss, engine=engine)
+    assert losses_of(model, loss, engine=engine) == pytest.approx(expected, rel=1e-6)
+    assert len(taken) == PASSES[engine]
 
 
 def test_logits_are_made_in_the_surroundings_of_the_head(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,13 +435,15 @@ def test_logits_are_made_in_the_surroundings_of_the_head(taken: Taken, monkeypat
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak(vocabulary: int, loss: Loss, threshold: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes of one pass at a step size, of a GPT with 256 tokens."""
+def peak(vocabulary: int, loss: Loss, threshold: int, monkeypatch: pytest.MonkeyPatch, num_steps: int = 1) -> int:
+    """Bytes of one pass at some step sizes, of a GPT with 256 tokens."""
     monkeypatch.setattr(tail, "HEAD_THRESHOLD", threshold)
     model = GPT(vocabulary=vocabulary, width=64, layers=1, context=64, dropout=0.0)
     x = torch.randint(vocabulary, (4, 64))
     direction = random_direction(model)
-    return peak_bytes(lambda: engine_losses("virtual", model, lambda: loss(model(x), x), direction, [0.1]))
+    engine = "virtual" if num_steps == 1 else "batched"
+    step_sizes = [0.1 * step for step in range(1, num_steps + 1)]
+    return peak_bytes(lambda: engine_losses(engine, model, lambda: loss(model(x), x), direction, step_sizes))
 
 
 def test_neither_logits_nor_the_formed_head_ever_exist(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,6 +454,14 @@ def test_neither_logits_nor_the_formed_head_ever_exist(monkeypatch: pytest.Monke
     assert chunks <= peaks[8192] < 1.2 * chunks
     assert peaks[30_000] == peaks[8192]
     assert peak(30_000, loss, NEVER, monkeypatch) > 30_000 * (256 * 2 + 64) * 4
+
+
+def test_eight_step_sizes_share_the_memory_of_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = lambda z, y: F.cross_entropy(z.view(-1, z.size(-1)), y.view(-1))
+    deferred = {vocabulary: peak(vocabulary, loss, 0, monkeypatch, num_steps=8) for vocabulary in (8192, 30_000)}
+    logits = 8 * 30_000 * 256 * 4
+    assert deferred[30_000] == deferred[8192] < logits / 8
+    assert peak(30_000, loss, NEVER, monkeypatch, num_steps=8) > logits
 
 
 @pytest.mark.parametrize("loss", [smoothed, by_hand], ids=lambda f: f.__name__)

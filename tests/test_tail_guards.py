@@ -16,7 +16,7 @@ from sharpkern.head import linear_cross_entropy
 from tests import tails
 from tests.models import GPT
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, engine_on, random_direction
-from tests.tails import NEVER, STEP_SIZES, Loss, Taken, closure_of, undeferred_losses, virtual_losses, wrong
+from tests.tails import NEVER, PASSES, STEP_SIZES, Loss, Taken, closure_of, losses_of, undeferred_losses, wrong
 from tests.test_tail import copied_before_the_write, smoothed, written_through_a_view
 
 taken = tails.taken
@@ -33,10 +33,10 @@ def test_views_share_memory_and_copies_do_not(taken: Taken, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(Deferred, "made", lambda self: self.make())
-        assert wrong(virtual_losses(model, written_through_a_view), through_view), "the trap no longer springs"
+        assert wrong(losses_of(model, written_through_a_view), through_view), "the trap no longer springs"
     with monkeypatch.context() as patch:
         patch.setattr(Tail, "_make", lambda *_: None)
-        assert wrong(virtual_losses(model, copied_before_the_write), copies), "the trap no longer springs"
+        assert wrong(losses_of(model, copied_before_the_write), copies), "the trap no longer springs"
 
 
 def test_what_was_made_is_used_from_then_on(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,31 +54,32 @@ def test_what_was_made_is_used_from_then_on(taken: Taken, monkeypatch: pytest.Mo
         return F.cross_entropy(rows, y.flatten())
 
     right = undeferred_losses(model, scaled)
-    assert virtual_losses(model, scaled) == right
+    assert losses_of(model, scaled) == right
     monkeypatch.setattr(Tail, "_cross_entropy", forgetful)
-    assert wrong(virtual_losses(model, scaled), right), "the trap no longer springs"
+    assert wrong(losses_of(model, scaled), right), "the trap no longer springs"
 
 
 def scripted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, labels)
 
 
+@tails.BOTH
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_reads_that_no_mode_sees_never_get_a_number(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_that_no_mode_sees_never_get_a_number(engine: str, taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT()
     scripted = torch.jit.script(scripted_cross_entropy)
     loss = lambda z, y: scripted(z.flatten(0, 1), y.flatten())
-    right = undeferred_losses(model, loss)
-    assert virtual_losses(model, loss) == right
+    right = undeferred_losses(model, loss, engine=engine)
+    assert losses_of(model, loss, engine=engine) == right
 
     with monkeypatch.context() as patch:
         patch.setattr(Tail, "enabled", property(lambda self: True, lambda self, value: None), raising=False)
         patch.setattr(VirtualEngine, "_deferral_works", property(lambda self: True, lambda *_: None), raising=False)
-        assert all(value != value for value in virtual_losses(model, loss))
+        assert all(value != value for value in losses_of(model, loss, engine=engine))
     with monkeypatch.context() as patch:
         # Without the NaN: zeros, and a loss like any other.
         patch.setattr(torch, "full", lambda shape, value, **options: torch.zeros(shape, **options))
-        assert wrong(virtual_losses(model, loss), right), "the trap no longer springs"
+        assert wrong(losses_of(model, loss, engine=engine), right), "the trap no longer springs"
 
 
 def test_placeholders_of_an_earlier_pass_are_no_numbers(taken: Taken) -> None:
@@ -89,12 +90,13 @@ def test_placeholders_of_an_earlier_pass_are_no_numbers(taken: Taken) -> None:
         kept.append(z)
         return F.cross_entropy(kept[0].flatten(0, 1), y.flatten())
 
-    first, *later = virtual_losses(model, loss)
+    first, *later = losses_of(model, loss)
     assert first == first
     assert all(value != value for value in later)
 
 
-def test_hidden_states_written_after_the_head(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+@tails.BOTH
+def test_hidden_states_written_after_the_head(engine: str, taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes that the mode sees make the logits first; others are noticed, and the measurement goes on in place."""
 
     class Careless(GPT):
@@ -109,22 +111,28 @@ def test_hidden_states_written_after_the_head(taken: Taken, monkeypatch: pytest.
 
     loss = lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
     model = Careless(dropout=0.0)
-    model.write = lambda h: torch.mul(h, 2, out=h)
-    assert virtual_losses(model, loss) == undeferred_losses(model, loss)
+    if engine == "virtual":
+        # Under torch.func.vmap torch refuses this.
+        model.write = lambda h: torch.mul(h, 2, out=h)
+        assert losses_of(model, loss) == undeferred_losses(model, loss)
     model.write = lambda h: h[..., 0].zero_()
-    seen = virtual_losses(model, loss)
-    assert seen == undeferred_losses(model, loss)
+    seen = losses_of(model, loss, engine=engine)
+    assert seen == undeferred_losses(model, loss, engine=engine)
     with monkeypatch.context() as patch:
         patch.setattr(Tail, "before_write", lambda *_: None)
         with pytest.raises(sharpkern.EngineUnsupportedError, match="writes the hidden states after the language-model"):
-            virtual_losses(model, loss)
+            losses_of(model, loss, engine=engine)
         patch.setattr(Head, "check", lambda self: None)
-        assert wrong(virtual_losses(model, loss), seen), "the trap no longer springs"
+        assert wrong(losses_of(model, loss, engine=engine), seen), "the trap no longer springs"
 
     model.write = lambda h: F.relu(h, inplace=True)
     for any_loss in (loss, smoothed):
         with pytest.raises(sharpkern.EngineUnsupportedError, match="writes the hidden states after the language-model"):
-            virtual_losses(model, any_loss)
+            losses_of(model, any_loss, engine=engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(Head, "check", lambda self: None)
+        right = undeferred_losses(model, loss, engine=engine)
+        assert wrong(losses_of(model, loss, engine=engine), right), "the trap no longer springs"
     with pytest.warns(sharpkern.EngineFallbackWarning, match="writes the hidden states"):
         measured = sharpkern.critical_sharpness(model, closure_of(loss)(model), random_direction(model))
     assert measured.engine == "inplace"
@@ -135,7 +143,10 @@ def test_hidden_states_written_after_the_head(taken: Taken, monkeypatch: pytest.
 
 @pytest.mark.parametrize("by_name", [False, True], ids=["recognised", "by name"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_engine_knows_what_was_read_and_rounded(by_name: bool, dtype: torch.dtype, taken: Taken) -> None:
+@tails.BOTH
+def test_the_engine_knows_what_was_read_and_rounded(
+    engine: str, by_name: bool, dtype: torch.dtype, taken: Taken
+) -> None:
     model = nn.Linear(16, 200, bias=False, dtype=dtype)
     hidden, labels = torch.randn(9, 16, dtype=dtype), torch.arange(9).where(torch.arange(9) > 1, -100)
 
@@ -144,13 +155,13 @@ def test_the_engine_knows_what_was_read_and_rounded(by_name: bool, dtype: torch.
             return linear_cross_entropy(hidden, model.weight, labels)
         return F.cross_entropy(model(hidden), labels)
 
-    with engine_on("virtual", model, loss_fn, random_direction(model)) as (engine, closure):
-        engine.losses(STEP_SIZES)
-        assert engine._mode.read == engine.rounded == {0}
+    with engine_on(engine, model, loss_fn, random_direction(model)) as (opened, closure):
+        opened.losses(STEP_SIZES)
+        assert opened._mode.read == opened.rounded == {0}
         assert closure.precision.num_targets == 7
         assert closure.precision.unit_roundoff == (2.0**-8 if dtype == torch.bfloat16 else None)
         assert closure.precision.loss_dtype == torch.float32
-    assert len(taken) == len(STEP_SIZES)
+    assert len(taken) == PASSES[engine]
 
 
 class Prompt(nn.Module):
@@ -167,17 +178,19 @@ class Prompt(nn.Module):
         return F.cross_entropy(self.head(self.states), labels)
 
 
-@pytest.mark.parametrize("by_name", [False, True], ids=["recognised", "by name"])
-def test_hidden_states_that_move_themselves(by_name: bool, taken: Taken) -> None:
+# torch.func.vmap refuses linear_cross_entropy itself.
+@pytest.mark.parametrize(("engine", "by_name"), [("virtual", False), ("virtual", True), ("batched", False)])
+def test_hidden_states_that_move_themselves(engine: str, by_name: bool, taken: Taken) -> None:
     model, closure = Prompt(), lambda model: lambda: model(by_name)
     direction = random_direction(model)
     expected = deep_copy_losses(model, closure, direction, STEP_SIZES)
-    assert engine_losses("virtual", model, closure(model), direction, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
+    assert engine_losses(engine, model, closure(model), direction, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
     assert taken == []
 
 
 @pytest.mark.parametrize("by_name", [False, True], ids=["recognised", "by name"])
-def test_autocast_rounds_both_factors_and_nothing_else(by_name: bool, taken: Taken) -> None:
+@tails.BOTH
+def test_autocast_rounds_both_factors_and_nothing_else(engine: str, by_name: bool, taken: Taken) -> None:
     direction = random_direction(HEAD)
     moved = (HEAD.weight - 0.1 * direction.tensors[0]).detach()
     exact = F.cross_entropy(STATES.bfloat16().double() @ moved.bfloat16().double().T, LABELS).item()
@@ -189,11 +202,12 @@ def test_autocast_rounds_both_factors_and_nothing_else(by_name: bool, taken: Tak
             logits = HEAD(STATES)
         return F.cross_entropy(logits, LABELS)
 
-    assert engine_losses("virtual", HEAD, loss_fn, direction, [0.1]) == pytest.approx([exact], rel=1e-6)
+    assert engine_losses(engine, HEAD, loss_fn, direction, [0.1]) == pytest.approx([exact], rel=1e-6)
     assert taken
 
 
-def test_masters_are_what_rows_are_formed_from(taken: Taken) -> None:
+@tails.BOTH
+def test_masters_are_what_rows_are_formed_from(engine: str, taken: Taken) -> None:
     """Steps that bf16 weights would swallow."""
     model = nn.Linear(16, 200, bias=False)
     masters = {model.weight: model.weight.detach().clone()}
@@ -205,7 +219,7 @@ def test_masters_are_what_rows_are_formed_from(taken: Taken) -> None:
     delta = model.weight.grad.float()
     moved = (masters[model.weight] - 0.5 * delta).bfloat16()
     exact = F.cross_entropy((hidden.double() @ moved.double().T), labels).item()
-    (loss,) = engine_losses("virtual", model, loss_fn, direction, [0.5])
+    (loss,) = engine_losses(engine, model, loss_fn, direction, [0.5])
     assert loss == pytest.approx(exact, rel=1e-6)
     assert taken
 
@@ -215,7 +229,7 @@ def test_masters_are_what_rows_are_formed_from(taken: Taken) -> None:
 
 def failing(model: nn.Module, loss: Loss) -> str:
     with pytest.raises((ValueError, RuntimeError, IndexError)) as caught:
-        virtual_losses(model, loss)
+        losses_of(model, loss)
     return f"{caught.type} {caught.value}"
 
 

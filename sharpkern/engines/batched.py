@@ -4,16 +4,19 @@
 sizes at which launches or the reading of weights take the time. Activations exist once for every step size.
 """
 
+import gc
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sharpkern.engines.closure import Closure
 from sharpkern.engines.layers import Kept
-from sharpkern.engines.table import Pair
+from sharpkern.engines.table import Pair, Step
 from sharpkern.engines.virtual import VirtualEngine, eagerly
 from sharpkern.errors import EngineUnsupportedError
 
@@ -67,7 +70,10 @@ class BatchedEngine(VirtualEngine):
         """The losses of one pass."""
         self._kept.begin(tuple(step_sizes))
         try:
-            losses = self._closure.several(self._around, [-eta for eta in step_sizes])
+            with _quietly(), _young():
+                before = _batched_tensors(0, 1)
+                losses = self._closure.several(self._around, [-eta for eta in step_sizes])
+                self._refuse_survivors(before)
         except RuntimeError as error:
             if type(error) not in (RuntimeError, NotImplementedError):
                 raise
@@ -83,7 +89,76 @@ class BatchedEngine(VirtualEngine):
 
     def _around(self, alpha: Tensor) -> AbstractContextManager[object]:
         self._mode.begin(alpha)
-        return eagerly(self._mode)
+        distributed = torch.distributed
+        together = distributed.is_available() and distributed.is_initialized()
+        return eagerly(self._mode, *([_NoCollectives()] if together else []))
+
+    def _refuse_survivors(self, before: set[int]) -> None:
+        """Refuse a closure that keeps its tensors, as by ``nonlocal logits``: the run would fail where it uses them.
+
+        Args:
+            before: batched tensors that there were before the pass.
+
+        Raises:
+            EngineUnsupportedError: tensors of several step sizes outlive the pass.
+        """
+        self._mode.alpha = Step(0.0)
+        if _batched_tensors(0) <= before:
+            return
+        # What modules keep is put back, and what only cycles hold is freed.
+        self._closure.guard.rewind()
+        gc.collect(0)
+        if not _batched_tensors(1) <= before:
+            raise EngineUnsupportedError(
+                "loss_fn keeps tensors that it computes, which are of several step sizes and of no use after its call; "
+                "take .detach().clone() of what you need in the training step, not in loss_fn"
+            )
+
+
+class _NoCollectives(TorchFunctionMode):
+    """Refuses functional collectives: vmap hands them on slice by slice, and nobody waits for their results.
+
+    Those that write their tensors have no rule and are refused by torch.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(getattr(func, "__module__", "")).startswith("torch._ops._c10d_functional"):
+            raise EngineUnsupportedError("loss_fn calls a collective, which would be of single step sizes")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's warnings of functions that vmap goes through slice by slice: that is right, and we time it."""
+    enable = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    enable(False)
+    try:
+        yield
+    finally:
+        # The default; torch does not tell what it was.
+        enable(True)
+
+
+@contextmanager
+def _young() -> Iterator[None]:
+    """Whatever is made inside stays in the collector's first generation, where it is found at once."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _batched_tensors(*generations: int) -> set[int]:
+    """The tensors of torch.func.vmap in some of the collector's generations, by identity."""
+    return {
+        id(thing)
+        for generation in generations
+        for thing in gc.get_objects(generation)
+        if issubclass(type(thing), Tensor) and torch._C._functorch.is_batchedtensor(thing)
+    }
 
 
 def _first_line(error: Exception) -> str:

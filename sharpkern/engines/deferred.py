@@ -36,7 +36,7 @@ class Head:
         loss: the cross-entropy of hidden states and labels.
         call: the call that was put off, without arguments.
         autocast: makes the autocast context of that call.
-        version: of ``hidden`` at that call.
+        version: of ``hidden`` at that call, see `version_of`.
     """
 
     hidden: Tensor
@@ -59,7 +59,7 @@ class Head:
         Raises:
             EngineUnsupportedError: they were written.
         """
-        if self.hidden._version != self.version:
+        if version_of(self.hidden) != self.version:
             raise EngineUnsupportedError(
                 "loss_fn writes the hidden states after the language-model head was called, whose logits are not "
                 "computed before it is known what for"
@@ -189,6 +189,14 @@ def _has_whole_rows(layout: Tensor, vocabulary: int) -> bool:
         and layout.stride(-1) == 1
         and not any(step % vocabulary for step in steps)
     )
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor's memory was written: wrappers of torch.func do not count that themselves."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor._version
 
 
 def tensors_in(values: Any) -> list[Tensor]:

@@ -67,15 +67,11 @@ def linear_on_steps(
 
     def of_all(x: Tensor, alpha: Tensor) -> Tensor:
         weights = kept.weights(pair, alpha, dtype) if way == "formed" else None
+        vectors = None if bias is None else bias.move.form(alpha, dtype=dtype)
         if weights is None:
-            y = linear.moving_linear(x, pair.weight, pair.move, alpha, dtype=dtype, way=way)
-        else:
-            flat = x.to(dtype).reshape(len(x), -1, x.shape[-1]).expand(len(alpha), -1, -1)
-            y = torch.bmm(flat, weights.mT).reshape(len(alpha), *x.shape[1:-1], -1)
-        if bias is not None:
-            moved = bias.move.form(alpha, dtype=dtype)
-            y += moved.view(len(alpha), *(1,) * (y.dim() - 2), -1)
-        return y
+            return linear.moving_linear(x, pair.weight, pair.move, alpha, dtype=dtype, way=way, bias=vectors)
+        flat = x.to(dtype).reshape(len(x), -1, x.shape[-1]).expand(len(alpha), -1, -1)
+        return linear.with_weights(flat, weights, vectors).reshape(len(alpha), *x.shape[1:-1], -1)
 
     return _on_steps(of_all, pair, step, x)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 _WORTH = 3.8 / 1.3
 _KEPT = 8
 # The first pass of an engine compiles kernels and fills caches.
-_SEARCHES = 2
+_LEAST = 2
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Pace:
         single, several = (self._seconds[name, self._work] for name in ("virtual", "batched"))
         if not single:
             return "virtual"
-        return "batched" if len(several) < _SEARCHES or min(several) < _WORTH * min(single) else "virtual"
+        return "batched" if len(several) < _LEAST or min(several) < _WORTH * min(single) else "virtual"
 
     def note(self, engine: str, work: int, seconds: Sequence[float]) -> None:
         """Remember a search.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpkern.engines.calls import map_tensors
+from sharpkern.engines.table import storage_pointer
 
 # Relative standard deviation of a float32 loss; measured on small networks.
 _FLOAT32_NOISE = 1e-6
@@ -48,8 +49,9 @@ class LossPrecision:
 
     def _note_targets(self, target: Tensor) -> None:
         """Remember the largest number of targets that count; on the device, where the host does not wait for it."""
-        if target.is_floating_point():
-            counted = target.new_full((), target.numel(), dtype=torch.int64)
+        if target.is_floating_point() or storage_pointer(target) is None:
+            # Wrappers of torch.func, and what is made of them, are of no use after the pass.
+            counted = torch.full((), target.numel(), dtype=torch.int64, device=target.device)
         else:
             # Negative labels are ignored ones.
             counted = (target >= 0).sum()

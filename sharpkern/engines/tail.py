@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sharpkern._library import Backend
 from sharpkern.engines import calls
-from sharpkern.engines.deferred import Deferred, Head, tensors_in
+from sharpkern.engines.deferred import Deferred, Head, tensors_in, version_of
 from sharpkern.engines.layers import HeadLoss
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.table import storage_pointer
@@ -89,7 +89,7 @@ class Tail:
         if self._num_steps * (4 * layout.numel() + dtype.itemsize * weight.numel()) <= HEAD_THRESHOLD:
             return None
         autocast = _autocast_now(hidden.device.type)
-        head = Head(hidden, vocabulary, dtype, loss(dtype), call, autocast, hidden._version)
+        head = Head(hidden, vocabulary, dtype, loss(dtype), call, autocast, version_of(hidden))
         states = hidden.detach().reshape(-1, width).contiguous()
         self.used = True
         return self._placeholder(Deferred(head, layout, states, head.logits))

@@ -396,14 +396,14 @@ class VirtualEngine:
 
         Memory: formed copies of the parameters that one operator reads.
         """
-        # Casts that an enclosing autocast keeps are of θ itself.
+        # Casts that an enclosing autocast keeps are of θ before, and of θ − ηΔθ after.
         torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(False)
         precision = self._closure.precision
         seen = precision.loss_dtype
         try:
             return self._closure(eagerly(StorageOracle(self._pairs, -eta)))
         finally:
+            torch.clear_autocast_cache()
             # Without the mode a 16-bit loss is not taken to float32: that says nothing of the engine's losses.
             precision.loss_dtype = seen
 
