@@ -22,6 +22,9 @@ _RETAINED_FLOOR = 0.9
 # Relative difference of two losses that are the same but for float32 roundings.
 _SAME_LOSS = 2e-6
 
+# Evaluations that a search with several at a time may need.
+ENOUGH_FORWARDS = 3 * NUM_PARALLEL
+
 # Yields step sizes, is sent the losses there, and returns what it found.
 Search = Generator[tuple[float, ...], list[float], SearchResult]
 
@@ -74,13 +77,15 @@ class Run:
             SearchResult: of the line search.
         """
         engine, options, slope = self.engine, self._options, self._direction.slope
-        num_parallel = NUM_PARALLEL if engine.name == "batched" and options.method == "auto" else 1
+        # A few evaluations are better spent one at a time.
+        several = engine.name == "batched" and options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
+        num_parallel = NUM_PARALLEL if several else 1
         first: list[tuple[float, float]] = []
         if self._known_base is not None:
             self._base = self._known_base
         else:
             step_sizes: tuple[float, ...] = ()
-            if num_parallel > 1 and self._spare_forwards() >= num_parallel:
+            if num_parallel > 1:
                 step_sizes = warm_grid(memory, slope=slope, norm_sq=self._direction.norm_sq, num=num_parallel - 1)
             self._base, *losses = yield (0.0, *step_sizes)
             first = list(zip(step_sizes, losses, strict=True))
@@ -170,7 +175,8 @@ class Run:
         if not math.isfinite(self._base):
             return
         if self._spare_forwards() > 0:
-            confirm(self.engine, self._checks, self._base, result.probes, self._noise())
+            reach = 1.5 * result.critical_lr if result.status == "converged" else math.inf
+            confirm(self.engine, self._checks, self._base, result.probes, self._noise(), reach)
         # On measurements 1, 2, 4, 8, ...: a loop that mixes up its batches does so all the time.
         due = self._checks.num_measurements & (self._checks.num_measurements + 1) == 0
         if due and self._direction.slope is not None and self._direction.slope > 0 and self._spare_forwards() > 0:

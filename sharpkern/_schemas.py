@@ -14,10 +14,14 @@ operations = torch.ops.sharpkern
 
 # What the operations on an optimizer's state share with each other, and with their variant that writes a given output.
 _ADAM_OPTIONS = (
-    "Tensor? max_exp_avg_sq=None, float beta1, float beta2, float correction1, float correction2, float eps, "
-    "float weight_decay=0.0, bool decoupled=True, float grad_factor=1.0, float rate=1.0"
+    "float beta1, float beta2, float correction1, float correction2, float eps, float weight_decay=0.0, "
+    "bool decoupled=True, float grad_factor=1.0, float rate=1.0"
 )
-_ADAM = f"Tensor theta, Tensor? grad, Tensor? exp_avg, Tensor? exp_avg_sq, Tensor? alpha, *, {_ADAM_OPTIONS}"
+# torch.func.vmap takes no tensors by keyword alone.
+_ADAM = (
+    "Tensor theta, Tensor? grad, Tensor? exp_avg, Tensor? exp_avg_sq, Tensor? alpha, Tensor? max_exp_avg_sq=None, *, "
+    + _ADAM_OPTIONS
+)
 _SGD_OPTIONS = (
     "float weight_decay=0.0, float momentum=0.0, float dampening=0.0, bool nesterov=False, float grad_factor=1.0, "
     "float rate=1.0"
@@ -49,7 +53,8 @@ define("form.out(Tensor W, Tensor D, Tensor alpha, *, int? seed=None, Tensor(a!)
 define(
     f"form_adam({_ADAM}, ScalarType? dtype=None) -> Tensor",
     "form_adam",
-    lambda theta, grad, exp_avg, exp_avg_sq, alpha, dtype=None, **_: _formed(theta, alpha, dtype),
+    lambda theta, grad, exp_avg, exp_avg_sq, alpha, max_exp_avg_sq=None, dtype=None, **_: _formed(theta, alpha, dtype),
+    stepped=(4,),
 )
 define(f"form_adam.out({_ADAM}, Tensor(a!) out) -> ()", "form_adam")
 define(
@@ -60,7 +65,8 @@ define(
 )
 define(f"form_sgd.out({_SGD}, Tensor(a!) out) -> ()", "form_sgd")
 define(
-    f"adam_sums(Tensor theta, Tensor grad, Tensor? exp_avg, Tensor? exp_avg_sq, *, {_ADAM_OPTIONS}) -> Tensor",
+    "adam_sums(Tensor theta, Tensor grad, Tensor? exp_avg, Tensor? exp_avg_sq, *, Tensor? max_exp_avg_sq=None, "
+    f"{_ADAM_OPTIONS}) -> Tensor",
     "step_sums",
     _summed,
 )

@@ -11,6 +11,7 @@ from itertools import pairwise
 from sharpkern._acceptance import Outcome, converged, kept, open_sides, settled, unchecked
 from sharpkern._curve import Curve, Estimate, Probe
 
+_DECADE = math.log(10.0)
 # Without any rise the search goes up to this multiple of the first guess, or of the step that would bring a linear
 # loss to zero, whichever is larger; and no further down.
 _REACH = 1e9
@@ -108,7 +109,8 @@ class _Grids:
             if estimate is not None and lo < math.exp(estimate.y) < hi and 3.0 * estimate.error < span:
                 return _grid(self._curve, estimate.y, max(1.5 * estimate.error, 0.02), self._num)
             return _grid(self._curve, math.log(lo * hi) / 2, span / 2 * (self._num - 1) / (self._num + 1), self._num)
-        self._width *= 1.5
+        # A narrow grid, as steady runs leave behind, must not use up all evaluations on its way.
+        self._width = max(1.5 * self._width, min(3.0 * self._width, _DECADE))
         eta = _propose(self._curve, estimate, self._rtol, self._passes)
         if eta > hi:
             return (eta,)
@@ -117,7 +119,9 @@ class _Grids:
             center = max(center, math.log(self._curve.probes[-1].eta) + self._width / 2)
         elif lo == 0:
             center = min(center, math.log(hi) - self._width / 2)
-        return _grid(self._curve, center, self._width, self._num)
+        grid = _grid(self._curve, center, self._width, self._num)
+        # Where two grids have found no rise, there may be none at all.
+        return (*grid[:-1], _limit(self._curve)) if hi == math.inf and self._passes > 1 else grid
 
 
 def first_grid(guess: float, width: float, num: int) -> tuple[float, ...]:

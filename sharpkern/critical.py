@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern import ops
-from sharpkern._run import Run, finish
+from sharpkern._run import ENOUGH_FORWARDS, Run, finish
 from sharpkern.direction import Direction
 from sharpkern.engines.checks import checks_of
 from sharpkern.engines.choose import choose, fall_back, is_compiled, open_engine
@@ -159,7 +159,8 @@ def _may_batch(pairs: Sequence[Pair], options: Options, reduce: Callable[[Tensor
     alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
     # On a CPU eight cost more than a whole search one at a time (bench/results/line_search.json).
     on_gpu = all(ops.has_kernels(pair.weight.device) for pair in pairs)
-    return options.method == "auto" and reduce is None and alone and on_gpu
+    searches = options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
+    return searches and reduce is None and alone and on_gpu
 
 
 def check_arguments(model: object, loss_fn: object, direction: object) -> None:

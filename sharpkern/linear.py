@@ -56,8 +56,10 @@ def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
         (case.way for case in CASES if case.device == device.type and (case.below is None or num_tokens < case.below)),
         "formed",
     )
-    # Elsewhere a product of 16-bit factors is rounded to 16 bits, and its sum with another one once more.
-    return "formed" if way == "products" and dtype.itemsize < 4 and not widens(device) else way
+    # A product of 16-bit factors is rounded to 16 bits on some devices, and its sum with another one once more; and in
+    # float16 a direction may be too small to be seen.
+    exact = dtype.itemsize >= 4 or (dtype == torch.bfloat16 and widens(device))
+    return "formed" if way == "products" and not exact else way
 
 
 def moving_linear(

@@ -1,6 +1,7 @@
 """Relative critical sharpness: the curvature of one task's loss along the update of another."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -90,7 +91,6 @@ def _together(
     pairs = make_pairs(direction.moves())
     reduce = options.reduce or default_reduce(model)
     kept = Kept(_room(pairs))
-    found: dict[str, Measurement] = {}
     with preserved(model, direction.parameters) as guard, ExitStack() as engines:
         searches = []
         for name, loss_fn in tasks.items():
@@ -101,14 +101,15 @@ def _together(
             closure = Closure(loss_fn, guard, LossPrecision(), reduce)
             engine = engines.enter_context(open_engine(engine_name, pairs, closure, compiled=False, kept=kept))
             searches.append(_Task(name, Run(engine, closure, direction, pairs, options, checks, None)))
-        while searches:
-            # Equal step sizes one after the other.
-            searches.sort(key=lambda task: task.step_sizes)
-            for task in searches:
+        for task in searches:
+            # One after the other: what is found out about a closure holds for all of the same code.
+            while task.step_sizes == (0.0,):
                 task.advance()
-            found |= {task.name: task.measurement for task in searches if task.measurement is not None}
-            searches = [task for task in searches if task.step_sizes]
-    return found
+        while asked := Counter(task.step_sizes for task in searches if task.step_sizes):
+            for task in sorted((task for task in searches if task.step_sizes), key=lambda task: task.step_sizes):
+                kept.enabled = asked[task.step_sizes] > 1
+                task.advance()
+    return {task.name: task.measurement for task in searches if task.measurement is not None}
 
 
 class _Task:
@@ -137,8 +138,8 @@ class _Task:
         try:
             losses = self._run.engine.losses(self.step_sizes)
             self.step_sizes = self._search.send(losses)
-        except EngineUnsupportedError:
-            # Another engine will say why.
+        except (EngineUnsupportedError, torch.OutOfMemoryError):
+            # By itself, or by another engine, it may do.
             self.step_sizes = ()
         except StopIteration as stop:
             self.step_sizes = ()
@@ -148,5 +149,9 @@ class _Task:
 
 def _room(pairs: Sequence[Pair]) -> int:
     """Bytes that formed weights may take between tasks."""
-    device = pairs[0].weight.device
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _ROOM_ON_CPU
+    devices = {pair.weight.device for pair in pairs}
+    device = devices.pop()
+    if device.type != "cuda":
+        return _ROOM_ON_CPU
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 0 if devices else (torch.cuda.mem_get_info(device)[0] + unused) // 4

@@ -11,6 +11,7 @@ from torch import nn
 
 import sharpkern
 from sharpkern import ops, relative
+from sharpkern.engines import layers
 from tests.cases import tokens
 from tests.models import GPT
 from tests.oracle import random_direction
@@ -82,7 +83,10 @@ def language_tasks(model: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 @pytest.mark.parametrize("engine", ["virtual", "batched"])
-def test_weights_formed_for_one_task_serve_the_others(engine: str, formed: list[int]) -> None:
+def test_weights_formed_for_one_task_serve_the_others(
+    engine: str, formed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_IN_CACHE", ())
     model = GPT()
     tasks, direction = language_tasks(model), random_direction(model)
     alone = {}

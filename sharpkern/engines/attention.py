@@ -1,5 +1,6 @@
 """Attention for several step sizes by one call: they join the batch, whatever the mask."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from sharpkern.engines.draws import one_by_one
 from sharpkern.engines.steps import Rule, on_steps
+
+_MOST_SAMPLES = 65535
+# More than any engine has at a time.
+_MOST_STEPS = 16
 
 
 def attention(
@@ -47,7 +52,9 @@ def attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    rule = one_by_one(stock) if dropout_p else _in_the_batch(stock)
+    # Kernels of CUDA take no more samples at once, and say so in an error that a loop does not survive.
+    fits = math.prod(torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])) * _MOST_STEPS <= _MOST_SAMPLES
+    rule = _in_the_batch(stock) if fits and not dropout_p else one_by_one(stock)
     return on_steps(stock, rule, query, key, value, attn_mask)
 
 

@@ -1,12 +1,15 @@
 """Norms over the batch for several step sizes: each channel is normalised by itself, so they join the channels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern.engines.steps import Rule, on_steps
+from sharpkern.engines.table import storage_pointer
+
+NORMS_OF_BATCHES = ("batch_norm", "instance_norm")
 
 
 def batch_norm(
@@ -102,3 +105,21 @@ def _in_the_channels(normalise: Callable[..., Tensor]) -> Rule:
         return result.movedim(1, 0)
 
     return rule
+
+
+def statistics_left_alone(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The running statistics that a call updates for one step size, and not for several.
+
+    Args:
+        name: of the call.
+        args: its arguments.
+        kwargs: its arguments by name.
+    """
+    if name not in NORMS_OF_BATCHES:
+        return []
+    given = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training"), args, strict=False))
+    given |= kwargs
+    training = given.get("training", given.get("use_input_stats", name == "instance_norm"))
+    if not training or storage_pointer(given["input"]) is not None:
+        return []
+    return [given[which] for which in ("running_mean", "running_var") if given.get(which) is not None]

@@ -67,7 +67,6 @@ class Closure:
             list: one loss for each, as calling it for each would have given.
         """
         self.guard.rewind()
-        self.calls += len(values)
 
         def one(value: Tensor) -> Tensor:
             with around(value):
@@ -77,6 +76,7 @@ class Closure:
             return loss
 
         losses = torch.func.vmap(one, randomness="same")(torch.tensor(values, dtype=torch.float64, device="cpu"))
+        self.calls += len(values)
         self.random = self.guard.drew_random_numbers()
         return self._read(losses)
 

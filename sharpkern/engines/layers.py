@@ -8,9 +8,12 @@ from torch import Tensor
 
 from sharpkern import linear
 from sharpkern.engines.steps import on_steps
-from sharpkern.engines.table import Pair, Scratch, Step
+from sharpkern.engines.table import Pair, Scratch, Step, stream_of
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.head import cross_entropy_of_rows
+
+# Where several step sizes are formed in the cache block by block, quicker than they would be read from memory again.
+_IN_CACHE = ("cpu",)
 
 # Takes hidden states [T, C] and labels [T], and the options of `cross_entropy_of_rows`.
 HeadLoss = Callable[..., Tensor]
@@ -21,9 +24,13 @@ class Kept:
 
     Args:
         num_bytes: most memory to keep; layers that come when it is used up are not kept.
+
+    Attributes:
+        enabled: whether another closure will be evaluated at these step sizes, or was.
     """
 
     def __init__(self, num_bytes: int) -> None:
+        self.enabled = True
         self._num_bytes = self._room = num_bytes
         self._step_sizes: tuple[float, ...] = ()
         self._weights: dict[tuple[Any, ...], Tensor] = {}
@@ -37,10 +44,10 @@ class Kept:
     def weights(self, pair: Pair, alpha: Tensor, dtype: torch.dtype) -> Tensor | None:
         """W + α_k D, [K, N, C], formed where it is not there yet; None where there is no room for it."""
         weight = pair.weight
-        key = (pair.owner, weight.storage_offset(), weight.shape, weight.stride(), dtype)
+        key = (pair.owner, weight.storage_offset(), weight.shape, weight.stride(), dtype, stream_of(weight.device))
         if key not in self._weights:
             num_bytes = len(alpha) * weight.numel() * dtype.itemsize
-            if num_bytes > self._room:
+            if num_bytes > self._room or not self.enabled:
                 return None
             self._room -= num_bytes
             self._weights[key] = pair.move.form(alpha, dtype=dtype)
@@ -66,7 +73,8 @@ def linear_on_steps(
     """
 
     def of_all(x: Tensor, alpha: Tensor) -> Tensor:
-        weights = kept.weights(pair, alpha, dtype) if way == "formed" else None
+        keeps = way == "formed" and x.device.type not in _IN_CACHE
+        weights = kept.weights(pair, alpha, dtype) if keeps else None
         vectors = None if bias is None else bias.move.form(alpha, dtype=dtype)
         if weights is None:
             return linear.moving_linear(x, pair.weight, pair.move, alpha, dtype=dtype, way=way, bias=vectors)

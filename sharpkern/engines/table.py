@@ -17,6 +17,11 @@ def storage_pointer(tensor: Tensor) -> int | None:
         return None
 
 
+def stream_of(device: torch.device) -> int:
+    """The stream that a device works on: a closure may use several at once, and what one made another must not read."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class Step:
     """A signed step α as the tensors that operations take: one per device and dtype, made once.
 
@@ -30,7 +35,7 @@ class Step:
     def __init__(self, alpha: float | Tensor) -> None:
         self._alpha = alpha
         self.is_several = isinstance(alpha, Tensor)
-        self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tensors: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     def __bool__(self) -> bool:
         return self.is_several or bool(self._alpha != 0)
@@ -41,13 +46,14 @@ class Step:
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """α on a device, [1]."""
-        if (device, dtype) not in self._tensors:
+        key = (device, dtype, stream_of(device))
+        if key not in self._tensors:
             if isinstance(self._alpha, Tensor):
                 tensor = self._alpha.to(device, dtype).unsqueeze(0)
             else:
                 tensor = torch.full((1,), self._alpha, dtype=dtype, device=device)
-            self._tensors[device, dtype] = tensor
-        return self._tensors[device, dtype]
+            self._tensors[key] = tensor
+        return self._tensors[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,19 +97,20 @@ def make_pairs(moves: Iterable[tuple[Tensor, Move]]) -> list[Pair]:
 
 
 class Scratch:
-    """One buffer per dtype, device and stream that formed weights take turns in; it grows to the largest of them."""
+    """One buffer per dtype, device and stream that formed weights take turns in; it grows to the largest of them.
+
+    What was made in inference mode must not be written outside of it: it has buffers of its own.
+    """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, torch.device, int, bool], Tensor] = {}
 
     def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor of the shape of ``like``, with its strides where they are dense; the contents are undefined.
 
         Memory: grows to the largest tensor asked for.
         """
-        # A closure may compute on several streams at once.
-        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        key = (dtype, like.device, stream)
+        key = (dtype, like.device, stream_of(like.device), torch.is_inference_mode_enabled())
         if key in self._buffers and self._buffers[key].numel() < like.numel():
             # The smaller buffer goes before the larger one comes.
             del self._buffers[key]

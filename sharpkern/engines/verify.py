@@ -44,7 +44,14 @@ def check_repeatable(first: float, second: float, noise: float, *, given: bool) 
     )
 
 
-def confirm(engine: Engine, checks: Checks, base: float, probes: Sequence[tuple[float, float]], noise: float) -> None:
+def confirm(
+    engine: Engine,
+    checks: Checks,
+    base: float,
+    probes: Sequence[tuple[float, float]],
+    noise: float,
+    reach: float = math.inf,
+) -> None:
     """Compare an engine that does not write θ with the storage oracle, once, where a probe shows the largest effect.
 
     Where no probe stands out of the noise, that is left to the next measurement.
@@ -55,12 +62,16 @@ def confirm(engine: Engine, checks: Checks, base: float, probes: Sequence[tuple[
         base: loss at θ.
         probes: step sizes and losses that it evaluated.
         noise: relative standard error of one loss.
+        reach: step size beyond which another term of the loss may be larger than the one that counts.
 
     Raises:
         EngineUnsupportedError: they differ.
     """
     floor = noise * abs(base)
     effects = {(eta, loss): abs(loss - base) for eta, loss in probes if math.isfinite(loss)}
+    near = {probe: effect for probe, effect in effects.items() if probe[0] <= reach}
+    if near and max(near.values()) >= 50 * floor:
+        effects = near
     if not effects or not isinstance(engine, VirtualEngine) or engine.name in checks.agrees:
         return
     (eta, loss), effect = max(effects.items(), key=lambda item: item[1])

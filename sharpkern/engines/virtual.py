@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from sharpkern import ops
 from sharpkern.engines import calls
+from sharpkern.engines.batch_norms import statistics_left_alone
 from sharpkern.engines.closure import Closure
+from sharpkern.engines.deferred import tensors_in
 from sharpkern.engines.layers import HeadLoss, Kept, head_loss, linear_on_steps
 from sharpkern.engines.norms import moving_norm
 from sharpkern.engines.precision import LossPrecision, is_low
@@ -66,6 +68,7 @@ class VirtualParameters(TorchFunctionMode):
         self.tail = Tail(precision, num_steps)
         self.alpha = Step(0.0)
         self.work = 0
+        self._outdated: set[int] = set()
         self.read: set[int] = set()
         self.rounded: set[int] = set()
 
@@ -80,11 +83,13 @@ class VirtualParameters(TorchFunctionMode):
         self.alpha = Step(alpha)
         self.read = set()
         self.work = 0
+        self._outdated = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = calls.name_of(func)
         if self.alpha.is_several and not torch.is_grad_enabled():
+            self._watch_statistics(name, args, kwargs)
             func = STEPPED.get(func, func)
         if calls.writes(name) and args:
             self._refuse_write(name, args[0])
@@ -248,7 +253,9 @@ class VirtualParameters(TorchFunctionMode):
     def _linear(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """A linear layer that stands for large logits, or takes all step sizes at once; None for any other."""
         pair = self._pair(weight)
-        if pair is None or self._pair(x) is not None:
+        if pair is None or self._pair(x) is not None or weight.dim() != 2:
+            return None
+        if bias is not None and bias.shape != weight.shape[:1]:
             return None
         if bias is None:
             call = lambda: self._product(func, pair, x, None)  # noqa: E731
@@ -305,6 +312,17 @@ class VirtualParameters(TorchFunctionMode):
 
         return calls.map_tensors(args, copied), calls.map_tensors(kwargs, copied)
 
+    def _watch_statistics(self, name: str, args: Any, kwargs: Any) -> None:
+        """Refuse reads of running statistics that a norm would have updated, had it been called for one step size."""
+        updated = statistics_left_alone(name, args, kwargs)
+        if (
+            self._outdated
+            and not updated
+            and any(id(tensor) in self._outdated for tensor in tensors_in((args, kwargs)))
+        ):
+            raise EngineUnsupportedError("loss_fn updates running statistics of a norm, and then reads them")
+        self._outdated |= {id(tensor) for tensor in updated}
+
     def _refuse_write(self, name: str, written: Any) -> None:
         tensors = written if isinstance(written, (list, tuple)) else [written]
         if any(id(tensor) in self._table or id(tensor) in self._watched for tensor in tensors):
@@ -352,7 +370,7 @@ class VirtualEngine:
         kept: formed weights that engines of other closures on the same pairs share.
 
     Attributes:
-        seconds: of every pass with as many step sizes as the engine takes at a time.
+        seconds: of every pass that forms weights, for as many step sizes as the engine takes at a time.
 
     Memory: see `VirtualParameters`.
     """
@@ -383,7 +401,8 @@ class VirtualEngine:
         for eta in step_sizes:
             started = time.perf_counter()
             losses.append(self._loss(eta))
-            self.seconds.append(time.perf_counter() - started)
+            if eta:
+                self.seconds.append(time.perf_counter() - started)
         return losses
 
     @property
@@ -450,7 +469,7 @@ class VirtualEngine:
     def _may_have_read_placeholders(self, losses: Sequence[float]) -> bool:
         """Whether a loss may be the NaN of a placeholder for logits; then there will be none in the passes to come."""
         tail = self._mode.tail
-        if tail.used and any(map(math.isnan, losses)) and not self._deferral_works:
+        if tail.used and all(map(math.isnan, losses)) and not self._deferral_works:
             tail.enabled = False
             return True
         self._deferral_works |= tail.used
