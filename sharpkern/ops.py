@@ -378,7 +378,7 @@ def linear(
         ValueError: if a shape or device does not fit.
 
     Memory:
-        The result; on a GPU where M is small up to 16 more in float32, with the torch backend one formed weight.
+        The result; on a GPU up to 34 MB of sums in float32, with the torch backend one formed weight.
 
     Determinism:
         Fixed order of additions on a GPU; with the torch backend as far as torch's own product.

@@ -149,7 +149,8 @@ start = time.perf_counter()
 import sharpkern
 print(time.perf_counter() - start)
 """
-    assert min(float(python(program)) for _ in range(3)) < 0.1
+    # Another process may be in the way now and then.
+    assert min(float(python(program)) for _ in range(6)) < 0.1
 
 
 def test_importing_loads_nothing_heavy() -> None:

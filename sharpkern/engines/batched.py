@@ -4,7 +4,6 @@
 sizes at which launches or the reading of weights take the time. Activations exist once for every step size.
 """
 
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from sharpkern.engines.closure import Closure
 from sharpkern.engines.layers import Kept
+from sharpkern.engines.survivors import none_survive
 from sharpkern.engines.table import Pair, Step
 from sharpkern.engines.virtual import VirtualEngine, eagerly
 from sharpkern.errors import EngineUnsupportedError
@@ -70,10 +70,9 @@ class BatchedEngine(VirtualEngine):
         """The losses of one pass."""
         self._kept.begin(tuple(step_sizes))
         try:
-            with _quietly(), _young():
-                before = _batched_tensors(0, 1)
+            with _quietly(), none_survive(self._closure.guard.rewind):
                 losses = self._closure.several(self._around, [-eta for eta in step_sizes])
-                self._refuse_survivors(before)
+                self._mode.alpha = Step(0.0)
         except RuntimeError as error:
             if type(error) not in (RuntimeError, NotImplementedError):
                 raise
@@ -92,27 +91,6 @@ class BatchedEngine(VirtualEngine):
         distributed = torch.distributed
         together = distributed.is_available() and distributed.is_initialized()
         return eagerly(self._mode, *([_NoCollectives()] if together else []))
-
-    def _refuse_survivors(self, before: set[int]) -> None:
-        """Refuse a closure that keeps its tensors, as by ``nonlocal logits``: the run would fail where it uses them.
-
-        Args:
-            before: batched tensors that there were before the pass.
-
-        Raises:
-            EngineUnsupportedError: tensors of several step sizes outlive the pass.
-        """
-        self._mode.alpha = Step(0.0)
-        if _batched_tensors(0) <= before:
-            return
-        # What modules keep is put back, and what only cycles hold is freed.
-        self._closure.guard.rewind()
-        gc.collect(0)
-        if not _batched_tensors(1) <= before:
-            raise EngineUnsupportedError(
-                "loss_fn keeps tensors that it computes, which are of several step sizes and of no use after its call; "
-                "take .detach().clone() of what you need in the training step, not in loss_fn"
-            )
 
 
 class _NoCollectives(TorchFunctionMode):
@@ -137,28 +115,6 @@ def _quietly() -> Iterator[None]:
     finally:
         # The default; torch does not tell what it was.
         enable(True)
-
-
-@contextmanager
-def _young() -> Iterator[None]:
-    """Whatever is made inside stays in the collector's first generation, where it is found at once."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _batched_tensors(*generations: int) -> set[int]:
-    """The tensors of torch.func.vmap in some of the collector's generations, by identity."""
-    return {
-        id(thing)
-        for generation in generations
-        for thing in gc.get_objects(generation)
-        if issubclass(type(thing), Tensor) and torch._C._functorch.is_batchedtensor(thing)
-    }
 
 
 def _first_line(error: Exception) -> str:

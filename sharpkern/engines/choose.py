@@ -12,8 +12,9 @@ from sharpkern.engines.checks import Checks
 from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.inplace import InPlaceEngine
 from sharpkern.engines.layers import Kept
+from sharpkern.engines.mode import VirtualParameters
 from sharpkern.engines.table import Pair
-from sharpkern.engines.virtual import VirtualEngine, VirtualParameters
+from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
 
 Result = TypeVar("Result")

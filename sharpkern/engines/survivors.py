@@ -1,0 +1,53 @@
+"""Tensors of torch.func.vmap that outlive it: they are of no use any more, and an error to whoever uses them."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sharpkern.errors import EngineUnsupportedError
+
+
+@contextmanager
+def none_survive(put_back: Callable[[], object]) -> Iterator[None]:
+    """Refuse a closure that keeps its tensors, as by ``nonlocal logits``: the run would fail where it uses them.
+
+    Args:
+        put_back: gives modules back what they held before.
+
+    Yields:
+        None: what is made in the block stays in the collector's first generation, where it is found at once.
+
+    Raises:
+        EngineUnsupportedError: tensors of several step sizes outlive the block.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        before = _batched_tensors(0, 1)
+        yield
+        if _batched_tensors(0) <= before:
+            return
+        # What modules keep is put back, and what only cycles hold is freed.
+        put_back()
+        gc.collect(0)
+        if not _batched_tensors(1) <= before:
+            raise EngineUnsupportedError(
+                "loss_fn keeps tensors that it computes, which are of several step sizes and of no use after its call; "
+                "take .detach().clone() of what you need in the training step, not in loss_fn"
+            )
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _batched_tensors(*generations: int) -> set[int]:
+    """The tensors of torch.func.vmap in some of the collector's generations, by identity."""
+    return {
+        id(thing)
+        for generation in generations
+        for thing in gc.get_objects(generation)
+        if issubclass(type(thing), Tensor) and torch._C._functorch.is_batchedtensor(thing)
+    }
