@@ -174,13 +174,17 @@ def cost_table(rows: list[dict[str, Any]]) -> Table:
         "passes",
         "plain forward ms",
         "search / plain",
+        "of 8 / plain",
         "r_8",
         "direction / plain",
         "extra MB",
         "largest matrix MB",
         "parameters MB",
     )
-    shown = Table(*columns, title="One warm-started search in training, medians, one thread; r_8: pass of 8 / of 1")
+    shown = Table(
+        *columns,
+        title="One warm-started search in training, medians, one thread; of 8: per step size; r_8: pass of 8 / of 1",
+    )
     for row in rows:
         ratio = row["pass_over_virtual_pass"]
         shown.add_row(
@@ -191,6 +195,7 @@ def cost_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['passes']:g}",
             f"{row['plain_forward_ms']:.2f}",
             f"{row['search_in_plain_forwards']:.2f}",
+            f"{row['step_size_in_plain_forwards']:.2f}",
             "" if ratio is None else f"{ratio:.2f}",
             f"{row['direction_in_plain_forwards']:.2f}",
             *(f"{row[key] / 1e6:.2f}" for key in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")),

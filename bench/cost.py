@@ -56,9 +56,10 @@ def workloads(quick: bool) -> list[Workload]:
     small = [_digits(3 if quick else 31), _gpt(32, 3 if quick else 31)]
     if quick:
         return small
+    small_batch = {"width": 432, "num_layers": 6, "num_heads": 8, "context": 1024}
     wide = {"width": 512, "num_layers": 9, "num_heads": 8, "context": 256}
     middle = {"width": 256, "num_layers": 6, "num_heads": 8, "context": 1024}
-    return [*small, _gpt(32, 9, **wide), _gpt(256, 3, **wide), _gpt(1024, 3, **middle)]
+    return [*small, _gpt(32, 15, **small_batch), _gpt(32, 9, **wide), _gpt(256, 3, **wide), _gpt(1024, 3, **middle)]
 
 
 def _digits(steps: int) -> Workload:
@@ -138,7 +139,7 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     direction = sharpkern.Direction.from_optimizer(optimizer)
     eta = counted["virtual"][-1].critical_lr
     step_sizes = [eta * (k + 1) / NUM_PARALLEL for k in range(NUM_PARALLEL)]
-    pass_ratio = _pass_ratio(model, loss_fn, direction, step_sizes, workload.steps)
+    per_step_size = _per_step_size(model, loss_fn, direction, step_sizes, workload.steps)
 
     def losses(engine: str) -> list[float]:
         with engines([engine], model, loss_fn, direction) as (opened,):
@@ -160,7 +161,10 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
                 "passes": median(search.passes for search in of_one),
                 "plain_forward_ms": 1e3 * plain_seconds,
                 "search_in_plain_forwards": median(search.seconds for search in of_one) / plain_seconds,
-                "pass_over_virtual_pass": pass_ratio if engine == "batched" else None,
+                "step_size_in_plain_forwards": per_step_size[engine],
+                "pass_over_virtual_pass": NUM_PARALLEL * per_step_size[engine] / per_step_size["virtual"]
+                if engine == "batched"
+                else None,
                 "direction_in_plain_forwards": median(building) / plain_seconds,
                 "extra_bytes": peak - forward_peak,
                 "largest_matrix_bytes": max(parameters),
@@ -201,17 +205,19 @@ def _converged(searches: dict[str, list[_Search]]) -> dict[str, list[_Search]]:
     return kept
 
 
-def _pass_ratio(
+def _per_step_size(
     model: nn.Module, loss_fn: _Counted, direction: sharpkern.Direction, step_sizes: list[float], repeats: int
-) -> float:
-    """Return what a pass for all step sizes takes, over one of the virtual engine for one of them."""
-    with engines(("virtual", "batched"), model, loss_fn, direction) as (virtual, batched):
-        turns = [
-            (_seconds(lambda: virtual.losses(step_sizes[:1])), _seconds(lambda: batched.losses(step_sizes)))
-            for _ in range(repeats + 1)
-        ]
-    one, several = (median(column) for column in zip(*turns[1:], strict=True))
-    return several / one
+) -> dict[str, float]:
+    """Return what each engine takes for one of several step sizes, in plain forwards."""
+    found = {}
+    # What one engine writes the others must not read.
+    for names in (("virtual", "batched"), ("inplace",)):
+        with engines(names, model, loss_fn, direction) as opened:
+            calls = [partial(_forward, loss_fn), *(partial(engine.losses, step_sizes) for engine in opened)]
+            turns = [[_seconds(call) for call in calls] for _ in range(max(5, repeats) + 1)]
+        plain, *taken = (median(column) for column in zip(*turns[1:], strict=True))
+        found |= {name: seconds / (len(step_sizes) * plain) for name, seconds in zip(names, taken, strict=True)}
+    return found
 
 
 def _forward(loss_fn: _Counted) -> float:

@@ -47,9 +47,9 @@ def line_search() -> str:
 def cost() -> str:
     """Time and memory of one search in a training loop, by each engine."""
     lines = [
-        "| model | tokens | engine | forwards | passes | time, in plain forwards | r_8 | extra memory | "
-        "largest matrix | parameters |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | tokens | engine | forwards | passes | search, in plain forwards | one of 8 step sizes, in plain "
+        "forwards | r_8 | extra memory | largest matrix | parameters |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in latest("line_search")["cost"]:
         ratio = row["pass_over_virtual_pass"]
@@ -57,6 +57,7 @@ def cost() -> str:
         lines.append(
             f"| {row['model']}, {row['parameters'] / 1e6:.2g} M | {row['tokens']} | {row['engine']} | "
             f"{row['forwards']:g} | {row['passes']:g} | {row['search_in_plain_forwards']:.1f} | "
+            f"{row['step_size_in_plain_forwards']:.2f} | "
             f"{'' if ratio is None else f'{ratio:.1f}'} | " + " | ".join(f"{size:.1f} MB" for size in megabytes) + " |"
         )
     return "\n".join(lines)
