@@ -8,7 +8,8 @@ import functools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import triton
@@ -28,6 +29,14 @@ def runs_on(device: torch.device) -> bool:
     return device.type == ("cpu" if INTERPRETED else "cuda")
 
 
+class Threads(Protocol):
+    """What every launch configuration has: the number of threads per program."""
+
+    @property
+    def threads(self) -> int:
+        """Threads per program."""
+
+
 class Config(NamedTuple):
     """One launch configuration: elements per program and threads per program."""
 
@@ -35,13 +44,17 @@ class Config(NamedTuple):
     threads: int
 
 
-class Case(NamedTuple):
+_Config = TypeVar("_Config", bound=Threads)
+
+
+@dataclass(frozen=True)
+class Case(Generic[_Config]):
     """A row of a configuration table: what it applies to (None: anything) and the configuration."""
 
     architecture: str | None
     itemsize: int | None
     below: int | None
-    config: Config
+    config: _Config
 
 
 # Of kernels that read elements and write elements: a thread writes 16 bytes at a time. Were it more, loads of narrower
@@ -55,7 +68,7 @@ STREAMING = (
 )
 
 
-def choose(table: tuple[Case, ...], tensor: Tensor, size: int) -> Config:
+def choose(table: tuple[Case[_Config], ...], tensor: Tensor, size: int) -> _Config:
     """Return the configuration of the first row that fits; the last row of a table fits everything.
 
     Args:
@@ -87,12 +100,17 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def is_hopper(tensor: Tensor) -> bool:
+    """Return whether a tensor is on a GPU of the Hopper architecture, whose matrix products run asynchronously."""
+    return architecture(tensor.device) == "sm_90"
+
+
 def lane(*dtypes: tl.dtype) -> int:
     """Return how many elements of the narrowest dtype are 16 bytes, the most that a thread reads or writes at once."""
     return max(128 // int(dtype.primitive_bitwidth) for dtype in dtypes)
 
 
-def options(config: Config, tensor: Tensor) -> dict[str, int | bool]:
+def options(config: Threads, tensor: Tensor) -> dict[str, int | bool]:
     """Return the compiler options of a launch.
 
     Multiply and add are fused where a kernel says so and nowhere else: the default differs between Triton versions.
@@ -107,7 +125,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if INTERPRETED else torch.cuda.device(tensor.device)
 
 
-def grid(num_programs: int, config: Config) -> tuple[int]:
+def grid(num_programs: int, config: Threads) -> tuple[int]:
     """Return the grid of a launch, all of it on axis 0: the other axes end at 65535.
 
     Raises:

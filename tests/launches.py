@@ -11,6 +11,7 @@ from sharpkern.kernels.embedding import embedding
 from sharpkern.kernels.form import form
 from sharpkern.kernels.form_adam import form_adam
 from sharpkern.kernels.form_sgd import form_sgd
+from sharpkern.kernels.linear import linear
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
 from sharpkern.kernels.reduce import reduce
 from sharpkern.kernels.step_sums import adam_sums, sgd_sums
@@ -21,23 +22,40 @@ from tests.compiled import Facts, compile_launch, facts_of, launches_of
 # Committed facts by Triton version, case and architecture.
 TABLE = Path(__file__).parents[1] / "bench" / "results" / "static.json"
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Enough elements for the configuration of large tensors, and no multiple of anything: full tiles must still be wide.
 _NUM = (1 << 22) + 3
 
 
 @dataclass(frozen=True)
+class Products:
+    """What a kernel that multiplies matrices must show.
+
+    Attributes:
+        kernel: its name.
+        registers: of a thread at most.
+        matrix: by architecture the opcode, and how many make up one round of the loop; none of any other.
+    """
+
+    kernel: str
+    registers: int
+    matrix: dict[str, tuple[str, int]]
+
+
+@dataclass(frozen=True)
 class Case:
-    """A call of a launcher, and the least number of 16-byte loads and stores in each of its kernels.
+    """A call of a launcher, and what its kernels must show.
 
     Attributes:
         call: what to record.
-        wide: (loads, stores) by kernel; a kernel that is not named needs none.
+        wide: the least number of 16-byte (loads, stores) by kernel; a kernel that is not named needs none.
+        products: of the kernel that multiplies matrices, if there is one.
     """
 
     call: Callable[[], object]
     wide: dict[str, tuple[int, int]]
+    products: Products | None = None
 
 
 def _vector(dtype: torch.dtype, num: int = _NUM) -> Tensor:
@@ -93,6 +111,40 @@ def _reduce(*dtypes: torch.dtype) -> Callable[[], object]:
     return lambda: reduce(*([_vector(dtype)] for dtype in dtypes))
 
 
+# Matrix instructions of one warp in one round of the loop: 8 sums of [16, 64], depth 32, and one of [128, 128 or 256],
+# depth 64. Tiles of rows at any address are [64, 128], depth 32; float32 has matrix instructions on CDNA alone.
+_FEW = dict.fromkeys(("sm_80", "sm_90", "sm_100"), ("HMMA", 16)) | {"gfx942": ("v_mfma", 16)}
+_FEW_FP32 = {"gfx942": ("v_mfma", 32)}
+_MANY = {"sm_80": ("HMMA", 64), "sm_90": ("HGMMA", 4), "sm_100": ("UTCHMMA", 4), "gfx942": ("v_mfma", 8)}
+_MANY_UNALIGNED = {"sm_80": ("HMMA", 16), "sm_90": ("HGMMA", 2), "sm_100": ("UTCHMMA", 2), "gfx942": ("v_mfma", 8)}
+_MANY_FP32 = {"gfx942": ("v_mfma", 16)}
+
+_Matrix = dict[str, tuple[str, int]]
+
+
+def _linear(num_tokens: int, dtypes: tuple[torch.dtype, ...], num_columns: int = 4096) -> Callable[[], object]:
+    x, W, D = dtypes
+    return lambda: linear(
+        torch.empty(8, num_tokens, num_columns, dtype=x),
+        torch.empty(4096, num_columns, dtype=W),
+        torch.empty(4096, num_columns, dtype=D),
+        torch.zeros(8),
+    )
+
+
+def _few(matrix: _Matrix, *dtypes: torch.dtype, num_tokens: int = 16, num_columns: int = 4096) -> Case:
+    # Two programs of 256 threads fit the registers of a multiprocessor, if loads are asynchronous and products on
+    # matrix instructions.
+    registers = 128 if matrix is _FEW and num_columns == 4096 else 255
+    products = Products("_few_tokens_kernel", registers, matrix)
+    wide = {"_sum_parts_kernel": (1 if dtypes[0] == FP32 else 2, 1)}
+    return Case(_linear(num_tokens, dtypes, num_columns), wide, products)
+
+
+def _many(matrix: _Matrix, *dtypes: torch.dtype, num_tokens: int = 256, num_columns: int = 4096) -> Case:
+    return Case(_linear(num_tokens, dtypes, num_columns), {}, Products("_many_tokens_kernel", 255, matrix))
+
+
 def _rows(dtype: torch.dtype, length: int = 4096) -> Tensor:
     return torch.zeros(1, 4, length, dtype=dtype)
 
@@ -127,6 +179,18 @@ CASES = {
     "reduce fp32": Case(_reduce(FP32, FP32, FP32), {"_chunk_sums_kernel": (3, 0)}),
     "sums of an AdamW step": Case(adam_sums_state(weight_decay=0.1), {"_adam_sums_kernel": (6, 0)}),
     "sums of an SGD step": Case(sgd_sums_state(), {"_sgd_sums_kernel": (4, 0)}),
+    "linear bf16 K=8 M=16": _few(_FEW, BF16, BF16, BF16),
+    "linear bf16 K=8 M=64": _few(_FEW, BF16, BF16, BF16, num_tokens=64),
+    "linear bf16 K=8 M=16, fp32 direction": _few(_FEW, BF16, BF16, FP32),
+    "linear fp16 K=8 M=16, fp32 weight": _few(_FEW, FP16, FP32, FP32),
+    "linear bf16 K=8 M=16, rows anywhere": _few(_FEW, BF16, BF16, BF16, num_columns=4097),
+    "linear fp32 K=8 M=16": _few(_FEW_FP32, FP32, FP32, FP32),
+    "linear bf16 K=8 M=128": _many(_MANY, BF16, BF16, BF16, num_tokens=128),
+    "linear bf16 K=8 M=256": _many(_MANY, BF16, BF16, BF16),
+    "linear bf16 K=8 M=256, fp32 direction": _many(_MANY, BF16, BF16, FP32),
+    "linear fp16 K=8 M=256, fp32 weight": _many(_MANY, FP16, FP32, FP32),
+    "linear bf16 K=8 M=256, rows anywhere": _many(_MANY_UNALIGNED, BF16, BF16, BF16, num_columns=4097),
+    "linear fp32 K=8 M=256": _many(_MANY_FP32, FP32, FP32, FP32),
     "embedding bf16 K=8": Case(
         lambda: embedding(torch.zeros(4, dtype=torch.int64), *_rows(BF16), *_rows(BF16), torch.zeros(8)),
         {"_embedding_kernel": (2, 8)},
@@ -158,6 +222,8 @@ SMALLEST: dict[str, Callable[[], object]] = {
     "adam_sums before the first step": lambda: adam_sums(_ONE, _ONE, None, None, **ADAM),
     "sgd_sums": lambda: sgd_sums(_ONE, _ONE, _ONE, **SGD),
     "sgd_sums without decay": lambda: sgd_sums(_ONE, _ONE, None),
+    "linear": lambda: linear(_ONE[None, None], _ONE[None], _ONE[None], _ONE),
+    "linear, many tokens": lambda: linear(torch.zeros(1, 65, 1), _ONE[None], _ONE[None], _ONE),
     "embedding": lambda: embedding(_INDEX, _ONE[None], _ONE[None], _ONE),
     "rms_norm": lambda: rms_norm(_ONE[None], _ONE, None, _ONE, eps=1e-6),
     "layer_norm": lambda: layer_norm(_ONE[None], _ONE, _ONE, _ONE, None, _ONE, eps=1e-6),

@@ -14,6 +14,7 @@ from sharpkern.kernels.embedding import embedding
 from sharpkern.kernels.form import form
 from sharpkern.kernels.form_adam import form_adam
 from sharpkern.kernels.form_sgd import form_sgd
+from sharpkern.kernels.linear import linear
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
 from sharpkern.kernels.reduce import reduce
 from sharpkern.kernels.step_sums import adam_sums, sgd_sums
@@ -50,6 +51,7 @@ KERNELS = {
     "adam_sums": (_adam_sums, {"theta": (4, 6), "grad": (4, 6), "exp_avg": (4, 6), "exp_avg_sq": (4, 6), "max_exp_avg_sq": (4, 6)}),
     "sgd_sums": (sgd_sums, {"theta": (4, 6), "grad": (4, 6), "momentum_buffer": (4, 6)}),
     "reduce": (_reduce, {"theta": (4, 6), "delta": (4, 6), "grad": (4, 6)}),
+    "linear": (linear, {"x": (2, 3, 6), "W": (4, 6), "D": (4, 6), "alpha": (2,)}),
     "embedding": (embedding, {"indices": (3,), "W": (4, 6), "D": (4, 6), "alpha": (2,)}),
     "rms_norm": (rms_norm, {"x": (2, 3, 6), "weight": (6,), "weight_direction": (6,), "alpha": (2,)}),
     "layer_norm": (layer_norm, {"x": (2, 3, 6), "weight": (6,), "weight_direction": (6,), "bias": (6,), "bias_direction": (6,), "alpha": (2,)}),
@@ -59,7 +61,7 @@ KERNELS = {
 OPERANDS = [(kernel, name) for kernel, (_, shapes) in KERNELS.items() for name in shapes]
 
 # Operands that are copied where they are not contiguous or have one element, and those whose length is free.
-ANY_LAYOUT = {("embedding", "indices"), ("rms_norm", "x"), ("layer_norm", "x"), ("axpy_", "alpha")}
+ANY_LAYOUT = {("embedding", "indices"), ("linear", "x"), ("rms_norm", "x"), ("layer_norm", "x"), ("axpy_", "alpha")}
 FREE = {("embedding", "indices")}
 
 # Of the kernels that write what they are given: what they write.
@@ -248,6 +250,13 @@ CASES = {
     "floating indices": (lambda: embedding(V, M, M, A), TypeError, "indices must be int64 or int32, got torch.float32"),
     "columns apart": (lambda: embedding(IDS, M[:, ::2], M[:, ::2], A), ValueError, "W must be a matrix .* next to each other"),
     "tables of different shapes": (lambda: embedding(IDS, M, M[:3], A), ValueError, r"D must be a matrix of the shape of W, \[4, 6\]"),
+    # Linear layer.
+    "linear dtype": (lambda: linear(HIDDEN, M, M, A, dtype=torch.float64), TypeError, "dtype must be float32, float16 or bfloat16, got torch.float64; convert the result instead"),
+    "transposed weight": (lambda: linear(HIDDEN, M.t(), M.t(), A), ValueError, r"W must be a matrix .* next to each other, got shape \[6, 4\] with strides \[1, 6\]; pass a contiguous copy"),
+    "direction of another shape": (lambda: linear(HIDDEN, M, M[:3], A), ValueError, r"D must be a matrix of the shape of W, \[4, 6\]"),
+    "inputs of another number of step sizes": (lambda: linear(torch.zeros(3, 3, 6), M, M, A), ValueError, r"x must have shape \[2 or 1, M, 6\], one input per step size or one for all, got \[3, 3, 6\]; flatten"),
+    "inputs of another length": (lambda: linear(HIDDEN[..., :5], M, M, A), ValueError, r"x must have shape \[2 or 1, M, 6\], one input .*, got \[2, 3, 5\]"),
+    "inputs of four dimensions": (lambda: linear(HIDDEN[:, None], M, M, A), ValueError, r"got \[2, 1, 3, 6\]; flatten the dimensions between"),
     # Norms.
     "no input per step size": (lambda: rms_norm(M, torch.ones(6), None, A, eps=1e-6), ValueError, r"x must have shape \[2, ..., C\]"),
     "long rows": (lambda: rms_norm(torch.zeros(2, 1, MAX_LENGTH + 1), V, None, A, eps=1e-6), ValueError, "C at most 16384"),
