@@ -1,5 +1,6 @@
 """The batched engine by itself: passes, memory, fallbacks, and that nothing of a pass outlives it."""
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,7 +18,10 @@ from sharpkern import critical, ops
 from sharpkern.critical import measure
 from sharpkern.engines import batched, calls
 from sharpkern.engines.batched import NUM_PARALLEL, BatchedEngine
+from sharpkern.engines.checks import Checks
 from sharpkern.engines.pace import Pace
+from sharpkern.engines.verify import confirm
+from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.measurement import Options
 from tests.cases import CASES
 from tests.models import MLP
@@ -63,10 +67,11 @@ def test_a_pass_that_runs_out_of_memory_is_made_in_parts(failures: int, chunk_si
             raise torch.OutOfMemoryError("out of memory")
         return loss_fn()
 
-    with engine_on("batched", model, large, direction) as (engine, _):
+    with engine_on("batched", model, large, direction) as (engine, closure):
         assert isinstance(engine, BatchedEngine)
         assert engine.losses(STEP_SIZES) == pytest.approx(expected, rel=1e-6)
         assert (engine.chunk_size, len(made), len(engine.seconds)) == (chunk_size, num_calls, 1)
+        assert closure.calls == NUM_PARALLEL, "losses that it never got were counted"
         engine.losses(STEP_SIZES)
         assert len(made) == num_calls + NUM_PARALLEL // chunk_size, "it tried the large pass again"
 
@@ -157,7 +162,10 @@ def test_out_of_memory_at_any_number_leads_to_the_virtual_engine(preferred: None
 
     with pytest.warns(sharpkern.EngineFallbackWarning, match="one step size at a time: out of memory"):
         found = measured(model, large, direction)
+    alone = sharpkern.critical_sharpness(*scene(copy.deepcopy(model)), engine="virtual")
     assert (found.engine, found.status) == ("virtual", "converged")
+    # The evaluations that failed are none.
+    assert (found.forwards, found.critical_lr) == (alone.forwards, alone.critical_lr)
 
 
 def test_a_closure_that_differentiates_is_measured_one_step_size_at_a_time(preferred: None) -> None:
@@ -188,6 +196,53 @@ def test_a_mistaken_closure_gets_the_error_of_a_single_step_size(preferred: None
         pytest.raises(ValueError, match=r"take backward\(\) out of it"),
     ):
         measured(model, backward, direction)
+
+
+# -- the check by other means -----------------------------------------------------------------------------------------
+
+# Of the loss 1 − η + η², which crosses 1 at 1.
+PROBES = ((0.5, 0.75), (0.9, 0.91), (10.0, 91.0))
+
+
+class WrongNearby(VirtualEngine):
+    """Its losses are right far out, and near the crossing off by a tenth of how far the loss falls."""
+
+    def __init__(self) -> None:
+        self.compared: list[float] = []
+
+    def oracle_loss(self, eta: float) -> float:
+        self.compared.append(eta)
+        return 1 - eta + eta**2 + (0.025 if eta < 2 else 0.0)
+
+
+def test_an_engine_is_compared_near_the_crossing() -> None:
+    with pytest.raises(sharpkern.EngineUnsupportedError, match=r"at the step size 0\.5 the virtual engine's loss is"):
+        confirm(WrongNearby(), Checks(), 1.0, PROBES, 1e-6, reach=1.5)
+    # Where the loss is large it is right, which tells nothing of the crossing.
+    checks = Checks()
+    confirm(WrongNearby(), checks, 1.0, PROBES, 1e-6)
+    assert checks.agrees == {"virtual"}, "the trap no longer springs"
+
+
+def test_without_a_probe_near_the_crossing_that_stands_out_a_far_one_is_compared() -> None:
+    engine, checks = WrongNearby(), Checks()
+    confirm(engine, checks, 1.0, [(1e-6, 1 - 1e-6), (10.0, 91.0)], 1e-6, reach=1.5)
+    assert (engine.compared, checks.agrees) == ([10.0], {"virtual"})
+
+
+@pytest.mark.parametrize("engine", ["virtual", "batched"])
+def test_measurements_compare_near_the_crossing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[float] = []
+    oracle_loss = VirtualEngine.oracle_loss
+    monkeypatch.setattr(
+        VirtualEngine, "oracle_loss", lambda self, eta: (compared.append(eta), oracle_loss(self, eta))[1]
+    )
+    model, loss_fn, direction = scene()
+    found = sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine, initial_lr=100.0)
+    assert found.status == "converged"
+    assert max(eta for eta, _ in found.probes) > 1.5 * found.critical_lr
+    assert len(compared) == 1
+    assert compared[0] <= 1.5 * found.critical_lr
 
 
 # -- what outlives a pass ---------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
+from sharpkern import reference
 from sharpkern.engines.batched import BatchedEngine
+from sharpkern.engines.mode import VirtualParameters
 from tests.cases import Case
 from tests.oracle import LossFn, assert_as_exact_as_copies, deep_copy_losses, engine_losses, engine_on, random_direction
 from tests.test_batched_closures import STEP_SIZES, X, assert_right, network
@@ -77,12 +79,22 @@ LAYERS: dict[str, tuple[Tensor, Callable[[], nn.Module]]] = {
     ),
     "cloned and written": (X, lambda: Calling(lambda x, w: x @ w.clone().mul_(2), parameter(16, 4))),
     "Conv1D": (X, lambda: Calling(lambda x, w, b: torch.addmm(b, x, w), parameter(16, 4), parameter(4))),
+    "one output": (X, lambda: Calling(F.linear, parameter(16))),
+    "bias of one element": (X, lambda: Calling(F.linear, parameter(4, 16), parameter(1))),
+    # As many samples as step sizes, which are easily taken for each other.
+    "0-dim bias": (X[:5], lambda: Calling(F.linear, parameter(4, 16), parameter())),
+    "bias by sample": (X[:5], lambda: Calling(F.linear, parameter(4, 16), parameter(5, 1))),
+    "plain bias by sample": (X, lambda: Calling(lambda x, w: F.linear(x, w, X[:, :1]), parameter(4, 16))),
     "in place": (X, lambda: between(nn.ReLU(inplace=True))),
     "LayerNorm": (X, lambda: between(nn.LayerNorm(8))),
     "LayerNorm without bias": (X, lambda: between(nn.LayerNorm(8, bias=False))),
     "RMSNorm": (X, lambda: between(nn.RMSNorm(8))),
     "GroupNorm": (X, lambda: between(nn.GroupNorm(2, 8))),
     "BatchNorm": (X, lambda: between(nn.BatchNorm1d(8, momentum=None))),
+    "BatchNorm used twice": (
+        X,
+        lambda: Calling(lambda x, layer, norm: norm(norm(layer(x)).exp()), nn.Linear(16, 8), nn.BatchNorm1d(8)),
+    ),
     "BatchNorm without statistics": (X, lambda: between(nn.BatchNorm1d(8, track_running_stats=False))),
     "PReLU": (X, lambda: between(nn.PReLU())),
     "spectral norm in eval": (X, lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(16, 8)).eval()),
@@ -150,11 +162,33 @@ def test_a_model_in_sixteen_bits(dtype: torch.dtype) -> None:
     assert_as_exact_as_copies(Case("network", build, widened), "batched", dtype)
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_convolutions_along_a_direction_that_is_worked_out(amsgrad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their weights are formed under torch.func.vmap, by one call for all step sizes."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    loss_fn = mean_square(IMAGES)(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, amsgrad=amsgrad)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_fn().backward()
+        optimizer.step()
+    direction = sharpkern.Direction.from_optimizer(optimizer, resident=False)
+    one_by_one = engine_losses("virtual", model, loss_fn, direction, STEP_SIZES)
+    formed: list[int] = []
+    empty = reference.empty_steps
+    monkeypatch.setattr(
+        reference, "empty_steps", lambda like, num, *rest: (formed.append(num), empty(like, num, *rest))[1]
+    )
+    at_once = engine_losses("batched", model, loss_fn, direction, STEP_SIZES)
+    assert at_once == pytest.approx(one_by_one, rel=1e-6)
+    assert at_once[3] != pytest.approx(at_once[0], rel=1e-3)
+    assert formed == [len(STEP_SIZES)] * 4
+
+
 LAYERS_REFUSED: dict[str, tuple[Tensor, Callable[[], nn.Module], str]] = {
     "spectral norm": (X, lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(16, 8)), "div.out"),
     "recurrent": (X, lambda: Calling(lambda x, layer: layer(x)[0], nn.GRU(16, 8)), "gru"),
     "randomised": (X, lambda: between(nn.RReLU()), "rrelu"),
-    "one output": (X, lambda: Calling(lambda x, w: F.linear(x, w), parameter(16)), "matrix"),
     "plain input written": (X, lambda: Calling(lambda x, w: x.clone().add_(w), parameter(16)), "broadcast shape"),
     "read by .item()": (X, lambda: Calling(lambda x, w: x * w.item(), parameter()), r"\.item\(\)"),
 }
@@ -167,6 +201,54 @@ def test_layers_that_are_refused(name: str) -> None:
     with pytest.raises(sharpkern.EngineUnsupportedError, match=reason):
         engine_losses("batched", model, mean_square(x)(model), random_direction(model), STEP_SIZES)
     assert_right(model, mean_square(x), "virtual")
+
+
+def evaluated_after_training(model: nn.Module) -> LossFn:
+    def loss_fn() -> Tensor:
+        loss = model(X).square().mean()
+        model.eval()
+        loss = loss + model(X).square().mean()
+        model.train()
+        return loss
+
+    return loss_fn
+
+
+def penalised_by_variances(model: nn.Module) -> LossFn:
+    return lambda: model(X).square().mean() + model[1].running_var.square().sum()
+
+
+def normalised_again(model: nn.Module) -> LossFn:
+    first, norm, last = model
+
+    def loss_fn() -> Tensor:
+        hidden = first(X)
+        normed = norm(hidden)
+        return last(normed + F.batch_norm(hidden, norm.running_mean, running_var=norm.running_var)).square().mean()
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("closure", [evaluated_after_training, penalised_by_variances, normalised_again])
+def test_running_statistics_that_are_updated_and_then_read(
+    closure: Callable[[nn.Module], LossFn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = between(nn.BatchNorm1d(8))
+    loss_fn, direction = closure(model), random_direction(model)
+    assert_right(model, closure, "virtual")
+    with pytest.raises(
+        sharpkern.EngineUnsupportedError, match="updates running statistics of a norm, and then reads them"
+    ):
+        engine_losses("batched", model, loss_fn, direction, STEP_SIZES)
+    right = engine_losses("virtual", model, loss_fn, direction, STEP_SIZES)
+    monkeypatch.setattr(VirtualParameters, "_watch_statistics", lambda *_: None)
+    wrong = engine_losses("batched", model, loss_fn, direction, STEP_SIZES)
+    assert wrong[3] != pytest.approx(right[3], rel=1e-3), "the trap no longer springs"
+
+
+def test_running_statistics_may_be_read_before_their_update() -> None:
+    closure = lambda model: lambda: model[1].running_var.square().sum() + model(X).square().mean()
+    assert_right(between(nn.BatchNorm1d(8)), closure)
 
 
 def max_norm() -> tuple[nn.Module, LossFn]:
@@ -204,6 +286,18 @@ def read_in_another_thread() -> tuple[nn.Module, LossFn]:
     return model, loss_fn
 
 
+def statistics_of_what_is_shared() -> tuple[nn.Module, LossFn]:
+    """All step sizes share the input of the norm, and each scales it by itself."""
+    model = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 4))
+    return model, lambda: model(X).square().mean() + model[0].running_var.square().sum()
+
+
+def statistics_by_an_alias() -> tuple[nn.Module, LossFn]:
+    model = between(nn.BatchNorm1d(8))
+    variances = model[1].running_var.view(2, 4)
+    return model, lambda: model(X).square().mean() + variances.square().sum()
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -211,6 +305,8 @@ def read_in_another_thread() -> tuple[nn.Module, LossFn]:
         (aliased, "aliases of weights"),
         (read_by_numpy, r"memory by numpy\(\)"),
         (read_in_another_thread, "other threads"),
+        (statistics_of_what_is_shared, "updates running statistics"),
+        (statistics_by_an_alias, "updates running statistics"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -54,6 +54,39 @@ def test_closures_that_transform_or_differentiate(closure: Closure, engine: str)
     assert engine_losses(engine, model, closure(model), direction, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
 
 
+def labelled_by_itself(model: nn.Module) -> Callable[[], Tensor]:
+    x = torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
+
+    def loss_fn() -> Tensor:
+        with torch.inference_mode():
+            labels = model(x).argmax(-1)
+        return F.cross_entropy(model(x), labels)
+
+    return loss_fn
+
+
+def compared_with_itself(model: nn.Module) -> Callable[[], Tensor]:
+    x = torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
+
+    def loss_fn() -> Tensor:
+        soft = model(x).softmax(-1)
+        with torch.inference_mode():
+            sharp = (2 * model(x)).softmax(-1)
+        return F.mse_loss(soft, sharp)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("closure", [labelled_by_itself, compared_with_itself])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_some_passes_through_the_model_in_inference_mode(closure: Closure, engine: str) -> None:
+    model = MLP()
+    direction = random_direction(model)
+    expected = deep_copy_losses(model, closure, direction, STEP_SIZES)
+    assert engine_losses(engine, model, closure(model), direction, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
+    assert expected[2] != pytest.approx(expected[0], rel=1e-3)
+
+
 def test_a_weight_read_in_another_thread_leads_to_the_engine_that_writes() -> None:
     class Threaded(nn.Module):
         def __init__(self) -> None:

@@ -102,6 +102,14 @@ def test_products_of_16_bit_factors_are_left_to_devices_that_do_not_round_them()
     assert choose(torch.device("mps"), torch.float32, 8) == "formed"
 
 
+def test_products_are_left_to_dtypes_that_hold_small_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "widens", lambda device: True)
+    assert choose(torch.device("cuda"), torch.bfloat16, 64) == "products"
+    assert choose(torch.device("cuda"), torch.float16, 64) == "formed"
+    tiny = torch.tensor(1e-9)
+    assert tiny.bfloat16() != 0 == tiny.half()
+
+
 def test_the_dtype_of_a_product_is_autocasts() -> None:
     x = torch.zeros(2)
     assert product_dtype(x) == torch.float32

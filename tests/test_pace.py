@@ -14,12 +14,14 @@ from torch import nn
 
 import sharpkern
 from sharpkern import critical
+from sharpkern._run import ENOUGH_FORWARDS
 from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.engines.pace import Pace
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, find_critical_lr, warm_grid
 from tests.models import GPT, MLP
+from tests.oracle import engine_on, random_direction
 from tests.test_non_intrusive import differing, snapshot
-from tests.test_search import KNOWN
+from tests.test_search import ENDLESS, KNOWN, Function
 
 FIXED = settings(derandomize=True, max_examples=100, deadline=None)
 
@@ -62,6 +64,14 @@ def test_another_batch_size_is_measured_anew_and_the_first_remembered() -> None:
     # Much the same length as before.
     pace.note("virtual", 1010, [1.0])
     assert pace.engine() == "batched"
+
+
+def test_passes_that_form_no_weights_are_not_timed() -> None:
+    model, x = MLP(), torch.randn(4, 16)
+    with engine_on("virtual", model, lambda: model(x).square().mean(), random_direction(model)) as (engine, _):
+        for step_sizes, num_times in (([0.0], 0), ([0.0, 0.1], 1), ([0.1, 0.2], 3), ([0.0], 3)):
+            engine.losses(step_sizes)
+            assert len(engine.seconds) == num_times
 
 
 # -- in a loop --------------------------------------------------------------------------------------------------------
@@ -131,7 +141,15 @@ def test_on_a_cpu_one_step_size_at_a_time_is_quicker() -> None:
     assert [record.measurement.engine for record in history] == ["virtual"] * 3
 
 
-@pytest.mark.parametrize("option", [{"method": "bisection"}, {"reduce": lambda loss: loss}, {"engine": "inplace"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"method": "bisection"},
+        {"reduce": lambda loss: loss},
+        {"max_forwards": ENOUGH_FORWARDS - 1},
+        {"engine": "inplace"},
+    ],
+)
 def test_other_choices_stand(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(critical.ops, "has_kernels", lambda device: True)
     pairs, options = [], critical.Options(**option)
@@ -183,6 +201,42 @@ def test_no_grid_where_the_budget_does_not_hold_one() -> None:
             assert monitor(loss_fn).forwards <= max_forwards
 
 
+@pytest.mark.parametrize("max_forwards", [8, 12, ENOUGH_FORWARDS - 1])
+def test_few_evaluations_are_spent_one_at_a_time(max_forwards: int) -> None:
+    x, y = torch.randn(64, 16), torch.randn(64, 1)
+    found: dict[str, list[Any]] = {}
+    for engine in ("virtual", "batched"):
+        torch.manual_seed(0)
+        model = MLP()
+        loss_fn = lambda model=model: F.mse_loss(model(x)[:, :1], y)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        monitor = sharpkern.Monitor(model, optimizer, engine=engine, max_forwards=max_forwards)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_fn().backward()
+            found.setdefault(engine, []).append(monitor(loss_fn))
+            optimizer.step()
+    for one_by_one, several in zip(found["virtual"], found["batched"], strict=True):
+        assert several.status == one_by_one.status == "converged"
+        assert several.critical_lr == pytest.approx(one_by_one.critical_lr, rel=1e-3)
+        assert several.forwards == one_by_one.forwards <= max_forwards
+
+
+def test_enough_evaluations_are_made_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = MLP(), torch.randn(64, 16)
+    calls: list[None] = []
+    loss_fn = lambda: (calls.append(None), model(x).square().mean())[1]
+    loss_fn().backward()
+    direction = sharpkern.Direction.from_gradients(model)
+    for max_forwards, several in ((ENOUGH_FORWARDS - 1, False), (ENOUGH_FORWARDS, True)):
+        calls.clear()
+        found = sharpkern.critical_sharpness(model, loss_fn, direction, engine="batched", max_forwards=max_forwards)
+        assert found.status == "converged"
+        assert (len(calls) < found.forwards) == several
+    monkeypatch.setattr(critical.ops, "has_kernels", lambda device: True)
+    assert critical._may_batch([], critical.Options(max_forwards=ENOUGH_FORWARDS), None)
+
+
 @given(
     name=st.sampled_from(sorted(KNOWN)),
     miss=st.floats(-2, 2),
@@ -216,20 +270,41 @@ def test_probes_of_a_warm_grid_lead_to_the_same_crossing(
 def test_a_grid_that_is_known_is_not_asked_for_again(name: str, miss: float) -> None:
     f, slope, crossing = KNOWN[name]
     memory = SearchMemory(eta=crossing * math.exp(miss))
-    result = searched(f, slope, memory)
+    result = searched(f, slope, memory, 79)
     plain = find_critical_lr(f, base_loss=f(0.0), slope=slope, memory=memory, num_parallel=8, max_evaluations=79)
     assert result.passes <= plain.passes + 1
     assert len({eta for eta, _ in result.probes}) == len(result.probes)
 
 
-def searched(f: Callable[[float], float], slope: float, memory: SearchMemory) -> SearchResult:
+# name: (f, slope at 0, first crossing)
+JUMPS: dict[str, tuple[Function, float, float]] = {
+    **{name: KNOWN[name] for name in ("quadratic", "wall to nan", "kink")},
+    "always falling": (ENDLESS["falling"], 1.0, math.inf),
+    "two crossings": (lambda x: 1 - x * (1 - x) * (1 - x / 4) * (1 - x / 12), 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_a_narrow_grid_far_off_does_not_use_up_all_evaluations(name: str) -> None:
+    f, slope, crossing = JUMPS[name]
+    for quarters in range(-8, 9):
+        scale = crossing if crossing < math.inf else 1.0
+        memory = SearchMemory(eta=scale * 10 ** (quarters / 4), half_width=math.log(1.25))
+        result = searched(f, slope, memory, 38)
+        alone = find_critical_lr(f, base_loss=f(0.0), slope=slope, memory=memory, max_evaluations=38)
+        assert result.status == alone.status == ("converged" if crossing < math.inf else "unbounded")
+        if result.status == "converged":
+            assert result.critical_lr == pytest.approx(crossing, rel=0.01)
+
+
+def searched(f: Function, slope: float, memory: SearchMemory, max_evaluations: int) -> SearchResult:
     grid = warm_grid(memory, slope=slope, num=NUM_PARALLEL - 1)
     search = LineSearch(
         f(0.0),
         slope=slope,
         memory=memory,
         num_parallel=NUM_PARALLEL,
-        max_evaluations=79,
+        max_evaluations=max_evaluations,
         probes=[(eta, f(eta)) for eta in grid],
     )
     while step_sizes := search.ask():

@@ -131,3 +131,32 @@ def test_a_task_that_an_engine_is_unable_for_is_measured_by_another() -> None:
         measured = sharpkern.relative_critical_sharpness(model, tasks, random_direction(model))
     assert list(measured) == list(tasks)
     assert [m.engine for m in measured.values()] == ["virtual"] * 4 + ["inplace"]
+
+
+@pytest.mark.parametrize("engine", ["auto", "virtual", "batched"])
+def test_a_task_that_runs_out_of_memory_beside_others_is_measured_by_itself(engine: str) -> None:
+    model = GPT(dropout=0.0)
+    tasks, direction = language_tasks(model), random_direction(model)
+    alone = sharpkern.relative_critical_sharpness(model, {"b": tasks["b"]}, direction, engine=engine)
+    calls: list[None] = []
+
+    def large() -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return tasks["b"]()
+
+    measured = sharpkern.relative_critical_sharpness(
+        model, {"a": tasks["a"], "b": large, "c": tasks["c"]}, direction, engine=engine
+    )
+    assert list(measured) == ["a", "b", "c"]
+    same = {"seconds": 0, "forwards": 0}
+    assert replace(measured["b"], **same) == replace(alone["b"], **same)
+
+
+def test_checks_are_made_once_for_tasks_of_the_same_code() -> None:
+    model = GPT()
+    measured = sharpkern.relative_critical_sharpness(model, language_tasks(model), random_direction(model))
+    checks = [m.forwards - len(m.probes) - 1 for m in measured.values()]
+    # Whether the loss is repeatable, and whether another way to evaluate it agrees.
+    assert sum(checks) == 2

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sharpkern.engines import attention as attention_module
 from sharpkern.engines.attention import attention
 from sharpkern.engines.batch_norms import batch_norm, instance_norm
 from sharpkern.engines.draws import dropout
@@ -236,6 +237,24 @@ def test_dropped_attention_is_that_of_one_pass(name: str, device: str) -> None:
 
     given = [tensor for tensor in tensors if tensor is not None]
     assert_same_draws(call(attention), call(F.scaled_dot_product_attention), *given, several=form.own[: len(given)])
+
+
+SAMPLES = {"plain": B, "causal": B, "own mask [B, 1, T, S]": B, "only the queries, masked": B, "five dimensions": 2 * B}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_more_samples_than_a_kernel_takes_are_attended_to_in_turn(
+    name: str, calls: Calls, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    form, most = FORMS[name], attention_module._MOST_STEPS * SAMPLES[name]
+    tensors = form.tensors(device)
+    for samples, num_calls in ((most, 1), (most - 1, K)):
+        monkeypatch.setattr(attention_module, "_MOST_SAMPLES", samples)
+        calls.seen.clear()
+        result = attended(form, tensors)
+        assert len(calls.seen) == num_calls
+    # Now they are the calls that each step size would have made.
+    assert torch.equal(result, attended_one_by_one(form, tensors))
 
 
 def test_a_wrong_mask_is_refused_as_torch_does(device: str) -> None:

@@ -1,5 +1,6 @@
 """Deferred logits where something else could have gone wrong: each guard, and what goes wrong without its cure."""
 
+import math
 from typing import Any
 
 import pytest
@@ -80,6 +81,19 @@ def test_reads_that_no_mode_sees_never_get_a_number(engine: str, taken: Taken, m
         # Without the NaN: zeros, and a loss like any other.
         patch.setattr(torch, "full", lambda shape, value, **options: torch.zeros(shape, **options))
         assert wrong(losses_of(model, loss, engine=engine), right), "the trap no longer springs"
+
+
+def test_a_step_size_that_diverges_does_not_pass_for_a_placeholder(taken: Taken) -> None:
+    model = GPT(dropout=0.0)
+    loss_fn = closure_of(lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))(model)
+    calls: list[None] = []
+    counted = lambda: (calls.append(None), loss_fn())[1]
+    with engine_on("batched", model, counted, random_direction(model)) as (engine, _):
+        *finite, diverged = engine.losses([0.01 * k for k in range(7)] + [1e30])
+        assert math.isnan(diverged)
+        assert all(map(math.isfinite, finite))
+        assert engine._mode.tail.enabled
+    assert len(calls) == len(taken) == 1
 
 
 def test_placeholders_of_an_earlier_pass_are_no_numbers(taken: Taken) -> None:

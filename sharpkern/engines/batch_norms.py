@@ -120,6 +120,7 @@ def statistics_left_alone(name: str, args: Sequence[Any], kwargs: Mapping[str, A
     given = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training"), args, strict=False))
     given |= kwargs
     training = given.get("training", given.get("use_input_stats", name == "instance_norm"))
-    if not training or storage_pointer(given["input"]) is not None:
+    shared = storage_pointer(given["input"]) is not None and given.get("weight") is None and given.get("bias") is None
+    if not training or shared:
         return []
     return [given[which] for which in ("running_mean", "running_var") if given.get(which) is not None]

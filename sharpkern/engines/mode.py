@@ -63,7 +63,7 @@ class VirtualParameters(TorchFunctionMode):
         self.tail = Tail(precision, num_steps)
         self.alpha = Step(0.0)
         self.work = 0
-        self._outdated: set[int] = set()
+        self._outdated: dict[int, Tensor] = {}
         self.read: set[int] = set()
         self.rounded: set[int] = set()
 
@@ -78,7 +78,7 @@ class VirtualParameters(TorchFunctionMode):
         self.alpha = Step(alpha)
         self.read = set()
         self.work = 0
-        self._outdated = set()
+        self._outdated = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -310,13 +310,13 @@ class VirtualParameters(TorchFunctionMode):
     def _watch_statistics(self, name: str, args: Any, kwargs: Any) -> None:
         """Refuse reads of running statistics that a norm would have updated, had it been called for one step size."""
         updated = statistics_left_alone(name, args, kwargs)
-        if (
-            self._outdated
-            and not updated
-            and any(id(tensor) in self._outdated for tensor in tensors_in((args, kwargs)))
-        ):
-            raise EngineUnsupportedError("loss_fn updates running statistics of a norm, and then reads them")
-        self._outdated |= {id(tensor) for tensor in updated}
+        if self._outdated and not updated:
+            # By their memory, which aliases share.
+            read = {storage_pointer(tensor) for tensor in tensors_in((args, kwargs))}
+            if read & self._outdated.keys():
+                raise EngineUnsupportedError("loss_fn updates running statistics of a norm, and then reads them")
+        # They are held, so that no other tensor takes their place in memory.
+        self._outdated |= {pointer: tensor for tensor in updated if (pointer := storage_pointer(tensor))}
 
     def _refuse_write(self, name: str, written: Any) -> None:
         tensors = written if isinstance(written, (list, tuple)) else [written]
