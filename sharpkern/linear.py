@@ -37,7 +37,7 @@ class Case(NamedTuple):
 # For 8 step sizes. Of "cpu" measured (bench/results/bench.json, section linear), of "cuda" counted: with 8 step sizes
 # per reading, forming takes what M/(M + 230) of a product's speed leaves, two products 1/2.
 CASES = (
-    Case("cpu", 17, "products"),
+    Case("cpu", 12, "products"),
     Case("cpu", None, "formed"),
     Case("cuda", 230, "products"),
     Case("cuda", None, "formed"),
