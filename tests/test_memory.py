@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
+from sharpkern import linear
 from sharpkern.engines.batched import NUM_PARALLEL
 from tests.memory import bytes_of, peak_bytes
 from tests.models import GPT
@@ -43,7 +44,9 @@ def test_the_in_place_engine_needs_one_copy_of_the_parameters() -> None:
     assert 0.9 * copy < extra <= 1.1 * copy
 
 
-def test_the_batched_engine_needs_the_activations_of_every_step_size() -> None:
+def test_the_batched_engine_needs_the_activations_of_every_step_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Besides, formed rows of a layer, as many as fit into the cache.
+    monkeypatch.setattr(linear, "CACHE_BYTES", 2**14)
     extra, plain, _ = extra_and_plain_bytes("batched")
     others = NUM_PARALLEL - 1
     assert 0.9 * others * plain < extra <= 1.1 * others * plain
