@@ -29,7 +29,7 @@ FIXED = settings(derandomize=True, max_examples=100, deadline=None)
 
 
 def test_both_engines_are_tried_and_the_quicker_one_is_taken() -> None:
-    for seconds, quicker in ((2.9, "batched"), (3.0, "virtual")):
+    for seconds, quicker in ((2.5, "batched"), (2.6, "virtual")):
         pace = Pace()
         assert pace.engine() == "virtual"
         pace.note("virtual", 1000, [1.5, 1.0, 1.1])

@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# A warm-started search needs 3.8 passes of one step size, or 1.3 of eight, the base loss among them
+# A warm-started search needs 3.6 passes of one step size, or 1.4 of eight, the base loss among them
 # (bench/results/line_search.json).
-_WORTH = 3.8 / 1.3
+_WORTH = 3.6 / 1.4
 _KEPT = 8
 # The first pass of an engine compiles kernels and fills caches.
 _LEAST = 2
