@@ -72,7 +72,9 @@ class Monitor:
             TensorBoard's ``SummaryWriter``.
         masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
         scaler: the loop's ``GradScaler``, if it has one.
-        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``.
+        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``. On a GPU, outside of distributed
+            runs, "auto" times passes of one and of 8 step sizes, once for each size of batch, and takes the quicker:
+            name an engine where two runs have to agree to the last bit.
 
     Attributes:
         history: one `Record` per measured step.

@@ -260,16 +260,19 @@ class VirtualParameters(TorchFunctionMode):
         return self._product(func, pair, x, bias)
 
     def _product(self, func: Any, pair: Pair, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.alpha.is_several or torch.is_grad_enabled():
-            weight = pair.weight
-            if self.alpha and not torch.is_grad_enabled():
-                weights = self._kept.weights(pair, self.alpha.of(pair.move), weight.dtype)
-                if weights is not None:
-                    self.read.add(pair.owner)
-                    self.rounded.add(pair.owner)
-                    weight = weights[0]
-            product: Tensor = self._with_formed(func, "linear", (x, weight, bias), {})
-            return product
+        if self.alpha.is_several and not torch.is_grad_enabled():
+            return self._product_on_steps(pair, x, bias)
+        weight = pair.weight
+        if self.alpha and not torch.is_grad_enabled():
+            weights = self._kept.weights(pair, self.alpha.of(pair.move), weight.dtype)
+            if weights is not None:
+                self.read.add(pair.owner)
+                self.rounded.add(pair.owner)
+                weight = weights[0]
+        product: Tensor = self._with_formed(func, "linear", (x, weight, bias), {})
+        return product
+
+    def _product_on_steps(self, pair: Pair, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = product_dtype(x)
         way = choose_way(x.device, dtype, x.numel() // max(1, x.shape[-1]))
         self.read.add(pair.owner)
