@@ -77,7 +77,8 @@ class BatchedEngine(VirtualEngine):
             if type(error) not in (RuntimeError, NotImplementedError):
                 raise
             raise EngineUnsupportedError(
-                f"the loss of several step sizes cannot be had from one call of loss_fn ({_first_line(error)})"
+                "the losses of several step sizes cannot be had from one call of loss_fn, as engine='virtual' has them "
+                f"from one call each ({_first_line(error)})"
             ) from error
         if self._may_have_read_placeholders(losses):
             return self._several(step_sizes)
