@@ -120,7 +120,9 @@ def measured(model: nn.Module, loss_fn: LossFn, direction: sharpkern.Direction) 
 
 def test_what_vmap_cannot_do_is_said_by_the_engine_that_was_named() -> None:
     model = LSTM.build()
-    with pytest.raises(sharpkern.EngineUnsupportedError, match=r"cannot be had from one call of loss_fn, as .* \(.*lstm"):
+    with pytest.raises(
+        sharpkern.EngineUnsupportedError, match=r"cannot be had from one call of loss_fn, as .* \(.*lstm"
+    ):
         sharpkern.critical_sharpness(model, LSTM.closure(model), random_direction(model), engine="batched")
 
 

@@ -310,7 +310,9 @@ REFUSED = {
 @pytest.mark.parametrize("use", REFUSED, ids=ids)
 def test_closures_that_are_refused_and_handed_on(use: Use) -> None:
     model = network()
-    with pytest.raises(sharpkern.EngineUnsupportedError, match=f"cannot be had from one call .*engine='virtual'.*{REFUSED[use]}"):
+    with pytest.raises(
+        sharpkern.EngineUnsupportedError, match=f"cannot be had from one call .*engine='virtual'.*{REFUSED[use]}"
+    ):
         engine_losses("batched", model, as_closure(use)(model), random_direction(model), STEP_SIZES)
     assert_right(model, as_closure(use), "virtual")
 
