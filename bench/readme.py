@@ -41,7 +41,27 @@ def line_search() -> str:
                 f"{row['error_median']:.3%} | {row['error_p95']:.2%} | {row['other_crossings']} of {row['points']} | "
                 f"{row['covered']:.0%} |"
             )
+    single, several, points = mean_passes(rows)
+    lines += [
+        "",
+        f"Over all {points} points a search takes {single:.1f} passes of one step size, or {several:.1f} passes of "
+        "eight, with the base loss.",
+    ]
     return "\n".join(lines)
+
+
+def mean_passes(rows: list[dict[str, Any]]) -> tuple[float, float, int]:
+    """Passes of the default search, one step size and eight at a time, averaged over points, and how many these are."""
+    with_slope = {row["run"] for row in rows if row["method"] == "auto"}
+    passes = {"default": 0.0, "default, 8 at a time": 0.0}
+    points = 0
+    for row in rows:
+        method = (METHODS if row["run"] in with_slope else NO_SLOPE).get(row["method"])
+        if method in passes:
+            passes[method] += row["points"] * row["passes_with_base_loss_mean"]
+            points += row["points"] * (method == "default")
+    single, several = (total / points for total in passes.values())
+    return single, several, points
 
 
 def cost() -> str:

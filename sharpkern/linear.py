@@ -10,7 +10,6 @@ Three ways, which differ in what is read, written and multiplied for K step size
 
 import math
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,23 +24,10 @@ from sharpkern.products import product as multiply
 SCRATCH_BYTES = 64 * 2**20
 CACHE_BYTES = 2**21
 
-
-class Case(NamedTuple):
-    """Which way is taken up to a number of tokens per step size; None: any."""
-
-    device: str
-    below: int | None
-    way: str
-
-
-# For 8 step sizes. Of "cpu" measured (bench/results/bench.json, section linear), of "cuda" counted: with 8 step sizes
-# per reading, forming takes what M/(M + 230) of a product's speed leaves, two products 1/2.
-CASES = (
-    Case("cpu", 12, "products"),
-    Case("cpu", None, "formed"),
-    Case("cuda", 230, "products"),
-    Case("cuda", None, "formed"),
-)
+# Below this many tokens per step size "products" are the quickest of 8, and "formed" from there on. Of "cpu" measured
+# (bench/results/bench.json, section linear); of "cuda" counted: forming 8 at a time leaves M/(M + 230) of a product's
+# speed, two products leave half of it.
+FEW_TOKENS = {"cpu": 12, "cuda": 230}
 
 
 def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
@@ -52,14 +38,10 @@ def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
         dtype: of the product.
         num_tokens: per step size.
     """
-    way = next(
-        (case.way for case in CASES if case.device == device.type and (case.below is None or num_tokens < case.below)),
-        "formed",
-    )
     # A product of 16-bit factors is rounded to 16 bits on some devices, and its sum with another one once more; and in
     # float16 a direction may be too small to be seen.
     exact = dtype.itemsize >= 4 or (dtype == torch.bfloat16 and widens(device))
-    return "formed" if way == "products" and not exact else way
+    return "products" if exact and num_tokens < FEW_TOKENS.get(device.type, 0) else "formed"
 
 
 def moving_linear(
@@ -69,7 +51,7 @@ def moving_linear(
     alpha: Tensor,
     *,
     dtype: torch.dtype,
-    way: str | None = None,
+    way: str,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return x[k] (W + α_k D)ᵀ + b[k].
@@ -80,7 +62,7 @@ def moving_linear(
         move: θ + αΔθ of the weight.
         alpha: signed steps, [K], as `ops.form` takes them.
         dtype: in which the factors are multiplied.
-        way: "products", "formed" or "fused"; the quickest by default.
+        way: "products", "formed" or "fused"; see `choose`.
         bias: [K, N] in ``dtype``, or None.
 
     Returns:
@@ -91,7 +73,6 @@ def moving_linear(
     """
     num_steps, shape = len(alpha), x.shape[1:-1]
     x = x.to(dtype).reshape(len(x), -1, x.shape[-1])
-    way = way or choose(x.device, dtype, x.shape[1])
     if way == "products":
         y = _products(x, weight, move, alpha, dtype, bias)
     elif way == "fused":

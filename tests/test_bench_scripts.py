@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from sharpkern.engines import pace
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -79,3 +81,12 @@ def test_the_workloads_are_of_the_sizes_they_are_named_by():
         ("GPT", 256, 28.8),
         ("GPT", 1024, 5.1),
     ]
+
+
+def test_what_eight_step_sizes_at_a_time_are_worth_is_what_was_measured():
+    readme = importlib.import_module("readme")
+    single, several, _ = readme.mean_passes(readme.latest("line_search")["line_search"])
+    assert pytest.approx(single / several, rel=0.02) == pace._WORTH
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"about {several:.1f} of eight step sizes, the base loss among them, instead of {single:.1f} of one" in text
+    assert f"less than {pace._WORTH:.1f} times as long as a pass of one" in text
