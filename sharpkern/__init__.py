@@ -1,30 +1,70 @@
 """Critical sharpness of neural networks while they train, with forward passes only."""
 
-# ruff: noqa: E402
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from sharpkern._checkout import expose_kernels
 
 expose_kernels()
 
-from sharpkern.critical import critical_sharpness as critical_sharpness
-from sharpkern.direction import Direction as Direction
-from sharpkern.directional import directional_sharpness as directional_sharpness
-from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
-from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
-from sharpkern.errors import KernelWarning as KernelWarning
-from sharpkern.errors import LossPrecisionWarning as LossPrecisionWarning
-from sharpkern.errors import NoUpdateError as NoUpdateError
-from sharpkern.errors import RetainedWarning as RetainedWarning
-from sharpkern.errors import SharpkernWarning as SharpkernWarning
-from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
-from sharpkern.errors import UncheckedWarning as UncheckedWarning
-from sharpkern.head import linear_cross_entropy as linear_cross_entropy
-from sharpkern.hessian import HessianResult as HessianResult
-from sharpkern.hessian import hessian_sharpness as hessian_sharpness
-from sharpkern.measurement import Measurement as Measurement
-from sharpkern.monitor import Monitor as Monitor
-from sharpkern.monitor import Record as Record
-from sharpkern.relative import relative_critical_sharpness as relative_critical_sharpness
-from sharpkern.thresholds import stability_threshold as stability_threshold
-
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sharpkern import ops as ops
+    from sharpkern.critical import critical_sharpness as critical_sharpness
+    from sharpkern.direction import Direction as Direction
+    from sharpkern.directional import directional_sharpness as directional_sharpness
+    from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
+    from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
+    from sharpkern.errors import KernelWarning as KernelWarning
+    from sharpkern.errors import LossPrecisionWarning as LossPrecisionWarning
+    from sharpkern.errors import NoUpdateError as NoUpdateError
+    from sharpkern.errors import RetainedWarning as RetainedWarning
+    from sharpkern.errors import SharpkernWarning as SharpkernWarning
+    from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
+    from sharpkern.errors import UncheckedWarning as UncheckedWarning
+    from sharpkern.head import linear_cross_entropy as linear_cross_entropy
+    from sharpkern.hessian import HessianResult as HessianResult
+    from sharpkern.hessian import hessian_sharpness as hessian_sharpness
+    from sharpkern.measurement import Measurement as Measurement
+    from sharpkern.monitor import Monitor as Monitor
+    from sharpkern.monitor import Record as Record
+    from sharpkern.relative import relative_critical_sharpness as relative_critical_sharpness
+    from sharpkern.thresholds import stability_threshold as stability_threshold
+
+# Loaded when first asked for: importing the package costs next to nothing on top of torch.
+_HOME = {
+    "critical_sharpness": "critical",
+    "Direction": "direction",
+    "directional_sharpness": "directional",
+    "EngineFallbackWarning": "errors",
+    "EngineUnsupportedError": "errors",
+    "KernelWarning": "errors",
+    "LossPrecisionWarning": "errors",
+    "NoUpdateError": "errors",
+    "RetainedWarning": "errors",
+    "SharpkernWarning": "errors",
+    "SlopeMismatchWarning": "errors",
+    "UncheckedWarning": "errors",
+    "linear_cross_entropy": "head",
+    "HessianResult": "hessian",
+    "hessian_sharpness": "hessian",
+    "Measurement": "measurement",
+    "Monitor": "monitor",
+    "Record": "monitor",
+    "relative_critical_sharpness": "relative",
+    "stability_threshold": "thresholds",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("sharpkern.ops")
+    if name not in _HOME:
+        raise AttributeError(f"module 'sharpkern' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"sharpkern.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, "ops"})

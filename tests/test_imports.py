@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import sharpkern
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sharpkern"
 
@@ -33,6 +35,8 @@ ROOMS = {
         "_checks",
         "_checkout",
         "_extras",
+        "_journal",
+        "_progress",
     ],
 }
 LEVEL = {module: level for level, modules in enumerate(ROOMS.values()) for module in modules}
@@ -155,7 +159,23 @@ print(time.perf_counter() - start)
 
 def test_importing_loads_nothing_heavy() -> None:
     heavy = "{'triton', 'scipy', 'matplotlib', 'sklearn', 'transformers', 'typer', 'rich', 'torch._dynamo'}"
-    program = (
-        f"import torch, sys; before = set(sys.modules); import sharpkern; print(({heavy} & set(sys.modules)) - before)"
-    )
+    program = f"""
+import torch, sys
+before = set(sys.modules)
+import sharpkern
+names = [getattr(sharpkern, name) for name in dir(sharpkern)]
+print(({heavy} & set(sys.modules)) - before)
+"""
     assert python(program).strip() == "set()"
+
+
+def test_what_is_loaded_when_asked_for_is_what_type_checkers_see() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (declared,) = [node.body for node in tree.body if isinstance(node, ast.If)]
+    seen = {node.names[0].name: node.module for node in declared if isinstance(node, ast.ImportFrom)}
+    homes = {name: f"sharpkern.{home}" for name, home in sharpkern._HOME.items()}
+    assert seen == homes | {"ops": "sharpkern"}
+    assert all(getattr(sharpkern, name).__module__ == home for name, home in homes.items())
+    assert set(seen) <= set(dir(sharpkern))
+    with pytest.raises(AttributeError, match="module 'sharpkern' has no attribute 'critical_sharpnes'"):
+        _ = sharpkern.critical_sharpnes
