@@ -5,7 +5,7 @@ the sharpest direction. The critical sharpness λ_c of the update stays far belo
 """
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 import typer
 
 from sharpkern._extras import missing
+from sharpkern._progress import progress_bar
 from sharpkern.cli.digits import DemoRun, train
 from sharpkern.cli.summary import summary
-from sharpkern.monitor import Monitor
 from sharpkern.plot import plot_history
 
 HELP = (
@@ -89,8 +89,8 @@ def command(
             typer.echo(str(missing(package, "demo", "sharpkern demo")), err=True)
             raise typer.Exit(1)
     output.mkdir(parents=True, exist_ok=True)
-    with _one_thread(), _progress(steps) as on_step:
-        run = train(steps, lr, samples, seed, on_step)
+    with _one_thread(), progress_bar(steps) as advance:
+        run = train(steps, lr, samples, seed, lambda monitor: advance(str(monitor)))
     write_csv(run, output / "demo.csv")
     draw(run, output / "demo.png")
     from rich.console import Console
@@ -109,15 +109,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
-
-
-@contextmanager
-def _progress(num_steps: int) -> Iterator[Callable[[Monitor], None]]:
-    """Show a progress bar with the latest measurement on the error stream, and take it away at the end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=num_steps)
-        yield lambda monitor: progress.update(task, advance=1, description=str(monitor))

@@ -1,0 +1,30 @@
+"""A progress bar on the error stream, where that is a terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[str], None]
+
+
+@contextmanager
+def progress_bar(total: int, *, done: int = 0, shown: bool = True) -> Iterator[Advance]:
+    """Show how far a long run is, and take the bar away at the end.
+
+    Args:
+        total: steps in all.
+        done: steps that are done before.
+        shown: whether to show anything.
+
+    Yields:
+        Callable: counts one step, and says a few words beside the bar.
+    """
+    if not shown:
+        yield lambda words: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        yield lambda words: progress.update(task, advance=1, description=words)

@@ -1,0 +1,66 @@
+"""Rows on the disk as they come."""
+
+import json
+import math
+
+import pytest
+
+from sharpkern._journal import Journal
+
+SETTINGS = {"ratios": (0.0, 0.5), "seed": 0}
+
+
+def test_rows_are_found_again_to_the_last_bit(tmp_path):
+    path = tmp_path / "made" / "anew.jsonl"
+    journal = Journal(path, SETTINGS)
+    rows = [{"value": 0.1 + 0.2, "task": "é"}, {"value": math.inf}, {"value": [1, None]}]
+    for row in rows:
+        journal.add(row)
+    assert Journal(path, SETTINGS).rows == journal.rows == rows
+    assert Journal(None, SETTINGS).rows == []
+
+
+def test_a_line_that_was_not_finished_is_cut_off_and_written_anew(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, SETTINGS)
+    journal.add({"value": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"value": 2')
+    again = Journal(path, SETTINGS)
+    assert again.rows == [{"value": 1}]
+    assert path.read_bytes() == whole
+    again.add({"value": 2})
+    assert Journal(path, SETTINGS).rows == [{"value": 1}, {"value": 2}]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"setti'])
+def test_a_file_without_a_finished_line_is_begun_anew(tmp_path, content):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(content)
+    Journal(path, SETTINGS).add({"value": 1})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"settings": {"ratios": [0.0, 0.5], "seed": 0}},
+        {"value": 1},
+    ]
+
+
+def test_other_settings_are_refused_by_name_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, SETTINGS).add({"value": 1})
+    before = path.read_bytes()
+    message = (
+        r"same settings to go on with, got others: seed was 0, is 1; tasks was None, is \['a'\]; give another path"
+    )
+    with pytest.raises(ValueError, match=message):
+        Journal(path, {**SETTINGS, "seed": 1, "tasks": ["a"]})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["step,loss\n1,2\n", "[1]\n", '{"value": 1}\n', "\ufeff\x00\n", "one line"])
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "table.csv"
+    path.write_text(content, encoding="utf-16" if "\ufeff" in content else "utf-8")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"table\.csv must be a journal that this function wrote, got something else"):
+        Journal(path, SETTINGS)
+    assert path.read_bytes() == before
