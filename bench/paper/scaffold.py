@@ -17,7 +17,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 # The checkout, also where the package is not installed, and the runs that the benchmarks share.
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
 import torch
 
