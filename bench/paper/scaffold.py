@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
 # The checkout, also where the package is not installed, and the runs that the benchmarks share.
-sys.path.insert(0, str(HERE.parent))
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
@@ -26,7 +25,7 @@ import sharpkern
 from sharpkern._journal import Journal
 from sharpkern._progress import progress_bar
 
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 Piece = Callable[[], list[Row]]
 
