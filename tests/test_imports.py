@@ -17,7 +17,7 @@ PACKAGE = ROOT / "sharpkern"
 ROOMS = {
     "command line": ["cli"],
     "loop": ["monitor", "plot"],
-    "quantities": ["critical", "_run", "relative", "directional", "hessian", "thresholds", "_hvp"],
+    "quantities": ["critical", "accumulate", "_run", "relative", "directional", "hessian", "thresholds", "_hvp"],
     "results": ["measurement"],
     "parts": ["search", "_acceptance", "_curve", "_strategies", "direction", "updates", "engines"],
     "ground": [
