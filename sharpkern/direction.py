@@ -11,11 +11,12 @@ from torch.amp.grad_scaler import GradScaler
 
 from sharpkern.errors import NoUpdateError
 from sharpkern.moves import Move, OptimizerStep, Stored
-from sharpkern.sums import read, slopes_and_norms
+from sharpkern.sums import read, slopes_and_norms, total
 from sharpkern.updates.between import Weights, displacements
 from sharpkern.updates.names import NameTable
 from sharpkern.updates.optimizer import optimizer_update
 from sharpkern.updates.placement import check_fit, checked_module, placed
+from sharpkern.updates.preconditioner import inverse_preconditioner
 from sharpkern.updates.slots import check_gradient, check_parameter
 
 # Tensors whose |Δθ|² is taken again before a direction that is not in memory is used, and by how much it may differ:
@@ -117,21 +118,29 @@ class Direction:
 
     @classmethod
     @torch.no_grad()
-    def from_gradients(cls, model: nn.Module) -> "Direction":
-        """Return the gradient itself, the update of plain gradient descent.
+    def from_gradients(cls, model: nn.Module, preconditioner: torch.optim.Optimizer | None = None) -> "Direction":
+        """Return the gradient g itself, the update of plain gradient descent, or P⁻¹g with Adam's preconditioner P.
+
+        Along P⁻¹g directional sharpness is a Rayleigh quotient of P^-1/2 H P^-1/2, and so at most
+        ``hessian_sharpness(model, loss_fn, preconditioner=optimizer)``, which has the same P.
 
         Args:
             model: a module whose parameters hold their gradients; those without do not move.
+            preconditioner: the Adam or AdamW that trains the model, after at least one step, whose P is taken;
+                parameters that it never moved do not move.
 
         Returns:
-            The direction, with |g|² as its slope and no learning rate.
+            The direction, with |g|² as its slope and no learning rate; or with gᵀP⁻¹g, per unit learning rate of the
+            optimizer's first moving group.
 
         Raises:
-            TypeError: if ``model`` is no module or a parameter is complex.
-            ValueError: if there is no gradient, or one that is sparse, not finite or zero everywhere.
+            TypeError: if ``model`` is no module, a parameter is complex or the preconditioner is no Adam or AdamW.
+            ValueError: if there is no gradient, one that is sparse, not finite or zero everywhere, or the
+                preconditioner has moved none of the model's parameters that hold one.
 
         Memory:
-            None: it holds the gradients themselves, and refuses to be measured once they have changed.
+            None: it holds the gradients themselves, and refuses to be measured once they have changed. With a
+            preconditioner two tensors of each parameter's size, of which one is kept.
         """
         named = [(name, p) for name, p in checked_module(model).named_parameters() if p.grad is not None]
         if not named:
@@ -139,19 +148,31 @@ class Direction:
                 "model must hold a gradient in some parameter, got none; call loss.backward() before "
                 "Direction.from_gradients"
             )
+        inverse, lr = (None, None) if preconditioner is None else inverse_preconditioner(preconditioner)
+        if inverse is not None:
+            named = [(name, parameter) for name, parameter in named if parameter in inverse]
+            if not named:
+                raise ValueError(
+                    f"preconditioner must have moved parameters of the model that hold gradients, got {len(inverse)} "
+                    "others; pass the optimizer of this model's own parameters"
+                )
         gradients = []
         for name, parameter in named:
             assert parameter.grad is not None
             check_parameter(f"'{name}'", parameter)
             check_gradient(f"'{name}'", parameter.grad)
             gradients.append(parameter.grad.detach())
+        updates = gradients if inverse is None else [inverse[p] * g for (_, p), g in zip(named, gradients, strict=True)]
         direction = cls._checked(
-            gradients,
+            updates,
             labels=[f"'{name}'" for name, _ in named],
             if_zero="check that the loss depends on the model",
             parameters=[parameter for _, parameter in named],
+            lr=lr,
         )
-        return dataclasses.replace(direction, slope=direction.norm_sq)
+        if inverse is None:
+            return dataclasses.replace(direction, slope=direction.norm_sq)
+        return dataclasses.replace(direction, slope=total(sums[0] for sums in slopes_and_norms(updates, gradients)))
 
     @classmethod
     @torch.no_grad()

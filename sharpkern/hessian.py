@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW
 
 from sharpkern._extras import missing
 from sharpkern._hvp import GradientGraph, check_symmetry
 from sharpkern.engines.guards import preserved
+from sharpkern.updates.preconditioner import inverse_preconditioner
 
 # Vectors that ARPACK holds at a time, and products before its first answer. More make a restart rarer.
 _BASIS_SIZE = 8
@@ -89,7 +89,8 @@ def hessian_sharpness(
     if preconditioner is None:
         scales = {parameter: torch.ones(()) for parameter in model.parameters() if parameter.requires_grad}
     else:
-        scales = _inverse_root(preconditioner)
+        inverse, _ = inverse_preconditioner(preconditioner)
+        scales = {parameter: diagonal.sqrt() for parameter, diagonal in inverse.items()}
     if not scales:
         raise ValueError("model must have parameters that require gradients, got none; unfreeze some of them")
     parameters = tuple(scales)
@@ -104,36 +105,6 @@ def hessian_sharpness(
             return torch.cat([(scale * hv.to(start)).flatten() for hv, scale in products])
 
         return _largest_eigenpair(product, start, tol, max_iter)
-
-
-def _inverse_root(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
-    """Return P^-1/2 of every parameter that the optimizer has moved."""
-    if type(optimizer) not in (Adam, AdamW):
-        raise TypeError(
-            f"preconditioner must be a torch.optim.Adam or AdamW, got {type(optimizer).__name__}; "
-            "leave it out for the Hessian itself"
-        )
-    # The state is a defaultdict: asking it by [] would create what is not there.
-    moved = [
-        (group, p)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if group["lr"] and optimizer.state.get(p)
-    ]
-    if not moved:
-        raise ValueError(
-            "preconditioner must have taken a step with a positive learning rate, got an optimizer without state; "
-            "call optimizer.step() first"
-        )
-    reference_lr = float(moved[0][0]["lr"])
-    roots = {}
-    for group, parameter in moved:
-        state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
-        second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        steps = float(state["step"])
-        denominator = (second_moment / (1 - beta2**steps)).sqrt() + group["eps"]
-        roots[parameter] = (float(group["lr"]) / reference_lr / (1 - beta1**steps) / denominator).sqrt()
-    return roots
 
 
 def _start(parameters: tuple[nn.Parameter, ...], v0: Tensor | None) -> Tensor:
