@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sharpkern import ops as ops
+    from sharpkern.accumulate import adamw_direction as adamw_direction
+    from sharpkern.accumulate import gradient_direction as gradient_direction
     from sharpkern.critical import critical_sharpness as critical_sharpness
     from sharpkern.direction import Direction as Direction
     from sharpkern.directional import directional_sharpness as directional_sharpness
@@ -27,13 +29,18 @@ if TYPE_CHECKING:
     from sharpkern.hessian import HessianResult as HessianResult
     from sharpkern.hessian import hessian_sharpness as hessian_sharpness
     from sharpkern.measurement import Measurement as Measurement
+    from sharpkern.mixture import mixture_sweep as mixture_sweep
     from sharpkern.monitor import Monitor as Monitor
     from sharpkern.monitor import Record as Record
     from sharpkern.relative import relative_critical_sharpness as relative_critical_sharpness
+    from sharpkern.sweep import MixtureSweep as MixtureSweep
+    from sharpkern.sweep import SweetSpot as SweetSpot
     from sharpkern.thresholds import stability_threshold as stability_threshold
 
 # Loaded when first asked for: importing the package costs next to nothing on top of torch.
 _HOME = {
+    "adamw_direction": "accumulate",
+    "gradient_direction": "accumulate",
     "critical_sharpness": "critical",
     "Direction": "direction",
     "directional_sharpness": "directional",
@@ -50,9 +57,12 @@ _HOME = {
     "HessianResult": "hessian",
     "hessian_sharpness": "hessian",
     "Measurement": "measurement",
+    "mixture_sweep": "mixture",
     "Monitor": "monitor",
     "Record": "monitor",
     "relative_critical_sharpness": "relative",
+    "MixtureSweep": "sweep",
+    "SweetSpot": "sweep",
     "stability_threshold": "thresholds",
 }
 

@@ -89,8 +89,8 @@ def adamw_direction(
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
-        >>> adamw_direction(model, [lambda: 2 * model.weight.sum()] * 3, weight_decay=0.0).tensors
-        (tensor([[1., 1.]]),)
+        >>> adamw_direction(model, [lambda: 2 * model.weight.sum()] * 3, weight_decay=0.0)
+        Direction(1 tensors, 2 elements, |Δθ| = 1.41)
     """
     beta1, beta2 = betas
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):

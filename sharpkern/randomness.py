@@ -29,6 +29,21 @@ def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
     return undo
 
 
+def seed_streams(seed: str) -> None:
+    """Seed the streams that `note_streams` notes, of all devices.
+
+    Args:
+        seed: any text; the same one gives the same numbers in every process.
+    """
+    random.seed(seed)
+    number = random.getrandbits(32)
+    random.seed(seed)
+    torch.manual_seed(number)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(number)
+
+
 def torch_states(devices: Iterable[torch.device]) -> list[Tensor]:
     """State of torch's streams: the CPU's, then those of the devices in their order.
 

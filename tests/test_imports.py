@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sharpkern"
 # From the outermost room inwards: a module imports its own room and rooms further in, never outwards.
 ROOMS = {
     "command line": ["cli"],
-    "loop": ["monitor", "plot"],
+    "loop": ["monitor", "mixture", "sweep", "plot"],
     "quantities": ["critical", "accumulate", "_run", "relative", "directional", "hessian", "thresholds", "_hvp"],
     "results": ["measurement"],
     "parts": ["search", "_acceptance", "_curve", "_strategies", "direction", "updates", "engines"],
@@ -36,6 +36,7 @@ ROOMS = {
         "_checkout",
         "_extras",
         "_journal",
+        "_mix",
         "_progress",
     ],
 }

@@ -1,0 +1,143 @@
+"""Batches that mix samples of several data sources at given shares, the same ones whenever they are asked for."""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+Shares = tuple[float, ...]
+Ratio = float | Sequence[float] | Mapping[str, float]
+
+_SUM_TOLERANCE = 1e-6
+
+
+class Mix:
+    """Draws mixed batches.
+
+    The samples of a source come in an order that depends on the seed, the repeat and the number of the batch, and a
+    share takes the first of them: batches of two mixes have as many samples in common as can be.
+
+    Args:
+        sources: name → samples; anything with a length and an index: a tensor whose rows are samples, a data set.
+        batch_size: samples in a batch.
+        seed: of the order.
+        collate: makes a batch of a list of samples. Tensors are stacked without it.
+
+    Raises:
+        TypeError: a source has no length or no index.
+        ValueError: there are fewer than two sources, one is empty, or the batch size is not positive.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Any],
+        batch_size: int,
+        seed: int,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ) -> None:
+        if not isinstance(sources, Mapping):
+            raise TypeError(f"mix must map names to samples, got {type(sources).__name__}; pass {{'name': samples}}")
+        if len(sources) < 2:
+            raise ValueError(f"mix must hold at least two sources, got {len(sources)}; pass {{'old': …, 'new': …}}")
+        for name, source in sources.items():
+            if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+                raise TypeError(
+                    f"source {name!r} must have a length and an index, as a tensor of samples or a Dataset has, got "
+                    f"{type(source).__name__}; collect what it yields into a list"
+                )
+            if not len(source):
+                raise ValueError(f"source {name!r} must hold samples, got none; check where it was read from")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive int, got {batch_size!r}; pass samples per mixed batch")
+        self.sources = dict(sources)
+        self._batch_size, self._seed, self._collate = batch_size, seed, collate
+
+    def shares(self, ratio: Ratio) -> Shares:
+        """Return the share of every source.
+
+        Args:
+            ratio: share of the first of two sources; or the shares of all, in order or by name.
+
+        Returns:
+            One share per source, in their order; they add up to 1.
+
+        Raises:
+            TypeError: it is of another kind.
+            ValueError: a share is outside [0, 1], they do not add up to 1, are not of these sources, or so small that
+                no sample of a batch would be of that source.
+        """
+        names = list(self.sources)
+        if isinstance(ratio, Mapping):
+            unknown = set(ratio) - set(names)
+            if unknown:
+                raise ValueError(f"ratios must name sources of {names}, got {sorted(unknown)} besides; leave those out")
+            values = [ratio.get(name, 0.0) for name in names]
+        elif isinstance(ratio, Sequence) and not isinstance(ratio, str):
+            values = list(ratio)
+        elif isinstance(ratio, (int, float)) and not isinstance(ratio, bool):
+            if len(names) != 2:
+                raise ValueError(
+                    f"a ratio of {len(names)} sources must hold the share of each, got the number {ratio}; pass "
+                    f"{{{', '.join(f'{name!r}: …' for name in names)}}}"
+                )
+            values = [ratio, 1 - ratio]
+        else:
+            raise TypeError(f"a ratio must be a number in [0, 1] or the shares of all sources, got {ratio!r}")
+        return self._checked(ratio, [float(value) for value in values])
+
+    def _checked(self, ratio: Ratio, values: list[float]) -> Shares:
+        names = list(self.sources)
+        if len(values) != len(names):
+            raise ValueError(f"a ratio must hold one share for each of {names}, got {ratio}; pass them by name")
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"a ratio must be within [0, 1], got {ratio}; shares are parts of 1")
+        if abs(math.fsum(values) - 1) > _SUM_TOLERANCE:
+            raise ValueError(
+                f"the shares of a ratio must add up to 1, got {ratio}; divide them by {math.fsum(values):g}"
+            )
+        shares = tuple(values)
+        for name, share, count in zip(names, shares, self._counts(shares), strict=True):
+            if share and not count:
+                raise ValueError(
+                    f"a share of {share:g} of {name!r} must be at least one sample of a batch, got a batch_size of "
+                    f"{self._batch_size}; raise batch_size"
+                )
+            if count > len(self.sources[name]):
+                raise ValueError(
+                    f"source {name!r} must hold at least the {count} samples of one batch at a share of {share:g}, got "
+                    f"{len(self.sources[name])}; lower batch_size, or pass more data"
+                )
+        return shares
+
+    def batch(self, shares: Shares, repeat: int, number: int) -> Any:
+        """Draw a batch.
+
+        Args:
+            shares: one per source, in their order.
+            repeat: of the sweep.
+            number: of the batch within what one direction takes.
+
+        Returns:
+            The samples, source by source: one tensor if all sources are tensors, otherwise what ``collate`` makes.
+        """
+        picked = []
+        for (name, source), count in zip(self.sources.items(), self._counts(shares), strict=True):
+            order = random.Random(f"{self._seed}/{repeat}/{number}/{name}")
+            picked.append((source, order.sample(range(len(source)), min(len(source), self._batch_size))[:count]))
+        if all(isinstance(source, Tensor) for source, _ in picked):
+            return torch.cat([source[rows] for source, rows in picked])
+        return self._collate([source[row] for source, rows in picked for row in rows])
+
+    def _counts(self, shares: Shares) -> list[int]:
+        """Return samples per source: rounded down, and what is left over to the largest remainders."""
+        exact = [share * self._batch_size for share in shares]
+        # A share such as 0.29 of 100 is a little below 29.
+        counts = [math.floor(value + 1e-9) for value in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+        for i in by_remainder[: self._batch_size - sum(counts)]:
+            counts[i] += 1
+        return counts

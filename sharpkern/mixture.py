@@ -1,0 +1,227 @@
+"""Which mix of data lets every task's loss fall the furthest: λ_c^{task→mix} against the shares of the mix.
+
+For each mix an update direction is made from mixed batches, and the critical sharpness of every task's loss along it is
+measured. Where a task's λ_c is small, the mix's update may be followed far before that task gets worse; where it is
+infinite, it gets worse at once. The sweet spot is the mix with the longest step that no task's loss rises along.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from sharpkern._journal import Journal, Row
+from sharpkern._mix import Mix, Ratio, Shares
+from sharpkern._progress import progress_bar
+from sharpkern.accumulate import gradient_direction
+from sharpkern.direction import Direction
+from sharpkern.engines.guards import preserved
+from sharpkern.measurement import Options
+from sharpkern.randomness import seed_streams
+from sharpkern.reference import inner_product
+from sharpkern.relative import relative_critical_sharpness
+from sharpkern.sums import total
+from sharpkern.sweep import MixturePoint, MixtureSweep
+
+LossFn = Callable[[], Tensor]
+BatchLoss = Callable[[Any], Tensor]
+MakeDirection = Callable[[nn.Module, Sequence[LossFn]], Direction]
+
+
+def mixture_sweep(
+    model: nn.Module,
+    tasks: Mapping[str, Any],
+    mix: Mapping[str, Any],
+    ratios: Sequence[Ratio],
+    make_direction: MakeDirection = gradient_direction,
+    *,
+    batch_loss: BatchLoss,
+    batch_size: int = 64,
+    num_batches: int = 1,
+    repeats: int = 5,
+    seed: int = 0,
+    collate: Callable[[list[Any]], Any] = default_collate,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> MixtureSweep:
+    """Measure λ_c of every task's loss along the update of every mix of some data sources; the model stays as it is.
+
+    Repeats draw other samples. Within a repeat all mixes draw from the same samples and with the same random numbers,
+    so that they differ by their shares alone.
+
+    Args:
+        model: the model, such as a pre-trained one; in training mode it is measured so, dropout and all.
+        tasks: name of the task → closure that returns its scalar loss, or a batch, or a list of batches, whose mean
+            loss is the task's. Take data that is not in the mix.
+        mix: name of the data source → its samples: a tensor whose rows are samples, a list, a map-style Dataset. Two
+            or more.
+        ratios: of each mix the share of the first of two sources, or the shares of all, by name or in order.
+        make_direction: makes Δθ from the model and a list of closures, each the loss of one mixed batch:
+            `gradient_direction`, `adamw_direction`, ``functools.partial(adamw_direction, weight_decay=0.0)``, or a
+            function of your own.
+        batch_loss: takes a batch and returns its scalar loss; also moves it to the model's device.
+        batch_size: samples in a mixed batch.
+        num_batches: mixed batches that a direction is made of; with `adamw_direction` take ten or more.
+        repeats: directions per mix.
+        seed: of all samples and random numbers.
+        collate: makes a batch of a list of samples, where they are not tensors.
+        path: of a file to keep results in as they come. Called again with the same arguments, the sweep goes on where
+            it was stopped, and gives the same numbers as one that was not; repeats and ratios may be added. Data and
+            closures have to be the same ones: that is not checked beyond names, lengths and the model's weights.
+        progress: show a progress bar on the error stream, where that is a terminal.
+        **options: of `critical_sharpness`, ``base_loss`` excepted. ``initial_lr`` is the first guess of all; later
+            measurements start from what was found before.
+
+    Returns:
+        MixtureSweep: every measurement, with ``table``, ``sweet_spot``, ``to_csv``, ``to_pandas`` and ``plot``.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a ratio is outside [0, 1], the shares of one do not add up to 1, a task or a source is without
+            data, another argument is out of range, or the file is of another sweep.
+
+    Memory: what ``make_direction`` takes (a backward pass), and one `relative_critical_sharpness`.
+
+    Determinism: as deterministic as the model's forward and backward passes.
+
+    Source: Kalra et al. 2026, arXiv 2601.16979.
+
+    Example:
+        >>> import torch, sharpkern
+        >>> model = torch.nn.Linear(1, 1, bias=False).double()
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> data = {"old": torch.full((8, 1), 1.0).double(), "new": torch.full((8, 1), -1.0).double()}
+        >>> loss = lambda target: (model.weight - target).square().mean()
+        >>> sweep = sharpkern.mixture_sweep(model, data, data, [0.2, 0.8], batch_loss=loss, batch_size=5, repeats=1)
+        >>> [(point.shares[0], point.task, point.status) for point in sweep.points]
+        [(0.2, 'old', 'ascent'), (0.2, 'new', 'converged'), (0.8, 'old', 'converged'), (0.8, 'new', 'ascent')]
+    """
+    _check_arguments(model, make_direction, batch_loss, num_batches=num_batches, repeats=repeats)
+    Options.of("mixture_sweep", options)
+    losses = _task_losses(tasks, batch_loss)
+    mixer = Mix(mix, batch_size, seed, collate)
+    mixes = [mixer.shares(ratio) for ratio in ratios]
+    if not mixes or len(set(mixes)) < len(mixes):
+        raise ValueError(f"ratios must hold a mix, and each of them once, got {list(ratios)}; pass such as [0, 0.5, 1]")
+    settings = {
+        "tasks": list(losses),
+        "sources": {name: len(source) for name, source in mixer.sources.items()},
+        "direction": _described(make_direction),
+        "batch_size": batch_size,
+        "num_batches": num_batches,
+        "seed": seed,
+        "options": {name: _described(value) for name, value in options.items()},
+        # Enough to tell another checkpoint by, and the same whatever machine adds it up.
+        "weights": f"{total(inner_product(p.detach(), p.detach()) for p in model.parameters()):.6g}",
+    }
+    journal = Journal(path, settings)
+
+    def cell(shares: Shares, repeat: int) -> list[MixturePoint]:
+        """Measure all tasks along one direction."""
+        batches = [partial(_loss_of_drawn, batch_loss, mixer, shares, repeat, number) for number in range(num_batches)]
+        direction = make_direction(model, batches)
+        if not isinstance(direction, Direction):
+            raise TypeError(
+                f"make_direction must return a sharpkern.Direction, got {type(direction).__name__}; return what "
+                "sharpkern.gradient_direction or a Direction method does"
+            )
+        first = {**options, "initial_lr": _last_found(journal.rows) or options.get("initial_lr")}
+        measured = relative_critical_sharpness(model, losses, direction, **first)
+        return [MixturePoint.of(shares, repeat, task, measurement) for task, measurement in measured.items()]
+
+    # All mixes of a repeat before the next repeat: what is there when the sweep is stopped covers all of them.
+    cells = [(shares, repeat) for repeat in range(repeats) for shares in mixes]
+    done = {(tuple(row["shares"]), row["repeat"]) for row in journal.rows}
+    left = [cell for cell in cells if cell not in done]
+    with (
+        preserved(model, grad=True) as guard,
+        progress_bar(len(cells), done=len(cells) - len(left), shown=progress) as advance,
+    ):
+        for shares, repeat in left:
+            started = time.perf_counter()
+            # The same buffers and random numbers for all mixes, whatever was done before.
+            guard.rewind()
+            guard.hide_gradients()
+            seed_streams(f"{seed}/{repeat}")
+            points = cell(shares, repeat)
+            seconds = time.perf_counter() - started
+            journal.add({"shares": shares, "repeat": repeat, "seconds": seconds, "points": [asdict(p) for p in points]})
+            advance(", ".join(f"{point.task} λ_c {point.sharpness:.3g}" for point in points))
+    wanted = set(cells)
+    points = [_point(entry) for row in journal.rows for entry in row["points"]]
+    kept = tuple(point for point in points if (point.shares, point.repeat) in wanted)
+    return MixtureSweep(tuple(mixer.sources), tuple(losses), tuple(mixes), kept)
+
+
+def _check_arguments(model: object, make_direction: object, batch_loss: object, **counts: object) -> None:
+    """Refuse arguments of the wrong kind."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model to mix data for")
+    if not callable(make_direction):
+        raise TypeError(
+            f"make_direction must be a function of the model and the losses of mixed batches, got {make_direction!r}; "
+            "pass sharpkern.gradient_direction or sharpkern.adamw_direction"
+        )
+    if not callable(batch_loss):
+        raise TypeError(f"batch_loss must be callable on a batch, got {type(batch_loss).__name__}; pass a function")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value!r}; leave it out for the default")
+
+
+def _task_losses(tasks: Mapping[str, Any], batch_loss: BatchLoss) -> dict[str, LossFn]:
+    """Return a closure for every task."""
+    if not isinstance(tasks, Mapping):
+        raise TypeError(f"tasks must map names to closures or data, got {type(tasks).__name__}; pass {{'name': batch}}")
+    if not tasks:
+        raise ValueError("tasks must hold at least one task, got none; pass {'name': batch}")
+    return {name: _task_loss(name, task, batch_loss) for name, task in tasks.items()}
+
+
+def _task_loss(name: str, task: Any, batch_loss: BatchLoss) -> LossFn:
+    """Return the mean loss of a task's batches, or the closure that the task is."""
+    if callable(task):
+        loss_fn: LossFn = task
+        return loss_fn
+    batches = list(task) if isinstance(task, (list, Iterator, DataLoader)) else [task]
+    if not batches or any(isinstance(batch, Tensor) and not batch.numel() for batch in batches):
+        raise ValueError(f"task {name!r} must hold data, got none; pass a batch, a list of batches, or a closure")
+    return partial(_mean_loss, batch_loss, batches)
+
+
+def _mean_loss(batch_loss: BatchLoss, batches: Sequence[Any]) -> Tensor:
+    return torch.stack([batch_loss(batch) for batch in batches]).mean()
+
+
+def _loss_of_drawn(batch_loss: BatchLoss, mixer: Mix, shares: Shares, repeat: int, number: int) -> Tensor:
+    return batch_loss(mixer.batch(shares, repeat, number))
+
+
+def _last_found(rows: Sequence[Row]) -> float | None:
+    """Return the geometric mean of the tasks' η_c in the last row that has any."""
+    for row in reversed(rows):
+        found = [point["critical_lr"] for point in row["points"] if point["status"] == "converged"]
+        if found:
+            return math.exp(math.fsum(map(math.log, found)) / len(found))
+    return None
+
+
+def _described(value: Any) -> Any:
+    """Return what tells a setting from another one, as JSON can hold it."""
+    if isinstance(value, partial):
+        return f"{_described(value.func)}{value.args}{dict(sorted(value.keywords.items()))}"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return value
+
+
+def _point(entry: Row) -> MixturePoint:
+    return MixturePoint(**{**entry, "shares": tuple(entry["shares"])})
