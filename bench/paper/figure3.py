@@ -1,0 +1,226 @@
+"""Figure 3 of the paper, small: a language model trained by AdamW with warm-up, a stable phase and decay.
+
+    python bench/paper/figure3.py [--quick] [--output FOLDER]
+
+λ_c, λ_dir and the preconditioned λ_max are of the very same batch's loss at the same steps. λ_dir is there twice: of
+the update that AdamW makes, and of P⁻¹g, the update without momentum, which λ_max bounds. Beside them stands λ_c of
+another batch's loss along AdamW's update.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from facts import bound, by_run, close, median, no_value, ratios, times
+from gauge import TOLERANCE, Gauge
+from panels import Curve, draw_runs
+
+# Beside the folder of this script; scaffold has put it on the path.
+from runs import GPT, Run, text, token_loss
+from scaffold import Figure, Order, Piece, Row, main
+from torch import Tensor
+
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+FULL = {"num_steps": 600, "warmup": 100, "decay": 150, "batch_size": 16}
+QUICK = {"num_steps": 24, "warmup": 6, "decay": 6, "batch_size": 2}
+CONTEXT = 64
+# Odd, so that a swing with a period of two steps is seen on both sides.
+EVERY = 11
+# A byte that no batch has held for so many steps is a rare one: at β₂ = 0.95 a seventh of its √v is left.
+RARE = 75
+
+
+def train(schedule: Run) -> list[Row]:
+    """Train by AdamW and measure on the way.
+
+    Args:
+        schedule: steps, phases, batch size and peak learning rate.
+
+    Returns:
+        One row per measured step, the first of which is 1: before it there is no preconditioner.
+    """
+    torch.manual_seed(schedule.seed)
+    model, data = GPT(context=CONTEXT), text()
+    generator = torch.Generator().manual_seed(schedule.seed + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    gauge = Gauge(model, optimizer, due=lambda step: step % EVERY == 1)
+    last_seen = torch.full((256,), -torch.inf)
+
+    def loss_of(windows: Tensor) -> Tensor:
+        return token_loss(model(windows[:, :-1]), windows[:, 1:])
+
+    rows = []
+    for step in range(schedule.num_steps):
+        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
+        batch, other = (_windows(data, schedule.batch_size, generator) for _ in range(2))
+        loss_fn = partial(loss_of, batch)
+        optimizer.zero_grad()
+        loss_fn().backward()
+        row = gauge(loss_fn, heldout=partial(loss_of, other))
+        held = batch[:, :-1].flatten()
+        if row is not None:
+            rows.append({
+                "run": schedule.name,
+                "phase": _phase(schedule, step),
+                **row,
+                "two_over_lr": 2 / row["lr"],
+                "absence": step - float(last_seen[held].min()),
+            })  # fmt: skip
+        last_seen[held] = step
+        optimizer.step()
+    return rows
+
+
+def _windows(data: Tensor, num_rows: int, generator: torch.Generator) -> Tensor:
+    """Draw stretches of text, [num_rows, CONTEXT + 1]."""
+    starts = torch.randint(len(data) - CONTEXT, (num_rows, 1), generator=generator)
+    return data[starts + torch.arange(CONTEXT + 1)]
+
+
+def _phase(schedule: Run, step: int) -> str:
+    if step < schedule.warmup:
+        return "warm-up"
+    return "stable" if step < schedule.num_steps - schedule.decay else "decay"
+
+
+def pieces(order: Order) -> Mapping[str, Piece]:
+    """Return the training runs, one for each learning rate.
+
+    Args:
+        order: of the command line.
+    """
+    size = QUICK if order.quick else FULL
+    schedules = [Run(f"η = {lr:g}", "text", lr=lr, measured=(), **size) for lr in LEARNING_RATES]
+    return {schedule.name: partial(train, schedule) for schedule in schedules}
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw one panel for each learning rate.
+
+    Args:
+        rows: of the figure.
+        path: of the image.
+    """
+    draw_runs(
+        rows,
+        path,
+        curves=[
+            Curve("lambda_max", r"preconditioned $\lambda_{\max}$", "#D55E00"),
+            Curve("lambda_dir_plain", r"$\lambda_{\mathrm{dir}}$ along $P^{-1}g$", "#CC79A7"),
+            Curve("lambda_dir", r"$\lambda_{\mathrm{dir}}$ along AdamW's update", "#009E73"),
+            Curve("lambda_c", r"critical sharpness $\lambda_c$", "#0072B2", "status"),
+            Curve("heldout_lambda_c", r"$\lambda_c$ of another batch's loss", "#E69F00", "heldout_status"),
+        ],
+        thresholds=[
+            Curve("threshold", r"threshold of $\lambda_{\max}$", "#D55E00"),
+            Curve("two_over_lr", r"$2/\eta$", "black"),
+        ],
+        title=lambda row: f"peak learning rate {row['run'].removeprefix('η = ')}",
+    )
+
+
+def findings(rows: list[Row]) -> str:
+    """Say what the paper found, what these rows show, and where they differ.
+
+    Args:
+        rows: of the figure.
+
+    Returns:
+        Three paragraphs of Markdown.
+    """
+    runs = by_run(rows)
+    found = [
+        "The paper trains language models by AdamW with warm-up, a stable phase and decay. λ_c falls in the warm-up, "
+        "stays below 2/η, and rises in the decay.",
+        " ".join([
+            "Here a model of 2 layers and width 64 learns Python's help texts byte by byte.",
+            *(_course(run) for run in runs),
+            f"After the warm-up {close(_after_warmup(rows))}; λ_dir is that of AdamW's own update.",
+            bound(rows, "lambda_dir_plain", "λ_dir of P⁻¹g", TOLERANCE),
+        ]),
+        " ".join([_warmup_against_paper(runs), _preconditioned(rows), _heldout(runs), no_value(rows)]).strip(),
+    ]  # fmt: skip
+    return "\n\n".join(found)
+
+
+def _course(run: list[Row]) -> str:
+    """Say how λ_c went in one run: warm-up, stable phase, decay."""
+    start, end = _warmup(run)
+    before, after = _decay(run)
+    below = sum(ratio < 1 for ratio in ratios(run, "lambda_c", "two_over_lr"))
+    num = len(ratios(run, "lambda_c", "two_over_lr"))
+    stable = [row for row in run if row["phase"] == "stable"]
+    share = times(median(ratios(stable, "lambda_c", "two_over_lr")), "2/η")
+    return (
+        f"At {run[0]['run']} λ_c {_goes(start, end)} in the warm-up, has a median of {share} in the stable phase, "
+        f"and {_goes(before, after)} in the decay; it is below 2/η at {'all' if below == num else below} "
+        f"{'' if below == num else 'of '}{num} points."
+    )
+
+
+def _goes(start: float, end: float) -> str:
+    if start == end:
+        return f"stays at {start:.3g}"
+    return f"{'rises' if end > start else 'falls'} from {start:.3g} to {end:.3g}"
+
+
+def _warmup(run: list[Row]) -> tuple[float, float]:
+    """Return the medians of λ_c in the first and the last quarter of the warm-up."""
+    values = [row["lambda_c"] for row in run if row["phase"] == "warm-up"]
+    quarter = -(-len(values) // 4)
+    return median(values[:quarter]), median(values[-quarter:])
+
+
+def _decay(run: list[Row]) -> tuple[float, float]:
+    """Return the medians of λ_c in the last third of the stable phase and in that of the decay."""
+    stable, decay = ([row["lambda_c"] for row in run if row["phase"] == phase] for phase in ("stable", "decay"))
+    return median(stable[-(len(stable) // 3) :]), median(decay[-(len(decay) // 3) :])
+
+
+def _after_warmup(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["phase"] != "warm-up"]
+
+
+def _warmup_against_paper(runs: list[list[Row]]) -> str:
+    rising = sum(end > start for start, end in map(_warmup, runs))
+    falling = sum(after < before for before, after in map(_decay, runs))
+    text = []
+    if rising:
+        text.append(f"In {rising} of {len(runs)} runs λ_c rises in the warm-up, where the paper has it fall.")
+    if falling:
+        text.append(f"In {falling} of {len(runs)} runs λ_c falls in the decay, where the paper has it rise.")
+    return " ".join(text) or "In warm-up and decay λ_c goes as in the paper in all runs."
+
+
+def _preconditioned(rows: list[Row]) -> str:
+    """Say where the preconditioned λ_max exceeds its threshold, and whether rare bytes are the reason."""
+    over = [row for row in rows if row["lambda_max"] > row["threshold"]]
+    rest = [row for row in rows if row["lambda_max"] <= row["threshold"]]
+    usual = median(ratios(rest, "lambda_max", "threshold"))
+    text = f"The preconditioned λ_max is above its own threshold at {len(over)} of {len(rows)} points"
+    if not over:
+        return f"{text}; its median is {usual:.2f} of it."
+    rare_over, rare_rest = (sum(row["absence"] >= RARE for row in some) for some in (over, rest))
+    return (
+        f"{text}, and has a median of {usual:.2f} of it at the others. At {rare_over} of the {len(over)} the batch "
+        f"holds a byte that no batch had held for {RARE} steps or more, which is so at {rare_rest} of the other "
+        f"{len(rest)}: P is that of the step before, and has next to nothing for the embedding of such a byte."
+    )
+
+
+def _heldout(runs: list[list[Row]]) -> str:
+    """Set λ_c of the other batch against that of the gradient's own."""
+    stable = [[row for row in run if row["phase"] == "stable"] for run in runs]
+    found = ", ".join(
+        f"{times(median(ratios(rows, 'heldout_lambda_c', 'two_over_lr')), '2/η')} ({rows[0]['run']})" for rows in stable
+    )
+    return f"λ_c of another batch's loss along the same update has, in the stable phase, a median of {found}."
+
+
+FIGURE = Figure("figure3", "sharpness of a language model trained by AdamW", pieces, draw, findings)
+
+if __name__ == "__main__":
+    # The same bits on every machine of a kind.
+    torch.set_num_threads(1)
+    main(FIGURE)
