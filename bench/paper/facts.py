@@ -96,14 +96,13 @@ def bound(rows: list[Row], column: str, name: str, tolerance: float) -> str:
     Returns:
         One sentence.
     """
-    found = ratios(rows, column, "lambda_max")
-    over = sum(ratio > 1 + tolerance for ratio in found)
+    over = sum(row[column] > row["lambda_max"] + tolerance * abs(row["lambda_max"]) for row in rows)
     how = (
-        f"is at most λ_max at all {len(found)} points"
+        f"is at most λ_max at all {len(rows)} points"
         if not over
-        else f"exceeds λ_max by more than the solver's {percent(tolerance)} at {over} of {len(found)} points"
+        else f"exceeds λ_max by more than the solver's {percent(tolerance)} at {over} of {len(rows)} points"
     )
-    return f"{name} {how}; the largest ratio is {max(found):.2f}."
+    return f"{name} {how}; the largest ratio is {max(ratios(rows, column, 'lambda_max')):.2f}."
 
 
 def no_value(rows: list[Row]) -> str:
