@@ -136,8 +136,8 @@ def findings(rows: list[Row]) -> str:
         " ".join([
             "Here a model of 2 layers and width 64 learns Python's help texts byte by byte.",
             *(_course(run) for run in runs),
-            "(From and to are medians: of the first and the last quarter of the warm-up, of the last thirds of the stable "
-            "phase and of the decay.)",
+            "(From and to are medians: of the first and the last quarter of the warm-up, of the last thirds of stable "
+            "phase and decay.)",
             f"After the warm-up {close(_after_warmup(rows))}; λ_dir is that of AdamW's own update.",
             bound(rows, "lambda_dir_plain", "λ_dir of P⁻¹g", TOLERANCE),
         ]),
