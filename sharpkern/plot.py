@@ -34,6 +34,7 @@ def plot_history(
     *,
     extra: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     title: str | None = None,
+    xlabel: str = "step",
 ) -> None:
     """Draw λ_c and 2/η against the step, and the loss below, into an image file.
 
@@ -46,6 +47,7 @@ def plot_history(
         extra: Further curves on the sharpness axis, {label: [(step, value), …]}; values at or below zero stand at the
             lower edge.
         title: Stands above the plot.
+        xlabel: What the records' steps are.
 
     Raises:
         ValueError: If the history is empty.
@@ -76,7 +78,7 @@ def plot_history(
     if heldout_losses:
         loss_axes.plot(*_columns(heldout_losses), color=_ORANGE, linewidth=1.2)
     loss_axes.set_ylabel("loss")
-    loss_axes.set_xlabel("step")
+    loss_axes.set_xlabel(xlabel)
 
     for axes in (sharpness_axes, loss_axes):
         _plain(axes)

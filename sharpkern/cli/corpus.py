@@ -1,0 +1,160 @@
+"""Text as rows of tokens for a language model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpkern.cli.checkpoint import Checkpoint
+
+Encode = Callable[[str], list[int]]
+
+
+def read_text(paths: Sequence[Path]) -> str:
+    """Read files, and all files of text below folders in the order of their names.
+
+    Args:
+        paths: files or folders.
+
+    Returns:
+        All text, files after each other with a blank line between.
+
+    Raises:
+        ValueError: there is no such file, a file that was named is no UTF-8, or there is no text.
+    """
+    texts = list(_texts(paths))
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"text must not be empty, got nothing in {', '.join(map(str, paths))}; name files with text")
+    return "\n\n".join(texts)
+
+
+def encoder(checkpoint: Checkpoint, as_bytes: bool) -> Encode:
+    """Return how text becomes tokens.
+
+    Args:
+        checkpoint: whose tokenizer and vocabulary count.
+        as_bytes: whether the model's tokens are bytes.
+
+    Returns:
+        A function of a text.
+
+    Raises:
+        ValueError: there is no tokenizer, or the vocabulary of the model is smaller than the tokens that it gives.
+    """
+    vocabulary = _text_config(checkpoint.config()).vocab_size
+    if as_bytes:
+        size, encode = 256, _bytes
+    else:
+        tokenizer = checkpoint.tokenizer()
+        size = len(tokenizer)
+
+        def encode(text: str) -> list[int]:
+            # Longer than the model's context: it is cut into rows afterwards.
+            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
+
+    if size > vocabulary:
+        raise ValueError(
+            f"the model's vocabulary must hold every token, got {vocabulary} for {size} of "
+            f"{'bytes' if as_bytes else 'its tokenizer'}; {'leave out --bytes' if as_bytes else 'save the right one'}"
+        )
+    return encode
+
+
+def rows_of(paths: Sequence[Path], encode: Encode, length: int, *, at_least: int, option: str) -> Tensor:
+    """Read text and cut it into rows.
+
+    Args:
+        paths: files or folders.
+        encode: makes tokens of text.
+        length: tokens in a row.
+        at_least: rows that are needed.
+        option: of the command line that named the text.
+
+    Returns:
+        Tokens, int64 [num_rows, length]; what is left over at the end is left out.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    tokens = torch.tensor(encode(read_text(paths)), dtype=torch.int64)
+    rows = tokens[: len(tokens) // length * length].view(-1, length)
+    if len(rows) < at_least:
+        raise ValueError(
+            f"{option} must hold at least {at_least} rows of {length} tokens, got {len(tokens)} tokens, which are "
+            f"{len(rows)}; name more text, or ask for fewer or smaller batches"
+        )
+    return rows
+
+
+def spread(num_rows: int, count: int) -> Tensor:
+    """Return places all over a text.
+
+    Args:
+        num_rows: rows of the text.
+        count: how many to take, at most all.
+
+    Returns:
+        Indices in ascending order, int64 [count].
+    """
+    return torch.arange(count) * num_rows // count
+
+
+def check_context(checkpoint: Checkpoint, length: int) -> None:
+    """Refuse rows that are longer than the model's context.
+
+    Args:
+        checkpoint: of the model.
+        length: tokens in a row.
+
+    Raises:
+        ValueError: they are.
+    """
+    longest = getattr(_text_config(checkpoint.config()), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ValueError(f"--tokens must be at most the model's context of {longest}, got {length}; lower it")
+
+
+def row_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """Return the mean loss of the next token over rows.
+
+    Args:
+        model: of transformers.
+        rows: tokens, int64 [num_rows, length], on any device.
+
+    Returns:
+        The scalar loss, with its graph where gradients are on.
+    """
+    rows = rows.to(next(model.parameters()).device)
+    loss: Tensor = model(input_ids=rows, labels=rows).loss
+    return loss
+
+
+def _texts(paths: Sequence[Path]) -> Iterator[str]:
+    for path in paths:
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.is_file():
+                    try:
+                        yield file.read_text(encoding="utf-8")
+                    except UnicodeDecodeError:
+                        # Images and the like beside the text.
+                        continue
+        elif path.is_file():
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise ValueError(f"{path} must be UTF-8 text, got other bytes; convert it") from None
+        else:
+            raise ValueError(f"{path} must be a file or a folder of text, got nothing there; check the path")
+
+
+def _bytes(text: str) -> list[int]:
+    return list(text.encode("utf-8"))
+
+
+def _text_config(config: Any) -> Any:
+    """Return the part of a configuration that is the language model's."""
+    return config.get_text_config()

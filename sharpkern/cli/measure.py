@@ -1,0 +1,79 @@
+"""``sharpkern measure``: λ_c of the checkpoints of a language model on a text."""
+
+import zlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sharpkern._journal import Journal
+from sharpkern.cli.checkpoint import checkpoints
+from sharpkern.cli.corpus import check_context, encoder, rows_of, spread
+from sharpkern.cli.lm import Dtype, Kind, device_of, maker
+from sharpkern.cli.refusals import refusals
+from sharpkern.cli.revisions import measure_all, show, write
+
+HELP = (
+    "Measure the critical sharpness of a language model's checkpoints on a text, along the update that batches of the "
+    "text give. Writes measure.csv and measure.png. Stopped and called again, it goes on where it was."
+)
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Folder of a model saved by transformers, or its name on the hub.")],
+    text: Annotated[list[Path], typer.Option(help="File or folder of UTF-8 text; may be repeated.")],
+    revisions: Annotated[
+        str, typer.Option(help="Revisions in the order of training, commas between; of a folder: folders in it.")
+    ] = "",
+    direction: Annotated[Kind, typer.Option(help="Optimizer whose update to measure along.")] = Kind.ADAMW,
+    batches: Annotated[int, typer.Option(min=1, help="Batches that the update is made of.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 512,
+    as_bytes: Annotated[bool, typer.Option("--bytes", help="The model's tokens are bytes; no tokenizer.")] = False,
+    beta2: Annotated[float, typer.Option(min=0, max=0.999999, help="Decay of AdamW's second moment.")] = 0.95,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 0.1,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they were saved.")] = Dtype.AUTO,
+    device: Annotated[str | None, typer.Option(help="Where to measure; the GPU if there is one.")] = None,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the files.")] = Path(),
+) -> None:
+    """Measure, write and tell.
+
+    Args:
+        model: the model.
+        text: what its loss is of.
+        revisions: which checkpoints.
+        direction: kind of update.
+        batches: how many.
+        batch_size: rows in one.
+        tokens: in a row.
+        as_bytes: whether tokens are bytes.
+        beta2: of AdamW.
+        weight_decay: of AdamW.
+        dtype: of the weights.
+        device: where.
+        output: folder that is written to; made if it is not there.
+    """
+    with refusals():
+        place = device_of(device)
+        found = checkpoints(model, [name.strip() for name in revisions.split(",") if name.strip()])
+        check_context(found[0], tokens)
+        num_rows = batches * batch_size
+        rows = rows_of(text, encoder(found[0], as_bytes), tokens, at_least=num_rows, option="--text")
+        rows = rows[spread(len(rows), num_rows)]
+        settings = {
+            "model": model,
+            "rows": zlib.crc32(rows.numpy().tobytes()),
+            "direction": direction.value,
+            "batches": batches,
+            "batch_size": batch_size,
+            "tokens": tokens,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "dtype": dtype.value,
+        }
+        journal = Journal(output / "measure.jsonl", settings)
+    make_direction = maker(direction, beta2, weight_decay)
+    measured = measure_all(found, rows.split(batch_size), make_direction, journal, device=place, dtype=dtype.value)
+    write(measured, output, "measure")
+    show(measured)
+    typer.echo(f"Wrote {output / 'measure.csv'} and {output / 'measure.png'}.")

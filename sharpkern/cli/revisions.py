@@ -1,0 +1,138 @@
+"""λ_c of checkpoints, one of them in memory at a time, and what is written of them."""
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sharpkern._journal import Journal, Row
+from sharpkern._progress import progress_bar
+from sharpkern.cli.checkpoint import Checkpoint
+from sharpkern.cli.corpus import row_loss
+from sharpkern.critical import critical_sharpness
+from sharpkern.measurement import Measurement
+from sharpkern.mixture import MakeDirection
+from sharpkern.monitor import Record
+from sharpkern.plot import plot_history
+
+
+def measure_all(
+    found: Sequence[Checkpoint],
+    data: Sequence[Tensor],
+    make_direction: MakeDirection,
+    journal: Journal,
+    *,
+    device: torch.device,
+    dtype: str,
+) -> list[tuple[str, Measurement]]:
+    """Measure checkpoint after checkpoint; those that the journal holds are not measured again.
+
+    Each search starts from the last one's result.
+
+    Args:
+        found: the checkpoints, in the order of training.
+        data: batches of token rows, the same for all.
+        make_direction: makes Δθ of a model and the losses of the batches.
+        journal: takes the results as they come.
+        device: where to measure.
+        dtype: of the weights, or "auto".
+
+    Returns:
+        Label and measurement of each checkpoint: of the mean loss of all batches.
+    """
+    done = {row["revision"] for row in journal.rows}
+    left = [checkpoint for checkpoint in found if checkpoint.label not in done]
+    with progress_bar(len(found), done=len(found) - len(left)) as advance:
+        for checkpoint in left:
+            model = checkpoint.load(device, dtype)
+            m = _measure(model, data, make_direction, _last_found(journal.rows))
+            # Before the next one is loaded.
+            del model
+            journal.add({"revision": checkpoint.label, "measurement": asdict(m)})
+            advance(f"{checkpoint.label}: λ_c {m.sharpness:.4g} ({m.status})")
+    by_label = {row["revision"]: _measurement(row["measurement"]) for row in journal.rows}
+    return [(checkpoint.label, by_label[checkpoint.label]) for checkpoint in found]
+
+
+def steps_of(labels: Sequence[str]) -> list[int] | None:
+    """Read the training step out of every revision's name.
+
+    Args:
+        labels: such as "stage1-step10000-tokens42B" or "checkpoint-500".
+
+    Returns:
+        The steps, or None where some name holds none or they do not grow.
+    """
+    found = [re.search(r"(?:step|checkpoint)[-_]?(\d+)", label) for label in labels]
+    steps = [int(match[1]) for match in found if match is not None]
+    grows = all(a < b for a, b in pairwise(steps))
+    return steps if len(steps) == len(labels) and grows else None
+
+
+def write(measured: Sequence[tuple[str, Measurement]], folder: Path, name: str) -> None:
+    """Write a table and a picture.
+
+    Args:
+        measured: label and measurement of each checkpoint.
+        folder: that is written to.
+        name: of both files, without their endings.
+    """
+    labels = [label for label, _ in measured]
+    steps = steps_of(labels)
+    places = steps if steps is not None else range(len(labels))
+    records = [Record(step, None, m) for step, (_, m) in zip(places, measured, strict=True)]
+    columns = ("loss", "lambda_c", "critical_lr", "status", "error", "forwards", "engine", "retained", "seconds")
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["revision", "step", *columns])
+        for label, record in zip(labels, records, strict=True):
+            row = record.row()
+            writer.writerow([label, record.step if steps is not None else "", *(row[column] for column in columns)])
+    plot_history(records, folder / f"{name}.png", xlabel="step" if steps is not None else "revision, in order")
+
+
+def show(measured: Sequence[tuple[str, Measurement]]) -> None:
+    """Print a table.
+
+    Args:
+        measured: label and measurement of each checkpoint.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("revision", "loss", "λ_c", "η_c", "± (relative)", "status", "retained"):
+        table.add_column(column, justify="left" if column in ("revision", "status") else "right")
+    for label, m in measured:
+        numbers = (f"{value:.4g}" for value in (m.base_loss, m.sharpness, m.critical_lr))
+        table.add_row(label, *numbers, f"{m.error:.2g}", m.status, f"{m.retained:.2f}")
+    Console(highlight=False).print(table)
+
+
+def _measure(
+    model: nn.Module, data: Sequence[Tensor], make_direction: MakeDirection, initial_lr: float | None
+) -> Measurement:
+    """Measure λ_c of the mean loss of all batches along the update that is made of them."""
+    losses = [partial(row_loss, model, rows) for rows in data]
+    direction = make_direction(model, losses)
+    return critical_sharpness(
+        model, lambda: torch.stack([loss() for loss in losses]).mean(), direction, initial_lr=initial_lr
+    )
+
+
+def _last_found(rows: Sequence[Row]) -> float | None:
+    return next(
+        (row["measurement"]["critical_lr"] for row in reversed(rows) if row["measurement"]["status"] == "converged"),
+        None,
+    )
+
+
+def _measurement(entry: Row) -> Measurement:
+    probes = tuple((eta, loss) for eta, loss in entry["probes"])
+    return Measurement(**{**entry, "bracket": tuple(entry["bracket"]), "probes": probes})
