@@ -1,44 +1,75 @@
-"""Exact Hessian-vector products: one loss evaluation, its gradient with a graph, one more backward per vector."""
+"""Exact Hessian-vector products: one loss evaluation, its gradient with a graph, one more backward per vector.
 
+Autograd does not say where the graph of a gradient has holes: what a fused kernel or ``@once_differentiable`` computes
+out of its sight counts as constant in the second derivative. Two checks find them:
+
+- every gradient is linear in what is fed into the backward pass, its seed 1, so that ∂g/∂seed must be g;
+- a Hessian is symmetric.
+
+Neither finds an operator that keeps its own derivative, made without a graph, and multiplies by it: only losses do.
+"""
+
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from sharpkern.engines.closure import default_reduce
+from sharpkern.reference import inner_product
+from sharpkern.sums import total
+
+_HIDDEN = (
+    "an operator of the model computes its gradient out of autograd's sight: run without fused kernels, or use "
+    "critical_sharpness, which needs forward passes only"
+)
 
 
 class GradientGraph:
     """The gradient of a loss at θ, kept differentiable, so that H·v costs one backward pass through it.
 
-    The closure is called once: every product sees the same batch and the same dropout masks.
+    The closure is called once: every product sees the same batch and the same dropout masks. Where the model is a
+    `DistributedDataParallel`, gradient and products are means over its ranks, which all have to ask for the same
+    products; its reducer takes no part.
 
     Args:
+        model: The model that the closure calls.
         loss_fn: The closure; returns the scalar loss with its graph.
         parameters: The parameters θ, each with ``requires_grad``.
 
     Attributes:
         gradient: ∂L/∂θ, one tensor per parameter, zeros where the loss does not depend on it.
+        length: its norm.
+        rounding: relative error that the products' arithmetic shows, no less than that of the parameters' dtype.
 
     Memory: the activations of a forward and a backward pass, held as long as the object lives.
     """
 
     gradient: tuple[Tensor, ...]
 
-    def __init__(self, loss_fn: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         self._parameters = tuple(parameters)
+        self._reduce = default_reduce(model)
         # The fused attention kernels have no second derivative; plain matrix products do.
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _no_reducers(model):
             loss = loss_fn()
         _check_loss(loss)
+        self._seed = torch.ones_like(loss, requires_grad=True)
         with _named_errors():
-            self.gradient = torch.autograd.grad(
+            self._local = torch.autograd.grad(
                 loss,
                 self._parameters,
+                grad_outputs=self._seed,
                 create_graph=True,
                 allow_unused=True,
                 materialize_grads=True,
             )
+        self.gradient = self._mean([gradient.detach() for gradient in self._local])
+        self.length = math.sqrt(total(inner_product(g, g) for g in self.gradient))
+        self.rounding = max(torch.finfo(parameter.dtype).eps for parameter in self._parameters)
 
     def product(self, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return H·v.
@@ -48,27 +79,69 @@ class GradientGraph:
 
         Returns:
             One tensor per parameter, of its shape, dtype and device.
+
+        Raises:
+            RuntimeError: If the loss cannot be differentiated twice.
         """
-        curved = [(g, v.to(g)) for g, v in zip(self.gradient, vectors, strict=True) if g.requires_grad]
-        if not curved:
-            return tuple(torch.zeros_like(parameter) for parameter in self._parameters)
-        outputs, weights = zip(*curved, strict=True)
-        with _named_errors():
-            return torch.autograd.grad(
-                outputs,
-                self._parameters,
-                grad_outputs=weights,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
+        inputs = (*self._parameters, self._seed)
+        curved = [(g, v.to(g)) for g, v in zip(self._local, vectors, strict=True) if g.requires_grad]
+        if curved:
+            outputs, weights = zip(*curved, strict=True)
+            with _named_errors():
+                shares = torch.autograd.grad(
+                    outputs,
+                    inputs,
+                    grad_outputs=weights,
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+        else:
+            # Other ranks wait for this one's share, even where it is nothing.
+            shares = tuple(torch.zeros_like(tensor) for tensor in inputs)
+        *products, seen = self._mean(shares)
+        self._check_linearity(vectors, float(seen))
+        return tuple(products)
+
+    def _mean(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the means over the ranks."""
+        return tuple(tensors) if self._reduce is None else tuple(map(self._reduce, tensors))
+
+    def _check_linearity(self, vectors: Sequence[Tensor], seen: float) -> None:
+        """Refuse a gradient whose share along v does not follow its seed: ``seen`` is vᵀ∂g/∂seed."""
+        pairs = [(g, v.detach()) for g, v in zip(self.gradient, vectors, strict=True)]
+        there = total(inner_product(g, v) for g, v in pairs)
+        norms = total(inner_product(v, v) for _, v in pairs)
+        # What it is along a random vector of this length.
+        typical = self.length * math.sqrt(norms / sum(v.numel() for _, v in pairs))
+        scale = max(abs(there), typical)
+        if scale and math.isfinite(seen):
+            self.rounding = max(self.rounding, abs(seen - there) / scale)
+        if abs(seen - there) > 0.1 * scale:
+            raise RuntimeError(
+                f"gradients must be differentiable, got vᵀg = {there:.3g} of which autograd sees {seen:.3g}; {_HIDDEN}"
             )
+
+
+@contextmanager
+def _no_reducers(model: nn.Module) -> Iterator[None]:
+    """Keep data-parallel wrappers from preparing for a backward pass that torch.autograd.grad never makes."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+                # Either flag hangs a node behind the output that starts a reduction.
+                for flag in ("find_unused_parameters", "static_graph"):
+                    stack.callback(setattr, module, flag, getattr(module, flag))
+                    setattr(module, flag, False)
+        yield
 
 
 def check_symmetry(forth: float, back: float, scale: float) -> None:
     """Refuse a Hessian that is not symmetric by more than low precision explains.
 
-    An operator whose backward autograd does not see (a fused kernel, ``@once_differentiable``) counts as constant in
-    the second derivative. Nothing raises; the rows of the parameters below it are simply missing.
+    An operator that hides from autograd how its gradient depends on some of its inputs, nothing raises: rows or columns
+    of the Hessian are simply missing.
 
     Args:
         forth: uᵀHv.
@@ -80,9 +153,7 @@ def check_symmetry(forth: float, back: float, scale: float) -> None:
     """
     if abs(forth - back) > 0.1 * scale:
         raise RuntimeError(
-            f"Hessian-vector products must be symmetric, got uᵀHv = {forth:.3g} and vᵀHu = {back:.3g}; "
-            "an operator of the model computes its gradient out of autograd's sight: run without fused kernels, "
-            "or use critical_sharpness, which needs forward passes only"
+            f"Hessian-vector products must be symmetric, got uᵀHv = {forth:.3g} and vᵀHu = {back:.3g}; {_HIDDEN}"
         )
 
 
@@ -95,7 +166,8 @@ def _check_loss(loss: object) -> None:
     if not loss.requires_grad:
         raise ValueError(
             "loss_fn must return a loss with its graph, got one without; "
-            "remove detach(), item() and no_grad() from it, and make sure the parameters require gradients"
+            "remove detach(), item(), no_grad() and inference_mode() from and around it, and make sure that the "
+            "parameters require gradients"
         )
 
 

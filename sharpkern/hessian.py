@@ -96,7 +96,7 @@ def hessian_sharpness(
     parameters = tuple(scales)
     start = _start(parameters, v0)
     with preserved(model, parameters, grad=True):
-        graph = GradientGraph(loss_fn, parameters)
+        graph = GradientGraph(model, loss_fn, parameters)
 
         def product(vector: Tensor) -> Tensor:
             pieces = torch.split(vector, [parameter.numel() for parameter in parameters])

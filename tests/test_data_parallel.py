@@ -1,0 +1,178 @@
+"""Two processes under DistributedDataParallel: both give the whole batch's answer, and the run is not touched."""
+
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import sharpkern
+
+NUM_RANKS = 2
+SECONDS = 180
+# DistributedDataParallel's own ways of going about a backward pass.
+KINDS = {
+    "plain": {},
+    "unused parameters": {"find_unused_parameters": True},
+    "static graph": {"static_graph": True},
+    "gradients in buckets": {"gradient_as_bucket_view": True},
+}
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels of all ranks; each rank has its own half."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(32, 6, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, 3, (32,), generator=generator)
+
+
+def shard(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, labels = batch()
+    return inputs[rank::NUM_RANKS], labels[rank::NUM_RANKS]
+
+
+def values(rank: int) -> dict[str, tuple[float, float]]:
+    """Every measurement on the rank's shard, and the same on the whole batch without data parallelism."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double())
+    (inputs, labels), (all_inputs, all_labels) = shard(rank), batch()
+    loss_fn = lambda: F.cross_entropy(model(inputs), labels)
+    whole = lambda: F.cross_entropy(model.module(all_inputs), all_labels)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss_fn().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    loss_fn().backward()
+    update = sharpkern.Direction.from_optimizer(optimizer)
+    gradient = sharpkern.Direction.from_gradients(model)
+    preconditioned = sharpkern.Direction.from_gradients(model, optimizer)
+
+    def each(m, f):
+        return {
+            "λ_max": sharpkern.hessian_sharpness(m, f, tol=1e-4).value,
+            "λ_max of P^-1/2 H P^-1/2": sharpkern.hessian_sharpness(m, f, preconditioner=optimizer, tol=1e-4).value,
+            "λ_dir of the gradient, hvp": sharpkern.directional_sharpness(m, f, gradient, method="hvp"),
+            "λ_dir of the update, hvp": sharpkern.directional_sharpness(m, f, update, method="hvp"),
+            "λ_dir of P⁻¹g, hvp": sharpkern.directional_sharpness(m, f, preconditioned, method="hvp"),
+            "λ_dir of the update, forward": sharpkern.directional_sharpness(m, f, update),
+            "λ_dir of the update, forward, chosen h": sharpkern.directional_sharpness(m, f, update, step_size=1e-3),
+            "λ_c": sharpkern.critical_sharpness(m, f, update).sharpness,
+        }
+
+    here, there = each(model, loss_fn), each(model.module, whole)
+    return {name: (float(here[name]), float(there[name])) for name in here}
+
+
+def run(rank: int, kind: str, measured: bool, set_to_none: bool) -> list[torch.Tensor]:
+    """Parameters, gradients and buffers after each step of a training loop."""
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"first": nn.Linear(6, 12), "norm": nn.BatchNorm1d(12), "last": nn.Linear(12, 3)})
+    if kind in {"unused parameters", "static graph"}:
+        layers["unused"] = nn.Linear(6, 6)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers.double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers["last"](torch.tanh(self.layers["norm"](self.layers["first"](x))))
+
+    # A bucket for each parameter.
+    model = DistributedDataParallel(Model(), bucket_cap_mb=1e-4, **KINDS[kind])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    inputs, labels = shard(rank)
+    loss_fn = lambda: F.cross_entropy(model(inputs), labels)
+    trace = []
+    for _ in range(4):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        if measured:
+            sharpkern.hessian_sharpness(model, loss_fn, max_iter=3)
+        loss = loss_fn()
+        if measured:
+            sharpkern.hessian_sharpness(model, loss_fn, max_iter=3)
+        loss.backward()
+        if measured:
+            direction = sharpkern.Direction.from_optimizer(optimizer)
+            sharpkern.hessian_sharpness(model, loss_fn, max_iter=3)
+            sharpkern.directional_sharpness(model, loss_fn, direction, method="hvp")
+            sharpkern.directional_sharpness(model, loss_fn, direction)
+        trace += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+        trace += [tensor.clone() for tensor in model.state_dict().values()]
+    return trace
+
+
+def untouched(rank: int, kind: str, set_to_none: bool) -> bool:
+    with_it, without = (run(rank, kind, measured, set_to_none) for measured in (True, False))
+    return len(with_it) == len(without) and all(map(torch.equal, with_it, without))
+
+
+JOBS = {
+    "values": values,
+    **{
+        f"{kind}, {'fresh' if none else 'zeroed'} gradients": lambda rank, kind=kind, none=none: untouched(
+            rank, kind, none
+        )
+        for kind in KINDS
+        for none in (True, False)
+    },
+}
+
+
+def worker(rank: int, folder: Path) -> None:
+    """Run every job in a process of its own; what a job raises is its result."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=NUM_RANKS,
+        timeout=timedelta(seconds=30),
+    )
+    results = {}
+    for name, job in JOBS.items():
+        try:
+            results[name] = job(rank)
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """What each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = multiprocessing.start_processes(worker, (folder,), nprocs=NUM_RANKS, join=False, start_method="spawn")
+    deadline = time.monotonic() + SECONDS
+    try:
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, f"the ranks have not come to an end in {SECONDS} s"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_RANKS)]
+
+
+def test_all_ranks_agree_with_the_whole_batch(ranks) -> None:
+    here, other = (rank["values"] for rank in ranks)
+    assert isinstance(here, dict), here
+    assert len(here) == 8
+    for name, (value, whole) in here.items():
+        assert value == other[name][0], name
+        assert value == pytest.approx(whole, rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name.endswith("gradients")])
+def test_the_run_is_bit_for_bit_what_it_would_have_been(ranks, name) -> None:
+    assert [rank[name] for rank in ranks] == [True] * NUM_RANKS, ranks[0][name]
