@@ -208,6 +208,17 @@ class Point:
         """Return L(θ − ηΔθ) in fp32, as a measurement sees it."""
         return self._evaluate(self._model, self._batch, self._weights, self._direction, eta)
 
+    def measured(self, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor], dict[str, Tensor]]:
+        """Return what a measurement is given, in a dtype: the model at θ, its loss, and Δθ by name."""
+        model = copy.deepcopy(self._model).to(dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self._weights[name])
+        inputs, targets = self._batch
+        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        direction = {name: d.to(dtype) for name, d in self._direction.items()}
+        return model, lambda: self._loss_of(model(inputs), targets), direction
+
     def first_crossing(self) -> float | None:
         """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none.
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sharpkern.accumulate import gradient_direction as gradient_direction
     from sharpkern.critical import critical_sharpness as critical_sharpness
     from sharpkern.direction import Direction as Direction
+    from sharpkern.directional import DirectionalSharpness as DirectionalSharpness
     from sharpkern.directional import directional_sharpness as directional_sharpness
     from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
     from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
@@ -43,6 +44,7 @@ _HOME = {
     "gradient_direction": "accumulate",
     "critical_sharpness": "critical",
     "Direction": "direction",
+    "DirectionalSharpness": "directional",
     "directional_sharpness": "directional",
     "EngineFallbackWarning": "errors",
     "EngineUnsupportedError": "errors",

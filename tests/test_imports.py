@@ -17,7 +17,17 @@ PACKAGE = ROOT / "sharpkern"
 ROOMS = {
     "command line": ["cli"],
     "loop": ["monitor", "mixture", "sweep", "plot"],
-    "quantities": ["critical", "accumulate", "_run", "relative", "directional", "hessian", "thresholds", "_hvp"],
+    "quantities": [
+        "critical",
+        "accumulate",
+        "_run",
+        "relative",
+        "directional",
+        "_differences",
+        "hessian",
+        "thresholds",
+        "_hvp",
+    ],
     "results": ["measurement"],
     "parts": ["search", "_acceptance", "_curve", "_strategies", "direction", "updates", "engines"],
     "ground": [
