@@ -183,7 +183,9 @@ def test_figure3_tells_what_the_paper_found_where_it_is_so():
 
 
 def test_figure3_tells_the_opposite_when_the_numbers_are_the_opposite():
-    rows = adamw_rows([100.0] * 4 + [1500.0] * 4, [1500.0] * 6, [900.0] * 3, lambda_max=9e5, plain=1e6, absence=90.0)
+    rows = adamw_rows(
+        [100.0] * 4 + [1500.0] * 4, [1500.0] * 6, [900.0] * 3, lambda_max=9e5, plain=1e6, absence=float("inf")
+    )
     rows[0] |= {"lambda_max": 1e6, "absence": 3.0, "heldout_status": "ascent", "heldout_lambda_c": float("inf")}
     said = script("figure3").findings(rows)
     assert "λ_c rises from 100 to 1.5e+03 in the warm-up" in said
@@ -191,7 +193,8 @@ def test_figure3_tells_the_opposite_when_the_numbers_are_the_opposite():
     assert "λ_dir of P⁻¹g exceeds λ_max by more than the solver's 1 % at 16 of 17 points" in said
     assert "In 1 of 1 runs λ_c rises in the warm-up, where the paper has it fall." in said
     assert "In 1 of 1 runs λ_c falls in the decay, where the paper has it rise." in said
-    assert "above its own threshold at 17 of 17 points" in said
+    assert "above its own threshold at 17 of 17 points, 8 of them in the warm-up" in said
+    assert "At 16 of the 17 the batch holds a byte that no batch held before, which is so at 0 of the other 0" in said
     assert "Of 18 measurements of λ_c some did not converge: 1 ascent." in said
 
 

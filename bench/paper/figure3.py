@@ -7,6 +7,7 @@ the update that AdamW makes, and of P⁻¹g, the update without momentum, which 
 another batch's loss along AdamW's update.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,6 @@ QUICK = {"num_steps": 24, "warmup": 6, "decay": 6, "batch_size": 2}
 CONTEXT = 64
 # Odd, so that a swing with a period of two steps is seen on both sides.
 EVERY = 11
-# A byte that no batch has held for so many steps is a rare one: at β₂ = 0.95 a seventh of its √v is left.
-RARE = 75
 
 
 def train(schedule: Run) -> list[Row]:
@@ -65,6 +64,7 @@ def train(schedule: Run) -> list[Row]:
                 "phase": _phase(schedule, step),
                 **row,
                 "two_over_lr": 2 / row["lr"],
+                # For how many steps the rarest byte of this batch had not been seen; inf if it is new.
                 "absence": step - float(last_seen[held].min()),
             })  # fmt: skip
         last_seen[held] = step
@@ -196,18 +196,19 @@ def _warmup_against_paper(runs: list[list[Row]]) -> str:
 
 
 def _preconditioned(rows: list[Row]) -> str:
-    """Say where the preconditioned λ_max exceeds its threshold, and whether rare bytes are the reason."""
+    """Say where the preconditioned λ_max exceeds its threshold, and how often a byte that is new is the reason."""
     over = [row for row in rows if row["lambda_max"] > row["threshold"]]
     rest = [row for row in rows if row["lambda_max"] <= row["threshold"]]
     usual = median(ratios(rest, "lambda_max", "threshold"))
     text = f"The preconditioned λ_max is above its own threshold at {len(over)} of {len(rows)} points"
     if not over:
         return f"{text}; its median is {usual:.2f} of it."
-    rare_over, rare_rest = (sum(row["absence"] >= RARE for row in some) for some in (over, rest))
+    early = sum(row["phase"] == "warm-up" for row in over)
+    new_over, new_rest = (sum(math.isinf(row["absence"]) for row in some) for some in (over, rest))
     return (
-        f"{text}, and has a median of {usual:.2f} of it at the others. At {rare_over} of the {len(over)} the batch "
-        f"holds a byte that no batch had held for {RARE} steps or more, which is so at {rare_rest} of the other "
-        f"{len(rest)}: P is that of the step before, and has next to nothing for the embedding of such a byte."
+        f"{text}, {early} of them in the warm-up, and has a median of {usual:.2f} of it at the others. At {new_over} "
+        f"of the {len(over)} the batch holds a byte that no batch held before, which is so at {new_rest} of the other "
+        f"{len(rest)}: P is that of the step before, and for the embedding of a new byte it is no more than ε."
     )
 
 
