@@ -84,7 +84,8 @@ class Mix:
                     f"a ratio of {len(names)} sources must hold the share of each, got the number {ratio}; pass "
                     f"{{{', '.join(f'{name!r}: …' for name in names)}}}"
                 )
-            values = [ratio, 1 - ratio]
+            # Not 0.19999999999999996.
+            values = [ratio, round(1 - ratio, 12)]
         else:
             raise TypeError(f"a ratio must be a number in [0, 1] or the shares of all sources, got {ratio!r}")
         return self._checked(ratio, [float(value) for value in values])

@@ -1,0 +1,199 @@
+"""Figure 4 of the paper, small: critical sharpness of a language model's checkpoints, over both stages of training.
+
+    python bench/paper/figure4.py [--quick] [--output FOLDER]
+
+A small Olmo 2 is pre-trained on English and mid-trained on English and code; its revisions are saved as they go and
+measured afterwards by ``sharpkern measure``, which knows nothing of the run. With the network and a GPU the same
+command takes the paper's own model:
+
+    sharpkern measure --model allenai/OLMo-2-1124-7B --revisions R1,R2,… --text FILE --direction adamw --batches 8
+"""
+
+import contextlib
+import csv
+import io
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from corpora import english
+from facts import median
+from olmo import Stages, train
+from scaffold import Figure, Order, Piece, Row, main
+
+from sharpkern.cli import app
+from sharpkern.plot import _BLUE, _ORANGE, _draw_measurements, _legend, _plain
+
+FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
+QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)
+_DIRECTIONS = ("adamw", "sgd")
+
+
+def pieces(order: Order) -> Mapping[str, Piece]:
+    """Return the pieces of work: training, and measuring the revisions along each direction."""
+    stages = QUICK if order.quick else FULL
+    batches = 2 if order.quick else 8
+    revisions = order.work / "revisions"
+    measuring = {f"measuring, {name}": partial(_measure, name, batches, revisions, order.work) for name in _DIRECTIONS}
+    return {"training": partial(_trained, stages, revisions), **measuring}
+
+
+def _trained(stages: Stages, folder: Path) -> list[Row]:
+    return [{"direction": "in training", **row} for row in train(stages, folder)]
+
+
+def _measure(direction: str, batches: int, revisions: Path, work: Path) -> list[Row]:
+    """Run the command on all revisions and read what it wrote."""
+    text = work / "english.txt"
+    text.write_text(english(), encoding="utf-8")
+    names = sorted((path.name for path in revisions.iterdir()), key=lambda name: int(name.split("step")[1]))
+    folder = work / direction
+    arguments = {
+        "--model": revisions,
+        "--revisions": ",".join(names),
+        "--text": text,
+        "--direction": direction,
+        "--batches": batches,
+        "--batch-size": 16,
+        "--tokens": 64,
+        "--output": folder,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        app(["measure", *(str(word) for pair in arguments.items() for word in pair)], standalone_mode=False)
+    with (folder / "measure.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    numbers = ("loss", "lambda_c", "critical_lr", "error")
+    return [
+        {
+            "direction": direction,
+            "revision": row["revision"],
+            "step": int(row["step"]),
+            "status": row["status"],
+            "forwards": int(row["forwards"]),
+            **{name: float(row[name]) for name in numbers},
+        }
+        for row in rows
+    ]
+
+
+def of_direction(rows: list[Row], direction: str) -> list[Row]:
+    """Return the rows of one direction, each with the learning rate and λ_c of the run at its revision.
+
+    Args:
+        rows: of the figure.
+        direction: "adamw" or "sgd".
+    """
+    run = {row["revision"]: row for row in rows if row["direction"] == "in training"}
+    return [{**run[row["revision"]], **row} for row in rows if row["direction"] == direction]
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw λ_c of the revisions along both directions, and the loss."""
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(10, 5), dpi=120, layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
+    for column, (direction, title) in enumerate(zip(_DIRECTIONS, ("AdamW's update", "the gradient"), strict=True)):
+        found = of_direction(rows, direction)
+        upper, lower = grid[:, column]
+        steps = [row["step"] for row in found]
+        _draw_measurements(upper, _records(found), _measured, r"checkpoints, $\lambda_c$", _BLUE)
+        if direction == "adamw":
+            _draw_measurements(upper, _records(found), _seen, r"in training, $\lambda_c$ of the batch", _ORANGE)
+            thresholds = [2 / row["lr"] for row in found]
+            upper.plot(steps, thresholds, "k--", linewidth=1.2, label=r"$2/\eta$ of the run", zorder=1)
+        lower.plot(steps, [row["loss"] for row in found], color="#555555", linewidth=1.2)
+        upper.set_yscale("log")
+        upper.set_title(f"along {title}", fontsize="medium")
+        lower.set_xlabel("step")
+        border = next(row["step"] for row in found if row["revision"].startswith("stage2"))
+        for axes in (upper, lower):
+            axes.axvspan(border, steps[-1], color="#eeeeee", zorder=0, label="mid-training")
+            _plain(axes)
+        _legend(upper)
+    grid[0][0].set_ylabel("sharpness (1/learning rate)")
+    grid[1][0].set_ylabel("loss on English")
+    figure.savefig(path)
+
+
+def _records(found: list[Row]) -> Any:
+    """Return rows in the form that plots of training runs take."""
+    return [SimpleNamespace(step=row["step"], row=row) for row in found]
+
+
+def _measured(record: Any) -> Any:
+    return SimpleNamespace(sharpness=record.row["lambda_c"], status=record.row["status"])
+
+
+def _seen(record: Any) -> Any:
+    return SimpleNamespace(sharpness=record.row["in_training"], status=record.row["in_training_status"])
+
+
+def findings(rows: list[Row]) -> str:
+    """Say what the rows show."""
+    adamw, sgd = (of_direction(rows, direction) for direction in _DIRECTIONS)
+    paper = (
+        "**The paper** measures the checkpoints of OLMo-2 7B with forward passes alone and finds progressive "
+        "sharpening at that scale, in pre-training and in mid-training."
+    )
+    below = sum(row["lambda_c"] < 2 / row["lr"] for row in adamw)
+    run = (
+        f"**This run.** {len(adamw)} revisions of a small Olmo 2, of which one is the initialization. "
+        f"Along AdamW's update λ_c {_courses(adamw)}; it is below the run's own 2/η at {below} of them. Along the "
+        f"gradient it {_courses(sgd)}."
+    )
+    return "\n\n".join([paper, run, _same(adamw), _difference(adamw)])
+
+
+def _courses(found: list[Row]) -> str:
+    """Say how λ_c changed over each stage, the initialization left out."""
+    first = [row for row in found if row["revision"].startswith("stage1")][1:]
+    second = [row for row in found if row["revision"].startswith("stage2")]
+    return f"{_course(first)} in pre-training, and {_course(second)} in mid-training"
+
+
+def _course(found: list[Row]) -> str:
+    before, after = found[0]["lambda_c"], found[-1]["lambda_c"]
+    word = "rises" if after > 1.1 * before else "falls" if after < 0.9 * before else "stays about the same,"
+    return f"{word} from {before:.3g} to {after:.3g}"
+
+
+def _same(adamw: list[Row]) -> str:
+    """Compare the update that batches give with the optimizer's own."""
+    ratios = [
+        row["lambda_c"] / row["in_training"]
+        for row in adamw[1:]
+        if math.isfinite(row["lambda_c"]) and math.isfinite(row["in_training"])
+    ]
+    near = sum(1 / 1.5 <= ratio <= 1.5 for ratio in ratios)
+    return (
+        "The command sees weights only, and accumulates AdamW's moments over batches while they stand still. Its λ_c "
+        f"is {median(ratios):.2f} times what a Monitor in the run saw at the same step along the optimizer's own "
+        f"update, of the loss of one training batch (median; {min(ratios):.2f} to {max(ratios):.2f}, within a factor "
+        f"of 1.5 at {near} of {len(ratios)})."
+    )
+
+
+def _difference(adamw: list[Row]) -> str:
+    """Say whether the revisions sharpen as in the paper."""
+    first = [row["lambda_c"] for row in adamw if row["revision"].startswith("stage1")][1:]
+    second = [row["lambda_c"] for row in adamw if row["revision"].startswith("stage2")]
+    stages = {"pre-training": first, "mid-training": second}
+    seen = [name for name, values in stages.items() if values[-1] > 1.1 * values[0]]
+    text = f"progressive sharpening is seen in {' and in '.join(seen)}" if seen else "no progressive sharpening is seen"
+    return (
+        f"**Where they differ.** Here {text}. The model is some 40 000 times smaller, and trained for minutes on half "
+        "a megabyte of English, at a learning rate that falls all the way."
+    )
+
+
+FIGURE = Figure("figure4", "critical sharpness of a language model's checkpoints", pieces, draw, findings)
+
+if __name__ == "__main__":
+    # The same bits on every machine of a kind, and no slower at this size.
+    torch.set_num_threads(1)
+    main(FIGURE)

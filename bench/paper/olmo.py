@@ -1,0 +1,137 @@
+"""A small Olmo 2 with a tokenizer of its own, trained in two stages as the large ones are, its revisions saved."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpora import code, english
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import sharpkern
+
+_LENGTH = 64
+_BATCH = 16
+_LR = 3e-3
+_WARMUP = 50
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How long to train, and which revisions to save.
+
+    Attributes:
+        pretraining: steps on English, the learning rate falling to a tenth by a cosine.
+        every: steps between two revisions of pre-training.
+        midtraining: steps on English and code, one half each, the learning rate falling to zero.
+        every_then: steps between two revisions of mid-training.
+    """
+
+    pretraining: int
+    every: int
+    midtraining: int
+    every_then: int
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted through both stages."""
+        if step >= self.pretraining:
+            return 0.1 * _LR * (1 - (step - self.pretraining) / self.midtraining)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / self.pretraining)
+        return _LR * min(1, (step + 1) / _WARMUP) * cosine
+
+    def revision(self, step: int) -> str | None:
+        """Return the name under which the weights before a step are saved, if they are."""
+        if step < self.pretraining:
+            return None if step % self.every else f"stage1-step{step}"
+        return None if (step - self.pretraining) % self.every_then else f"stage2-step{step}"
+
+
+def train(stages: Stages, folder: Path) -> list[dict[str, Any]]:
+    """Train, save the revisions as folders, and measure λ_c along the optimizer's own update at each of them.
+
+    Args:
+        stages: how long.
+        folder: for the revisions.
+
+    Returns:
+        One row per revision, in the order of training.
+    """
+    logging.disable_progress_bar()
+    texts = {"English": english(), "code": code()}
+    tokenizer = _tokenizer(list(texts.values()))
+    rows = {name: _rows(words, tokenizer) for name, words in texts.items()}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config(len(tokenizer)))
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW(model.parameters(), _LR, betas=(0.9, 0.95), weight_decay=0.1)
+    monitor = sharpkern.Monitor(model, optimizer, every=lambda step: stages.revision(step) is not None)
+    saved = []
+    for step in range(stages.pretraining + stages.midtraining):
+        for group in optimizer.param_groups:
+            group["lr"] = stages.lr_at(step)
+        names = ["English"] if step < stages.pretraining else ["English", "code"]
+        batch = torch.cat([_draw(rows[name], _BATCH // len(names)) for name in names])
+
+        def loss_fn(batch: Tensor = batch) -> Tensor:
+            loss: Tensor = model(input_ids=batch, labels=batch).loss
+            return loss
+
+        optimizer.zero_grad()
+        loss_fn().backward()
+        measured = monitor(loss_fn)
+        revision = stages.revision(step)
+        if revision is not None:
+            model.save_pretrained(folder / revision)
+            tokenizer.save_pretrained(folder / revision)
+            saved.append(
+                {
+                    "revision": revision,
+                    "lr": stages.lr_at(step),
+                    "in_training": measured and measured.sharpness,
+                    "in_training_status": measured and measured.status,
+                }
+            )
+        optimizer.step()
+    return saved
+
+
+def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Learn byte pairs of the texts."""
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    pairs.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=special[0])
+
+
+def _config(vocabulary: int) -> Olmo2Config:
+    return Olmo2Config(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=_LENGTH,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+
+
+def _rows(words: str, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    tokens = torch.tensor(tokenizer(words, verbose=False)["input_ids"])
+    return tokens[: len(tokens) // _LENGTH * _LENGTH].view(-1, _LENGTH)
+
+
+def _draw(rows: Tensor, num: int) -> Tensor:
+    return rows[torch.randint(len(rows), (num,))]

@@ -1,0 +1,263 @@
+"""``sharpkern measure`` on a small Olmo 2 with saved revisions of a real short training."""
+
+import csv
+import importlib
+import json
+import re
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sharpkern
+from sharpkern.cli import app, revisions
+from sharpkern.cli.corpus import read_text, row_loss, rows_of, spread
+
+ROOT = Path(__file__).parents[1]
+REVISIONS = ["stage1-step0", "stage1-step8", "stage2-step16"]
+ENGLISH = "\n".join(f"The {noun} of the {other} is {noun}." for noun in ("cat", "sun", "sea") for other in "abcdef") * 9
+
+
+@pytest.fixture(scope="session")
+def olmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Revisions of a small Olmo 2 in folders, with their tokenizer."""
+    folder = tmp_path_factory.mktemp("olmo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "bench" / "paper")
+        trainer = importlib.import_module("olmo")
+        trainer.train(trainer.Stages(pretraining=16, every=8, midtraining=8, every_then=8), folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "english.txt"
+    path.write_text(ENGLISH, encoding="utf-8")
+    return path
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, ["measure", *(str(argument) for argument in arguments)])
+
+
+def words(result) -> str:
+    """What was printed, without frames and the line breaks of the terminal's width."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", result.output)
+
+
+def arguments(model: Path, text: Path, output: Path, **changes: object) -> list[object]:
+    options = {"batches": 2, "batch-size": 3, "tokens": 32, "revisions": ",".join(REVISIONS), **changes}
+    pairs = [(f"--{name}", value) for name, value in options.items() if value is not None]
+    return ["--model", model, "--text", text, "--output", output, *(word for pair in pairs for word in pair)]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "measure.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(folder: Path) -> list[dict[str, str]]:
+    """The table without what depends on the machine's pace, and on which checkpoint was the process's first."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "forwards")} for row in table(folder)]
+
+
+@pytest.mark.parametrize("direction", ["adamw", "sgd"])
+def test_every_revision_has_the_value_that_the_library_gives(direction, olmo, text, tmp_path) -> None:
+    result = invoke(*arguments(olmo, text, tmp_path, direction=direction))
+    assert result.exit_code == 0, result.output
+    rows = table(tmp_path)
+    assert [row["revision"] for row in rows] == REVISIONS
+    assert [row["step"] for row in rows] == ["0", "8", "16"]
+    assert (tmp_path / "measure.png").stat().st_size > 1000
+    for row in rows:
+        model, data = loaded(olmo / row["revision"], text)
+        losses = [partial(row_loss, model, part) for part in data.split(3)]
+        make = sharpkern.adamw_direction if direction == "adamw" else sharpkern.gradient_direction
+        expected = sharpkern.critical_sharpness(
+            model, lambda losses=losses: torch.stack([loss() for loss in losses]).mean(), make(model, losses)
+        )
+        assert row["status"] == expected.status == "converged"
+        assert float(row["lambda_c"]) == pytest.approx(expected.sharpness, rel=0.02)
+        assert float(row["loss"]) == pytest.approx(expected.base_loss, rel=1e-5)
+        assert f"{float(row['lambda_c']):.4g}" in words(result)
+
+
+def loaded(folder: Path, text: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = rows_of([text], lambda words: tokenizer(words)["input_ids"], 32, at_least=6, option="--text")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.use_cache = False
+    return model, rows[spread(len(rows), 6)]
+
+
+def test_one_checkpoint_is_in_memory_at_a_time(olmo, text, tmp_path, monkeypatch) -> None:
+    import weakref
+
+    alive, most = weakref.WeakSet(), []
+    load = revisions.Checkpoint.load
+
+    def counted(*arguments):
+        most.append(len(alive))
+        model = load(*arguments)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(revisions.Checkpoint, "load", counted)
+    assert invoke(*arguments(olmo, text, tmp_path)).exit_code == 0
+    assert most == [0, 0, 0]
+
+
+def test_stopped_and_called_again_it_gives_the_numbers_of_one_run_through(olmo, text, tmp_path, monkeypatch) -> None:
+    through, again = tmp_path / "through", tmp_path / "again"
+    assert invoke(*arguments(olmo, text, through)).exit_code == 0
+    load, loads = revisions.Checkpoint.load, []
+
+    def stopping(checkpoint, *arguments):
+        loads.append(checkpoint.label)
+        if len(loads) == 3:
+            raise KeyboardInterrupt
+        return load(checkpoint, *arguments)
+
+    monkeypatch.setattr(revisions.Checkpoint, "load", stopping)
+    assert invoke(*arguments(olmo, text, again)).exit_code != 0
+    assert not (again / "measure.csv").exists()
+    assert invoke(*arguments(olmo, text, again)).exit_code == 0
+    assert loads == [*REVISIONS[:2], *[REVISIONS[2]] * 2]
+    assert numbers(again) == numbers(through)
+
+
+def test_revisions_may_be_added_and_other_settings_are_refused(olmo, text, tmp_path) -> None:
+    assert invoke(*arguments(olmo, text, tmp_path, revisions=REVISIONS[0])).exit_code == 0
+    before = (tmp_path / "measure.jsonl").read_bytes()
+    assert invoke(*arguments(olmo, text, tmp_path)).exit_code == 0
+    assert (tmp_path / "measure.jsonl").read_bytes().startswith(before)
+    result = invoke(*arguments(olmo, text, tmp_path, direction="sgd"))
+    assert result.exit_code == 2
+    assert "got others: direction was 'adamw', is 'sgd'; give another path" in words(result)
+
+
+def test_a_folder_is_a_checkpoint_by_itself(olmo, text, tmp_path) -> None:
+    result = invoke(*arguments(olmo / REVISIONS[1], text, tmp_path, revisions=None))
+    assert result.exit_code == 0, result.output
+    (row,) = table(tmp_path)
+    assert (row["revision"], row["step"]) == (REVISIONS[1], "8")
+
+
+def test_bytes_need_no_tokenizer(olmo, text, tmp_path) -> None:
+    model = tmp_path / "bare"
+    shutil.copytree(olmo / REVISIONS[1], model, ignore=shutil.ignore_patterns("tokenizer*"))
+    result = invoke(*arguments(model, text, tmp_path, revisions=None), "--bytes")
+    assert result.exit_code == 0, result.output
+    assert float(table(tmp_path)[0]["loss"]) > 0
+
+
+def bare(olmo: Path, folder: Path) -> Path:
+    """A checkpoint without its tokenizer."""
+    return shutil.copytree(olmo / REVISIONS[0], folder / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+
+
+def gpt2_without_vocabulary(olmo: Path, folder: Path) -> Path:
+    """A checkpoint for which transformers makes up a tokenizer without a single token."""
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "gpt2")
+    return folder / "gpt2"
+
+
+def small_vocabulary(olmo: Path, folder: Path) -> Path:
+    """A checkpoint whose model knows fewer tokens than its tokenizer gives."""
+    path = shutil.copytree(olmo / REVISIONS[0], folder / "small")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    return path
+
+
+def not_text(olmo: Path, folder: Path) -> Path:
+    path = folder / "picture.txt"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    return path
+
+
+def empty(olmo: Path, folder: Path) -> Path:
+    path = folder / "empty.txt"
+    path.write_text(" \n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"revisions": "stage1-step0,stage1-step9"}, r"revision 'stage1-step9' must be a folder with a saved model .*got "
+         "no such folder; there are: stage1-step0, stage1-step8, stage2-step16"),
+        ({"model": bare}, "must have a tokenizer, got none; save it there with tokenizer.save_pretrained, or pass --bytes"),
+        ({"model": gpt2_without_vocabulary}, "must have a tokenizer, got none; save it there"),
+        ({"model": small_vocabulary}, "vocabulary must hold every token, got 300 for 512 of its tokenizer; save the right"),
+        ({"model": lambda olmo, folder: folder}, "must be a folder with a saved model or the name of one on the hub, got"),
+        ({"tokens": 65}, "--tokens must be at most the model's context of 64, got 65; lower it"),
+        ({"batches": 4000}, r"--text must hold at least 12000 rows of 32 tokens, got \d+ tokens, which are \d+; name more"),
+        ({"text": empty}, "text must not be empty, got nothing in"),
+        ({"text": not_text}, r"picture\.txt must be UTF-8 text, got other bytes; convert it"),
+        ({"text": lambda olmo, folder: folder / "nowhere"}, "nowhere must be a file or a folder of text, got nothing there"),
+        ({"device": "cuda:7"}, "--device must be a device of this machine, got 'cuda:7'"),
+        ({"direction": "adam"}, "'adam' is not one of 'adamw', 'sgd'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_before_any_checkpoint_is_loaded(changes, message, olmo, text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(revisions.Checkpoint, "load", lambda *_: pytest.fail("loaded"))
+    given = {name: value(olmo, tmp_path) if callable(value) else value for name, value in changes.items()}
+    model, words_of = given.pop("model", olmo), given.pop("text", text)
+    if model is not olmo:
+        given["revisions"] = None
+    result = invoke(*arguments(model, words_of, tmp_path / "out", **given))
+    assert result.exit_code == 2
+    assert re.search(message, words(result)), words(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_the_hub_does_not_give_is_one_message(text, tmp_path, monkeypatch) -> None:
+    import transformers
+
+    def offline(*arguments, **options):
+        raise OSError("We couldn't connect to the hub.\nSee how to run offline.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    result = invoke(*arguments("owner/model", text, tmp_path, revisions="nope"))
+    assert result.exit_code == 2
+    assert "got 'owner/model' at revision 'nope': We couldn't connect to the hub." in words(result)
+
+
+def test_without_transformers_the_extra_is_named(olmo, text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = invoke(*arguments(olmo, text, tmp_path))
+    assert result.exit_code == 1
+    assert "pip install 'sharpkern[transformers]'" in words(result)
+
+
+@pytest.mark.parametrize(
+    ("labels", "steps"),
+    [
+        (["step0", "step1000"], [0, 1000]),
+        (["stage1-step150-tokens1B", "stage1-step600-tokens3B"], [150, 600]),
+        (["checkpoint-500", "checkpoint-1000"], [500, 1000]),
+        # The second stage begins anew.
+        (["stage1-step900", "stage2-ingredient1-step100"], None),
+        (["step100", "main"], None),
+    ],
+)
+def test_steps_are_read_out_of_names_where_they_grow(labels, steps) -> None:
+    assert revisions.steps_of(labels) == steps
+
+
+def test_folders_are_read_in_the_order_of_names_and_pictures_in_them_are_passed_over(tmp_path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "second.txt").write_text("two", encoding="utf-8")
+    (tmp_path / "a.py").write_text("one", encoding="utf-8")
+    (tmp_path / "b" / "picture.png").write_bytes(b"\x89PNG\xff")
+    assert read_text([tmp_path]) == "one\n\ntwo"
