@@ -1,7 +1,6 @@
 """``sharpkern measure`` on a small Olmo 2 with saved revisions of a real short training."""
 
 import csv
-import importlib
 import json
 import re
 import shutil
@@ -16,21 +15,13 @@ from typer.testing import CliRunner
 import sharpkern
 from sharpkern.cli import app, revisions
 from sharpkern.cli.corpus import read_text, row_loss, rows_of, spread
-
-ROOT = Path(__file__).parents[1]
-REVISIONS = ["stage1-step0", "stage1-step8", "stage2-step16"]
-ENGLISH = "\n".join(f"The {noun} of the {other} is {noun}." for noun in ("cat", "sun", "sea") for other in "abcdef") * 9
+from tests import checkpoints
+from tests.checkpoints import ENGLISH, REVISIONS
 
 
-@pytest.fixture(scope="session")
-def olmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Revisions of a small Olmo 2 in folders, with their tokenizer."""
-    folder = tmp_path_factory.mktemp("olmo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench" / "paper")
-        trainer = importlib.import_module("olmo")
-        trainer.train(trainer.Stages(pretraining=16, every=8, midtraining=8, every_then=8), folder)
-    return folder
+@pytest.fixture(scope="module")
+def olmo() -> Path:
+    return checkpoints.olmo()
 
 
 @pytest.fixture
@@ -45,8 +36,7 @@ def invoke(*arguments: object):
 
 
 def words(result) -> str:
-    """What was printed, without frames and the line breaks of the terminal's width."""
-    return re.sub(r"[\s│╭╮╰╯─]+", " ", result.output)
+    return checkpoints.words(result.output)
 
 
 def arguments(model: Path, text: Path, output: Path, **changes: object) -> list[object]:

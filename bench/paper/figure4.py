@@ -26,11 +26,12 @@ from olmo import Stages, train
 from scaffold import Figure, Order, Piece, Row, main
 
 from sharpkern.cli import app
-from sharpkern.plot import _BLUE, _ORANGE, _draw_measurements, _legend, _plain
+from sharpkern.plot import _BLUE, _ORANGE, _TASK_COLORS, _draw_measurements, _legend, _plain
 
 FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
 QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)
 _DIRECTIONS = ("adamw", "sgd")
+_GREEN = _TASK_COLORS[2]
 
 
 def pieces(order: Order) -> Mapping[str, Piece]:
@@ -103,7 +104,8 @@ def draw(rows: list[Row], path: Path) -> None:
         steps = [row["step"] for row in found]
         _draw_measurements(upper, _records(found), _measured, r"checkpoints, $\lambda_c$", _BLUE)
         if direction == "adamw":
-            _draw_measurements(upper, _records(found), _seen, r"in training, $\lambda_c$ of the batch", _ORANGE)
+            _draw_measurements(upper, _records(found), _of_batch, r"in training, $\lambda_c$ of the batch", _ORANGE)
+            _draw_measurements(upper, _records(found), _heldout, r"in training, held-out $\lambda_c$", _GREEN)
             thresholds = [2 / row["lr"] for row in found]
             upper.plot(steps, thresholds, "k--", linewidth=1.2, label=r"$2/\eta$ of the run", zorder=1)
         lower.plot(steps, [row["loss"] for row in found], color="#555555", linewidth=1.2)
@@ -129,8 +131,12 @@ def _measured(record: Any) -> Any:
     return SimpleNamespace(sharpness=record.row["lambda_c"], status=record.row["status"])
 
 
-def _seen(record: Any) -> Any:
-    return SimpleNamespace(sharpness=record.row["in_training"], status=record.row["in_training_status"])
+def _of_batch(record: Any) -> Any:
+    return SimpleNamespace(sharpness=record.row["in_training_lambda_c"], status=record.row["in_training_status"])
+
+
+def _heldout(record: Any) -> Any:
+    return SimpleNamespace(sharpness=record.row["heldout_lambda_c"], status=record.row["heldout_status"])
 
 
 def findings(rows: list[Row]) -> str:
@@ -146,45 +152,57 @@ def findings(rows: list[Row]) -> str:
         f"Along AdamW's update λ_c {_courses(adamw)}; it is below the run's own 2/η at {below} of them. Along the "
         f"gradient it {_courses(sgd)}."
     )
-    return "\n\n".join([paper, run, _same(adamw), _difference(adamw)])
+    return "\n\n".join([paper, run, _same(adamw), _difference(adamw, sgd)])
+
+
+def _stages(found: list[Row]) -> dict[str, list[float]]:
+    """Return λ_c over each stage, the initialization left out."""
+    first = [row["lambda_c"] for row in found if row["revision"].startswith("stage1")][1:]
+    return {
+        "pre-training": first,
+        "mid-training": [row["lambda_c"] for row in found if row["revision"].startswith("stage2")],
+    }
 
 
 def _courses(found: list[Row]) -> str:
-    """Say how λ_c changed over each stage, the initialization left out."""
-    first = [row for row in found if row["revision"].startswith("stage1")][1:]
-    second = [row for row in found if row["revision"].startswith("stage2")]
-    return f"{_course(first)} in pre-training, and {_course(second)} in mid-training"
+    """Say how λ_c changed over each stage."""
+    return ", and ".join(f"{_course(values)} in {stage}" for stage, values in _stages(found).items())
 
 
-def _course(found: list[Row]) -> str:
-    before, after = found[0]["lambda_c"], found[-1]["lambda_c"]
-    word = "rises" if after > 1.1 * before else "falls" if after < 0.9 * before else "stays about the same,"
+def _course(values: list[float]) -> str:
+    before, after = values[0], values[-1]
+    word = "rises" if _rises(values) else "falls" if after < before / 1.1 else "stays about the same,"
     return f"{word} from {before:.3g} to {after:.3g}"
+
+
+def _rises(values: list[float]) -> bool:
+    return values[-1] > 1.1 * values[0]
 
 
 def _same(adamw: list[Row]) -> str:
     """Compare the update that batches give with the optimizer's own."""
-    ratios = [
-        row["lambda_c"] / row["in_training"]
-        for row in adamw[1:]
-        if math.isfinite(row["lambda_c"]) and math.isfinite(row["in_training"])
-    ]
-    near = sum(1 / 1.5 <= ratio <= 1.5 for ratio in ratios)
+    own, other = (
+        [row["lambda_c"] / row[name] for row in adamw[1:] if math.isfinite(row["lambda_c"] / row[name])]
+        for name in ("in_training_lambda_c", "heldout_lambda_c")
+    )
     return (
         "The command sees weights only, and accumulates AdamW's moments over batches while they stand still. Its λ_c "
-        f"is {median(ratios):.2f} times what a Monitor in the run saw at the same step along the optimizer's own "
-        f"update, of the loss of one training batch (median; {min(ratios):.2f} to {max(ratios):.2f}, within a factor "
-        f"of 1.5 at {near} of {len(ratios)})."
+        f"is {_spread(other)} times what a Monitor in the run saw at the same step along the optimizer's own update, of "
+        f"the loss on as much other English; and {_spread(own)} times that of the training batch, whose gradient is in "
+        "that update and whose loss therefore falls further along it."
     )
 
 
-def _difference(adamw: list[Row]) -> str:
-    """Say whether the revisions sharpen as in the paper."""
-    first = [row["lambda_c"] for row in adamw if row["revision"].startswith("stage1")][1:]
-    second = [row["lambda_c"] for row in adamw if row["revision"].startswith("stage2")]
-    stages = {"pre-training": first, "mid-training": second}
-    seen = [name for name, values in stages.items() if values[-1] > 1.1 * values[0]]
-    text = f"progressive sharpening is seen in {' and in '.join(seen)}" if seen else "no progressive sharpening is seen"
+def _spread(ratios: list[float]) -> str:
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _difference(adamw: list[Row], sgd: list[Row]) -> str:
+    """Say where the revisions sharpen as in the paper."""
+    along = {"AdamW's update": _stages(adamw), "the gradient": _stages(sgd)}
+    seen = [f"{stage} along {name}" for name, stages in along.items() for stage, v in stages.items() if _rises(v)]
+    text = f"λ_c rises in {' and in '.join(seen)} alone" if seen else "λ_c rises in neither stage"
+    text = "λ_c rises in both stages along both directions" if len(seen) == 4 else text
     return (
         f"**Where they differ.** Here {text}. The model is some 40 000 times smaller, and trained for minutes on half "
         "a megabyte of English, at a learning rate that falls all the way."

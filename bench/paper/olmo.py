@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Stages:
 def train(stages: Stages, folder: Path) -> list[dict[str, Any]]:
     """Train, save the revisions as folders, and measure λ_c along the optimizer's own update at each of them.
 
+    It is measured of the training batch's loss, and of the loss on other English, as much as eight batches.
+
     Args:
         stages: how long.
         folder: for the revisions.
@@ -69,6 +72,7 @@ def train(stages: Stages, folder: Path) -> list[dict[str, Any]]:
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), _LR, betas=(0.9, 0.95), weight_decay=0.1)
     monitor = sharpkern.Monitor(model, optimizer, every=lambda step: stages.revision(step) is not None)
+    other = _draw(rows["English"], 8 * _BATCH)
     saved = []
     for step in range(stages.pretraining + stages.midtraining):
         for group in optimizer.param_groups:
@@ -76,27 +80,24 @@ def train(stages: Stages, folder: Path) -> list[dict[str, Any]]:
         names = ["English"] if step < stages.pretraining else ["English", "code"]
         batch = torch.cat([_draw(rows[name], _BATCH // len(names)) for name in names])
 
-        def loss_fn(batch: Tensor = batch) -> Tensor:
-            loss: Tensor = model(input_ids=batch, labels=batch).loss
-            return loss
-
         optimizer.zero_grad()
-        loss_fn().backward()
-        measured = monitor(loss_fn)
+        _loss(model, batch).backward()
+        monitor(partial(_loss, model, batch), heldout=partial(_loss, model, other))
         revision = stages.revision(step)
         if revision is not None:
             model.save_pretrained(folder / revision)
             tokenizer.save_pretrained(folder / revision)
-            saved.append(
-                {
-                    "revision": revision,
-                    "lr": stages.lr_at(step),
-                    "in_training": measured and measured.sharpness,
-                    "in_training_status": measured and measured.status,
-                }
-            )
+            row = monitor.history[-1].row()
+            measured = {f"in_training_{name}": row[name] for name in ("lambda_c", "status")}
+            heldout = {name: row[name] for name in ("heldout_lambda_c", "heldout_status")}
+            saved.append({"revision": revision, "lr": row["lr"], **measured, **heldout})
         optimizer.step()
     return saved
+
+
+def _loss(model: torch.nn.Module, rows: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=rows, labels=rows).loss
+    return loss
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -105,12 +106,10 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pairs.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    end = "<|endoftext|>"
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
     pairs.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=special[0])
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=end)
 
 
 def _config(vocabulary: int) -> Olmo2Config:
