@@ -84,7 +84,7 @@ def directional_sharpness(
         λ_dir in 1/learning-rate: negative where the curvature is, nan where the loss does not resolve it
         (``method="forward"``: |f″| within three standard errors) or has no slope or is not finite. It is a float with
         its relative uncertainty in ``error``: of 208 points in the training of an MLP and a GPT, in float32, that of
-        "forward" covered the truth at 206, was 1 % in the median and 12 times the true one; of "hvp" it covered all.
+        "forward" covered the truth at 207 and was 1 % in the median, the true one 0.07 %; that of "hvp" covered all.
 
     Raises:
         TypeError: If ``loss_fn`` returns no tensor, or ``step_size`` is no number.

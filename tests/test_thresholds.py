@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
 
+from sharpkern.hessian import hessian_sharpness
 from sharpkern.thresholds import stability_threshold
 
 LR = 0.1
@@ -45,30 +46,77 @@ def test_sgd_contracts_below_the_threshold_and_grows_above(settings):
     assert run_sgd(1.02 * threshold, settings) > 1e2
 
 
-def run_frozen_adam(curvature: float, preconditioner: float, beta1: float, decoupled: float, coupled: float) -> float:
-    """|θ| after Adam's recursion with its preconditioner held fixed, ``curvature`` being the preconditioned one."""
-    theta, moment = 1.0, 0.0
+ADAM_SETTINGS = {
+    "Adam": (Adam, {}),
+    "Adam, beta1 0": (Adam, {"betas": (0.0, 0.99)}),
+    "Adam, beta1 0.5": (Adam, {"betas": (0.5, 0.99)}),
+    "Adam, large eps": (Adam, {"eps": 0.5}),
+    "amsgrad": (Adam, {"amsgrad": True}),
+    "Adam maximizes": (Adam, {"maximize": True}),
+    "AdamW without decay": (AdamW, {"weight_decay": 0.0}),
+    "AdamW": (AdamW, {"weight_decay": 0.1}),
+    "AdamW, beta1 0.5": (AdamW, {"weight_decay": 0.1, "betas": (0.5, 0.99)}),
+    "AdamW, amsgrad": (AdamW, {"weight_decay": 0.1, "amsgrad": True}),
+}
+
+
+def run_adam(share: float, kind: type, settings: dict, penalty: float = 0.0) -> float:
+    """|θ| after steps of torch's own Adam where ``hessian_sharpness`` is this share of the threshold, less a penalty.
+
+    √v̂ is 0.3 from a long warm phase and stays that: β₂ is so near to 1 that θ's own gradients weigh nothing.
+    """
+    weight = parameter()
+    beta1 = settings.get("betas", (0.9, 0.999))[0]
+    optimizer = kind([weight], lr=LR, **{**settings, "betas": (beta1, 1 - 1e-14)})
+    warm = torch.full((1,), 0.09, dtype=torch.float64)
+    optimizer.state[weight] |= {"step": torch.tensor(1e17), "exp_avg": torch.zeros_like(warm), "exp_avg_sq": warm}
+    if settings.get("amsgrad"):
+        optimizer.state[weight]["max_exp_avg_sq"] = warm.clone()
+    model, curvature = torch.nn.ParameterList([weight]), 1.0
+    loss_fn = lambda: curvature * model[0].square().sum() / 2
+    unit = hessian_sharpness(model, loss_fn, preconditioner=optimizer).value
+    curvature = (share * stability_threshold(optimizer) - penalty / 0.3) / unit
+    sign = -1.0 if settings.get("maximize") else 1.0
     for _ in range(NUM_STEPS):
-        gradient = preconditioner * curvature * theta + coupled * theta
-        moment = beta1 * moment + (1 - beta1) * gradient
-        theta = theta - LR * moment / preconditioner - LR * decoupled * theta
-    return abs(theta)
+        optimizer.zero_grad()
+        (sign * loss_fn()).backward()
+        optimizer.step()
+        if weight.abs() > 1e2:
+            break
+    assert warm.sqrt().item() == pytest.approx(0.3, rel=1e-3)
+    return weight.abs().item()
 
 
-@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_adamw_with_a_frozen_preconditioner(beta1, decay):
-    threshold = stability_threshold(AdamW([parameter()], lr=LR, betas=(beta1, 0.99), weight_decay=decay))
-    assert run_frozen_adam(0.98 * threshold, 0.3, beta1, decay, 0.0) < 1e-2
-    assert run_frozen_adam(1.02 * threshold, 0.3, beta1, decay, 0.0) > 1e2
+@pytest.mark.parametrize(("kind", "settings"), ADAM_SETTINGS.values(), ids=ADAM_SETTINGS.keys())
+def test_adam_contracts_below_the_threshold_of_the_preconditioned_sharpness_and_grows_above(kind, settings):
+    assert run_adam(0.98, kind, settings) < 1e-2
+    assert run_adam(1.02, kind, settings) > 1e2
 
 
 def test_adam_with_l2_decay_is_exact_for_the_loss_with_its_penalty():
-    preconditioner, decay = 0.5, 40.0
-    threshold = stability_threshold(Adam([parameter()], lr=LR, weight_decay=decay))
-    penalty = decay / preconditioner
-    assert run_frozen_adam(0.98 * threshold - penalty, preconditioner, 0.9, 0.0, decay) < 1e-2
-    assert run_frozen_adam(1.02 * threshold - penalty, preconditioner, 0.9, 0.0, decay) > 1e2
+    settings = {"weight_decay": 40.0, "eps": 0.0}
+    assert run_adam(0.98, Adam, settings, penalty=40.0) < 1e-2
+    assert run_adam(1.02, Adam, settings, penalty=40.0) > 1e2
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+def test_at_adams_threshold_itself_theta_alternates(beta1):
+    """|g| is then constant, so that v̂ = g² needs no freezing; m comes to rest at −(1−β₁)/(1+β₁)·g of the last step."""
+    amplitude = LR * (1 - beta1) / (1 + beta1) / 2
+    weight = torch.nn.Parameter(torch.tensor([amplitude], dtype=torch.float64))
+    optimizer = Adam([weight], lr=LR, betas=(beta1, 0.9), eps=0.0)
+    start = weight.detach().clone()
+    rest = -start * (1 - beta1) / (1 + beta1)
+    optimizer.state[weight] |= {"step": torch.tensor(1e6), "exp_avg": rest, "exp_avg_sq": start.square()}
+    model = torch.nn.ParameterList([weight])
+    loss_fn = lambda: model[0].square().sum() / 2
+    for step in range(20):
+        assert weight.item() == pytest.approx((-1) ** step * amplitude, rel=1e-9)
+        optimizer.zero_grad()
+        loss_fn().backward()
+        optimizer.step()
+    sharpness = hessian_sharpness(model, loss_fn, preconditioner=optimizer).value
+    assert sharpness == pytest.approx(stability_threshold(optimizer), rel=1e-6)
 
 
 def test_the_exact_threshold_of_decoupled_decay_differs_by_the_documented_share():
