@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,9 @@ def kernels() -> str:
 TABLES = {"line search": line_search, "cost": cost, "kernels": kernels}
 
 
-def with_tables(text: str) -> str:
-    """README with every marked table made anew."""
-    for name, make in TABLES.items():
+def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
+    """Markdown with every marked part made anew."""
+    for name, make in tables.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = marked.sub(lambda found, make=make: found[1] + make() + "\n" + found[2], text)
     return text

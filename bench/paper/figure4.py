@@ -187,9 +187,9 @@ def _same(adamw: list[Row]) -> str:
     )
     return (
         "The command sees weights only, and accumulates AdamW's moments over batches while they stand still. Its λ_c "
-        f"is {_spread(other)} times what a Monitor in the run saw at the same step along the optimizer's own update, of "
-        f"the loss on as much other English; and {_spread(own)} times that of the training batch, whose gradient is in "
-        "that update and whose loss therefore falls further along it."
+        f"is {_spread(other)} times what a Monitor in the run saw at the same step along the optimizer's own update, "
+        f"of the loss on as much other English; and {_spread(own)} times that of the training batch, whose gradient is "
+        "in that update and whose loss therefore falls further along it."
     )
 
 

@@ -54,7 +54,7 @@ class Setting:
     seeds: int
 
 
-SETTING = Setting(1500, 100, 300, tuple(i / 10 for i in range(11)), 256, 256, 6, 100, 3)
+SETTING = Setting(1500, 100, 300, (*(i / 10 for i in range(10)), 0.95, 1.0), 1024, 256, 6, 100, 3)
 QUICK = Setting(30, 5, 10, (0.0, 0.5, 1.0), 16, 16, 2, 5, 1)
 
 _TRAINING_BATCH = 16
