@@ -6,7 +6,8 @@ out of its sight counts as constant in the second derivative. Two checks find th
 - every gradient is linear in what is fed into the backward pass, its seed 1, so that ∂g/∂seed must be g;
 - a Hessian is symmetric.
 
-Neither finds an operator that keeps its own derivative, made without a graph, and multiplies by it: only losses do.
+Neither finds an operator that keeps its own derivative, made without a graph, and multiplies by it. Operators whose
+gradients are not torch's own, and that pass, are told of by a warning.
 """
 
 import math
@@ -15,10 +16,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from sharpkern.engines.closure import default_reduce
+from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.reference import inner_product
 from sharpkern.sums import total
 
@@ -57,6 +60,7 @@ class GradientGraph:
         with sdpa_kernel(SDPBackend.MATH), _no_reducers(model):
             loss = loss_fn()
         _check_loss(loss)
+        self._foreign = _foreign_operators(loss)
         self._seed = torch.ones_like(loss, requires_grad=True)
         with _named_errors():
             self._local = torch.autograd.grad(
@@ -81,7 +85,7 @@ class GradientGraph:
             One tensor per parameter, of its shape, dtype and device.
 
         Raises:
-            RuntimeError: If the loss cannot be differentiated twice.
+            RuntimeError: If the loss cannot be differentiated twice, as far as that can be seen.
         """
         inputs = (*self._parameters, self._seed)
         curved = [(g, v.to(g)) for g, v in zip(self._local, vectors, strict=True) if g.requires_grad]
@@ -102,6 +106,16 @@ class GradientGraph:
         *products, seen = self._mean(shares)
         self._check_linearity(vectors, float(seen))
         return tuple(products)
+
+    def tell_unchecked(self) -> None:
+        """Warn of operators whose products had to be believed."""
+        if self._foreign:
+            warn(
+                f"the second derivative of {', '.join(sorted(self._foreign))} cannot be checked: where its backward "
+                "multiplies by what its forward saved as a derivative, a part of the Hessian is missing; compare "
+                "directional_sharpness by both methods",
+                UncheckedWarning,
+            )
 
     def _mean(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the means over the ranks."""
@@ -140,8 +154,8 @@ def _no_reducers(model: nn.Module) -> Iterator[None]:
 def check_symmetry(forth: float, back: float, scale: float) -> None:
     """Refuse a Hessian that is not symmetric by more than low precision explains.
 
-    An operator that hides from autograd how its gradient depends on some of its inputs, nothing raises: rows or columns
-    of the Hessian are simply missing.
+    Where an operator hides from autograd how its gradient depends on some of its inputs nothing raises: blocks of the
+    Hessian are simply missing.
 
     Args:
         forth: uᵀHv.
@@ -169,6 +183,29 @@ def _check_loss(loss: object) -> None:
             "remove detach(), item(), no_grad() and inference_mode() from and around it, and make sure that the "
             "parameters require gradients"
         )
+
+
+def _foreign_operators(loss: Tensor) -> set[str]:
+    """Return the names of the operators in a loss's graph whose gradients are not torch's own.
+
+    Raises:
+        RuntimeError: If one of them hides its parameters.
+    """
+    names: set[str] = set()
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            if isinstance(node, BackwardCFunction):
+                names.add(type(node).__name__.removesuffix("Backward"))
+    if "CheckpointFunction" in names:
+        raise RuntimeError(
+            "loss_fn must use torch.utils.checkpoint with use_reentrant=False, got True, which hides parameters from "
+            "torch.autograd.grad; change it, or use critical_sharpness, which needs forward passes only"
+        )
+    return names
 
 
 @contextmanager

@@ -90,7 +90,8 @@ def directional_sharpness(
         TypeError: If ``loss_fn`` returns no tensor, or ``step_size`` is no number.
         ValueError: If ``method`` is unknown, ``step_size`` is not positive and finite or given for "hvp", the direction
             is not the model's, or the closure is not repeatable.
-        RuntimeError: If ``method="hvp"`` and the loss cannot be differentiated twice.
+        RuntimeError: If ``method="hvp"`` and the loss cannot be differentiated twice. Where that cannot be told of an
+            operator, because its gradient is not torch's own, a warning says so.
 
     Memory: "forward": the largest weight matrix; "hvp": the graph of a forward and a backward pass and three copies of
         the parameters.
@@ -140,6 +141,7 @@ def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Dire
         others = [torch.randn(t.shape, generator=generator).to(t) for t in delta]
         length = math.sqrt(_dot(curved, curved))
         check_symmetry(forth=_dot(others, curved), back=_dot(delta, graph.product(others)), scale=length)
+        graph.tell_unchecked()
         slope, curvature = _dot(delta, graph.gradient), _dot(delta, curved)
         if not slope:
             return DirectionalSharpness(math.nan, forwards=1)

@@ -54,7 +54,8 @@ def hessian_sharpness(
     """Measure λ_max(H), or λ_max(P^-1/2 H P^-1/2) with Adam's preconditioner P; the run it interrupts is not touched.
 
     Args:
-        model: The model; its parameters with ``requires_grad`` are θ.
+        model: The model; its parameters with ``requires_grad`` are θ. Under `DistributedDataParallel` the loss is the
+            mean over the ranks, each of which gets its sharpness.
         loss_fn: Returns the scalar loss of the model's current parameters, with its graph. Called once.
         preconditioner: The Adam or AdamW that trains the model, after at least one step:
             P = (1 − β₁ᵗ)(√(v/(1 − β₂ᵗ)) + ε) of its last step. θ is then what this optimizer moves. A group whose
@@ -70,6 +71,8 @@ def hessian_sharpness(
     Raises:
         TypeError: If the preconditioner is not a `torch.optim.Adam` or `AdamW`.
         ValueError: If ``tol``, ``max_iter`` or ``v0`` is out of range, or there is nothing to differentiate.
+        RuntimeError: If the loss cannot be differentiated twice. Where that cannot be told of an operator, because its
+            gradient is not torch's own, a warning says so.
         ImportError: If scipy, the extra ``hessian``, is missing.
 
     Memory: about 10 vectors of the size of θ in float64 on the host, and the graph of a forward and a backward pass.
@@ -104,7 +107,9 @@ def hessian_sharpness(
             products = zip(graph.product(scaled), scales.values(), strict=True)
             return torch.cat([(scale * hv.to(start)).flatten() for hv, scale in products])
 
-        return _largest_eigenpair(product, start, tol, max_iter)
+        result = _largest_eigenpair(product, start, tol, max_iter)
+        graph.tell_unchecked()
+        return result
 
 
 def _start(parameters: tuple[nn.Parameter, ...], v0: Tensor | None) -> Tensor:
@@ -194,7 +199,7 @@ def _largest_eigenpair(product: Callable[[Tensor], Tensor], start: Tensor, tol: 
 def _arpack(products: _Products, start: Tensor, tol: float) -> Tensor:
     """Return the unit eigenvector of the largest algebraic eigenvalue."""
     try:
-        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+        from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
     except ImportError:
         raise missing("scipy", "hessian", "hessian_sharpness") from None
 
@@ -208,5 +213,10 @@ def _arpack(products: _Products, start: Tensor, tol: float) -> Tensor:
         _, vectors = eigsh(operator, k=1, which="LA", v0=start.double().cpu().numpy(), ncv=_BASIS_SIZE, tol=tol / 2)
     except ArpackNoConvergence:
         raise _StoppedError from None
+    except ArpackError:
+        if products.magnitude:
+            raise
+        # There is no curvature at all: ARPACK has no vector to begin with, and any is an eigenvector.
+        vectors = start.double().cpu().numpy()[:, None]
     vector: Tensor = torch.from_numpy(vectors[:, 0]).to(start)
     return vector.div_(vector.norm())

@@ -200,7 +200,9 @@ class OnceDifferentiable(OutOfSight):
 def test_a_backward_that_autograd_does_not_see_is_not_measured_in_silence(operator):
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), torch.randn(20, 6)
-    with pytest.raises(RuntimeError, match=r"must be differentiable, got vᵀg = .* of which autograd sees .*without fused"):
+    with pytest.raises(
+        RuntimeError, match=r"must be differentiable, got vᵀg = .* of which autograd sees .*without fused"
+    ):
         hessian_sharpness(model, lambda: model[1](operator.apply(model[0](inputs))).square().mean())
 
 
@@ -283,8 +285,9 @@ def test_frozen_parameters_are_not_counted():
     assert result.value == pytest.approx(2, rel=1e-5)
 
 
-def test_a_loss_linear_in_its_parameters_has_no_curvature():
-    model = nn.Linear(3, 1)
+@pytest.mark.parametrize("size", [3, 30])
+def test_a_loss_linear_in_its_parameters_has_no_curvature(size):
+    model = nn.Linear(size, 1)
     result = hessian_sharpness(model, lambda: model.weight.sum())
     assert (result.value, result.residual, result.converged) == (0.0, 0.0, True)
 
