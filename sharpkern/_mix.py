@@ -134,11 +134,11 @@ class Mix:
         return self._collate([source[row] for source, rows in picked for row in rows])
 
     def _counts(self, shares: Shares) -> list[int]:
-        """Return samples per source: rounded down, and what is left over to the largest remainders."""
+        """Return samples per source: rounded down, and what is left over to the largest remainders, small shares first."""
         exact = [share * self._batch_size for share in shares]
         # A share such as 0.29 of 100 is a little below 29.
         counts = [math.floor(value + 1e-9) for value in exact]
-        by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+        by_remainder = sorted(range(len(exact)), key=lambda i: (round(counts[i] - exact[i], 9), exact[i]))
         for i in by_remainder[: self._batch_size - sum(counts)]:
             counts[i] += 1
         return counts

@@ -224,4 +224,4 @@ def _described(value: Any) -> Any:
 
 
 def _point(entry: Row) -> MixturePoint:
-    return MixturePoint(**{**entry, "shares": tuple(entry["shares"])})
+    return MixturePoint(**{**entry, "shares": tuple(entry["shares"]), "bracket": tuple(entry["bracket"])})

@@ -1,7 +1,8 @@
 """What a sweep over data mixes found: tables, the sweet spot, a plot.
 
 Repeats are summed up as critical learning rates, since those are finite where λ_c is not: 0 where the loss rises from
-the first step on. λ_c of the summary is 2 over that of η_c.
+the first step on. Where noise hides how early it rises, but not that it does, the smallest step with a known rise
+counts. λ_c of the summary is 2 over that of η_c.
 """
 
 import csv
@@ -17,9 +18,6 @@ from sharpkern._extras import missing
 from sharpkern.measurement import Measurement
 from sharpkern.search import Status
 
-# Without a critical learning rate: the bracket was not closed, or the loss was not finite.
-_FAILED = ("unresolved", "nonfinite")
-
 
 @dataclass(frozen=True)
 class MixturePoint:
@@ -33,6 +31,7 @@ class MixturePoint:
         sharpness: λ_c = 2/η_c, in 1/learning-rate; inf for "ascent".
         status: of the `Measurement`.
         error: relative uncertainty of η_c.
+        bracket: largest step known to lie before the rise, and smallest known rise; 0 and inf if unknown.
         loss: the task's loss at θ.
         forwards: losses evaluated.
         engine: that evaluated them.
@@ -45,6 +44,7 @@ class MixturePoint:
     sharpness: float
     status: Status
     error: float
+    bracket: tuple[float, float]
     loss: float
     forwards: int
     engine: str
@@ -52,9 +52,15 @@ class MixturePoint:
     @classmethod
     def of(cls, shares: tuple[float, ...], repeat: int, task: str, m: Measurement) -> "MixturePoint":
         """Return the point of a measurement."""
-        return cls(
-            shares, repeat, task, m.critical_lr, m.sharpness, m.status, m.error, m.base_loss, m.forwards, m.engine
-        )
+        found = (m.critical_lr, m.sharpness, m.status, m.error, m.bracket, m.base_loss, m.forwards, m.engine)
+        return cls(shares, repeat, task, *found)
+
+    @property
+    def longest_step(self) -> float:
+        """η_c; of an unresolved one the smallest step at which the loss is known to rise; nan if none is."""
+        if self.status == "unresolved" and self.bracket[1] < math.inf:
+            return self.bracket[1]
+        return self.critical_lr
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class Summary:
         repeats: measurements in all.
         ascent: how many of them go uphill from the first step on; they count with η_c = 0.
         unbounded: how many found no rise; they count with the largest step tried.
-        failed: how many have no η_c ("unresolved", "nonfinite"); they do not count.
+        unresolved: how many are known to rise somewhere before a step, with which they count: λ_c is at least that.
+        failed: how many are known nothing of; they do not count.
     """
 
     critical_lr: float
@@ -77,6 +84,7 @@ class Summary:
     repeats: int
     ascent: int
     unbounded: int
+    unresolved: int
     failed: int
 
     @property
@@ -218,7 +226,7 @@ class MixtureSweep:
         Args:
             path: of the image, its format by the ending.
         """
-        from sharpkern.plot import plot_mixture
+        from sharpkern.mixture_plot import plot_mixture
 
         plot_mixture(self, path)
 
@@ -236,9 +244,10 @@ class MixtureSweep:
 
 
 def _summary(points: Sequence[MixturePoint]) -> Summary:
-    known = [point.critical_lr for point in points if point.status not in _FAILED]
-    low, median, high = np.quantile(known, (0.25, 0.5, 0.75)).tolist() if known else [math.nan] * 3
-    counts = {status: sum(p.status == status for p in points) for status in ("ascent", "unbounded")}
+    known = [point for point in points if not math.isnan(point.longest_step)]
+    steps = [point.longest_step for point in known]
+    low, median, high = np.quantile(steps, (0.25, 0.5, 0.75)).tolist() if steps else [math.nan] * 3
+    counts = {status: sum(p.status == status for p in known) for status in ("ascent", "unbounded", "unresolved")}
     return Summary(median, low, high, len(points), **counts, failed=len(points) - len(known))
 
 

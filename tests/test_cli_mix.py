@@ -121,7 +121,9 @@ def test_text_that_is_too_short_is_told_before_the_model_is_loaded(files, tmp_pa
 
 def point(share: float, task: str, critical_lr: float, repeat: int) -> MixturePoint:
     sharpness, status = (2 / critical_lr, "converged") if critical_lr else (math.inf, "ascent")
-    return MixturePoint((share, 1 - share), repeat, task, critical_lr, sharpness, status, 0.01, 1.0, 4, "virtual")
+    return MixturePoint(
+        (share, 1 - share), repeat, task, critical_lr, sharpness, status, 0.01, (0.0, math.inf), 1.0, 4, "virtual"
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import sharpkern
-from tests.models import MLP
+from tests.models import GPT, MLP
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,9 +39,9 @@ def test_public_functions_have_examples() -> None:
     assert {"critical_sharpness", "Monitor", "Direction", "stability_threshold"} <= shown
 
 
-def test_the_readme_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loop, single = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    loop, single, mix = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = MLP()
     names = {
         "F": F,
@@ -55,6 +55,12 @@ def test_the_readme_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "sharpness.png").exists()
     exec(single, names)
     assert names["m"].status == "converged"
+    rows = torch.randint(0, 128, (100, 9))
+    names["model"] = GPT()
+    names |= {"old_heldout": rows[:4], "old_rows": rows[4:], "new_heldout": 127 - rows[:4], "new_rows": 127 - rows[4:]}
+    exec(mix, names)
+    assert len(names["sweep"].points) == 5 * 2 * 5
+    assert all((tmp_path / name).exists() for name in ("sweep.csv", "sweep.jsonl", "sweep.png"))
 
 
 def test_the_readme_has_two_commands_and_names_what_is_there() -> None:

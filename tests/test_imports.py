@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sharpkern"
 # From the outermost room inwards: a module imports its own room and rooms further in, never outwards.
 ROOMS = {
     "command line": ["cli"],
-    "loop": ["monitor", "mixture", "sweep", "plot"],
+    "loop": ["monitor", "mixture", "sweep", "mixture_plot", "plot"],
     "quantities": [
         "critical",
         "accumulate",

@@ -90,7 +90,7 @@ def sweep_rows(english: dict[float, float], code: dict[float, float]) -> list[di
     return [
         {"kind": "sweep", "share": share, "repeat": repeat, "task": task, "critical_lr": eta,
          "lambda_c": 2 / eta if eta else math.inf, "status": "converged" if eta else "ascent", "error": 0.01,
-         "loss": 1.0, "forwards": 4.0}
+         "bracket_high": math.inf, "loss": 1.0, "forwards": 4.0}
         for task, curve in (("English", english), ("code", code)) for share, eta in curve.items() for repeat in range(3)
     ]  # fmt: skip
 

@@ -26,12 +26,12 @@ from olmo import Stages, train
 from scaffold import Figure, Order, Piece, Row, main
 
 from sharpkern.cli import app
-from sharpkern.plot import _BLUE, _ORANGE, _TASK_COLORS, _draw_measurements, _legend, _plain
+from sharpkern.plot import BLUE, COLORS, ORANGE, draw_measurements, legend_once, light_grid
 
 FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
 QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)
 _DIRECTIONS = ("adamw", "sgd")
-_GREEN = _TASK_COLORS[2]
+_GREEN = COLORS[2]
 
 
 def pieces(order: Order) -> Mapping[str, Piece]:
@@ -102,10 +102,10 @@ def draw(rows: list[Row], path: Path) -> None:
         found = of_direction(rows, direction)
         upper, lower = grid[:, column]
         steps = [row["step"] for row in found]
-        _draw_measurements(upper, _records(found), _measured, r"checkpoints, $\lambda_c$", _BLUE)
+        draw_measurements(upper, _records(found), _measured, r"checkpoints, $\lambda_c$", BLUE)
         if direction == "adamw":
-            _draw_measurements(upper, _records(found), _of_batch, r"in training, $\lambda_c$ of the batch", _ORANGE)
-            _draw_measurements(upper, _records(found), _heldout, r"in training, held-out $\lambda_c$", _GREEN)
+            draw_measurements(upper, _records(found), _of_batch, r"in training, $\lambda_c$ of the batch", ORANGE)
+            draw_measurements(upper, _records(found), _heldout, r"in training, held-out $\lambda_c$", _GREEN)
             thresholds = [2 / row["lr"] for row in found]
             upper.plot(steps, thresholds, "k--", linewidth=1.2, label=r"$2/\eta$ of the run", zorder=1)
         lower.plot(steps, [row["loss"] for row in found], color="#555555", linewidth=1.2)
@@ -115,8 +115,8 @@ def draw(rows: list[Row], path: Path) -> None:
         border = next(row["step"] for row in found if row["revision"].startswith("stage2"))
         for axes in (upper, lower):
             axes.axvspan(border, steps[-1], color="#eeeeee", zorder=0, label="mid-training")
-            _plain(axes)
-        _legend(upper)
+            light_grid(axes)
+        legend_once(upper)
     grid[0][0].set_ylabel("sharpness (1/learning rate)")
     grid[1][0].set_ylabel("loss on English")
     figure.savefig(path)

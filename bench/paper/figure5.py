@@ -22,7 +22,8 @@ from scaffold import Figure, Order, Piece, Row, main
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern.plot import _TASK_COLORS, draw_mixture
+from sharpkern.mixture_plot import draw_mixture
+from sharpkern.plot import COLORS
 
 _CONTEXT = 64
 
@@ -134,6 +135,7 @@ def _sweep(setting: Setting, trained: Path, path: Path) -> list[Row]:
             "critical_lr": point.critical_lr,
             "status": point.status,
             "error": point.error,
+            "bracket_high": point.bracket[1],
             "forwards": point.forwards,
         }
         for point in sweep.points
@@ -186,7 +188,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure = Canvas(figsize=(10.5, 4.2), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_mixture(left, sweep_of(rows))
-    for color, (task, by_share) in zip(_TASK_COLORS, changes(rows).items(), strict=False):
+    for color, (task, by_share) in zip(COLORS, changes(rows).items(), strict=False):
         _draw_change(right, task, by_share, color)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xlabel("share of English in the mix (the rest is code)")

@@ -26,7 +26,7 @@ def sweep_of(rows: Sequence[Row]) -> MixtureSweep:
     points = tuple(
         MixturePoint(
             _shares(row), int(row["repeat"]), row["task"], row["critical_lr"], row["lambda_c"], row["status"],
-            row["error"], row["loss"], int(row["forwards"]), "virtual",
+            row["error"], (0.0, row["bracket_high"]), row["loss"], int(row["forwards"]), "virtual",
         )
         for row in rows if row["kind"] == "sweep"
     )  # fmt: skip
@@ -63,7 +63,7 @@ def crossing(sweep: MixtureSweep, points: Sequence[MixturePoint]) -> float | Non
     differences = []
     for shares in sweep.mixes:
         own, other = (
-            median([p.critical_lr for p in points if p.shares == shares and p.task == task and p.critical_lr >= 0])
+            median([p.longest_step for p in points if p.shares == shares and p.task == task and p.longest_step >= 0])
             for task in TASKS
         )
         if own + other > 0:

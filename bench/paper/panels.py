@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sharpkern.plot import _MARKS, _columns, _draw_at_edge
+from sharpkern.plot import MARKS, columns, draw_at_edge
 
 # Measurements that the lines are a median of, this one in the middle.
 _WINDOW = 7
@@ -85,15 +85,15 @@ def _draw_curve(axes: Any, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> N
     points = [(row["step"], row[curve.column], row[curve.status] if curve.status else "converged") for row in rows]
     dots = [(step, value) for step, value, status in points if status == "converged" and value > 0]
     bounds = [(step, value) for step, value, status in points if status == "unbounded"]
-    axes.plot(*_columns(dots), ".", color=curve.color, markersize=3.5, alpha=0.5, markeredgewidth=0, zorder=2)
-    axes.plot(*_columns(_running_medians(points)), color=curve.color, linewidth=1.5, label=curve.label, zorder=3)
+    axes.plot(*columns(dots), ".", color=curve.color, markersize=3.5, alpha=0.5, markeredgewidth=0, zorder=2)
+    axes.plot(*columns(_running_medians(points)), color=curve.color, linewidth=1.5, label=curve.label, zorder=3)
     if bounds:
-        axes.plot(*_columns(bounds), "v", color=curve.color, fillstyle="none", label="no rise found: upper bound")
-    for status, (height, marker, meaning) in _MARKS.items():
+        axes.plot(*columns(bounds), "v", color=curve.color, fillstyle="none", label="no rise found: upper bound")
+    for status, (height, marker, meaning) in MARKS.items():
         steps = [step for step, _, found in points if found == status]
-        _draw_at_edge(axes, steps, height, marker, curve.color, meaning)
+        draw_at_edge(axes, steps, height, marker, curve.color, meaning)
     steps = [step for step, value, _ in points if value <= 0]
-    _draw_at_edge(axes, steps, 0.03, "_", curve.color, "at or below zero")
+    draw_at_edge(axes, steps, 0.03, "_", curve.color, "at or below zero")
 
 
 def _running_medians(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:

@@ -1,0 +1,99 @@
+"""Plot of a sweep over data mixes: λ_c of every task against the mix, with everything that the repeats came to."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sharpkern.plot import COLORS, draw_at_edge, legend_once, light_grid, new_figure
+
+if TYPE_CHECKING:
+    from sharpkern.sweep import MixtureSweep
+
+
+def plot_mixture(sweep: "MixtureSweep", path: str | os.PathLike[str]) -> None:
+    """Draw λ_c of every task against the mix into an image file.
+
+    Args:
+        sweep: what was measured.
+        path: of the file; its ending says the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = new_figure(7.5, 4.5)
+    draw_mixture(figure.subplots(), sweep)
+    figure.savefig(path)
+
+
+def draw_mixture(axes: Any, sweep: "MixtureSweep") -> None:
+    """Draw λ_c of every task against the mix: medians as lines, quartiles as bands, every repeat as a dot.
+
+    A loss that rises from the first step on stands at the upper edge, and a band that reaches it has an infinite
+    quartile. The sweet spot is a vertical line.
+
+    Args:
+        axes: of matplotlib. The x axis is the share of the first source, or, of more than two, the mix itself.
+        sweep: what was measured.
+    """
+    two = len(sweep.sources) == 2
+    place = {shares: shares[0] if two else i for i, shares in enumerate(sweep.mixes)}
+    axes.set_yscale("log")
+    finite = [2 / point.longest_step for point in sweep.points if point.longest_step > 0] or [1.0]
+    axes.set_ylim(min(finite) / 2, 2 * max(finite))
+    for i, task in enumerate(sweep.tasks):
+        _draw_task(axes, sweep, task, place, COLORS[i % len(COLORS)], shift=0.02 * i)
+    spot = sweep.sweet_spot
+    if spot is not None:
+        label = rf"sweet spot, $\eta$ = {spot.critical_lr:.2g}"
+        axes.axvline(place[tuple(spot.shares.values())], color="black", linestyle=":", linewidth=1.2, label=label)
+    if two:
+        axes.set_xlabel(f"share of {sweep.sources[0]} in the mix (the rest is {sweep.sources[1]})")
+    else:
+        axes.set_xticks(list(place.values()), ["\n".join(f"{share:g}" for share in shares) for shares in place])
+        axes.set_xlabel("shares of " + ", ".join(sweep.sources) + " in the mix, from above")
+    axes.set_ylabel(r"$\lambda_c$ of the task along the mix's update")
+    legend_once(axes)
+    light_grid(axes)
+
+
+def _draw_task(
+    axes: Any,
+    sweep: "MixtureSweep",
+    task: str,
+    place: Mapping[tuple[float, ...], float],
+    color: str,
+    shift: float,
+) -> None:
+    """Draw one task; ``shift`` keeps tasks apart that meet at an edge."""
+    mixes = sorted(sweep.mixes, key=place.__getitem__)
+    places = [place[shares] for shares in mixes]
+    found = [sweep.summary(shares, task) for shares in mixes]
+    medians = [one.sharpness if math.isfinite(one.sharpness) else math.nan for one in found]
+    axes.plot(places, medians, "-o", color=color, linewidth=1.6, markersize=3, label=task, zorder=3)
+    edges = ([_within(axes, bound) for bound in bounds] for bounds in _quartiles(found))
+    axes.fill_between(places, *edges, color=color, alpha=0.18, linewidth=0, zorder=1)
+    for status, marker, label in (
+        ("converged", ".", None),
+        ("unbounded", "v", "no rise found: upper bound"),
+        ("unresolved", "2", "rises at some smaller step: lower bound"),
+    ):
+        points = [p for p in sweep.points if p.task == task and p.status == status and p.longest_step > 0]
+        if points:
+            values = [place[p.shares] for p in points], [2 / p.longest_step for p in points]
+            axes.plot(*values, marker, color=color, markersize=4, alpha=0.5, label=label, zorder=2)
+    for where, one in zip(places, found, strict=True):
+        if one.ascent:
+            size = 2 + 6 * one.ascent / one.repeats
+            draw_at_edge(axes, [where], 0.97 - shift, "^", color, "uphill at once (size: share of repeats)", size)
+        if one.failed:
+            draw_at_edge(axes, [where], 0.03 + shift, "x", color, "repeats without a result")
+
+
+def _quartiles(found: Sequence[Any]) -> tuple[list[float], list[float]]:
+    return [one.sharpness_low for one in found], [one.sharpness_high for one in found]
+
+
+def _within(axes: Any, value: float) -> float:
+    """Return a value, or the upper edge of the axes in place of infinity."""
+    return value if math.isfinite(value) or math.isnan(value) else float(axes.get_ylim()[1])
