@@ -134,7 +134,7 @@ class Mix:
         return self._collate([source[row] for source, rows in picked for row in rows])
 
     def _counts(self, shares: Shares) -> list[int]:
-        """Return samples per source: rounded down, and what is left over to the largest remainders, small shares first."""
+        """Return samples per source: rounded down, the rest by largest remainders, of equal ones to small shares."""
         exact = [share * self._batch_size for share in shares]
         # A share such as 0.29 of 100 is a little below 29.
         counts = [math.floor(value + 1e-9) for value in exact]

@@ -124,7 +124,7 @@ def mixture_sweep(
     }
     journal = Journal(path, settings)
 
-    def cell(shares: Shares, repeat: int) -> list[MixturePoint]:
+    def measured(shares: Shares, repeat: int) -> list[MixturePoint]:
         """Measure all tasks along one direction."""
         batches = [partial(_loss_of_drawn, batch_loss, mixer, shares, repeat, number) for number in range(num_batches)]
         direction = make_direction(model, batches)
@@ -134,8 +134,8 @@ def mixture_sweep(
                 "sharpkern.gradient_direction or a Direction method does"
             )
         first = {**options, "initial_lr": _last_found(journal.rows) or options.get("initial_lr")}
-        measured = relative_critical_sharpness(model, losses, direction, **first)
-        return [MixturePoint.of(shares, repeat, task, measurement) for task, measurement in measured.items()]
+        found = relative_critical_sharpness(model, losses, direction, **first)
+        return [MixturePoint.of(shares, repeat, task, measurement) for task, measurement in found.items()]
 
     # All mixes of a repeat before the next repeat: what is there when the sweep is stopped covers all of them.
     cells = [(shares, repeat) for repeat in range(repeats) for shares in mixes]
@@ -151,7 +151,7 @@ def mixture_sweep(
             guard.rewind()
             guard.hide_gradients()
             seed_streams(f"{seed}/{repeat}")
-            points = cell(shares, repeat)
+            points = measured(shares, repeat)
             seconds = time.perf_counter() - started
             journal.add({"shares": shares, "repeat": repeat, "seconds": seconds, "points": [asdict(p) for p in points]})
             advance(", ".join(f"{point.task} λ_c {point.sharpness:.3g}" for point in points))
