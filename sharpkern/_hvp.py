@@ -59,7 +59,7 @@ class GradientGraph:
         # The fused attention kernels have no second derivative; plain matrix products do.
         with sdpa_kernel(SDPBackend.MATH), _no_reducers(model):
             loss = loss_fn()
-        _check_loss(loss)
+        check_loss(loss)
         self._foreign = _foreign_operators(loss)
         self._seed = torch.ones_like(loss, requires_grad=True)
         with _named_errors():
@@ -171,8 +171,16 @@ def check_symmetry(forth: float, back: float, scale: float) -> None:
         )
 
 
-def _check_loss(loss: object) -> None:
-    """Refuse what cannot be differentiated, by name."""
+def check_loss(loss: object) -> None:
+    """Refuse what cannot be differentiated, by name.
+
+    Args:
+        loss: what a closure returned.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it is no scalar, or has no graph.
+    """
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}; return the loss itself")
     if loss.numel() != 1:

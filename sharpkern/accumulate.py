@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from sharpkern._hvp import _check_loss as check_loss
+from sharpkern._hvp import check_loss
 from sharpkern.direction import Direction
 from sharpkern.engines.guards import preserved
 from sharpkern.updates.placement import checked_module

@@ -1,4 +1,4 @@
-"""The largest eigenvalue and the curvature along an update, against another package's exact Hessian-vector products."""
+"""The largest eigenvalue and the curvature along an update, against other packages' exact Hessian-vector products."""
 
 import importlib
 from pathlib import Path
@@ -24,7 +24,16 @@ def test_hessian_eigenthings_agrees(peers: ModuleType) -> None:
     assert along == pytest.approx(their_along, rel=1e-9)
 
 
-def test_it_fails_on_fused_attention_and_ours_does_not(peers: ModuleType) -> None:
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_curvlinops_agrees(peers: ModuleType) -> None:
+    reason = "what curvlinops depends on does not go with every torch: bench/bench_peers.py says how to install it"
+    pytest.importorskip("curvlinops", reason=reason)
+    (top, along), (their_top, their_along) = peers.Trained().ours(), peers.curvlinops(peers.Trained())
+    assert top == pytest.approx(their_top, rel=10 * peers.TOL**2)
+    assert along == pytest.approx(their_along, rel=1e-9)
+
+
+def test_eigenthings_fails_on_fused_attention_and_ours_does_not(peers: ModuleType) -> None:
     trained = peers.Trained()
     operator = HessianOperator(trained.model, [None], lambda model, batch: trained.loss())
     with pytest.raises(RuntimeError, match="is not implemented"):
