@@ -60,7 +60,7 @@ class Journal:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
             found = lines[0]["settings"] if lines else self._settings
             if not _BEGINNING.startswith(content[: len(_BEGINNING)]) and not lines:
                 raise ValueError
@@ -68,7 +68,10 @@ class Journal:
             raise ValueError(
                 f"{path} must be a journal that this function wrote, got something else; give another path"
             ) from None
-        differing = list(_differences(found, self._settings))
+        if len(lines) == 1 and found != self._settings:
+            # Stopped before there was any row: nothing is lost by beginning anew.
+            whole, lines = b"", []
+        differing = list(_differences(found, self._settings)) if lines else []
         if differing:
             raise ValueError(
                 f"{path} must be of the same settings to go on with, got others: {'; '.join(differing)}; give another "

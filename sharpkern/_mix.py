@@ -1,6 +1,7 @@
 """Batches that mix samples of several data sources at given shares, the same ones whenever they are asked for."""
 
 import math
+import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,24 @@ Ratio = float | Sequence[float] | Mapping[str, float]
 _SUM_TOLERANCE = 1e-6
 
 
+def positive_int(name: str, value: Any) -> int:
+    """Return a count as an int.
+
+    Args:
+        name: of the argument.
+        value: what was given, a number of any integer type.
+
+    Returns:
+        The count.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}; leave it out for the default")
+    return operator.index(value)
+
+
 class Mix:
     """Draws mixed batches.
 
@@ -26,6 +45,10 @@ class Mix:
         batch_size: samples in a batch.
         seed: of the order.
         collate: makes a batch of a list of samples. Tensors are stacked without it.
+
+    Attributes:
+        sources: as given.
+        batch_size: as given.
 
     Raises:
         TypeError: a source has no length or no index.
@@ -44,17 +67,16 @@ class Mix:
         if len(sources) < 2:
             raise ValueError(f"mix must hold at least two sources, got {len(sources)}; pass {{'old': …, 'new': …}}")
         for name, source in sources.items():
-            if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+            indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+            if not indexed or isinstance(source, (str, Mapping)):
                 raise TypeError(
                     f"source {name!r} must have a length and an index, as a tensor of samples or a Dataset has, got "
-                    f"{type(source).__name__}; collect what it yields into a list"
+                    f"{type(source).__name__}; make a list of its samples"
                 )
             if not len(source):
                 raise ValueError(f"source {name!r} must hold samples, got none; check where it was read from")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive int, got {batch_size!r}; pass samples per mixed batch")
         self.sources = dict(sources)
-        self._batch_size, self._seed, self._collate = batch_size, seed, collate
+        self.batch_size, self._seed, self._collate = positive_int("batch_size", batch_size), seed, collate
 
     def shares(self, ratio: Ratio) -> Shares:
         """Return the share of every source.
@@ -78,14 +100,14 @@ class Mix:
             values = [ratio.get(name, 0.0) for name in names]
         elif isinstance(ratio, Sequence) and not isinstance(ratio, str):
             values = list(ratio)
-        elif isinstance(ratio, (int, float)) and not isinstance(ratio, bool):
+        elif hasattr(ratio, "__float__") and not isinstance(ratio, bool):
             if len(names) != 2:
                 raise ValueError(
                     f"a ratio of {len(names)} sources must hold the share of each, got the number {ratio}; pass "
                     f"{{{', '.join(f'{name!r}: …' for name in names)}}}"
                 )
             # Not 0.19999999999999996.
-            values = [ratio, round(1 - ratio, 12)]
+            values = [float(ratio), round(1 - float(ratio), 12)]
         else:
             raise TypeError(f"a ratio must be a number in [0, 1] or the shares of all sources, got {ratio!r}")
         return self._checked(ratio, [float(value) for value in values])
@@ -105,7 +127,7 @@ class Mix:
             if share and not count:
                 raise ValueError(
                     f"a share of {share:g} of {name!r} must be at least one sample of a batch, got a batch_size of "
-                    f"{self._batch_size}; raise batch_size"
+                    f"{self.batch_size}; raise batch_size"
                 )
             if count > len(self.sources[name]):
                 raise ValueError(
@@ -128,17 +150,17 @@ class Mix:
         picked = []
         for (name, source), count in zip(self.sources.items(), self._counts(shares), strict=True):
             order = random.Random(f"{self._seed}/{repeat}/{number}/{name}")
-            picked.append((source, order.sample(range(len(source)), min(len(source), self._batch_size))[:count]))
+            picked.append((source, order.sample(range(len(source)), min(len(source), self.batch_size))[:count]))
         if all(isinstance(source, Tensor) for source, _ in picked):
             return torch.cat([source[rows] for source, rows in picked])
         return self._collate([source[row] for source, rows in picked for row in rows])
 
     def _counts(self, shares: Shares) -> list[int]:
         """Return samples per source: rounded down, the rest by largest remainders, of equal ones to small shares."""
-        exact = [share * self._batch_size for share in shares]
+        exact = [share * self.batch_size for share in shares]
         # A share such as 0.29 of 100 is a little below 29.
         counts = [math.floor(value + 1e-9) for value in exact]
         by_remainder = sorted(range(len(exact)), key=lambda i: (round(counts[i] - exact[i], 9), exact[i]))
-        for i in by_remainder[: self._batch_size - sum(counts)]:
+        for i in by_remainder[: self.batch_size - sum(counts)]:
             counts[i] += 1
         return counts

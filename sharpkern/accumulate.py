@@ -1,6 +1,8 @@
 """Directions from batches alone, where no training loop holds a gradient: of a checkpoint, or of a mix of data."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
         ValueError: if there is no closure, or a loss that depends on no parameter.
 
     Memory:
-        One gradient, which the direction keeps, and one batch's forward and backward pass.
+        The mean gradient, in float32 for 16-bit weights, which the direction keeps; and one batch's forward and
+        backward pass.
 
     Determinism:
         As deterministic as the model's backward pass.
@@ -42,12 +45,16 @@ def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
         >>> gradient_direction(model, [lambda: 2 * model.weight.sum(), lambda: 4 * model.weight.sum()]).tensors
         (tensor([[3., 3.]]),)
     """
+    means: dict[nn.Parameter, Tensor] = {}
+    num_batches = 0
     with preserved(checked_module(model), grad=True):
-        num_batches = len(list(_backward(model, losses)))
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= num_batches
-        return Direction.from_gradients(model)
+        for gradients in _gradients(model, losses):
+            num_batches += 1
+            for parameter, gradient in gradients.items():
+                wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                means[parameter] = means[parameter].add_(wide) if parameter in means else wide
+    direction = Direction.from_tensors({p: mean.div_(num_batches) for p, mean in means.items()}, model)
+    return replace(direction, slope=direction.norm_sq)
 
 
 def adamw_direction(
@@ -75,7 +82,7 @@ def adamw_direction(
 
     Raises:
         TypeError: if ``model`` is no module, or a closure returns no tensor.
-        ValueError: if there is no closure, a loss that depends on no parameter, or a setting that AdamW refuses.
+        ValueError: if there is no closure, a loss that depends on no parameter, or a setting is out of range.
 
     Memory:
         Both moments in float32, the gradient, and one batch's forward and backward pass; one tensor of each
@@ -95,13 +102,14 @@ def adamw_direction(
     beta1, beta2 = betas
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}; leave them out for (0.9, 0.95)")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value}; leave it out for the default")
     moments: dict[nn.Parameter, _Moments] = {}
     with preserved(checked_module(model), grad=True):
-        for _ in _backward(model, losses):
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    moments.setdefault(parameter, _Moments(parameter)).enter(parameter.grad, beta1, beta2)
-                    parameter.grad = None
+        for gradients in _gradients(model, losses):
+            for parameter, gradient in gradients.items():
+                moments.setdefault(parameter, _Moments(parameter)).enter(gradient, beta1, beta2)
         with torch.no_grad():
             updates = {p: one.update(beta1, beta2, eps).add_(p, alpha=weight_decay) for p, one in moments.items()}
     return Direction.from_tensors(updates, model)
@@ -129,8 +137,8 @@ class _Moments:
         return self._first.div_(1 - beta1**self._count).div_(root)
 
 
-def _backward(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[int]:
-    """Add the gradient of one loss after the other to ``.grad``, and yield after each how many there were before."""
+def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.Parameter, Tensor]]:
+    """Yield the gradients of one loss after the other, of parameters that have one, and leave no ``.grad`` behind."""
     hooked = next((p for p in model.parameters() if p._post_accumulate_grad_hooks), None)
     if hooked is not None:
         raise ValueError(
@@ -138,11 +146,14 @@ def _backward(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[int]:
             f"one on a parameter of shape {list(hooked.shape)}, which may step it; remove them, or make the direction "
             "by Direction.between"
         )
-    number = -1
-    for number, loss_fn in enumerate(losses):
+    found = False
+    for loss_fn in losses:
+        found = True
         loss = loss_fn()
         check_loss(loss)
         loss.backward()
-        yield number
-    if number < 0:
+        yield {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
+        for parameter in model.parameters():
+            parameter.grad = None
+    if not found:
         raise ValueError("losses must hold at least one closure, got none; pass one for each batch")

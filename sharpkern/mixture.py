@@ -5,7 +5,7 @@ measured. Where a task's λ_c is small, the mix's update may be followed far bef
 infinite, it gets worse at once. The sweet spot is the mix with the longest step that no task's loss rises along.
 """
 
-import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from sharpkern._journal import Journal, Row
-from sharpkern._mix import Mix, Ratio, Shares
+from sharpkern._marks import mark_of, mark_of_model
+from sharpkern._mix import Mix, Ratio, Shares, positive_int
 from sharpkern._progress import progress_bar
 from sharpkern.accumulate import gradient_direction
 from sharpkern.direction import Direction
-from sharpkern.engines.guards import preserved
+from sharpkern.engines.guards import Guard, preserved
+from sharpkern.errors import NoUpdateError
 from sharpkern.measurement import Options
 from sharpkern.randomness import seed_streams
-from sharpkern.reference import inner_product
 from sharpkern.relative import relative_critical_sharpness
-from sharpkern.sums import total
 from sharpkern.sweep import MixturePoint, MixtureSweep
 
 LossFn = Callable[[], Tensor]
@@ -60,7 +60,7 @@ def mixture_sweep(
     Args:
         model: the model, such as a pre-trained one; in training mode it is measured so, dropout and all.
         tasks: name of the task → closure that returns its scalar loss, or a batch, or a list of batches, whose mean
-            loss is the task's. Take data that is not in the mix.
+            loss is the task's; a list is always one of batches. Take data that is not in the mix.
         mix: name of the data source → its samples: a tensor whose rows are samples, a list, a map-style Dataset. Two
             or more.
         ratios: of each mix the share of the first of two sources, or the shares of all, by name or in order.
@@ -74,11 +74,12 @@ def mixture_sweep(
         seed: of all samples and random numbers.
         collate: makes a batch of a list of samples, where they are not tensors.
         path: of a file to keep results in as they come. Called again with the same arguments, the sweep goes on where
-            it was stopped, and gives the same numbers as one that was not; repeats and ratios may be added. Data and
-            closures have to be the same ones: that is not checked beyond names, lengths and the model's weights.
+            it was stopped, and gives the same numbers as one that was not; repeats and ratios may be added. A file of
+            other tensors, another model, mode or setting is refused; what closures and data sets give is not looked at.
         progress: show a progress bar on the error stream, where that is a terminal.
-        **options: of `critical_sharpness`, ``base_loss`` excepted. ``initial_lr`` is the first guess of all; later
-            measurements start from what was found before.
+        **options: of `critical_sharpness`, ``base_loss`` excepted. Without ``initial_lr`` a search starts from the
+            smallest η_c of the measurement before; give a small one where losses are rough, and a later crossing might
+            be taken for the first.
 
     Returns:
         MixtureSweep: every measurement, with ``table``, ``sweet_spot``, ``to_csv``, ``to_pandas`` and ``plot``.
@@ -86,7 +87,7 @@ def mixture_sweep(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: a ratio is outside [0, 1], the shares of one do not add up to 1, a task or a source is without
-            data, another argument is out of range, or the file is of another sweep.
+            data or has a loss that is not finite, another argument is out of range, or the file is of another sweep.
 
     Memory: what ``make_direction`` takes (a backward pass), and one `relative_critical_sharpness`.
 
@@ -104,64 +105,107 @@ def mixture_sweep(
         >>> [(point.shares[0], point.task, point.status) for point in sweep.points]
         [(0.2, 'old', 'ascent'), (0.2, 'new', 'converged'), (0.8, 'old', 'converged'), (0.8, 'new', 'ascent')]
     """
-    _check_arguments(model, make_direction, batch_loss, num_batches=num_batches, repeats=repeats)
+    _check_arguments(model, make_direction, batch_loss)
+    num_batches, repeats = positive_int("num_batches", num_batches), positive_int("repeats", repeats)
     Options.of("mixture_sweep", options)
-    losses = _task_losses(tasks, batch_loss)
+    seed = operator.index(seed)
     mixer = Mix(mix, batch_size, seed, collate)
+    mixes = _mixes(mixer, ratios)
+    # All mixes of a repeat before the next repeat: what is there when the sweep is stopped covers all of them.
+    cells = [(shares, repeat) for repeat in range(repeats) for shares in mixes]
+    with preserved(model, grad=True) as guard:
+        # A shuffled loader gives the same batches whenever the sweep goes on.
+        seed_streams(str(seed), guard.devices)
+        losses = _task_losses(tasks, batch_loss)
+        settings = {
+            "tasks": [
+                [name, mark_of(loss.args if isinstance(loss, partial) else loss)] for name, loss in losses.items()
+            ],
+            # In order, since shares are.
+            "sources": [[name, len(source), mark_of(source)] for name, source in mixer.sources.items()],
+            "model": mark_of_model(model),
+            "direction": _described(make_direction),
+            "batch_size": mixer.batch_size,
+            "num_batches": num_batches,
+            "seed": seed,
+            "options": {name: _described(value) for name, value in options.items()},
+        }
+        journal = Journal(path, settings)
+        done = {(tuple(row["shares"]), row["repeat"]) for row in journal.rows}
+        left = [cell for cell in cells if cell not in done]
+        if left:
+            _refuse_without_value(losses, guard)
+        with progress_bar(len(cells), done=len(cells) - len(left), shown=progress) as advance:
+            for shares, repeat in left:
+                started = time.perf_counter()
+                # The same buffers and random numbers for all mixes, whatever was done before.
+                guard.rewind()
+                guard.hide_gradients()
+                seed_streams(f"{seed}/{repeat}", guard.devices)
+                batches = [partial(_loss_of_drawn, batch_loss, mixer, shares, repeat, i) for i in range(num_batches)]
+                direction = _direction(make_direction, model, batches, f"shares {shares}, repeat {repeat}")
+                # Not above what was found before: from too large a step an earlier rise may be passed over.
+                first = options.get("initial_lr") or _smallest_found(journal.rows)
+                found = relative_critical_sharpness(model, losses, direction, **{**options, "initial_lr": first})
+                points = [MixturePoint.of(shares, repeat, task, measurement) for task, measurement in found.items()]
+                row = {"shares": shares, "repeat": repeat, "seconds": time.perf_counter() - started}
+                journal.add({**row, "points": [asdict(point) for point in points]})
+                advance(", ".join(f"{point.task} λ_c {point.sharpness:.3g}" for point in points))
+    # The last row of a cell counts, should two processes have written the file.
+    rows = {(tuple(row["shares"]), row["repeat"]): row["points"] for row in journal.rows}
+    measured = tuple(_point(entry) for cell in cells for entry in rows[cell])
+    return MixtureSweep(tuple(mixer.sources), tuple(losses), tuple(mixes), measured)
+
+
+def _mixes(mixer: Mix, ratios: Sequence[Ratio]) -> list[Shares]:
+    """Return the shares of every mix."""
+    if isinstance(ratios, (str, Mapping)) or not hasattr(ratios, "__iter__"):
+        raise TypeError(f"ratios must be several, got {ratios!r}; pass such as [0, 0.5, 1]")
     mixes = [mixer.shares(ratio) for ratio in ratios]
     if not mixes or len(set(mixes)) < len(mixes):
         raise ValueError(f"ratios must hold a mix, and each of them once, got {list(ratios)}; pass such as [0, 0.5, 1]")
-    settings = {
-        "tasks": list(losses),
-        "sources": {name: len(source) for name, source in mixer.sources.items()},
-        "direction": _described(make_direction),
-        "batch_size": batch_size,
-        "num_batches": num_batches,
-        "seed": seed,
-        "options": {name: _described(value) for name, value in options.items()},
-        # Enough to tell another checkpoint by, and the same whatever machine adds it up.
-        "weights": f"{total(inner_product(p.detach(), p.detach()) for p in model.parameters()):.6g}",
-    }
-    journal = Journal(path, settings)
+    return mixes
 
-    def measured(shares: Shares, repeat: int) -> list[MixturePoint]:
-        """Measure all tasks along one direction."""
-        batches = [partial(_loss_of_drawn, batch_loss, mixer, shares, repeat, number) for number in range(num_batches)]
+
+def _direction(make_direction: MakeDirection, model: nn.Module, batches: Sequence[LossFn], cell: str) -> Direction:
+    """Make a direction, and refuse one that was made by moving the model."""
+    before = _versions(model)
+    try:
         direction = make_direction(model, batches)
-        if not isinstance(direction, Direction):
-            raise TypeError(
-                f"make_direction must return a sharpkern.Direction, got {type(direction).__name__}; return what "
-                "sharpkern.gradient_direction or a Direction method does"
+    except NoUpdateError as error:
+        raise NoUpdateError(f"at {cell}: {error}") from error
+    if _versions(model) != before:
+        raise ValueError(
+            "make_direction must leave the parameters as they are, got some written; step a copy of the model, or "
+            "use sharpkern.adamw_direction, which moves nothing"
+        )
+    if not isinstance(direction, Direction):
+        raise TypeError(
+            f"make_direction must return a sharpkern.Direction, got {type(direction).__name__}; return what "
+            "sharpkern.gradient_direction or a Direction method does"
+        )
+    return direction
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Return what changes when a parameter is written or replaced."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+
+
+def _refuse_without_value(losses: Mapping[str, LossFn], guard: Guard) -> None:
+    """Evaluate every task once, so that what is wrong with one is told before any work."""
+    for name, loss_fn in losses.items():
+        guard.rewind()
+        with torch.no_grad():
+            loss = loss_fn()
+        if isinstance(loss, Tensor) and not loss.isfinite().all():
+            raise ValueError(
+                f"the loss of task {name!r} must be finite, got {loss.tolist()}; check its data, and that the model is "
+                "not diverged"
             )
-        first = {**options, "initial_lr": _last_found(journal.rows) or options.get("initial_lr")}
-        found = relative_critical_sharpness(model, losses, direction, **first)
-        return [MixturePoint.of(shares, repeat, task, measurement) for task, measurement in found.items()]
-
-    # All mixes of a repeat before the next repeat: what is there when the sweep is stopped covers all of them.
-    cells = [(shares, repeat) for repeat in range(repeats) for shares in mixes]
-    done = {(tuple(row["shares"]), row["repeat"]) for row in journal.rows}
-    left = [cell for cell in cells if cell not in done]
-    with (
-        preserved(model, grad=True) as guard,
-        progress_bar(len(cells), done=len(cells) - len(left), shown=progress) as advance,
-    ):
-        for shares, repeat in left:
-            started = time.perf_counter()
-            # The same buffers and random numbers for all mixes, whatever was done before.
-            guard.rewind()
-            guard.hide_gradients()
-            seed_streams(f"{seed}/{repeat}")
-            points = measured(shares, repeat)
-            seconds = time.perf_counter() - started
-            journal.add({"shares": shares, "repeat": repeat, "seconds": seconds, "points": [asdict(p) for p in points]})
-            advance(", ".join(f"{point.task} λ_c {point.sharpness:.3g}" for point in points))
-    wanted = set(cells)
-    points = [_point(entry) for row in journal.rows for entry in row["points"]]
-    kept = tuple(point for point in points if (point.shares, point.repeat) in wanted)
-    return MixtureSweep(tuple(mixer.sources), tuple(losses), tuple(mixes), kept)
 
 
-def _check_arguments(model: object, make_direction: object, batch_loss: object, **counts: object) -> None:
+def _check_arguments(model: object, make_direction: object, batch_loss: object) -> None:
     """Refuse arguments of the wrong kind."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model to mix data for")
@@ -172,9 +216,6 @@ def _check_arguments(model: object, make_direction: object, batch_loss: object, 
         )
     if not callable(batch_loss):
         raise TypeError(f"batch_loss must be callable on a batch, got {type(batch_loss).__name__}; pass a function")
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive int, got {value!r}; leave it out for the default")
 
 
 def _task_losses(tasks: Mapping[str, Any], batch_loss: BatchLoss) -> dict[str, LossFn]:
@@ -183,6 +224,9 @@ def _task_losses(tasks: Mapping[str, Any], batch_loss: BatchLoss) -> dict[str, L
         raise TypeError(f"tasks must map names to closures or data, got {type(tasks).__name__}; pass {{'name': batch}}")
     if not tasks:
         raise ValueError("tasks must hold at least one task, got none; pass {'name': batch}")
+    odd = next((name for name in tasks if not isinstance(name, str)), None)
+    if odd is not None:
+        raise TypeError(f"the names of tasks must be texts, got {odd!r}; pass {{'name': batch}}")
     return {name: _task_loss(name, task, batch_loss) for name, task in tasks.items()}
 
 
@@ -205,22 +249,23 @@ def _loss_of_drawn(batch_loss: BatchLoss, mixer: Mix, shares: Shares, repeat: in
     return batch_loss(mixer.batch(shares, repeat, number))
 
 
-def _last_found(rows: Sequence[Row]) -> float | None:
-    """Return the geometric mean of the tasks' η_c in the last row that has any."""
+def _smallest_found(rows: Sequence[Row]) -> float | None:
+    """Return the smallest of the tasks' η_c in the last row that has any."""
     for row in reversed(rows):
-        found = [point["critical_lr"] for point in row["points"] if point["status"] == "converged"]
+        found: list[float] = [p["critical_lr"] for p in row["points"] if p["status"] == "converged"]
         if found:
-            return math.exp(math.fsum(map(math.log, found)) / len(found))
+            return min(found)
     return None
 
 
 def _described(value: Any) -> Any:
     """Return what tells a setting from another one, as JSON can hold it."""
     if isinstance(value, partial):
-        return f"{_described(value.func)}{value.args}{dict(sorted(value.keywords.items()))}"
+        keywords = {name: _described(argument) for name, argument in sorted(value.keywords.items())}
+        return f"{_described(value.func)}{[_described(argument) for argument in value.args]}{keywords}"
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
-    return value
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def _point(entry: Row) -> MixturePoint:

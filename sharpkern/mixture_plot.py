@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sharpkern.plot import COLORS, draw_at_edge, legend_once, light_grid, new_figure
 
 if TYPE_CHECKING:
-    from sharpkern.sweep import MixtureSweep
+    from sharpkern.sweep import MixturePoint, MixtureSweep
 
 
 def plot_mixture(sweep: "MixtureSweep", path: str | os.PathLike[str]) -> None:
@@ -39,7 +39,7 @@ def draw_mixture(axes: Any, sweep: "MixtureSweep") -> None:
     two = len(sweep.sources) == 2
     place = {shares: shares[0] if two else i for i, shares in enumerate(sweep.mixes)}
     axes.set_yscale("log")
-    finite = [2 / point.longest_step for point in sweep.points if point.longest_step > 0] or [1.0]
+    finite = [2 / step for point in sweep.points if 0 < (step := _drawn(point)) < math.inf] or [1.0]
     axes.set_ylim(min(finite) / 2, 2 * max(finite))
     for i, task in enumerate(sweep.tasks):
         _draw_task(axes, sweep, task, place, COLORS[i % len(COLORS)], shift=0.02 * i)
@@ -48,10 +48,10 @@ def draw_mixture(axes: Any, sweep: "MixtureSweep") -> None:
         label = rf"sweet spot, $\eta$ = {spot.critical_lr:.2g}"
         axes.axvline(place[tuple(spot.shares.values())], color="black", linestyle=":", linewidth=1.2, label=label)
     if two:
-        axes.set_xlabel(f"share of {sweep.sources[0]} in the mix (the rest is {sweep.sources[1]})")
+        axes.set_xlabel(f"share of {_plain(sweep.sources[0])} in the mix (the rest is {_plain(sweep.sources[1])})")
     else:
         axes.set_xticks(list(place.values()), ["\n".join(f"{share:g}" for share in shares) for shares in place])
-        axes.set_xlabel("shares of " + ", ".join(sweep.sources) + " in the mix, from above")
+        axes.set_xlabel("shares of " + ", ".join(map(_plain, sweep.sources)) + " in the mix, from above")
     axes.set_ylabel(r"$\lambda_c$ of the task along the mix's update")
     legend_once(axes)
     light_grid(axes)
@@ -70,7 +70,7 @@ def _draw_task(
     places = [place[shares] for shares in mixes]
     found = [sweep.summary(shares, task) for shares in mixes]
     medians = [one.sharpness if math.isfinite(one.sharpness) else math.nan for one in found]
-    axes.plot(places, medians, "-o", color=color, linewidth=1.6, markersize=3, label=task, zorder=3)
+    axes.plot(places, medians, "-o", color=color, linewidth=1.6, markersize=3, label=_plain(task), zorder=3)
     edges = ([_within(axes, bound) for bound in bounds] for bounds in _quartiles(found))
     axes.fill_between(places, *edges, color=color, alpha=0.18, linewidth=0, zorder=1)
     for status, marker, label in (
@@ -78,9 +78,9 @@ def _draw_task(
         ("unbounded", "v", "no rise found: upper bound"),
         ("unresolved", "2", "rises at some smaller step: lower bound"),
     ):
-        points = [p for p in sweep.points if p.task == task and p.status == status and p.longest_step > 0]
+        points = [p for p in sweep.points if p.task == task and p.status == status and 0 < _drawn(p) < math.inf]
         if points:
-            values = [place[p.shares] for p in points], [2 / p.longest_step for p in points]
+            values = [place[p.shares] for p in points], [2 / _drawn(p) for p in points]
             axes.plot(*values, marker, color=color, markersize=4, alpha=0.5, label=label, zorder=2)
     for where, one in zip(places, found, strict=True):
         if one.ascent:
@@ -90,6 +90,11 @@ def _draw_task(
             draw_at_edge(axes, [where], 0.03 + shift, "x", color, "repeats without a result")
 
 
+def _drawn(point: "MixturePoint") -> float:
+    """Return the step that a repeat is drawn by: an unresolved one by the smallest with a known rise."""
+    return point.bracket[1] if point.status == "unresolved" else point.critical_lr
+
+
 def _quartiles(found: Sequence[Any]) -> tuple[list[float], list[float]]:
     return [one.sharpness_low for one in found], [one.sharpness_high for one in found]
 
@@ -97,3 +102,8 @@ def _quartiles(found: Sequence[Any]) -> tuple[list[float], list[float]]:
 def _within(axes: Any, value: float) -> float:
     """Return a value, or the upper edge of the axes in place of infinity."""
     return value if math.isfinite(value) or math.isnan(value) else float(axes.get_ylim()[1])
+
+
+def _plain(name: str) -> str:
+    """Return a name without what matplotlib takes for the beginning of a formula."""
+    return name.replace("$", r"\$")

@@ -29,19 +29,24 @@ def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
     return undo
 
 
-def seed_streams(seed: str) -> None:
-    """Seed the streams that `note_streams` notes, of all devices.
+def seed_streams(seed: str, devices: Iterable[torch.device]) -> None:
+    """Seed the streams that `note_streams` notes, and no other.
 
     Args:
         seed: any text; the same one gives the same numbers in every process.
+        devices: whose streams are seeded besides the CPU's.
     """
     random.seed(seed)
-    number = random.getrandbits(32)
-    random.seed(seed)
-    torch.manual_seed(number)
+    number = random.Random(seed).getrandbits(32)
+    torch.default_generator.manual_seed(number)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(number)
+    for device in set(devices):
+        if device.type not in ("cpu", "meta"):
+            accelerator = torch.get_device_module(device)
+            with accelerator.device(device):
+                accelerator.manual_seed(number)
 
 
 def torch_states(devices: Iterable[torch.device]) -> list[Tensor]:

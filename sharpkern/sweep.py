@@ -1,8 +1,8 @@
 """What a sweep over data mixes found: tables, the sweet spot, a plot.
 
 Repeats are summed up as critical learning rates, since those are finite where λ_c is not: 0 where the loss rises from
-the first step on. Where noise hides how early it rises, but not that it does, the smallest step with a known rise
-counts. λ_c of the summary is 2 over that of η_c.
+the first step on. Where noise hides how early the loss rises, but not that it does, the largest step known to lie
+before counts, which is seldom more than 0. λ_c of the summary is 2 over that of η_c.
 """
 
 import csv
@@ -56,10 +56,10 @@ class MixturePoint:
         return cls(shares, repeat, task, *found)
 
     @property
-    def longest_step(self) -> float:
-        """η_c; of an unresolved one the smallest step at which the loss is known to rise; nan if none is."""
+    def safe_step(self) -> float:
+        """η_c; of an unresolved one the largest step known to lie before a rise that is known; nan if none is."""
         if self.status == "unresolved" and self.bracket[1] < math.inf:
-            return self.bracket[1]
+            return self.bracket[0]
         return self.critical_lr
 
 
@@ -74,7 +74,7 @@ class Summary:
         repeats: measurements in all.
         ascent: how many of them go uphill from the first step on; they count with η_c = 0.
         unbounded: how many found no rise; they count with the largest step tried.
-        unresolved: how many are known to rise somewhere before a step, with which they count: λ_c is at least that.
+        unresolved: how many are known to rise, and not where; they count with the largest step known to lie before.
         failed: how many are known nothing of; they do not count.
     """
 
@@ -244,8 +244,8 @@ class MixtureSweep:
 
 
 def _summary(points: Sequence[MixturePoint]) -> Summary:
-    known = [point for point in points if not math.isnan(point.longest_step)]
-    steps = [point.longest_step for point in known]
+    known = [point for point in points if not math.isnan(point.safe_step)]
+    steps = [point.safe_step for point in known]
     low, median, high = np.quantile(steps, (0.25, 0.5, 0.75)).tolist() if steps else [math.nan] * 3
     counts = {status: sum(p.status == status for p in known) for status in ("ascent", "unbounded", "unresolved")}
     return Summary(median, low, high, len(points), **counts, failed=len(points) - len(known))

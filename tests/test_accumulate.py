@@ -1,6 +1,7 @@
 """Directions from batches: equal to what a training loop's own gradient and optimizer say, and the model untouched."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -69,6 +70,27 @@ def test_moments_of_16_bit_weights_are_float32() -> None:
     torch.testing.assert_close(delta, torch.ones(1, 4), rtol=1e-3, atol=0)
 
 
+def test_the_mean_of_16_bit_gradients_is_float32() -> None:
+    model = nn.Linear(4, 1, bias=False).bfloat16()
+    gradient = torch.tensor([[1.0, 0.3, 0.01, 7.0]]).bfloat16()
+    # In bfloat16 the sum stands still once it is 256 times the gradient, a number of batches ago.
+    (delta,) = gradient_direction(model, [lambda: (model.weight * gradient).sum()] * 1024).tensors
+    torch.testing.assert_close(delta, gradient.float())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\); leave them out"),
+        ({"eps": -1.0}, "eps must be a finite number >= 0, got -1.0; leave it out"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number >= 0, got inf; leave it out"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adamw_direction(LINEAR, [lambda: LINEAR.weight.sum()], **settings)
+
+
 @pytest.mark.parametrize("make", [gradient_direction, adamw_direction])
 def test_nothing_of_the_run_changes(make) -> None:
     model = ResNet()
@@ -114,11 +136,6 @@ def test_bad_input_is_refused_with_the_remedy(make, model, losses, error, messag
     with pytest.raises(error, match=message):
         make(model, losses)
     assert LINEAR.weight.grad is None
-
-
-def test_betas_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\); leave them out"):
-        adamw_direction(LINEAR, [lambda: LINEAR.weight.sum()], betas=(0.9, 1.0))
 
 
 def test_a_model_that_steps_within_backward_is_refused_before_it_does() -> None:

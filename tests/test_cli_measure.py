@@ -152,6 +152,17 @@ def bare(olmo: Path, folder: Path) -> Path:
     return shutil.copytree(olmo / REVISIONS[0], folder / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
 
 
+def without_weights(olmo: Path, folder: Path) -> Path:
+    return shutil.copytree(olmo / REVISIONS[0], folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def encoder_decoder(olmo: Path, folder: Path) -> Path:
+    from transformers import T5Config
+
+    T5Config().save_pretrained(folder / "t5")
+    return folder / "t5"
+
+
 def gpt2_without_vocabulary(olmo: Path, folder: Path) -> Path:
     """A checkpoint for which transformers makes up a tokenizer without a single token."""
     from transformers import AutoModelForCausalLM, GPT2Config
@@ -188,8 +199,13 @@ def empty(olmo: Path, folder: Path) -> Path:
          "such folder; there are: stage1-step0, stage1-step8, stage2-step16"),
         ({"model": bare}, "must have a tokenizer, got none; save it there with .*, or pass --bytes"),
         ({"model": gpt2_without_vocabulary}, "must have a tokenizer, got none; save it there"),
-        ({"model": small_vocabulary}, "vocabulary must hold every token, got 300 for 512 of its tokenizer; save"),
+        ({"model": small_vocabulary}, r"vocabulary must hold every token, got token \d+ for 300 of them; save the tok"),
         ({"model": lambda olmo, folder: folder}, "must be a folder with a saved model or the name of one on the hub"),
+        ({"model": without_weights}, "bare must hold the model's weights, got none; save the model there again"),
+        ({"model": encoder_decoder}, "'t5' must be of a causal language model, got T5Config; name another model"),
+        ({"revisions": "stage1-step0,stage1-step0"}, "--revisions must name each revision once, got stage1-step0,"),
+        ({"revisions": ","}, "--revisions must hold something between commas, got ','; leave it out"),
+        ({"device": "meta"}, "--device must be a device of this machine, got 'meta': it holds no values"),
         ({"tokens": 65}, "--tokens must be at most the model's context of 64, got 65; lower it"),
         ({"batches": 4000}, r"--text must hold at least 12000 rows of 32 tokens, got \d+ tokens, which are"),
         ({"text": empty}, "text must not be empty, got nothing in"),
@@ -209,6 +225,38 @@ def test_bad_input_is_told_before_any_checkpoint_is_loaded(changes, message, olm
     assert result.exit_code == 2
     assert re.search(message, words(result)), words(result)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_was_trained_on_is_not_what_was_measured(olmo, text, tmp_path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(olmo / REVISIONS[0], model)
+    assert invoke(*arguments(model, text, tmp_path / "out", revisions=None)).exit_code == 0
+    shutil.copytree(olmo / REVISIONS[2], model, dirs_exist_ok=True)
+    result = invoke(*arguments(model, text, tmp_path / "out", revisions=None))
+    assert result.exit_code == 2
+    assert "model must be what was measured before, got other weights by now; give another --output" in words(result)
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_measured_with_random_ones(olmo, text, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(olmo / REVISIONS[0], model)
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "down_proj" not in k}, model / "model.safetensors", {"format": "pt"})
+    result = invoke(*arguments(model, text, tmp_path / "out", revisions=None))
+    assert result.exit_code == 2
+    assert re.search(
+        "must hold all weights of its model, got none that fit for .*down_proj.* and 1 more", words(result)
+    )
+
+
+def test_without_matplotlib_nothing_is_measured_in_vain(olmo, text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(revisions.Checkpoint, "load", lambda *_: pytest.fail("loaded"))
+    result = invoke(*arguments(olmo, text, tmp_path))
+    assert result.exit_code == 1
+    assert "pip install 'sharpkern[plot]'" in words(result)
 
 
 def test_a_name_that_the_hub_does_not_give_is_one_message(text, tmp_path, monkeypatch) -> None:
@@ -250,4 +298,7 @@ def test_folders_are_read_in_the_order_of_names_and_pictures_in_them_are_passed_
     (tmp_path / "b" / "second.txt").write_text("two", encoding="utf-8")
     (tmp_path / "a.py").write_text("one", encoding="utf-8")
     (tmp_path / "b" / "picture.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "b" / "binary").write_bytes(b"text\0text")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("hidden", encoding="utf-8")
     assert read_text([tmp_path]) == "one\n\ntwo"

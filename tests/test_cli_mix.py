@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sharpkern import mixture
 from sharpkern.cli import app, checkpoint, mix
-from sharpkern.sweep import MixturePoint, MixtureSweep
+from sharpkern.sweep import MixturePoint, MixtureSweep, Summary
 from tests import checkpoints
 from tests.checkpoints import ENGLISH, REVISIONS
 
@@ -72,6 +72,24 @@ def test_stopped_and_called_again_it_gives_the_numbers_of_one_run_through(files,
     assert invoke(files, tmp_path / "again", direction="sgd").exit_code == 0
     assert len(calls) == 7
     assert table(tmp_path / "again") == table(tmp_path / "through")
+
+
+def test_other_text_of_the_same_size_is_not_answered_with_the_old_results(files, tmp_path) -> None:
+    assert invoke(files, tmp_path / "out", ratios="1").exit_code == 0
+    files[0].write_text(ENGLISH.replace("cat", "dog"), encoding="utf-8")
+    result = invoke(files, tmp_path / "out", ratios="1")
+    assert result.exit_code == 2
+    assert re.search("the same settings to go on with, got others: tasks was", checkpoints.words(result.output))
+
+
+def test_outcomes_without_a_step_are_told() -> None:
+    found = Summary(0.0, 0.0, 1.0, repeats=9, ascent=4, unbounded=1, unresolved=2, failed=1)
+    assert list(mix._not_converged(found)) == [
+        "4 of 9 uphill at once",
+        "1 of 9 no rise found",
+        "2 of 9 rise too early to resolve",
+        "1 of 9 not measured",
+    ]
 
 
 def test_what_is_measured_is_not_in_the_mix() -> None:
@@ -136,7 +154,8 @@ def point(share: float, task: str, critical_lr: float, repeat: int) -> MixturePo
         ),
         (
             {"old": (0.0, 0.0), "new": (4.0, 1.0)},
-            "No sweet spot: at every share the loss on one of the texts rises from the first step on (inf).",
+            "No sweet spot: at every share the loss on one of the texts rises from the first step on, as far as can be "
+            "told (inf), or could not be measured (nan).",
         ),
     ],
 )

@@ -46,6 +46,7 @@ ROOMS = {
         "_checkout",
         "_extras",
         "_journal",
+        "_marks",
         "_mix",
         "_progress",
     ],

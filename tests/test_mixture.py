@@ -8,6 +8,7 @@ import math
 import sys
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,8 +208,122 @@ def test_the_file_of_another_sweep_is_refused(change, named, tmp_path) -> None:
 def test_the_file_of_another_checkpoint_is_refused(tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     sweep(path=path, ratios=[0.5])
-    with pytest.raises(ValueError, match=r"got others: weights was '0', is '2'"):
+    with pytest.raises(ValueError, match=r"got others: model was \d+, is \d+; give another path"):
         sweep(path=path, ratios=[0.5], model=Point((1.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # Shares are in the order of the sources.
+        {"mix": {"new": NEW, "old": OLD}},
+        {"mix": {"old": OLD, "new": NEW + 1}},
+        {"tasks": {"old": OLD[:1], "new": NEW[:1] + 1}},
+        {"tasks": {"new": NEW[:1], "old": OLD[:1]}},
+    ],
+)
+def test_the_file_of_other_data_is_refused(change, tmp_path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    model = Point()
+    sweep(model=model, path=path, ratios=[0.25])
+    with pytest.raises(ValueError, match=r"got others: (tasks|sources) was .*; give another path"):
+        sweep(model=model, path=path, ratios=[0.25], **change)
+    model.eval()
+    with pytest.raises(ValueError, match=r"got others: model was \d+, is \d+"):
+        sweep(model=model, path=path, ratios=[0.25])
+
+
+def test_a_file_without_a_row_is_begun_anew(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "sweep.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(mixture, "relative_critical_sharpness", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            sweep(path=path)
+    assert len(path.read_text().splitlines()) == 1
+    assert len(sweep(path=path, batch_size=4).points) == 20
+
+
+def test_two_processes_on_one_file_count_once(tmp_path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    once = sweep(path=path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, *lines[1:]]))
+    assert numbers(sweep(path=path)) == numbers(once)
+
+
+def test_a_direction_that_moves_the_model_is_refused() -> None:
+    model = Point()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(given: nn.Module, losses: list) -> sharpkern.Direction:
+        losses[0]().backward()
+        before = {name: value.clone() for name, value in given.state_dict().items()}
+        optimizer.step()
+        return sharpkern.Direction.between(before, given, 0.1)
+
+    with pytest.raises(ValueError, match="make_direction must leave the parameters as they are, got some written"):
+        sweep(model=model, make_direction=step)
+
+
+def test_a_mix_without_a_gradient_is_named() -> None:
+    opposite = {"old": rows(1.0, 0.0), "new": rows(-1.0, 0.0)}
+    with pytest.raises(sharpkern.NoUpdateError, match=r"at shares \(0.5, 0.5\), repeat 0: direction must move some"):
+        sweep(mix=opposite, ratios=[0.0, 0.5])
+
+
+def test_names_of_any_letters_go_to_the_disk_and_into_the_plot(tmp_path) -> None:
+    name = "$x_{$ [/b]\u2028é"
+    arguments = {
+        "tasks": {name: OLD[:1]},
+        "mix": {name: OLD, "new": NEW},
+        "ratios": [0.5],
+        "path": tmp_path / "s.jsonl",
+    }
+    model = Point()
+    found = sweep(model=model, **arguments)
+    assert numbers(sweep(model=model, **arguments)) == numbers(found)
+    found.plot(tmp_path / "sweep.png")
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor])
+def test_numbers_of_any_kind_are_taken(kind) -> None:
+    found = sweep(ratios=[kind(0.25), kind(1.0)], seed=np.int64(0), repeats=np.int32(2), batch_size=np.int64(8))
+    assert found.mixes == ((0.25, 0.75), (1.0, 0.0))
+
+
+def test_a_search_starts_from_the_smallest_step_before_or_where_it_is_told() -> None:
+    starts = []
+    relative = mixture.relative_critical_sharpness
+
+    def spy(*arguments, initial_lr, **options):
+        starts.append(initial_lr)
+        return relative(*arguments, initial_lr=initial_lr, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture, "relative_critical_sharpness", spy)
+        found = sweep(ratios=[0.5, 1.0], repeats=1)
+        assert starts == [None, pytest.approx(min(p.critical_lr for p in found.points[:2]))]
+        starts.clear()
+        sweep(ratios=[0.5, 1.0], repeats=1, initial_lr=0.125)
+        assert starts == [0.125, 0.125]
+
+
+def test_a_shuffled_loader_is_a_task_and_the_streams_stay_where_they_were(tmp_path) -> None:
+    data = torch.utils.data.TensorDataset(torch.cat([OLD, NEW]))
+    model = Point()
+
+    def run(path):
+        loader = torch.utils.data.DataLoader(data, batch_size=12, shuffle=True, drop_last=True)
+        torch.rand(3)
+        stream = torch.get_rng_state()
+        found = sweep(model=model, tasks={"most": loader}, batch_loss=of_batch, path=path)
+        assert torch.equal(torch.get_rng_state(), stream)
+        return numbers(found)
+
+    def of_batch(batch):
+        return model.loss(batch[0] if isinstance(batch, list) else batch)
+
+    assert run(tmp_path / "sweep.jsonl") == run(tmp_path / "sweep.jsonl") == run(None)
 
 
 def test_nothing_of_the_run_changes() -> None:
@@ -281,6 +396,18 @@ def test_shares_become_whole_samples(share: float, count: int) -> None:
         ),
         ({"batch_size": 64}, ValueError, "source 'new' must hold at least the 64 samples .* got 16; lower batch_size"),
         ({"batch_size": 0}, ValueError, "batch_size must be a positive int, got 0"),
+        ({"ratios": 0.5}, TypeError, r"ratios must be several, got 0.5; pass such as \[0, 0.5, 1\]"),
+        (
+            {"mix": {"old": OLD, "new": {"x": NEW}}},
+            TypeError,
+            "'new' must have a length and an index, .*got dict",
+        ),
+        ({"tasks": {("old", 1): OLD}}, TypeError, r"the names of tasks must be texts, got \('old', 1\)"),
+        (
+            {"tasks": {"old": OLD[:1] * math.nan}},
+            ValueError,
+            "loss of task 'old' must be finite, got nan; check",
+        ),
         ({"mix": {"old": OLD}}, ValueError, "mix must hold at least two sources, got 1"),
         ({"mix": [OLD, NEW]}, TypeError, "mix must map names to samples, got list"),
         ({"mix": {"old": OLD, "new": NEW[:0]}}, ValueError, "source 'new' must hold samples, got none; check where"),
@@ -339,13 +466,14 @@ def test_repeats_without_a_step_count_as_zero_and_failures_are_counted_apart() -
     assert (summary.repeats, summary.ascent, summary.unbounded, summary.unresolved, summary.failed) == (5, 1, 1, 0, 1)
 
 
-def test_one_that_is_known_to_rise_somewhere_counts_with_that() -> None:
-    # Dropping the three would make a median of 5 of what rises before 2 in most repeats.
+def test_one_that_is_known_to_rise_and_not_where_allows_no_step() -> None:
+    # Dropping the three, or counting them with the rise, would allow a step that most repeats may not.
     hidden = [point(0.5, "a", math.nan, "unresolved", i, rise) for i, rise in enumerate((0.1, 1.0, 2.0))]
     found = made(point(0.5, "a", 5.0, repeat=3), point(0.5, "a", 6.0, repeat=4), *hidden)
     summary = found.summary((0.5, 0.5), "a")
-    assert (summary.critical_lr, summary.sharpness) == (2.0, 1.0)
+    assert (summary.critical_lr, summary.sharpness, summary.critical_lr_high) == (0.0, math.inf, 5.0)
     assert (summary.unresolved, summary.failed) == (3, 0)
+    assert found.sweet_spot is None
 
 
 def test_a_median_that_goes_uphill_is_infinite_and_one_of_failures_is_nan() -> None:
@@ -421,5 +549,5 @@ def test_rows_on_the_disk_say_what_they_are_of(tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     sweep(path=path, ratios=[0.25], repeats=1)
     settings, row = (json.loads(line) for line in path.read_text().splitlines())
-    assert settings["settings"]["sources"] == {"old": 16, "new": 16}
+    assert [source[:2] for source in settings["settings"]["sources"]] == [["old", 16], ["new", 16]]
     assert (row["shares"], row["repeat"], [p["task"] for p in row["points"]]) == ([0.25, 0.75], 0, ["old", "new"])

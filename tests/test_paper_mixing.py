@@ -157,7 +157,7 @@ def test_the_course_of_revisions_in_words() -> None:
     said = figure.findings(revision_rows([1, 50, 100, 100, 300], [1, 2, 4, 4, 8]))
     assert "λ_c rises from 50 to 100 in pre-training, and rises from 100 to 300 in mid-training" in said
     assert "below the run's own 2/η at 4 of them" in said
-    assert "is 2.00 (1.00 to 6.00) times what a Monitor" in said
+    assert "is 2.00 (1.00 to 6.00, 4 revisions) times what a Monitor" in said
     assert "λ_c rises in both stages along both directions" in said
     said = figure.findings(revision_rows([1, 100, 50, 40, 41], [1, 4, 2, 2, 1]))
     assert "λ_c falls from 100 to 50 in pre-training, and stays about the same, from 40 to 41 in mid-training" in said

@@ -182,7 +182,7 @@ def _rises(values: list[float]) -> bool:
 def _same(adamw: list[Row]) -> str:
     """Compare the update that batches give with the optimizer's own."""
     own, other = (
-        [row["lambda_c"] / row[name] for row in adamw[1:] if math.isfinite(row["lambda_c"] / row[name])]
+        [row["lambda_c"] / row[name] for row in adamw[1:] if math.isfinite(row["lambda_c"] + row[name])]
         for name in ("in_training_lambda_c", "heldout_lambda_c")
     )
     return (
@@ -194,7 +194,7 @@ def _same(adamw: list[Row]) -> str:
 
 
 def _spread(ratios: list[float]) -> str:
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} revisions)"
 
 
 def _difference(adamw: list[Row], sgd: list[Row]) -> str:

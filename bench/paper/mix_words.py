@@ -63,7 +63,7 @@ def crossing(sweep: MixtureSweep, points: Sequence[MixturePoint]) -> float | Non
     differences = []
     for shares in sweep.mixes:
         own, other = (
-            median([p.longest_step for p in points if p.shares == shares and p.task == task and p.longest_step >= 0])
+            median([p.safe_step for p in points if p.shares == shares and p.task == task and p.safe_step >= 0])
             for task in TASKS
         )
         if own + other > 0:

@@ -3,6 +3,7 @@
 The revisions of a hub's model are its own. Those of a folder are folders in it, as training runs leave them.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from sharpkern._extras import missing
 
+_WEIGHTS = ("*.safetensors", "*.bin")
 _ANY_TEXT = "def f(x): return x  # The quick brown fox."
 
 
@@ -34,16 +36,37 @@ class Checkpoint:
         """Read its configuration, which shows that there is such a checkpoint.
 
         Raises:
-            ValueError: there is none, or it cannot be reached.
+            ValueError: there is none, it cannot be reached, or it is of no causal language model.
         """
+        transformers = _transformers()
         try:
-            return _transformers().AutoConfig.from_pretrained(self.source, revision=self.revision)
+            config = transformers.AutoConfig.from_pretrained(self.source, revision=self.revision)
         except (OSError, ValueError) as error:
             at = f" at revision {self.revision!r}" if self.revision else ""
             raise ValueError(
                 f"--model must be a folder with a saved model or the name of one on the hub, got {self.source!r}{at}: "
                 f"{_first_line(error)}"
             ) from None
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"the checkpoint {self.label!r} must be of a causal language model, got {type(config).__name__}; name "
+                "another model"
+            )
+        return config
+
+    def mark(self) -> str:
+        """Tell this state of the checkpoint from others: by its files' sizes and times, or the hub's commit.
+
+        Raises:
+            ValueError: there are no weights in the folder.
+        """
+        folder = Path(self.source)
+        if not folder.is_dir():
+            return str(getattr(self.config(), "_commit_hash", None))
+        weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+        if not weights:
+            raise ValueError(f"{self.source} must hold the model's weights, got none; save the model there again")
+        return str(zlib.crc32(repr([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights]).encode()))
 
     def tokenizer(self) -> Any:
         """Load its tokenizer.
@@ -78,13 +101,19 @@ class Checkpoint:
             ValueError: it is no causal language model, or not complete.
         """
         try:
-            model = _transformers().AutoModelForCausalLM.from_pretrained(
-                self.source, revision=self.revision, dtype=dtype
+            model, found = _transformers().AutoModelForCausalLM.from_pretrained(
+                self.source, revision=self.revision, dtype=dtype, output_loading_info=True
             )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the checkpoint {self.label!r} must hold a causal language model: {_first_line(error)}"
             ) from None
+        lacking = sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str)
+        if lacking:
+            raise ValueError(
+                f"the checkpoint {self.label!r} must hold all weights of its model, got none that fit for {lacking[0]}"
+                f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}; save it again"
+            )
         model.config.use_cache = False
         placed: nn.Module = model.to(device)
         return placed.eval()
@@ -105,8 +134,10 @@ def checkpoints(name: str, revisions: Sequence[str]) -> list[Checkpoint]:
         ValueError: one of them is not there.
     """
     folder = Path(name)
+    if len(set(revisions)) < len(revisions):
+        raise ValueError(f"--revisions must name each revision once, got {', '.join(revisions)}; leave out the others")
     if not revisions:
-        found = [Checkpoint(folder.name if folder.is_dir() else name, name, None)]
+        found = [Checkpoint(folder.resolve().name if folder.is_dir() else name, name, None)]
     elif folder.is_dir():
         for revision in revisions:
             if not (folder / revision / "config.json").is_file():
@@ -120,6 +151,7 @@ def checkpoints(name: str, revisions: Sequence[str]) -> list[Checkpoint]:
         found = [Checkpoint(revision, name, revision) for revision in revisions]
     for checkpoint in found:
         checkpoint.config()
+        checkpoint.mark()
     return found
 
 

@@ -1,8 +1,8 @@
 """Text as rows of tokens for a language model."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ Encode = Callable[[str], list[int]]
 
 
 def read_text(paths: Sequence[Path]) -> str:
-    """Read files, and all files of text below folders in the order of their names.
+    """Read files, and all files of text below folders in the order of their names, hidden ones left out.
 
     Args:
         paths: files or folders.
@@ -38,28 +38,28 @@ def encoder(checkpoint: Checkpoint, as_bytes: bool) -> Encode:
         as_bytes: whether the model's tokens are bytes.
 
     Returns:
-        A function of a text.
+        A function of a text, which raises ValueError where the model's vocabulary lacks a token.
 
     Raises:
-        ValueError: there is no tokenizer, or the vocabulary of the model is smaller than the tokens that it gives.
+        ValueError: there is no tokenizer.
     """
-    vocabulary = _text_config(checkpoint.config()).vocab_size
-    if as_bytes:
-        size, encode = 256, _bytes
-    else:
-        tokenizer = checkpoint.tokenizer()
-        size = len(tokenizer)
+    vocabulary = checkpoint.config().get_text_config().vocab_size
+    tokenizer = None if as_bytes else checkpoint.tokenizer()
 
-        def encode(text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
+        if tokenizer is None:
+            ids = list(text.encode("utf-8"))
+        else:
             # Longer than the model's context: it is cut into rows afterwards.
-            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return ids
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        largest = max(ids, default=0)
+        if largest >= vocabulary:
+            raise ValueError(
+                f"the model's vocabulary must hold every token, got token {largest} for {vocabulary} of them; "
+                f"{'leave out --bytes' if as_bytes else 'save the tokenizer that belongs to the model'}"
+            )
+        return ids
 
-    if size > vocabulary:
-        raise ValueError(
-            f"the model's vocabulary must hold every token, got {vocabulary} for {size} of "
-            f"{'bytes' if as_bytes else 'its tokenizer'}; {'leave out --bytes' if as_bytes else 'save the right one'}"
-        )
     return encode
 
 
@@ -112,7 +112,7 @@ def check_context(checkpoint: Checkpoint, length: int) -> None:
     Raises:
         ValueError: they are.
     """
-    longest = getattr(_text_config(checkpoint.config()), "max_position_embeddings", None)
+    longest = getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ValueError(f"--tokens must be at most the model's context of {longest}, got {length}; lower it")
 
@@ -136,12 +136,12 @@ def _texts(paths: Sequence[Path]) -> Iterator[str]:
     for path in paths:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    try:
-                        yield file.read_text(encoding="utf-8")
-                    except UnicodeDecodeError:
-                        # Images and the like beside the text.
-                        continue
+                # Images, archives, version control and the like beside the text.
+                hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+                content = file.read_bytes() if file.is_file() and not hidden else b"\0"
+                if b"\0" not in content:
+                    with suppress(UnicodeDecodeError):
+                        yield content.decode("utf-8")
         elif path.is_file():
             try:
                 yield path.read_text(encoding="utf-8")
@@ -149,12 +149,3 @@ def _texts(paths: Sequence[Path]) -> Iterator[str]:
                 raise ValueError(f"{path} must be UTF-8 text, got other bytes; convert it") from None
         else:
             raise ValueError(f"{path} must be a file or a folder of text, got nothing there; check the path")
-
-
-def _bytes(text: str) -> list[int]:
-    return list(text.encode("utf-8"))
-
-
-def _text_config(config: Any) -> Any:
-    """Return the part of a configuration that is the language model's."""
-    return config.get_text_config()

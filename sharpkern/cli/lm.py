@@ -41,6 +41,25 @@ def maker(kind: Kind, beta2: float, weight_decay: float) -> MakeDirection:
     return partial(adamw_direction, betas=(0.9, beta2), weight_decay=weight_decay)
 
 
+def listed(option: str, words: str) -> list[str]:
+    """Take a list with commas apart.
+
+    Args:
+        option: of the command line.
+        words: its value; nothing is an empty list.
+
+    Returns:
+        What stands between the commas, without blanks.
+
+    Raises:
+        ValueError: there are commas alone.
+    """
+    found = [word.strip() for word in words.split(",") if word.strip()]
+    if words and not found:
+        raise ValueError(f"{option} must hold something between commas, got {words!r}; leave it out for the default")
+    return found
+
+
 def device_of(name: str | None) -> torch.device:
     """Return the device that was named, or the GPU if there is one.
 
@@ -56,7 +75,8 @@ def device_of(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {name!r}: {error}") from None
     return torch.device(name)

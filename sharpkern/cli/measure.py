@@ -9,9 +9,10 @@ import typer
 from sharpkern._journal import Journal
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, rows_of, spread
-from sharpkern.cli.lm import Dtype, Kind, device_of, maker
+from sharpkern.cli.lm import Dtype, Kind, device_of, listed, maker
 from sharpkern.cli.refusals import refusals
 from sharpkern.cli.revisions import measure_all, show, write
+from sharpkern.plot import new_figure
 
 HELP = (
     "Measure the critical sharpness of a language model's checkpoints on a text, along the update that batches of the "
@@ -54,9 +55,11 @@ def command(
         output: folder that is written to; made if it is not there.
     """
     with refusals():
+        new_figure(1, 1)
         place = device_of(device)
-        found = checkpoints(model, [name.strip() for name in revisions.split(",") if name.strip()])
-        check_context(found[0], tokens)
+        found = checkpoints(model, listed("--revisions", revisions))
+        for checkpoint in found:
+            check_context(checkpoint, tokens)
         num_rows = batches * batch_size
         rows = rows_of(text, encoder(found[0], as_bytes), tokens, at_least=num_rows, option="--text")
         rows = rows[spread(len(rows), num_rows)]
@@ -72,8 +75,8 @@ def command(
             "dtype": dtype.value,
         }
         journal = Journal(output / "measure.jsonl", settings)
-    make_direction = maker(direction, beta2, weight_decay)
-    measured = measure_all(found, rows.split(batch_size), make_direction, journal, device=place, dtype=dtype.value)
-    write(measured, output, "measure")
+        make_direction = maker(direction, beta2, weight_decay)
+        measured = measure_all(found, rows.split(batch_size), make_direction, journal, device=place, dtype=dtype.value)
     show(measured)
+    write(measured, output, "measure")
     typer.echo(f"Wrote {output / 'measure.csv'} and {output / 'measure.png'}.")

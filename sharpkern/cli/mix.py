@@ -1,5 +1,6 @@
 """``sharpkern mix``: which share of old text in a mix with new text lets neither get worse, before training on it."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, row_loss, rows_of, spread
-from sharpkern.cli.lm import Dtype, Kind, device_of, maker
+from sharpkern.cli.lm import Dtype, Kind, device_of, listed, maker
 from sharpkern.cli.refusals import refusals
 from sharpkern.mixture import mixture_sweep
-from sharpkern.sweep import MixtureSweep
+from sharpkern.plot import new_figure
+from sharpkern.sweep import MixtureSweep, Summary
 
 HELP = (
     "Measure, for every share of old text in a mix with new text, how far a language model could step along the mix's "
@@ -65,6 +67,7 @@ def command(
         output: folder that is written to; made if it is not there.
     """
     with refusals():
+        new_figure(1, 1)
         place, shares = device_of(device), _shares(ratios)
         (checkpoint,) = checkpoints(model, [revision] if revision else [])
         check_context(checkpoint, tokens)
@@ -76,7 +79,8 @@ def command(
         loaded = checkpoint.load(place, dtype.value)
         sweep = mixture_sweep(
             loaded,
-            {name: list(rows.split(batch_size)) for name, rows in tasks.items()},
+            # As even as can be: the mean over batches is then that over rows.
+            {name: list(rows.tensor_split(-(-heldout // batch_size))) for name, rows in tasks.items()},
             sources,
             shares,
             maker(direction, beta2, weight_decay),
@@ -87,16 +91,16 @@ def command(
             seed=seed,
             path=output / "mix.jsonl",
         )
+    _show(sweep)
     sweep.to_csv(output / "mix.csv")
     sweep.plot(output / "mix.png")
-    _show(sweep)
     typer.echo(f"Wrote {output / 'mix.csv'} and {output / 'mix.png'}.")
 
 
 def _shares(ratios: str) -> list[float]:
     """Read shares."""
     try:
-        shares = [float(word) for word in ratios.split(",")]
+        shares = [float(word) for word in listed("--ratios", ratios)]
     except ValueError:
         raise ValueError(f"--ratios must be numbers with commas between, got {ratios!r}; pass 0,0.5,1") from None
     if not all(0 <= share <= 1 for share in shares):
@@ -123,21 +127,40 @@ def _show(sweep: MixtureSweep) -> None:
         cells = []
         for task in sweep.tasks:
             found = sweep.summary(shares, task)
-            cells.append(f"{found.sharpness:.4g} ({found.sharpness_low:.3g} – {found.sharpness_high:.3g})")
+            values = f"{found.sharpness:.4g} ({found.sharpness_low:.3g} – {found.sharpness_high:.3g})"
+            cells.append("\n".join([values, *_not_converged(found)]))
         table.add_row(f"{shares[0]:g}", *cells)
     console = Console(highlight=False)
     console.print(table)
     console.print(_sweet_spot(sweep))
 
 
+def _not_converged(found: Summary) -> Iterator[str]:
+    """Say what became of the repeats without an η_c of their own."""
+    for outcome, meaning in (
+        ("ascent", "uphill at once"),
+        ("unbounded", "no rise found"),
+        ("unresolved", "rise too early to resolve"),
+        ("failed", "not measured"),
+    ):
+        count = getattr(found, outcome)
+        if count:
+            yield f"{count} of {found.repeats} {meaning}"
+
+
 def _sweet_spot(sweep: MixtureSweep) -> str:
     """Say which share to take."""
     spot = sweep.sweet_spot
     if spot is None:
-        return "No sweet spot: at every share the loss on one of the texts rises from the first step on (inf)."
+        return (
+            "No sweet spot: at every share the loss on one of the texts rises from the first step on, as far as can be "
+            "told (inf), or could not be measured (nan)."
+        )
+    unbounded = sweep.summary(tuple(spot.shares.values()), spot.task).unbounded
+    until = f"before the loss on {spot.task} text rises" if not unbounded else "and in some repeats no rise was found"
     said = (
         f"Sweet spot: {spot.shares['old']:.0%} old text, which allows steps of η = {spot.critical_lr:.3g} "
-        f"(λ_c {spot.sharpness:.4g}) before the loss on {spot.task} text rises."
+        f"(λ_c {spot.sharpness:.4g}) {until}."
     )
     alone = sorted(shares[0] for shares in spot.of_repeats)
     return f"{said} By single repeats: {alone[0]:.0%} to {alone[-1]:.0%}." if alone else said

@@ -45,8 +45,16 @@ def measure_all(
 
     Returns:
         Label and measurement of each checkpoint: of the mean loss of all batches.
+
+    Raises:
+        ValueError: a checkpoint is not the one any more that was measured, or cannot be loaded.
     """
-    done = {row["revision"] for row in journal.rows}
+    done = {row["revision"]: row["mark"] for row in journal.rows}
+    changed = [one.label for one in found if done.get(one.label, one.mark()) != one.mark()]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} must be what was measured before, got other weights by now; give another --output"
+        )
     left = [checkpoint for checkpoint in found if checkpoint.label not in done]
     with progress_bar(len(found), done=len(found) - len(left)) as advance:
         for checkpoint in left:
@@ -54,7 +62,7 @@ def measure_all(
             m = _measure(model, data, make_direction, _last_found(journal.rows))
             # Before the next one is loaded.
             del model
-            journal.add({"revision": checkpoint.label, "measurement": asdict(m)})
+            journal.add({"revision": checkpoint.label, "mark": checkpoint.mark(), "measurement": asdict(m)})
             advance(f"{checkpoint.label}: λ_c {m.sharpness:.4g} ({m.status})")
     by_label = {row["revision"]: _measurement(row["measurement"]) for row in journal.rows}
     return [(checkpoint.label, by_label[checkpoint.label]) for checkpoint in found]

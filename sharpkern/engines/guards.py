@@ -32,6 +32,7 @@ class Guard:
 
     Attributes:
         parameters: the model's and those given, each once.
+        devices: of these and of the model's buffers.
 
     Memory: one copy of the buffers and of tensors kept as plain module attributes.
     """
@@ -40,14 +41,14 @@ class Guard:
         self.parameters = list({id(p): p for p in (*model.parameters(), *parameters)}.values())
         self._gradients = {id(p): p.grad for p in self.parameters}
         self._contents, self._containers, generators = _note_modules(model, self.parameters)
-        self._devices = {tensor.device for tensor in (*self.parameters, *(tensor for tensor, _ in self._contents))}
+        self.devices = {tensor.device for tensor in (*self.parameters, *(tensor for tensor, _ in self._contents))}
         self._undo: list[Undo] = [
-            *note_streams(self._devices),
+            *note_streams(self.devices),
             *note_generators(generators),
             _note_autocast(),
             _note_requires_grad(self.parameters),
         ]
-        self._streams = torch_states(self._devices)
+        self._streams = torch_states(self.devices)
 
     def hide_gradients(self) -> None:
         """Take ``.grad`` out of the closure's reach, for closures that begin with ``zero_grad()``."""
@@ -84,7 +85,7 @@ class Guard:
 
     def drew_random_numbers(self) -> bool:
         """Whether torch's random streams have moved since the last rewind, as with dropout."""
-        states = zip(torch_states(self._devices), self._streams, strict=True)
+        states = zip(torch_states(self.devices), self._streams, strict=True)
         return not all(torch.equal(now, then) for now, then in states)
 
     def version_counters(self) -> ExitStack:
