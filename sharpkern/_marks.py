@@ -39,6 +39,6 @@ def mark_of_model(model: nn.Module) -> int:
     Returns:
         A number below 2³², the same on every machine.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.layout is torch.strided and not t.is_meta]
     sums = [int(tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)) for tensor in tensors]
     return zlib.crc32(repr((model.training, sums)).encode())

@@ -1,4 +1,4 @@
-"""Batches that mix samples of several data sources at given shares, the same ones whenever they are asked for."""
+"""The loss of a mix of several data sources at given shares, of the same samples whenever it is asked for."""
 
 import math
 import operator
@@ -35,13 +35,15 @@ def positive_int(name: str, value: Any) -> int:
 
 
 class Mix:
-    """Draws mixed batches.
+    """Gives the losses of mixed batches.
 
     The samples of a source come in an order that depends on the seed, the repeat and the number of the batch, and a
     share takes the first of them: batches of two mixes have as many samples in common as can be.
 
     Args:
-        sources: name → samples; anything with a length and an index: a tensor whose rows are samples, a data set.
+        sources: name → samples; anything with a length and an index: a tensor whose rows are samples, a data set. Or
+            name → closure that returns the source's loss, of all sources: a mix's loss is then their weighted sum.
+        batch_loss: loss of a batch; None where the sources are closures.
         batch_size: samples in a batch.
         seed: of the order.
         collate: makes a batch of a list of samples. Tensors are stacked without it.
@@ -58,6 +60,7 @@ class Mix:
     def __init__(
         self,
         sources: Mapping[str, Any],
+        batch_loss: Callable[[Any], Tensor] | None,
         batch_size: int,
         seed: int,
         collate: Callable[[list[Any]], Any] = default_collate,
@@ -66,16 +69,24 @@ class Mix:
             raise TypeError(f"mix must map names to samples, got {type(sources).__name__}; pass {{'name': samples}}")
         if len(sources) < 2:
             raise ValueError(f"mix must hold at least two sources, got {len(sources)}; pass {{'old': …, 'new': …}}")
+        self._of_losses = all(callable(source) and not hasattr(source, "__getitem__") for source in sources.values())
         for name, source in sources.items():
+            if self._of_losses:
+                continue
             indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
             if not indexed or isinstance(source, (str, Mapping)):
                 raise TypeError(
                     f"source {name!r} must have a length and an index, as a tensor of samples or a Dataset has, got "
-                    f"{type(source).__name__}; make a list of its samples"
+                    f"{type(source).__name__}; make a list of its samples, or pass a closure for every source"
                 )
             if not len(source):
                 raise ValueError(f"source {name!r} must hold samples, got none; check where it was read from")
+        if batch_loss is None and not self._of_losses:
+            raise TypeError(
+                "batch_loss must be a function of a batch where data is given, got None; pass one"
+            )
         self.sources = dict(sources)
+        self._batch_loss = batch_loss
         self.batch_size, self._seed, self._collate = positive_int("batch_size", batch_size), seed, collate
 
     def shares(self, ratio: Ratio) -> Shares:
@@ -123,6 +134,8 @@ class Mix:
                 f"the shares of a ratio must add up to 1, got {ratio}; divide them by {math.fsum(values):g}"
             )
         shares = tuple(values)
+        if self._of_losses:
+            return shares
         for name, share, count in zip(names, shares, self._counts(shares), strict=True):
             if share and not count:
                 raise ValueError(
@@ -135,6 +148,22 @@ class Mix:
                     f"{len(self.sources[name])}; lower batch_size, or pass more data"
                 )
         return shares
+
+    def loss(self, shares: Shares, repeat: int, number: int) -> Tensor:
+        """Return the loss of a mixed batch.
+
+        Args:
+            shares: one per source, in their order.
+            repeat: of the sweep.
+            number: of the batch within what one direction takes.
+
+        Returns:
+            The scalar loss, with its graph where gradients are on.
+        """
+        if self._batch_loss is None or self._of_losses:
+            terms = [share * source() for share, source in zip(shares, self.sources.values(), strict=True) if share]
+            return torch.stack(terms).sum()
+        return self._batch_loss(self.batch(shares, repeat, number))
 
     def batch(self, shares: Shares, repeat: int, number: int) -> Any:
         """Draw a batch.

@@ -42,7 +42,7 @@ def mixture_sweep(
     ratios: Sequence[Ratio],
     make_direction: MakeDirection = gradient_direction,
     *,
-    batch_loss: BatchLoss,
+    batch_loss: BatchLoss | None = None,
     batch_size: int = 64,
     num_batches: int = 1,
     repeats: int = 5,
@@ -62,12 +62,14 @@ def mixture_sweep(
         tasks: name of the task → closure that returns its scalar loss, or a batch, or a list of batches, whose mean
             loss is the task's; a list is always one of batches. Take data that is not in the mix.
         mix: name of the data source → its samples: a tensor whose rows are samples, a list, a map-style Dataset. Two
-            or more.
+            or more. Or, of all sources, closures that return their losses, of which a mix's is then the weighted sum;
+            repeats differ where these draw their batch from a random stream.
         ratios: of each mix the share of the first of two sources, or the shares of all, by name or in order.
         make_direction: makes Δθ from the model and a list of closures, each the loss of one mixed batch:
             `gradient_direction`, `adamw_direction`, ``functools.partial(adamw_direction, weight_decay=0.0)``, or a
             function of your own.
-        batch_loss: takes a batch and returns its scalar loss; also moves it to the model's device.
+        batch_loss: takes a batch and returns its scalar loss; also moves it to the model's device. Needed unless tasks
+            and sources are closures.
         batch_size: samples in a mixed batch.
         num_batches: mixed batches that a direction is made of; with `adamw_direction` take ten or more.
         repeats: directions per mix.
@@ -109,7 +111,7 @@ def mixture_sweep(
     num_batches, repeats = positive_int("num_batches", num_batches), positive_int("repeats", repeats)
     Options.of("mixture_sweep", options)
     seed = operator.index(seed)
-    mixer = Mix(mix, batch_size, seed, collate)
+    mixer = Mix(mix, batch_loss, batch_size, seed, collate)
     mixes = _mixes(mixer, ratios)
     # All mixes of a repeat before the next repeat: what is there when the sweep is stopped covers all of them.
     cells = [(shares, repeat) for repeat in range(repeats) for shares in mixes]
@@ -122,7 +124,7 @@ def mixture_sweep(
                 [name, mark_of(loss.args if isinstance(loss, partial) else loss)] for name, loss in losses.items()
             ],
             # In order, since shares are.
-            "sources": [[name, len(source), mark_of(source)] for name, source in mixer.sources.items()],
+            "sources": [[name, mark_of(source)] for name, source in mixer.sources.items()],
             "model": mark_of_model(model),
             "direction": _described(make_direction),
             "batch_size": mixer.batch_size,
@@ -142,7 +144,7 @@ def mixture_sweep(
                 guard.rewind()
                 guard.hide_gradients()
                 seed_streams(f"{seed}/{repeat}", guard.devices)
-                batches = [partial(_loss_of_drawn, batch_loss, mixer, shares, repeat, i) for i in range(num_batches)]
+                batches = [partial(mixer.loss, shares, repeat, number) for number in range(num_batches)]
                 direction = _direction(make_direction, model, batches, f"shares {shares}, repeat {repeat}")
                 # Not above what was found before: from too large a step an earlier rise may be passed over.
                 first = options.get("initial_lr") or _smallest_found(journal.rows)
@@ -214,11 +216,11 @@ def _check_arguments(model: object, make_direction: object, batch_loss: object) 
             f"make_direction must be a function of the model and the losses of mixed batches, got {make_direction!r}; "
             "pass sharpkern.gradient_direction or sharpkern.adamw_direction"
         )
-    if not callable(batch_loss):
+    if batch_loss is not None and not callable(batch_loss):
         raise TypeError(f"batch_loss must be callable on a batch, got {type(batch_loss).__name__}; pass a function")
 
 
-def _task_losses(tasks: Mapping[str, Any], batch_loss: BatchLoss) -> dict[str, LossFn]:
+def _task_losses(tasks: Mapping[str, Any], batch_loss: BatchLoss | None) -> dict[str, LossFn]:
     """Return a closure for every task."""
     if not isinstance(tasks, Mapping):
         raise TypeError(f"tasks must map names to closures or data, got {type(tasks).__name__}; pass {{'name': batch}}")
@@ -230,7 +232,7 @@ def _task_losses(tasks: Mapping[str, Any], batch_loss: BatchLoss) -> dict[str, L
     return {name: _task_loss(name, task, batch_loss) for name, task in tasks.items()}
 
 
-def _task_loss(name: str, task: Any, batch_loss: BatchLoss) -> LossFn:
+def _task_loss(name: str, task: Any, batch_loss: BatchLoss | None) -> LossFn:
     """Return the mean loss of a task's batches, or the closure that the task is."""
     if callable(task):
         loss_fn: LossFn = task
@@ -238,15 +240,13 @@ def _task_loss(name: str, task: Any, batch_loss: BatchLoss) -> LossFn:
     batches = list(task) if isinstance(task, (list, Iterator, DataLoader)) else [task]
     if not batches or any(isinstance(batch, Tensor) and not batch.numel() for batch in batches):
         raise ValueError(f"task {name!r} must hold data, got none; pass a batch, a list of batches, or a closure")
+    if batch_loss is None:
+        raise TypeError(f"batch_loss must be a function of a batch where data is given, got None for task {name!r}")
     return partial(_mean_loss, batch_loss, batches)
 
 
 def _mean_loss(batch_loss: BatchLoss, batches: Sequence[Any]) -> Tensor:
     return torch.stack([batch_loss(batch) for batch in batches]).mean()
-
-
-def _loss_of_drawn(batch_loss: BatchLoss, mixer: Mix, shares: Shares, repeat: int, number: int) -> Tensor:
-    return batch_loss(mixer.batch(shares, repeat, number))
 
 
 def _smallest_found(rows: Sequence[Row]) -> float | None:

@@ -104,6 +104,30 @@ def test_a_task_is_a_batch_or_batches_or_a_closure(task: object) -> None:
     )
 
 
+def test_tasks_and_sources_of_closures_need_no_data() -> None:
+    model = Point()
+    losses = {"old": lambda: model.loss(OLD), "new": lambda: model.loss(NEW)}
+    by_closures = sharpkern.mixture_sweep(model, losses, losses, RATIOS, repeats=2, rtol=1e-4)
+    by_data = sweep(model=model)
+    assert [p.status for p in by_closures.points] == [p.status for p in by_data.points]
+    assert [p.critical_lr for p in by_closures.points] == pytest.approx(
+        [p.critical_lr for p in by_data.points], rel=1e-3
+    )
+
+
+def test_closures_that_draw_their_batch_draw_another_one_in_every_repeat() -> None:
+    model = Point()
+
+    def drawn(data: torch.Tensor) -> torch.Tensor:
+        return model.loss(data[torch.randint(len(data), (4,))] + torch.randn(4, 2, dtype=data.dtype) / 10)
+
+    sources = {"old": functools.partial(drawn, OLD), "new": functools.partial(drawn, NEW)}
+    tasks = {"old": lambda: model.loss(OLD)}
+    found = [sharpkern.mixture_sweep(model, tasks, sources, [1.0], repeats=3) for _ in range(2)]
+    assert len({p.critical_lr for p in found[0].points}) == 3
+    assert numbers(found[0]) == numbers(found[1])
+
+
 def test_samples_of_any_kind_are_collated() -> None:
     model = nn.Linear(2, 1)
     data = [{"x": torch.randn(2), "y": i / 8} for i in range(8)]
@@ -359,7 +383,7 @@ def test_a_direction_of_ones_own_sees_the_losses_of_mixed_batches() -> None:
 
 
 def test_mixes_of_a_repeat_share_their_samples_and_repeats_do_not() -> None:
-    mix = Mix({"a": torch.arange(100), "b": torch.arange(100, 200)}, batch_size=10, seed=0)
+    mix = Mix({"a": torch.arange(100), "b": torch.arange(100, 200)}, torch.sum, batch_size=10, seed=0)
     few, many = mix.batch(mix.shares(0.3), 0, 0).tolist(), mix.batch(mix.shares(0.7), 0, 0).tolist()
     assert few[:3] == many[:3]
     assert few[3:6] == many[7:]
@@ -372,7 +396,7 @@ def test_mixes_of_a_repeat_share_their_samples_and_repeats_do_not() -> None:
 
 @pytest.mark.parametrize(("share", "count"), [(0.29, 29), (0.57, 57), (1 / 3, 33), (0.005, 1), (0.995, 99)])
 def test_shares_become_whole_samples(share: float, count: int) -> None:
-    mix = Mix({"a": torch.zeros(100), "b": torch.ones(100)}, batch_size=100, seed=0)
+    mix = Mix({"a": torch.zeros(100), "b": torch.ones(100)}, torch.sum, batch_size=100, seed=0)
     batch = mix.batch(mix.shares(share), 0, 0)
     assert (len(batch), int((batch == 0).sum())) == (100, count)
 
@@ -427,6 +451,12 @@ def test_shares_become_whole_samples(share: float, count: int) -> None:
         ({"tasks": {"old": OLD[:0]}}, ValueError, "task 'old' must hold data, got none"),
         ({"make_direction": "gradient"}, TypeError, "got 'gradient'; pass sharpkern.gradient_direction or"),
         ({"make_direction": lambda *_: None}, TypeError, r"must return a sharpkern\.Direction, got NoneType"),
+        ({"batch_loss": None}, TypeError, "batch_loss must be a function of a batch where data is given, got None"),
+        (
+            {"batch_loss": None, "mix": {"a": len, "b": len}},
+            TypeError,
+            "batch_loss must be a function of a batch where data is given, got None for task 'old'",
+        ),
         ({"batch_loss": OLD}, TypeError, "batch_loss must be callable on a batch, got Tensor; pass a function"),
         ({"repeats": 0}, ValueError, "repeats must be a positive int, got 0"),
         ({"num_batches": 1.5}, ValueError, "num_batches must be a positive int, got 1.5"),
@@ -549,5 +579,5 @@ def test_rows_on_the_disk_say_what_they_are_of(tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     sweep(path=path, ratios=[0.25], repeats=1)
     settings, row = (json.loads(line) for line in path.read_text().splitlines())
-    assert [source[:2] for source in settings["settings"]["sources"]] == [["old", 16], ["new", 16]]
+    assert [source[0] for source in settings["settings"]["sources"]] == ["old", "new"]
     assert (row["shares"], row["repeat"], [p["task"] for p in row["points"]]) == ([0.25, 0.75], 0, ["old", "new"])
