@@ -82,9 +82,7 @@ class Mix:
             if not len(source):
                 raise ValueError(f"source {name!r} must hold samples, got none; check where it was read from")
         if batch_loss is None and not self._of_losses:
-            raise TypeError(
-                "batch_loss must be a function of a batch where data is given, got None; pass one"
-            )
+            raise TypeError("batch_loss must be a function of a batch where data is given, got None; pass one")
         self.sources = dict(sources)
         self._batch_loss = batch_loss
         self.batch_size, self._seed, self._collate = positive_int("batch_size", batch_size), seed, collate
