@@ -3,7 +3,10 @@
 A second difference has two errors, which h balances:
 
 - truncation, in the order of h²|λ|³ where f bends away from its parabola on the scale of the crossing;
-- rounding of the losses by δ = noise·f: √6·δ/(h²|f′|).
+- rounding of the losses by δ = noise·f: √6·δ/(h²|f′|). A loss that is a small difference of large numbers, such as a
+  cross-entropy that is nearly zero, is rounded more coarsely: the fourth difference of the five losses at 0, ±h/2 and
+  ±h shows it, whose standard deviation is √70·δ. The fourth derivative shows there too, and goes with h⁴: where the
+  difference is larger than thought, the one at half of these steps is taken.
 
 They are equal at h⁴ = √6·δ/|f′λ³|, for a float32 loss a few hundredths of the critical learning rate. A second value at
 h/2 shows what truncation really is: nothing beyond rounding, or a part in h² to extrapolate away, or h was too large.
@@ -14,13 +17,14 @@ would make, or once if that part was extrapolated away; and one standard deviati
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Losses = Callable[[Sequence[float]], list[float]]
 
 _MAX_ROUNDS = 10
 # Standard deviations, in units of one loss's: of a second difference of three losses, of half the difference of two.
 _SECOND_DIFFERENCE, _HALF_DIFFERENCE = math.sqrt(6), math.sqrt(0.5)
+_FOURTH_DIFFERENCE = math.sqrt(70)
 # A value of fewer standard deviations is none.
 _RESOLVED = 3
 
@@ -50,7 +54,7 @@ def three_point(losses: Losses, base: float, *, first_step: float, noise: float)
         noise: relative standard deviation of one loss.
 
     Returns:
-        The estimate, from at most 20 losses.
+        The estimate, from at most 22 losses.
     """
     step = first_step
     # At twice the step, once the step seems good.
@@ -67,6 +71,7 @@ def three_point(losses: Losses, base: float, *, first_step: float, noise: float)
             step *= 1 / 30 if here.bent else 100
             continue
         if twice:
+            twice, here = _with_noise_seen(losses, base, twice, here, noise)
             truncation = (twice.value - here.value) / 3
             if abs(truncation) <= here.rounding:
                 # The two agree to within rounding, of which the larger step has less.
@@ -94,9 +99,10 @@ def at_step(losses: Losses, base: float, *, step: float, noise: float) -> Estima
         noise: relative standard deviation of one loss.
 
     Returns:
-        The estimate, from 4 losses.
+        The estimate, from 4 losses, or 6.
     """
-    return _checked(_difference(losses, base, step, noise), _difference(losses, base, step / 2, noise))
+    far, near = (_difference(losses, base, h, noise) for h in (step, step / 2))
+    return _checked(*_with_noise_seen(losses, base, far, near, noise))
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ class _Difference:
         rounding: standard deviation of ``value`` that rounding of the losses makes.
         finite: whether the losses are.
         bent: whether there is a second difference beyond rounding.
+        both: sum of the losses at ±h.
+        delta: standard deviation of one loss.
     """
 
     step: float
@@ -116,6 +124,8 @@ class _Difference:
     rounding: float = math.nan
     finite: bool = True
     bent: bool = False
+    both: float = math.nan
+    delta: float = math.nan
 
 
 def _difference(losses: Losses, base: float, step: float, noise: float) -> _Difference:
@@ -127,10 +137,30 @@ def _difference(losses: Losses, base: float, step: float, noise: float) -> _Diff
     first, second = (behind - ahead) / 2, ahead - 2 * base + behind
     bent = abs(second) > 10 * delta
     if abs(first) <= 10 * delta:
-        return _Difference(step, bent=bent)
+        return _Difference(step, bent=bent, both=ahead + behind, delta=delta)
     value = second / first / step
     rounding = math.hypot(_SECOND_DIFFERENCE, _HALF_DIFFERENCE * value * step) * delta / abs(first) / step
-    return _Difference(step, value, rounding, bent=bent)
+    return _Difference(step, value, rounding, bent=bent, both=ahead + behind, delta=delta)
+
+
+def _with_noise_seen(
+    losses: Losses, base: float, far: _Difference, near: _Difference, noise: float
+) -> tuple[_Difference, _Difference]:
+    """Return both with the rounding that the losses show, where that is more than was thought."""
+    if not _fourth(base, far, near) > _RESOLVED * far.delta:
+        return far, near
+    seen = _fourth(base, near, _difference(losses, base, near.step / 2, noise))
+    if not seen > far.delta > 0:
+        return far, near
+    return (
+        replace(far, rounding=far.rounding * seen / far.delta),
+        replace(near, rounding=near.rounding * seen / near.delta),
+    )
+
+
+def _fourth(base: float, far: _Difference, near: _Difference) -> float:
+    """Return the standard deviation of one loss by the fourth difference of five, nan if one is not finite."""
+    return abs(far.both - 4 * near.both + 6 * base) / _FOURTH_DIFFERENCE
 
 
 def _checked(far: _Difference, near: _Difference) -> Estimate:

@@ -3,7 +3,8 @@
 Autograd does not say where the graph of a gradient has holes: what a fused kernel or ``@once_differentiable`` computes
 out of its sight counts as constant in the second derivative. Two checks find them:
 
-- every gradient is linear in what is fed into the backward pass, its seed 1, so that ∂g/∂seed must be g;
+- every gradient is linear in what is fed into the backward pass, its seed 1, so that ∂g/∂seed must be g: looked at
+  along g itself, where no rounding cancels;
 - a Hessian is symmetric.
 
 Neither finds an operator that keeps its own derivative, made without a graph, and multiplies by it. Operators whose
@@ -44,6 +45,7 @@ class GradientGraph:
         parameters: The parameters θ, each with ``requires_grad``.
 
     Attributes:
+        loss: L(θ), the mean over the ranks.
         gradient: ∂L/∂θ, one tensor per parameter, zeros where the loss does not depend on it.
         length: its norm.
         rounding: relative error that the products' arithmetic shows, no less than that of the parameters' dtype.
@@ -57,9 +59,11 @@ class GradientGraph:
         self._parameters = tuple(parameters)
         self._reduce = default_reduce(model)
         # The fused attention kernels have no second derivative; plain matrix products do.
-        with sdpa_kernel(SDPBackend.MATH), _no_reducers(model):
+        with sdpa_kernel(SDPBackend.MATH), no_reducers(model):
             loss = loss_fn()
         check_loss(loss)
+        (mean,) = self._mean([loss.detach()])
+        self.loss = float(mean)
         self._foreign = _foreign_operators(loss)
         self._seed = torch.ones_like(loss, requires_grad=True)
         with _named_errors():
@@ -74,6 +78,7 @@ class GradientGraph:
         self.gradient = self._mean([gradient.detach() for gradient in self._local])
         self.length = math.sqrt(total(inner_product(g, g) for g in self.gradient))
         self.rounding = max(torch.finfo(parameter.dtype).eps for parameter in self._parameters)
+        self._check_linearity()
 
     def product(self, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return H·v.
@@ -87,24 +92,8 @@ class GradientGraph:
         Raises:
             RuntimeError: If the loss cannot be differentiated twice, as far as that can be seen.
         """
-        inputs = (*self._parameters, self._seed)
-        curved = [(g, v.to(g)) for g, v in zip(self._local, vectors, strict=True) if g.requires_grad]
-        if curved:
-            outputs, weights = zip(*curved, strict=True)
-            with _named_errors():
-                shares = torch.autograd.grad(
-                    outputs,
-                    inputs,
-                    grad_outputs=weights,
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-        else:
-            # Other ranks wait for this one's share, even where it is nothing.
-            shares = tuple(torch.zeros_like(tensor) for tensor in inputs)
-        *products, seen = self._mean(shares)
-        self._check_linearity(vectors, float(seen))
+        *products, seen = self._mean(self._derivative(vectors, (*self._parameters, self._seed)))
+        self._note_rounding(vectors, float(seen))
         return tuple(products)
 
     def tell_unchecked(self) -> None:
@@ -121,8 +110,37 @@ class GradientGraph:
         """Return the means over the ranks."""
         return tuple(tensors) if self._reduce is None else tuple(map(self._reduce, tensors))
 
-    def _check_linearity(self, vectors: Sequence[Tensor], seen: float) -> None:
-        """Refuse a gradient whose share along v does not follow its seed: ``seen`` is vᵀ∂g/∂seed."""
+    def _derivative(self, vectors: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return this rank's ∂(vᵀg)/∂input."""
+        curved = [(g, v.to(g)) for g, v in zip(self._local, vectors, strict=True) if g.requires_grad]
+        if not curved:
+            # Other ranks wait for this one's share, even where it is nothing.
+            return tuple(torch.zeros_like(tensor) for tensor in inputs)
+        outputs, weights = zip(*curved, strict=True)
+        with _named_errors():
+            return torch.autograd.grad(
+                outputs,
+                inputs,
+                grad_outputs=weights,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+
+    def _check_linearity(self) -> None:
+        """Refuse a gradient that does not follow its seed."""
+        (seen,) = self._mean(self._derivative([gradient.detach() for gradient in self._local], (self._seed,)))
+        (there,) = self._mean([torch.stack([inner_product(g.detach(), g.detach()) for g in self._local]).sum()])
+        # A gradient that is rounding and nothing else follows nothing.
+        floor = (self.rounding * max(1.0, abs(self.loss))) ** 2
+        if abs(float(seen) - float(there)) > max(0.1 * float(there), floor):
+            raise RuntimeError(
+                f"gradients must be differentiable, got |g|² = {float(there):.3g} of which autograd sees "
+                f"{float(seen):.3g}; {_HIDDEN}"
+            )
+
+    def _note_rounding(self, vectors: Sequence[Tensor], seen: float) -> None:
+        """See from ``seen``, which is vᵀ∂g/∂seed and would be vᵀg, how much rounding the products hold."""
         pairs = [(g, v.detach()) for g, v in zip(self.gradient, vectors, strict=True)]
         there = total(inner_product(g, v) for g, v in pairs)
         norms = total(inner_product(v, v) for _, v in pairs)
@@ -131,15 +149,18 @@ class GradientGraph:
         scale = max(abs(there), typical)
         if scale and math.isfinite(seen):
             self.rounding = max(self.rounding, abs(seen - there) / scale)
-        if abs(seen - there) > 0.1 * scale:
-            raise RuntimeError(
-                f"gradients must be differentiable, got vᵀg = {there:.3g} of which autograd sees {seen:.3g}; {_HIDDEN}"
-            )
 
 
 @contextmanager
-def _no_reducers(model: nn.Module) -> Iterator[None]:
-    """Keep data-parallel wrappers from preparing for a backward pass that torch.autograd.grad never makes."""
+def no_reducers(model: nn.Module) -> Iterator[None]:
+    """Keep data-parallel wrappers from taking part in a forward and a backward pass.
+
+    Args:
+        model: that the passes are of.
+
+    Yields:
+        None: until the block ends.
+    """
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
@@ -218,9 +239,11 @@ def _foreign_operators(loss: Tensor) -> set[str]:
 
 @contextmanager
 def _named_errors() -> Iterator[None]:
-    """Say what a failed second derivative means and what works instead."""
+    """Differentiate, and say what a failed second derivative means and what works instead."""
     try:
-        yield
+        # What is computed anew on the way back, between checkpoints, has to be what it was.
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

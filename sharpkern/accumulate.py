@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sharpkern._hvp import check_loss
+from sharpkern._hvp import check_loss, no_reducers
 from sharpkern.direction import Direction
+from sharpkern.engines.closure import default_reduce
 from sharpkern.engines.guards import preserved
 from sharpkern.updates.placement import checked_module
 
@@ -146,14 +147,23 @@ def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.P
             f"one on a parameter of shape {list(hooked.shape)}, which may step it; remove them, or make the direction "
             "by Direction.between"
         )
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    reduce = default_reduce(model)
     found = False
     for loss_fn in losses:
         found = True
-        loss = loss_fn()
-        check_loss(loss)
-        loss.backward()
-        yield {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
-        for parameter in model.parameters():
+        # A data-parallel reducer would write the buckets that the run's own gradients may be views of.
+        with no_reducers(model):
+            loss = loss_fn()
+            check_loss(loss)
+            loss.backward()
+        gradients = {parameter: parameter.grad for parameter in parameters}
+        for parameter in parameters:
             parameter.grad = None
+        if reduce is None:
+            yield {parameter: gradient for parameter, gradient in gradients.items() if gradient is not None}
+        else:
+            # On every rank of the same parameters, used there or not.
+            yield {p: reduce(torch.zeros_like(p) if g is None else g) for p, g in gradients.items()}
     if not found:
         raise ValueError("losses must hold at least one closure, got none; pass one for each batch")

@@ -70,7 +70,8 @@ def hessian_sharpness(
 
     Raises:
         TypeError: If the preconditioner is not a `torch.optim.Adam` or `AdamW`.
-        ValueError: If ``tol``, ``max_iter`` or ``v0`` is out of range, or there is nothing to differentiate.
+        ValueError: If ``tol``, ``max_iter`` or ``v0`` is out of range, the preconditioner is another model's, or there
+            is nothing to differentiate.
         RuntimeError: If the loss cannot be differentiated twice. Where that cannot be told of an operator, because its
             gradient is not torch's own, a warning says so.
         ImportError: If scipy, the extra ``hessian``, is missing.
@@ -85,21 +86,30 @@ def hessian_sharpness(
         >>> round(result.value, 4), result.converged
         (6.0, True)
     """
-    if not 0 < tol < 1:
+    if not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise ValueError(f"tol must be a number in (0, 1), got {tol}; leave it out for 0.01")
-    if max_iter < 1:
+    if not isinstance(max_iter, int) or isinstance(max_iter, bool) or max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}; leave it out for 100")
     if preconditioner is None:
         scales = {parameter: torch.ones(()) for parameter in model.parameters() if parameter.requires_grad}
     else:
         inverse, _ = inverse_preconditioner(preconditioner)
-        scales = {parameter: diagonal.sqrt() for parameter, diagonal in inverse.items()}
+        own = {id(parameter) for parameter in model.parameters()}
+        if any(id(parameter) not in own for parameter in inverse):
+            raise ValueError(
+                "preconditioner must hold parameters of the model alone, got others; pass the optimizer that trains "
+                "this model"
+            )
+        # What was frozen after it had moved is no part of θ any more.
+        scales = {parameter: diagonal.sqrt() for parameter, diagonal in inverse.items() if parameter.requires_grad}
     if not scales:
         raise ValueError("model must have parameters that require gradients, got none; unfreeze some of them")
     parameters = tuple(scales)
     start = _start(parameters, v0)
     with preserved(model, parameters, grad=True):
         graph = GradientGraph(model, loss_fn, parameters)
+        if not math.isfinite(graph.loss):
+            return HessianResult(math.nan, math.nan, 0, False, start / start.norm())
 
         def product(vector: Tensor) -> Tensor:
             pieces = torch.split(vector, [parameter.numel() for parameter in parameters])
@@ -119,11 +129,14 @@ def _start(parameters: tuple[nn.Parameter, ...], v0: Tensor | None) -> Tensor:
     noise = torch.randn(size, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(parameters[0].device)
     if v0 is None:
         return noise
-    if v0.shape != noise.shape:
+    shape = list(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
+    if shape != [size]:
         raise ValueError(
-            f"v0 must be a vector of the {size} parameters, got shape {list(v0.shape)}; "
+            f"v0 must be a vector of the {size} parameters, got shape {shape}; "
             "give the vector of an earlier result for the same parameters, or leave it out"
         )
+    if not v0.isfinite().all() or not v0.any():
+        raise ValueError("v0 must be finite and not zero, got one that is not; leave it out for a random start")
     # A trace of noise, so that a direction the earlier vector knows nothing of can still come up.
     start: Tensor = v0.to(noise) / v0.norm() + 0.1 * noise / noise.norm()
     return start

@@ -40,7 +40,8 @@ def shard(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 def values(rank: int) -> dict[str, tuple[float, float]]:
     """Every measurement on the rank's shard, and the same on the whole batch without data parallelism."""
     torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double())
+    layers = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    model = DistributedDataParallel(layers, gradient_as_bucket_view=True)
     (inputs, labels), (all_inputs, all_labels) = shard(rank), batch()
     loss_fn = lambda: F.cross_entropy(model(inputs), labels)
     whole = lambda: F.cross_entropy(model.module(all_inputs), all_labels)
@@ -65,6 +66,9 @@ def values(rank: int) -> dict[str, tuple[float, float]]:
             "λ_dir of the update, forward": sharpkern.directional_sharpness(m, f, update),
             "λ_dir of the update, forward, chosen h": sharpkern.directional_sharpness(m, f, update, step_size=1e-3),
             "λ_c": sharpkern.critical_sharpness(m, f, update).sharpness,
+            # Twice the same: their mean, and not what the second left in the reducer's buckets.
+            "|g|² of batches": sharpkern.gradient_direction(m, [f, lambda: 3 * f()]).norm_sq,
+            "|Δθ|² of batches": sharpkern.adamw_direction(m, [f, lambda: 3 * f()]).norm_sq,
         }
 
     here, there = each(model, loss_fn), each(model.module, whole)
@@ -105,6 +109,8 @@ def run(rank: int, kind: str, measured: bool, set_to_none: bool) -> list[torch.T
             sharpkern.hessian_sharpness(model, loss_fn, max_iter=3)
             sharpkern.directional_sharpness(model, loss_fn, direction, method="hvp")
             sharpkern.directional_sharpness(model, loss_fn, direction)
+            sharpkern.gradient_direction(model, [loss_fn] * 2)
+            sharpkern.adamw_direction(model, [loss_fn] * 2)
         trace += [p.grad.clone() for p in model.parameters() if p.grad is not None]
         optimizer.step()
         trace += [tensor.clone() for tensor in model.state_dict().values()]
@@ -167,7 +173,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
 def test_all_ranks_agree_with_the_whole_batch(ranks) -> None:
     here, other = (rank["values"] for rank in ranks)
     assert isinstance(here, dict), here
-    assert len(here) == 8
+    assert len(here) == 10
     for name, (value, whole) in here.items():
         assert value == other[name][0], name
         assert value == pytest.approx(whole, rel=1e-5), name

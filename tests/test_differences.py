@@ -85,7 +85,7 @@ def test_a_wall_of_nan_beyond_the_first_step_is_walked_back_from():
     assert count <= 12
 
 
-def test_a_chosen_step_takes_four_losses():
+def test_a_chosen_step_takes_four_losses_and_two_where_the_fourth_difference_is_no_rounding():
     calls = []
 
     def losses(step_sizes):
@@ -93,10 +93,39 @@ def test_a_chosen_step_takes_four_losses():
         return [math.exp(-eta) for eta in step_sizes]
 
     estimate = at_step(losses, 1.0, step=0.2, noise=1e-14)
-    assert calls == [0.2, -0.2, 0.1, -0.1]
+    assert calls == [0.2, -0.2, 0.1, -0.1, 0.05, -0.05]
     # cosh and sinh of the step.
     assert estimate.value == pytest.approx((math.cosh(0.2) - 1) / 0.02 / (math.sinh(0.2) / 0.2), rel=1e-10)
     assert abs(estimate.value - 1) < estimate.error * estimate.value < 3 * abs(estimate.value - 1)
+
+    calls.clear()
+    at_step(losses, 1.0, step=0.2, noise=1e-3)
+    assert calls == [0.2, -0.2, 0.1, -0.1]
+
+
+@pytest.mark.parametrize("h", [None, 0.1])
+def test_a_loss_rounded_more_coarsely_than_its_size_says_is_not_believed(h):
+    # A cross-entropy near zero: of 1e-4, in steps of 6e-8, a thousand times what noise·f says.
+    covered, values = 0, 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+
+        def losses(step_sizes, generator=generator):
+            noise = 3e-8 * torch.randn(len(step_sizes), generator=generator, dtype=torch.float64)
+            return [
+                1e-4 * (1 - 0.3 * eta + 0.02 * eta**2) + n for eta, n in zip(step_sizes, noise.tolist(), strict=True)
+            ]
+
+        (base,) = losses([0.0])
+        one = (
+            three_point(losses, base, first_step=0.1, noise=1e-6)
+            if h is None
+            else at_step(losses, base, step=h, noise=1e-6)
+        )
+        if not math.isnan(one.value):
+            values += 1
+            covered += abs(one.value - 0.04 / 0.3) <= 3 * one.error * abs(one.value)
+    assert covered >= 0.9 * values
 
 
 @pytest.mark.parametrize("step", [1e-9, 1e3])

@@ -86,6 +86,25 @@ def test_clipped_gradients_do_not_bias_it(method):
 
 
 @pytest.mark.parametrize("method", ["hvp", "forward"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore::sharpkern.RetainedWarning")
+def test_a_loss_without_a_value_has_no_curvature(method, value):
+    model, _, _, loss_fn = classifier()
+    direction = Direction.from_gradients(model)
+    assert math.isnan(directional_sharpness(model, lambda: loss_fn() + value, direction, method=method))
+
+
+def test_a_direction_without_curvature_is_not_refused_for_its_rounding():
+    model, inputs, labels, _ = classifier()
+    # Softmax does not see what is added to all of its inputs.
+    model.bias = nn.Parameter(torch.zeros(1))
+    loss_fn = lambda: F.cross_entropy(nn.Sequential.forward(model, inputs) + model.bias, labels)
+    direction = Direction.from_tensors({model.bias: torch.ones(1)}, model)
+    value = directional_sharpness(model, loss_fn, direction, method="hvp")
+    assert math.isnan(value) or value.error > 1
+
+
+@pytest.mark.parametrize("method", ["hvp", "forward"])
 def test_a_frozen_parameter_moves_where_the_direction_says_so(method):
     weight = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
     model = nn.ParameterList([weight])
@@ -137,7 +156,7 @@ def test_a_fused_kernel_is_refused_by_the_product_and_measured_by_the_difference
     fused().backward()
     direction = Direction.from_gradients(model)
     with pytest.raises(
-        RuntimeError, match=r"must be differentiable, got vᵀg = .* of which autograd sees .*without fused"
+        RuntimeError, match=r"must be differentiable, got \|g\|² = .* of which autograd sees .*without fused"
     ):
         directional_sharpness(model, fused, direction, method="hvp")
     exact = directional_sharpness(model, plain, direction, method="hvp")
@@ -223,8 +242,8 @@ def test_a_step_of_ones_own():
         assert value == pytest.approx((12 + 2 * step**2) / (4 + 4 * step**2), rel=1e-9)
         assert value.step_size == step
         assert abs(value - 3) < value.error * value < 3 * abs(value - 3)
-    # Base loss and two pairs: the checks were made the first time.
-    assert value.forwards == 5
+    # Base loss and three pairs: the checks were made the first time.
+    assert value.forwards == 7
 
 
 def test_a_step_too_small_for_the_loss_is_nan_and_says_which():

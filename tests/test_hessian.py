@@ -201,7 +201,7 @@ def test_a_backward_that_autograd_does_not_see_is_not_measured_in_silence(operat
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), torch.randn(20, 6)
     with pytest.raises(
-        RuntimeError, match=r"must be differentiable, got vᵀg = .* of which autograd sees .*without fused"
+        RuntimeError, match=r"must be differentiable, got \|g\|² = .* of which autograd sees .*without fused"
     ):
         hessian_sharpness(model, lambda: model[1](operator.apply(model[0](inputs))).square().mean())
 
@@ -278,6 +278,35 @@ def test_preconditioner_follows_the_groups_learning_rates_and_leaves_out_what_do
     assert result.value == pytest.approx(30, rel=1e-6)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_without_a_value_has_no_sharpness(value):
+    model = Quadratic([1.0, 2.0])
+    result = hessian_sharpness(model, lambda: model() + value)
+    assert math.isnan(result.value)
+    assert (result.converged, result.iterations) == (False, 0)
+
+
+def test_what_was_frozen_after_it_had_moved_is_not_counted():
+    model = nn.ParameterList([nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=0.0)
+    loss = lambda: model[0].square().sum() + 50 * model[1].square().sum()
+    loss().backward()
+    optimizer.step()
+    model[1].requires_grad_(False)
+    result = hessian_sharpness(model, loss, preconditioner=optimizer, tol=1e-6)
+    # P = (1 − β₁)|g|.
+    assert result.value == pytest.approx(2 / 0.2, rel=1e-6)
+
+
+def test_the_optimizer_of_another_model_is_refused():
+    model, other = Quadratic([1.0, 2.0]), Quadratic([3.0, 4.0])
+    optimizer = torch.optim.Adam(other.parameters())
+    other().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="preconditioner must hold parameters of the model alone, got others; pass"):
+        hessian_sharpness(model, model, preconditioner=optimizer)
+
+
 def test_frozen_parameters_are_not_counted():
     model = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(2)])
     model[1].requires_grad_(False)
@@ -307,6 +336,10 @@ ADAM = torch.optim.Adam(LINEAR.parameters())
             ValueError,
             r"v0 must be a vector of the 3 parameters, got shape \[7\]; give the vector",
         ),
+        ({"v0": torch.zeros(3)}, ValueError, "v0 must be finite and not zero, got one that is not; leave it out"),
+        ({"v0": [1.0]}, ValueError, "v0 must be a vector of the 3 parameters, got shape list; give the vector"),
+        ({"max_iter": 2.5}, ValueError, "max_iter must be at least 1, got 2.5"),
+        ({"tol": "a"}, ValueError, r"tol must be a number in \(0, 1\), got a; leave it out"),
         ({"preconditioner": torch.optim.SGD(LINEAR.parameters())}, TypeError, "Adam or AdamW, got SGD; leave it out"),
         ({"preconditioner": ADAM}, ValueError, r"must have taken a step .*; call optimizer.step\(\) first"),
         ({"loss_fn": lambda: LINEAR.weight}, ValueError, r"scalar tensor, got shape \[1, 2\]; take its mean or sum"),
