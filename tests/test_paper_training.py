@@ -139,23 +139,23 @@ def test_figure2_tells_of_the_edge_of_stability():
     assert "at 0 % of 4 points (median deviation 120 %, largest 120 %), and λ_dir is not positive at 4." in said
     assert "With batches of 8 the medians over the last 40 % are 0.40 × 2/η (λ_c), 1.05 × 2/η (λ_max), 1.00" in said
     assert "own λ_c ends more than 25 % below 2/η in 1 of 1 such runs" in said
-    assert "of the full training set along the same update within 25 % of it in 1;" in said
+    assert "of the full training set along the same update within 25 % of it in 1 of 1;" in said
     assert "did not converge" not in said
 
 
 def test_figure2_tells_the_opposite_when_the_numbers_are_the_opposite():
     said = script("figure2").findings(sgd_rows([0.2] * 10, [1.5] * 10, [1.0] * 10, own=1.0, heldout=0.5))
     assert "λ_max starts at 1 and never reaches 2/η: its largest value is 1." in said
-    assert "λ_c does not rise: it is at most 0.01 × 2/η." in said
+    assert "λ_c does not reach half of 2/η: it is at most 0.01 × 2/η." in said
     assert "λ_dir exceeds λ_max by more than the solver's 1 % at 10 of 15 points; the largest ratio is 1.50." in said
     assert "λ_dir is not positive" not in said
     assert "ends more than 25 % below 2/η in 0 of 1 such runs" in said
-    assert "within 25 % of it in 0;" in said
+    assert "within 25 % of it in 0 of 1;" in said
     said = script("figure2").findings(sgd_rows([19.0, 40.0], [20.0, 20.0], [22.0, 22.0], status="unbounded"))
     assert "first time at step 0. From" in said
     assert "at 50 % of 2 points (median deviation 52 %, largest 100 %)" in said
-    assert "Before λ_c rises" not in said
-    assert "Of 7 measurements of λ_c some did not converge: 7 unbounded." in said
+    assert "before λ_c is at half" not in said
+    assert "Of 7 measurements of λ_c some did not converge: 7 unbounded (no rise found, λ_c is an upper bound)." in said
 
 
 def adamw_rows(warmup, stable, decay, *, lambda_max=3e3, plain=1e3, absence=5.0, heldout=500.0):
@@ -177,7 +177,8 @@ def test_figure3_tells_what_the_paper_found_where_it_is_so():
     assert "rises from 200 to 400 in the decay; it is below 2/η at all 17 points." in said
     assert "After the warm-up λ_c is within 25 % of λ_dir at 78 % of 9 points" in said
     assert "λ_dir of P⁻¹g is at most λ_max at all 17 points; the largest ratio is 0.33." in said
-    assert "In warm-up and decay λ_c goes as in the paper in all runs." in said
+    assert "In the warm-up λ_c falls in all runs, as in the paper." in said
+    assert "In the decay λ_c rises in all runs, as in the paper." in said
     assert "λ_max is above its own threshold at 0 of 17 points; its median is 0.16 of it." in said
     assert "a median of 0.50 × 2/η (η = 0.002)" in said
 
@@ -188,14 +189,73 @@ def test_figure3_tells_the_opposite_when_the_numbers_are_the_opposite():
     )
     rows[0] |= {"lambda_max": 1e6, "absence": 3.0, "heldout_status": "ascent", "heldout_lambda_c": float("inf")}
     said = script("figure3").findings(rows)
-    assert "λ_c rises from 100 to 1.5e+03 in the warm-up" in said
-    assert "falls from 1.5e+03 to 900 in the decay; it is below 2/η at 7 of 17 points." in said
+    assert "λ_c rises from 100 to 1500 in the warm-up" in said
+    assert "falls from 1500 to 900 in the decay; it is below 2/η at 7 of 17 points." in said
     assert "λ_dir of P⁻¹g exceeds λ_max by more than the solver's 1 % at 16 of 17 points" in said
     assert "In 1 of 1 runs λ_c rises in the warm-up, where the paper has it fall." in said
     assert "In 1 of 1 runs λ_c falls in the decay, where the paper has it rise." in said
     assert "above its own threshold at 17 of 17 points, 8 of them in the warm-up" in said
-    assert "At 16 of the 17 the batch holds a byte that no batch held before, which is so at 0 of the other 0" in said
-    assert "Of 18 measurements of λ_c some did not converge: 1 ascent." in said
+    assert "8 of them in the warm-up. At 16 of the 17 the batch holds a byte that no batch held before: P" in said
+    assert "Of 18 measurements of λ_c some did not converge: 1 ascent (uphill at once, λ_c = ∞)." in said
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([(1.005, 1.0), (0.5, 1.0)], "at most λ_max within the solver's 1 % at all 2 points, and above it by less than "
+         "that at 1; the largest ratio is 1.00."),
+        ([(0.5, 1.0), (0.5, NAN), (INF, 1.0)], "at most λ_max at all 1 points that have both, which 2 have not; the"),
+        ([(-3.0, -2.0), (0.5, 1.0)], "at all 2 points; the largest ratio where λ_max is positive is 0.50."),
+        ([(-3.0, -2.0)], "λ_dir is at most λ_max at all 1 points."),
+        ([(NAN, 1.0)], "At no point have both λ_dir and λ_max a value."),
+    ],
+)  # fmt: skip
+def test_the_bound_by_the_largest_eigenvalue_in_words(pairs, words):
+    rows = [{"lambda_dir": value, "lambda_max": top} for value, top in pairs]
+    assert words in script("facts").bound(rows, "lambda_dir", "λ_dir", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "never"),
+    [
+        (sgd_rows([9.8] * 3, [9.0] * 3, [10.0] * 3), "reach half of 2/η: it is at most 0.49 × 2/η.", "before λ_c"),
+        (sgd_rows([9.8] * 3, [9.0] * 3, [10.0] * 3), "With the full batch λ_c is within 25 % of λ_dir at", "not pos"),
+        (sgd_rows([0.2, 19.0], [1.0] * 2, [10.0] * 2)[:2], "its last value before 0.01 × 2/η", "such runs"),
+        (sgd_rows([NAN, 19.0], [1.0] * 2, [NAN, 10.0]), "starts at 10 (at step 1, the first with a value)", "nan"),
+        (sgd_rows([NAN, 19.0], [1.0] * 2, [10.0] * 2), "before λ_c is at half of 2/η, at no point have both", "nan"),
+        (sgd_rows([NAN] * 2, [NAN] * 2, [NAN] * 2, own=NAN, heldout=NAN), "λ_c has no value at any step.", "nan"),
+        (sgd_rows([INF] * 2, [1.0] * 2, [INF] * 2, own=INF, heldout=INF), "λ_max has no value at any step.", "nan"),
+    ],
+)  # fmt: skip
+def test_figure2_tells_odd_rows_truly_and_draws_them(rows, words, never, tmp_path):
+    said = script("figure2").findings(rows)
+    assert words in said
+    assert never not in said
+    script("figure2").draw([{"loss": 1.0, "heldout_status": "converged", **row} for row in rows], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (adamw_rows([200.0] * 4, [200.0] * 3, [200.0] * 3), "In 1 of 1 runs λ_c stays the same in the warm-up, where"),
+        (adamw_rows([INF] * 4, [INF] * 3, [INF] * 3), "stays at ∞ in the warm-up, has a median of ∞ × 2/η in the"),
+        (adamw_rows([INF] * 4, [INF] * 3, [INF] * 3), "In 1 of 1 runs λ_c stays the same in the decay, where the"),
+        (adamw_rows([400.0, 200.0], [298.0] * 3, []), "phase, and is not known at both ends in the decay; it is"),
+        (adamw_rows([400.0, 200.0], [298.0] * 3, []), "In the warm-up λ_c falls in all runs, as in the paper. In 1 of"),
+        (adamw_rows([], [], [300.0] * 3), "is not known at both ends in the warm-up, has no value in the stable"),
+        (adamw_rows([NAN] * 2, [NAN] * 2, [NAN] * 2, lambda_max=NAN, plain=NAN, heldout=NAN), "λ_c has no value."),
+        (adamw_rows([4.0] * 2, [4.0] * 2, [4.0] * 2, lambda_max=NAN), "The preconditioned λ_max has no value."),
+        (adamw_rows([4.0] * 2, [4.0] * 2, [4.0] * 2, lambda_max=2e4), "a byte that no batch held before. λ_c"),
+    ],
+)  # fmt: skip
+def test_figure3_tells_odd_rows_truly(rows, words):
+    said = script("figure3").findings(rows)
+    assert words in said
+    assert "nan" not in said
+    assert "In the decay λ_c rises in all runs" not in said
 
 
 def test_no_measurement_is_left_out_of_the_picture(tmp_path, monkeypatch):
@@ -203,18 +263,26 @@ def test_no_measurement_is_left_out_of_the_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: figures.append(figure))
     statuses = ("converged", "ascent", "unbounded", "unresolved", "nonfinite", "converged")
     values = (1.0, float("inf"), 0.5, float("nan"), float("nan"), 2.0)
-    rows = sgd_rows(values, [-1.0] * 6, [3.0] * 6)
+    rows = sgd_rows(values, [-1.0] * 6, [3.0, NAN, 3.0, INF, 3.0, 3.0])
     for row, status in zip(rows, statuses, strict=False):
         row |= {"status": status, "loss": 1.0}
     script("figure2").draw([{"loss": 1.0, "heldout_status": "converged", **row} for row in rows], tmp_path / "x.png")
     (figure,) = figures
     (legend,) = figure.legends
     labels = {text.get_text() for text in legend.get_texts()}
-    meanings = {"uphill at once", "no rise found: upper bound", "unresolved", "loss not finite", "at or below zero"}
+    meanings = {
+        "uphill at once",
+        "no rise found: upper bound",
+        "unresolved",
+        "loss not finite",
+        "at or below zero",
+        "no value",
+    }
     assert meanings < labels
     drawn = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
     assert [drawn[meaning] for meaning in ("uphill at once", "unresolved", "loss not finite")] == [[1], [3], [4]]
     assert drawn["at or below zero"] == list(range(6))
+    assert drawn["no value"] == [1, 3]
 
 
 def test_all_sharpnesses_of_a_quadratic_agree():

@@ -9,6 +9,13 @@ from scaffold import Row
 
 # λ_c and λ_dir count as close within this, and a sharpness as near a threshold.
 CLOSE = 0.25
+# What a measurement that did not converge came to.
+_MEANINGS = {
+    "ascent": "uphill at once, λ_c = ∞",
+    "unbounded": "no rise found, λ_c is an upper bound",
+    "unresolved": "noise hides where the loss rises",
+    "nonfinite": "the loss is not finite",
+}
 
 
 def by_run(rows: Iterable[Row]) -> list[list[Row]]:
@@ -36,12 +43,31 @@ def ratios(rows: Iterable[Row], above: str, below: str) -> list[float]:
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median, nan of nothing.
+    """Return the median of what is a number, nan if nothing is.
 
     Args:
         values: to take it of.
     """
-    return statistics.median(values) if values else math.nan
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
+
+
+def number(value: float) -> str:
+    """Return a value to three digits.
+
+    Args:
+        value: a number or infinity.
+    """
+    return "∞" if math.isinf(value) else f"{float(f'{value:.3g}'):g}"
+
+
+def sentences(*found: str) -> str:
+    """Return a paragraph of those sentences that there are.
+
+    Args:
+        *found: sentences, empty where there is nothing to say.
+    """
+    return " ".join(sentence for sentence in found if sentence)
 
 
 def percent(share: float) -> str:
@@ -67,20 +93,25 @@ def close(rows: list[Row]) -> str:
         A clause.
     """
     deviations = [abs(ratio - 1) for ratio in ratios(rows, "lambda_c", "lambda_dir")]
+    if not deviations:
+        return "at no point have both λ_c and λ_dir a value"
     share = sum(deviation <= CLOSE for deviation in deviations) / len(deviations)
+    points = "points" if len(deviations) == len(rows) else "points that have both"
     return (
-        f"λ_c is within {percent(CLOSE)} of λ_dir at {percent(share)} of {len(deviations)} points (median deviation "
+        f"λ_c is within {percent(CLOSE)} of λ_dir at {percent(share)} of {len(deviations)} {points} (median deviation "
         f"{percent(median(deviations))}, largest {percent(max(deviations))})"
     )
 
 
 def times(value: float, unit: str) -> str:
-    """Return a ratio to a threshold, such as "0.97 × 2/η".
+    """Return a ratio to a threshold, such as "0.97 × 2/η"; words where there is none.
 
     Args:
         value: the ratio.
         unit: what it is to.
     """
+    if math.isnan(value):
+        return "no value"
     return f"{'∞' if math.isinf(value) else f'{value:.2f}' if value >= 0.1 else f'{value:.2g}'} × {unit}"
 
 
@@ -96,13 +127,29 @@ def bound(rows: list[Row], column: str, name: str, tolerance: float) -> str:
     Returns:
         One sentence.
     """
-    over = sum(row[column] > row["lambda_max"] + tolerance * abs(row["lambda_max"]) for row in rows)
-    how = (
-        f"is at most λ_max at all {len(rows)} points"
-        if not over
-        else f"exceeds λ_max by more than the solver's {percent(tolerance)} at {over} of {len(rows)} points"
-    )
-    return f"{name} {how}; the largest ratio is {max(ratios(rows, column, 'lambda_max')):.2f}."
+    pairs = [(row[column], row["lambda_max"]) for row in rows]
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    if not pairs:
+        return f"At no point have both {name} and λ_max a value."
+    above = sum(value > top for value, top in pairs)
+    over = sum(value > top + tolerance * abs(top) for value, top in pairs)
+    if over:
+        text = f"{name} exceeds λ_max by more than the solver's {percent(tolerance)} at {over} of {len(pairs)} points"
+    elif above:
+        text = (
+            f"{name} is at most λ_max within the solver's {percent(tolerance)} at all {len(pairs)} points, and above "
+            f"it by less than that at {above}"
+        )
+    else:
+        text = f"{name} is at most λ_max at all {len(pairs)} points"
+    if len(pairs) < len(rows):
+        text += f" that have both, which {len(rows) - len(pairs)} have not"
+    # Of a negative λ_max a ratio says nothing on which of both is larger.
+    shares = [value / top for value, top in pairs if top > 0]
+    if shares:
+        where = "" if len(shares) == len(pairs) else " where λ_max is positive"
+        text += f"; the largest ratio{where} is {max(shares):.2f}"
+    return f"{text}."
 
 
 def no_value(rows: list[Row]) -> str:
@@ -114,9 +161,10 @@ def no_value(rows: list[Row]) -> str:
     Returns:
         One sentence, or nothing if all did.
     """
-    statuses = [row[key] for row in rows for key in ("status", "heldout_status") if key in row]
+    keys = ("status", "in_training_status", "heldout_status")
+    statuses = [row[key] for row in rows for key in keys if key in row]
     failed = Counter(status for status in statuses if status != "converged")
     if not failed:
         return ""
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(failed.items()))
+    counts = ", ".join(f"{count} {status} ({_MEANINGS[status]})" for status, count in sorted(failed.items()))
     return f"Of {len(statuses)} measurements of λ_c some did not converge: {counts}."

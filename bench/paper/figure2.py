@@ -7,6 +7,7 @@ loss along the same update. Without --data the network learns scikit-learn's dig
 paper's setting, on the first 5000 images.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cifar import cifar10
-from facts import CLOSE, bound, by_run, close, median, no_value, percent, ratios, times
+from facts import CLOSE, bound, by_run, close, median, no_value, percent, ratios, sentences, times
 from gauge import TOLERANCE, Gauge
 from panels import Curve, draw_runs
 from scaffold import Figure, Order, Piece, Row, main
@@ -103,16 +104,25 @@ def train(run: str, setting: Setting, data: Callable[[int], tuple[Tensor, Tensor
     return rows
 
 
+def setting_of(order: Order) -> Setting:
+    """Return the setting that the command line asks for.
+
+    Args:
+        order: of the command line.
+    """
+    if order.data is None:
+        return DIGITS_QUICK if order.quick else DIGITS
+    return CIFAR_QUICK if order.quick else CIFAR
+
+
 def pieces(order: Order) -> Mapping[str, Piece]:
     """Return the three training runs.
 
     Args:
         order: of the command line.
     """
-    if order.data is None:
-        setting, data = DIGITS_QUICK if order.quick else DIGITS, digits
-    else:
-        setting, data = CIFAR_QUICK if order.quick else CIFAR, partial(cifar10, order.data)
+    setting = setting_of(order)
+    data = digits if order.data is None else partial(cifar10, order.data)
     sizes = {"full batch": setting.num_images, "large batch": setting.large, "small batch": setting.small}
     return {run: partial(train, run, setting, data, size) for run, size in sizes.items()}
 
@@ -149,11 +159,17 @@ def findings(rows: list[Row]) -> str:
     """
     full, *others = by_run(rows)
     found = [
-        "The paper trains a fully connected network by SGD. With the full batch, λ_max climbs to 2/η (progressive "
+        "**The paper** trains a fully connected network by SGD. With the full batch, λ_max climbs to 2/η (progressive "
         "sharpening) and stays there (the edge of stability). λ_c stays low at first, then rises abruptly to 2/η. λ_c "
         "is about λ_dir, and λ_dir is at most λ_max.",
-        " ".join([_setting(full), _climb(full), _edge(full), bound(rows, "lambda_dir", "λ_dir", TOLERANCE)]),
-        " ".join([_before(full), *(_mini_batch(run) for run in others), _stand(others), no_value(rows)]).strip(),
+        sentences(_setting(full), _climb(full), _edge(full), bound(rows, "lambda_dir", "λ_dir", TOLERANCE)),
+        sentences(
+            "**Where they differ.**",
+            _before(full),
+            *(_mini_batch(run) for run in others),
+            _stand(others),
+            no_value(rows),
+        ),
     ]
     return "\n\n".join(found)
 
@@ -161,17 +177,21 @@ def findings(rows: list[Row]) -> str:
 def _setting(full: list[Row]) -> str:
     row = full[0]
     return (
-        f"Here it has 4 linear layers of width {row['width']:.0f} and learns {row['batch']:.0f} {row['data']}, with "
-        f"η = {row['lr']:g}, so 2/η = {row['threshold']:.3g}."
+        f"**This run.** The network has 4 linear layers of width {row['width']:.0f} and learns {row['batch']:.0f} "
+        f"{row['data']}, with η = {row['lr']:g}, so 2/η = {row['threshold']:.3g}."
     )
 
 
 def _climb(full: list[Row]) -> str:
     """Say how λ_max met 2/η with the full batch, or that it did not."""
-    text = f"With the full batch λ_max starts at {full[0]['lambda_max']:.2g}"
+    known = [row for row in full if math.isfinite(row["lambda_max"])]
+    if not known:
+        return "With the full batch λ_max has no value at any step."
+    where = "" if known[0] is full[0] else f" (at step {known[0]['step']:.0f}, the first with a value)"
+    text = f"With the full batch λ_max starts at {known[0]['lambda_max']:.2g}{where}"
     reached = _reached(full, "lambda_max", 1)
     if reached is None:
-        return f"{text} and never reaches 2/η: its largest value is {max(row['lambda_max'] for row in full):.3g}."
+        return f"{text} and never reaches 2/η: its largest value is {max(row['lambda_max'] for row in known):.3g}."
     return f"{text} and has reached 2/η by step {full[reached]['step']:.0f}."
 
 
@@ -179,24 +199,29 @@ def _edge(full: list[Row]) -> str:
     """Say how λ_c rose to 2/η with the full batch, and how close it was to λ_dir from then on."""
     jump = _reached(full, "lambda_c", 0.5)
     if jump is None:
-        return f"λ_c does not rise: it is at most {times(max(ratios(full, 'lambda_c', 'threshold')), '2/η')}."
-    before, after = full[:jump], full[jump:]
-    text = f"λ_c is above half of 2/η for the first time at step {full[jump]['step']:.0f}"
+        known = ratios(full, "lambda_c", "threshold")
+        if not known:
+            return "λ_c has no value at any step."
+        return f"λ_c does not reach half of 2/η: it is at most {times(max(known), '2/η')}."
+    before, after = ratios(full[:jump], "lambda_c", "threshold"), full[jump:]
+    text = f"λ_c is at least half of 2/η for the first time at step {full[jump]['step']:.0f}"
     if before:
         text += (
-            f": its median until then is {times(median(ratios(before, 'lambda_c', 'threshold')), '2/η')}, and its last "
-            f"value before {times(before[-1]['lambda_c'] / before[-1]['threshold'], '2/η')}"
+            f": its median until then is {times(median(before), '2/η')}, and its last value before "
+            f"{times(before[-1], '2/η')}"
         )
     return f"{text}. From there on the medians are {_medians(after, _ALL)}, and {close(after)}."
 
 
 def _before(full: list[Row]) -> str:
-    """Say whether λ_c was close to λ_dir before it rose."""
-    before = full[: _reached(full, "lambda_c", 0.5)]
+    """Say whether λ_c was close to λ_dir before it was at half of 2/η."""
+    jump = _reached(full, "lambda_c", 0.5)
+    before = full[:jump]
     if not before:
         return ""
     negative = sum(row["lambda_dir"] <= 0 for row in before)
-    text = f"Before λ_c rises: {close(before)}"
+    when = "With the full batch" if jump is None else "With the full batch, before λ_c is at half of 2/η,"
+    text = f"{when} {close(before)}"
     if negative:
         text += (
             f", and λ_dir is not positive at {negative}. λ_dir is the curvature at θ, λ_c that of a finite step; they "
@@ -212,13 +237,17 @@ def _mini_batch(run: list[Row]) -> str:
 
 def _stand(others: list[list[Row]]) -> str:
     """Count the runs with mini-batches at whose end λ_c stands below 2/η, and those where the full set's is near it."""
-    ends = [_end(run) for run in others]
-    own, whole = ([median(ratios(end, name, "threshold")) for end in ends] for name in ("lambda_c", "heldout_lambda_c"))
+    medians = [
+        [median(ratios(_end(run), name, "threshold")) for run in others] for name in ("lambda_c", "heldout_lambda_c")
+    ]
+    own, whole = ([value for value in values if not math.isnan(value)] for values in medians)
+    if not own or not whole:
+        return ""
     below, near = sum(value < 1 - CLOSE for value in own), sum(abs(value - 1) <= CLOSE for value in whole)
     return (
-        f"So the batch's own λ_c ends more than {percent(CLOSE)} below 2/η in {below} of {len(ends)} such runs, and "
-        f"that of the full training set along the same update within {percent(CLOSE)} of it in {near}; the paper's "
-        "statement is on the full batch."
+        f"So the batch's own λ_c ends more than {percent(CLOSE)} below 2/η in {below} of {len(own)} such runs, and "
+        f"that of the full training set along the same update within {percent(CLOSE)} of it in {near} of {len(whole)}; "
+        "the paper's statement is on the full batch."
     )
 
 
@@ -242,7 +271,15 @@ def _end(run: list[Row]) -> list[Row]:
     return [row for row in run if row["step"] >= 0.6 * run[-1]["step"]]
 
 
-FIGURE = Figure("figure2", "sharpness of a network trained by SGD with three batch sizes", pieces, draw, findings, True)
+FIGURE = Figure(
+    "figure2",
+    "sharpness of a network trained by SGD with three batch sizes",
+    setting_of,
+    pieces,
+    draw,
+    findings,
+    takes_data=True,
+)
 
 if __name__ == "__main__":
     # The same bits on every machine of a kind, and no slower at this size.

@@ -8,12 +8,13 @@ another batch's loss along AdamW's update.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from facts import bound, by_run, close, median, no_value, ratios, times
+from facts import bound, by_run, close, median, no_value, number, ratios, sentences, times
 from gauge import TOLERANCE, Gauge
 from panels import Curve, draw_runs
 
@@ -84,6 +85,15 @@ def _phase(schedule: Run, step: int) -> str:
     return "stable" if step < schedule.num_steps - schedule.decay else "decay"
 
 
+def setting_of(order: Order) -> object:
+    """Return what the runs depend on.
+
+    Args:
+        order: of the command line.
+    """
+    return {**(QUICK if order.quick else FULL), "lr": LEARNING_RATES, "context": CONTEXT, "every": EVERY}
+
+
 def pieces(order: Order) -> Mapping[str, Piece]:
     """Return the training runs, one for each learning rate.
 
@@ -131,40 +141,56 @@ def findings(rows: list[Row]) -> str:
     """
     runs = by_run(rows)
     found = [
-        "The paper trains language models by AdamW with warm-up, a stable phase and decay. λ_c falls in the warm-up, "
-        "stays below 2/η, and rises in the decay.",
-        " ".join([
-            "Here a model of 2 layers and width 64 learns Python's help texts byte by byte.",
+        "**The paper** trains language models by AdamW with warm-up, a stable phase and decay. λ_c falls in the "
+        "warm-up, stays below 2/η, and rises in the decay.",
+        sentences(
+            "**This run.** A model of 2 layers and width 64 learns Python's help texts byte by byte.",
             *(_course(run) for run in runs),
             "(From and to are medians: of the first and the last quarter of the warm-up, of the last thirds of stable "
             "phase and decay.)",
             f"After the warm-up {close(_after_warmup(rows))}; λ_dir is that of AdamW's own update.",
             bound(rows, "lambda_dir_plain", "λ_dir of P⁻¹g", TOLERANCE),
-        ]),
-        " ".join([_warmup_against_paper(runs), _preconditioned(rows), _heldout(runs), no_value(rows)]).strip(),
-    ]  # fmt: skip
+        ),
+        sentences(
+            "**Where they differ.**", _against_paper(runs), _preconditioned(rows), _heldout(runs), no_value(rows)
+        ),
+    ]
     return "\n\n".join(found)
 
 
 def _course(run: list[Row]) -> str:
     """Say how λ_c went in one run: warm-up, stable phase, decay."""
-    start, end = _warmup(run)
-    before, after = _decay(run)
-    below = sum(ratio < 1 for ratio in ratios(run, "lambda_c", "two_over_lr"))
-    num = len(ratios(run, "lambda_c", "two_over_lr"))
-    stable = [row for row in run if row["phase"] == "stable"]
-    share = times(median(ratios(stable, "lambda_c", "two_over_lr")), "2/η")
+    known = ratios(run, "lambda_c", "two_over_lr")
+    if not known:
+        return f"At {run[0]['run']} λ_c has no value."
+    below = sum(ratio < 1 for ratio in known)
+    share = median(ratios(_stable(run), "lambda_c", "two_over_lr"))
+    has = "no value" if math.isnan(share) else f"a median of {times(share, '2/η')}"
     return (
-        f"At {run[0]['run']} λ_c {_goes(start, end)} in the warm-up, has a median of {share} in the stable phase, "
-        f"and {_goes(before, after)} in the decay; it is below 2/η at {'all' if below == num else below} "
-        f"{'' if below == num else 'of '}{num} points."
+        f"At {run[0]['run']} λ_c {_goes(*_warmup(run))} in the warm-up, has {has} in the stable phase, "
+        f"and {_goes(*_decay(run))} in the decay; it is below 2/η at "
+        f"{'all' if below == len(known) else f'{below} of'} {len(known)} points."
     )
 
 
 def _goes(start: float, end: float) -> str:
-    if start == end:
-        return f"stays at {start:.3g}"
-    return f"{'rises' if end > start else 'falls'} from {start:.3g} to {end:.3g}"
+    word = _change(start, end)
+    if word == "rises" or word == "falls":
+        return f"{word} from {number(start)} to {number(end)}"
+    return f"stays at {number(start)}" if word == "stays the same" else word
+
+
+def _change(start: float, end: float) -> str:
+    """Say how λ_c goes, to the digits that are printed."""
+    if math.isnan(start) or math.isnan(end):
+        return "is not known at both ends"
+    if number(start) == number(end):
+        return "stays the same"
+    return "rises" if end > start else "falls"
+
+
+def _stable(run: list[Row]) -> list[Row]:
+    return [row for row in run if row["phase"] == "stable"]
 
 
 def _warmup(run: list[Row]) -> tuple[float, float]:
@@ -177,51 +203,62 @@ def _warmup(run: list[Row]) -> tuple[float, float]:
 def _decay(run: list[Row]) -> tuple[float, float]:
     """Return the medians of λ_c in the last third of the stable phase and in that of the decay."""
     stable, decay = ([row["lambda_c"] for row in run if row["phase"] == phase] for phase in ("stable", "decay"))
-    return median(stable[-(len(stable) // 3) :]), median(decay[-(len(decay) // 3) :])
+    last, end = (median(values[-max(1, len(values) // 3) :]) for values in (stable, decay))
+    return last, end
 
 
 def _after_warmup(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["phase"] != "warm-up"]
 
 
-def _warmup_against_paper(runs: list[list[Row]]) -> str:
-    rising = sum(end > start for start, end in map(_warmup, runs))
-    falling = sum(after < before for before, after in map(_decay, runs))
-    text = []
-    if rising:
-        text.append(f"In {rising} of {len(runs)} runs λ_c rises in the warm-up, where the paper has it fall.")
-    if falling:
-        text.append(f"In {falling} of {len(runs)} runs λ_c falls in the decay, where the paper has it rise.")
-    return " ".join(text) or "In warm-up and decay λ_c goes as in the paper in all runs."
+def _against_paper(runs: list[list[Row]]) -> str:
+    """Say in which phases λ_c goes as in the paper."""
+    phases = (("warm-up", "falls", _warmup), ("decay", "rises", _decay))
+    found = []
+    for phase, paper, ends in phases:
+        words = Counter(_change(*ends(run)) for run in runs)
+        if words[paper] == len(runs):
+            found.append(f"In the {phase} λ_c {paper} in all runs, as in the paper.")
+        found += [
+            f"In {num} of {len(runs)} runs λ_c {word} in the {phase}, where the paper has it {paper[:-1]}."
+            for word, num in words.items()
+            if word != paper
+        ]
+    return " ".join(found)
 
 
 def _preconditioned(rows: list[Row]) -> str:
     """Say where the preconditioned λ_max exceeds its threshold, and how often a byte that is new is the reason."""
     over = [row for row in rows if row["lambda_max"] > row["threshold"]]
     rest = [row for row in rows if row["lambda_max"] <= row["threshold"]]
+    if not over and not rest:
+        return "The preconditioned λ_max has no value."
     usual = median(ratios(rest, "lambda_max", "threshold"))
-    text = f"The preconditioned λ_max is above its own threshold at {len(over)} of {len(rows)} points"
+    text = f"The preconditioned λ_max is above its own threshold at {len(over)} of {len(over) + len(rest)} points"
     if not over:
         return f"{text}; its median is {usual:.2f} of it."
-    early = sum(row["phase"] == "warm-up" for row in over)
+    text += f", {sum(row['phase'] == 'warm-up' for row in over)} of them in the warm-up"
     new_over, new_rest = (sum(math.isinf(row["absence"]) for row in some) for some in (over, rest))
-    return (
-        f"{text}, {early} of them in the warm-up, and has a median of {usual:.2f} of it at the others. At {new_over} "
-        f"of the {len(over)} the batch holds a byte that no batch held before, which is so at {new_rest} of the other "
-        f"{len(rest)}: P is that of the step before, and for the embedding of a new byte it is no more than ε."
-    )
+    elsewhere = ""
+    if rest:
+        text += f", and has a median of {usual:.2f} of it at the others"
+        elsewhere = f", which is so at {new_rest} of the other {len(rest)}"
+    text += f". At {new_over} of the {len(over)} the batch holds a byte that no batch held before{elsewhere}"
+    if new_over:
+        text += ": P is that of the step before, and for the embedding of a new byte it is no more than ε"
+    return f"{text}."
 
 
 def _heldout(runs: list[list[Row]]) -> str:
     """Set λ_c of the other batch against that of the gradient's own."""
-    stable = [[row for row in run if row["phase"] == "stable"] for run in runs]
-    found = ", ".join(
-        f"{times(median(ratios(rows, 'heldout_lambda_c', 'two_over_lr')), '2/η')} ({rows[0]['run']})" for rows in stable
-    )
+    medians = {run[0]["run"]: median(ratios(_stable(run), "heldout_lambda_c", "two_over_lr")) for run in runs}
+    found = ", ".join(f"{times(value, '2/η')} ({run})" for run, value in medians.items() if not math.isnan(value))
+    if not found:
+        return ""
     return f"λ_c of another batch's loss along the same update has, in the stable phase, a median of {found}."
 
 
-FIGURE = Figure("figure3", "sharpness of a language model trained by AdamW", pieces, draw, findings)
+FIGURE = Figure("figure3", "sharpness of a language model trained by AdamW", setting_of, pieces, draw, findings)
 
 if __name__ == "__main__":
     # The same bits on every machine of a kind.

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import io
 import math
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any
 
 import torch
 from corpora import english
-from facts import median
-from olmo import Stages, train
+from facts import median, no_value, number, sentences
+from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
 from scaffold import Figure, Order, Piece, Row, main
 
 from sharpkern.cli import app
@@ -34,16 +35,23 @@ _DIRECTIONS = ("adamw", "sgd")
 _GREEN = COLORS[2]
 
 
+def setting_of(order: Order) -> tuple[Stages, int, dict[str, float]]:
+    """Return the stages, how many batches a direction is made of, and what else the rows depend on."""
+    run = {"batch": BATCH, "length": LENGTH, "lr": LR, "warmup": WARMUP}
+    return (QUICK, 2, run) if order.quick else (FULL, 8, run)
+
+
 def pieces(order: Order) -> Mapping[str, Piece]:
     """Return the pieces of work: training, and measuring the revisions along each direction."""
-    stages = QUICK if order.quick else FULL
-    batches = 2 if order.quick else 8
+    stages, batches, _ = setting_of(order)
     revisions = order.work / "revisions"
     measuring = {f"measuring, {name}": partial(_measure, name, batches, revisions, order.work) for name in _DIRECTIONS}
     return {"training": partial(_trained, stages, revisions), **measuring}
 
 
 def _trained(stages: Stages, folder: Path) -> list[Row]:
+    # Of a run that was stopped, perhaps one with other stages.
+    shutil.rmtree(folder, ignore_errors=True)
     return [{"direction": "in training", **row} for row in train(stages, folder)]
 
 
@@ -105,16 +113,17 @@ def draw(rows: list[Row], path: Path) -> None:
         draw_measurements(upper, _records(found), _measured, r"checkpoints, $\lambda_c$", BLUE)
         if direction == "adamw":
             draw_measurements(upper, _records(found), _of_batch, r"in training, $\lambda_c$ of the batch", ORANGE)
-            draw_measurements(upper, _records(found), _heldout, r"in training, held-out $\lambda_c$", _GREEN)
+            draw_measurements(upper, _records(found), _of_other, r"in training, $\lambda_c$ of another batch", _GREEN)
             thresholds = [2 / row["lr"] for row in found]
             upper.plot(steps, thresholds, "k--", linewidth=1.2, label=r"$2/\eta$ of the run", zorder=1)
         lower.plot(steps, [row["loss"] for row in found], color="#555555", linewidth=1.2)
         upper.set_yscale("log")
         upper.set_title(f"along {title}", fontsize="medium")
         lower.set_xlabel("step")
-        border = next(row["step"] for row in found if row["revision"].startswith("stage2"))
+        border = [row["step"] for row in found if row["revision"].startswith("stage2")]
         for axes in (upper, lower):
-            axes.axvspan(border, steps[-1], color="#eeeeee", zorder=0, label="mid-training")
+            if border:
+                axes.axvspan(border[0], steps[-1], color="#eeeeee", zorder=0, label="mid-training")
             light_grid(axes)
         legend_once(upper)
     grid[0][0].set_ylabel("sharpness (1/learning rate)")
@@ -135,7 +144,7 @@ def _of_batch(record: Any) -> Any:
     return SimpleNamespace(sharpness=record.row["in_training_lambda_c"], status=record.row["in_training_status"])
 
 
-def _heldout(record: Any) -> Any:
+def _of_other(record: Any) -> Any:
     return SimpleNamespace(sharpness=record.row["heldout_lambda_c"], status=record.row["heldout_status"])
 
 
@@ -148,11 +157,11 @@ def findings(rows: list[Row]) -> str:
     )
     below = sum(row["lambda_c"] < 2 / row["lr"] for row in adamw)
     run = (
-        f"**This run.** {len(adamw)} revisions of a small Olmo 2, of which one is the initialization. "
-        f"Along AdamW's update λ_c {_courses(adamw)}; it is below the run's own 2/η at {below} of them. Along the "
-        f"gradient it {_courses(sgd)}."
+        f"**This run.** {len(adamw)} revisions of a small Olmo 2, the first of which is the initialization. From the "
+        f"next on λ_c along AdamW's update {_courses(adamw)}; over all of them it is below the run's own 2/η at "
+        f"{below}. Along the gradient it {_courses(sgd)}."
     )
-    return "\n\n".join([paper, run, _same(adamw), _difference(adamw, sgd)])
+    return "\n\n".join([paper, run, sentences(_same(adamw), no_value(rows)), _difference(adamw, sgd)])
 
 
 def _stages(found: list[Row]) -> dict[str, list[float]]:
@@ -170,13 +179,22 @@ def _courses(found: list[Row]) -> str:
 
 
 def _course(values: list[float]) -> str:
+    if not _known(values):
+        return "has no two ends to compare"
     before, after = values[0], values[-1]
+    if math.isinf(before) and math.isinf(after):
+        return "is ∞ at both ends"
     word = "rises" if _rises(values) else "falls" if after < before / 1.1 else "stays about the same,"
-    return f"{word} from {before:.3g} to {after:.3g}"
+    return f"{word} from {number(before)} to {number(after)}"
+
+
+def _known(values: list[float]) -> bool:
+    """Say whether there is a value at both ends."""
+    return len(values) > 1 and not math.isnan(values[0]) and not math.isnan(values[-1])
 
 
 def _rises(values: list[float]) -> bool:
-    return values[-1] > 1.1 * values[0]
+    return _known(values) and values[-1] > 1.1 * values[0]
 
 
 def _same(adamw: list[Row]) -> str:
@@ -185,15 +203,26 @@ def _same(adamw: list[Row]) -> str:
         [row["lambda_c"] / row[name] for row in adamw[1:] if math.isfinite(row["lambda_c"] + row[name])]
         for name in ("in_training_lambda_c", "heldout_lambda_c")
     )
-    return (
-        "The command sees weights only, and accumulates AdamW's moments over batches while they stand still. Its λ_c "
-        f"is {_spread(other)} times what a Monitor in the run saw at the same step along the optimizer's own update, "
-        f"of the loss on as much other English; and {_spread(own)} times that of the training batch, whose gradient is "
-        "in that update and whose loss therefore falls further along it."
+    text = "The command sees weights only, and accumulates AdamW's moments over batches while they stand still."
+    # Along one and the same update, the optimizer's own.
+    pairs = [(row["in_training_lambda_c"], row["heldout_lambda_c"]) for row in adamw[1:]]
+    pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    if not own or not other or not pairs:
+        return f"{text} There is nothing to compare its λ_c with."
+    further = sum(batch < another for batch, another in pairs)
+    text += (
+        " After the initialization the ratio of its λ_c to what a Monitor in the run saw at the same step along the "
+        f"optimizer's own update has a median of {_spread(other)} for another batch's loss, of as much other "
+        f"English of the training text, and {_spread(own)} for the training batch's. Along that update the training "
+        f"batch's λ_c is below the other batch's at {further} of {len(pairs)} revisions"
     )
+    if 2 * further > len(pairs):
+        text += ", so its loss falls further: its own gradient is in the update"
+    return f"{text}."
 
 
 def _spread(ratios: list[float]) -> str:
+    """Return the median and the extremes."""
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} revisions)"
 
 
@@ -203,13 +232,15 @@ def _difference(adamw: list[Row], sgd: list[Row]) -> str:
     seen = [f"{stage} along {name}" for name, stages in along.items() for stage, v in stages.items() if _rises(v)]
     text = f"λ_c rises in {' and in '.join(seen)} alone" if seen else "λ_c rises in neither stage"
     text = "λ_c rises in both stages along both directions" if len(seen) == 4 else text
+    all_known = all(_known(values) for stages in along.values() for values in stages.values())
+    here = "Here" if all_known else "Here, as far as there are values,"
     return (
-        f"**Where they differ.** Here {text}. The model is some 40 000 times smaller, and trained for minutes on half "
-        "a megabyte of English, at a learning rate that falls all the way."
+        f"**Where they differ.** {here} {text}. The model is some 40 000 times smaller, and trained for minutes on "
+        f"half a megabyte of English, at a learning rate that falls after a warm-up of {WARMUP} steps."
     )
 
 
-FIGURE = Figure("figure4", "critical sharpness of a language model's checkpoints", pieces, draw, findings)
+FIGURE = Figure("figure4", "critical sharpness of a language model's checkpoints", setting_of, pieces, draw, findings)
 
 if __name__ == "__main__":
     # The same bits on every machine of a kind, and no slower at this size.

@@ -63,6 +63,11 @@ _LR = 3e-3
 _MIX_LR = 1e-3
 
 
+def setting_of(order: Order) -> object:
+    """Return what the rows depend on."""
+    return QUICK if order.quick else SETTING, _CONTEXT, _TRAINING_BATCH, _LR, _MIX_LR
+
+
 def pieces(order: Order) -> Mapping[str, Piece]:
     """Return the pieces of work: pre-training, the sweep, and training on each mix."""
     setting = QUICK if order.quick else SETTING
@@ -135,6 +140,7 @@ def _sweep(setting: Setting, trained: Path, path: Path) -> list[Row]:
             "critical_lr": point.critical_lr,
             "status": point.status,
             "error": point.error,
+            "bracket_low": point.bracket[0],
             "bracket_high": point.bracket[1],
             "forwards": point.forwards,
         }
@@ -209,7 +215,12 @@ def _draw_change(axes: Any, task: str, by_share: Mapping[float, Sequence[float]]
 
 
 FIGURE = Figure(
-    "figure5", "critical sharpness of two tasks against the share of old data in a mix", pieces, draw, findings
+    "figure5",
+    "critical sharpness of two tasks against the share of old data in a mix",
+    setting_of,
+    pieces,
+    draw,
+    findings,
 )
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 import sharpkern
 
-_LENGTH = 64
-_BATCH = 16
-_LR = 3e-3
-_WARMUP = 50
+LENGTH = 64
+BATCH = 16
+LR = 3e-3
+WARMUP = 50
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Stages:
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted through both stages."""
         if step >= self.pretraining:
-            return 0.1 * _LR * (1 - (step - self.pretraining) / self.midtraining)
+            return 0.1 * LR * (1 - (step - self.pretraining) / self.midtraining)
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / self.pretraining)
-        return _LR * min(1, (step + 1) / _WARMUP) * cosine
+        return LR * min(1, (step + 1) / WARMUP) * cosine
 
     def revision(self, step: int) -> str | None:
         """Return the name under which the weights before a step are saved, if they are."""
@@ -54,7 +54,8 @@ class Stages:
 def train(stages: Stages, folder: Path) -> list[dict[str, Any]]:
     """Train, save the revisions as folders, and measure λ_c along the optimizer's own update at each of them.
 
-    It is measured of the training batch's loss, and of the loss on other English, as much as eight batches.
+    It is measured of the training batch's loss, and of another batch's: eight times as many rows of the English that
+    is trained on.
 
     Args:
         stages: how long.
@@ -70,15 +71,15 @@ def train(stages: Stages, folder: Path) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_config(len(tokenizer)))
     model.config.use_cache = False
-    optimizer = torch.optim.AdamW(model.parameters(), _LR, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.1)
     monitor = sharpkern.Monitor(model, optimizer, every=lambda step: stages.revision(step) is not None)
-    other = _draw(rows["English"], 8 * _BATCH)
+    other = _draw(rows["English"], 8 * BATCH)
     saved = []
     for step in range(stages.pretraining + stages.midtraining):
         for group in optimizer.param_groups:
             group["lr"] = stages.lr_at(step)
         names = ["English"] if step < stages.pretraining else ["English", "code"]
-        batch = torch.cat([_draw(rows[name], _BATCH // len(names)) for name in names])
+        batch = torch.cat([_draw(rows[name], BATCH // len(names)) for name in names])
 
         optimizer.zero_grad()
         _loss(model, batch).backward()
@@ -119,7 +120,7 @@ def _config(vocabulary: int) -> Olmo2Config:
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=_LENGTH,
+        max_position_embeddings=LENGTH,
         tie_word_embeddings=False,
         pad_token_id=None,
         bos_token_id=None,
@@ -129,7 +130,7 @@ def _config(vocabulary: int) -> Olmo2Config:
 
 def _rows(words: str, tokenizer: PreTrainedTokenizerFast) -> Tensor:
     tokens = torch.tensor(tokenizer(words, verbose=False)["input_ids"])
-    return tokens[: len(tokens) // _LENGTH * _LENGTH].view(-1, _LENGTH)
+    return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
 def _draw(rows: Tensor, num: int) -> Tensor:

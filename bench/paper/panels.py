@@ -94,6 +94,8 @@ def _draw_curve(axes: Any, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> N
         draw_at_edge(axes, steps, height, marker, curve.color, meaning)
     steps = [step for step, value, _ in points if value <= 0]
     draw_at_edge(axes, steps, 0.03, "_", curve.color, "at or below zero")
+    steps = [step for step, value, status in points if status == "converged" and not math.isfinite(value)]
+    draw_at_edge(axes, steps, 0.06, "1", curve.color, "no value")
 
 
 def _running_medians(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:

@@ -52,6 +52,7 @@ class Figure:
     Attributes:
         name: of the script and of its files.
         about: one line for ``--help``.
+        setting: what the rows depend on; after an edit of it the rows that were kept are refused.
         pieces: the pieces of work by name, in order.
         draw: draws all rows into an image.
         findings: says what the rows show, as Markdown with every number worked out of them.
@@ -60,6 +61,7 @@ class Figure:
 
     name: str
     about: str
+    setting: Callable[[Order], object]
     pieces: Callable[[Order], Mapping[str, Piece]]
     draw: Callable[[list[Row], Path], None]
     findings: Callable[[list[Row]], str]
@@ -134,7 +136,12 @@ def runtime(name: str, folder: Path = RESULTS) -> str:
 
 def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
     """Return the rows of all pieces, of which those that were done before are only read, and the seconds they took."""
-    settings = {"figure": figure.name, "quick": order.quick, "data": order.data and str(order.data)}
+    settings = {
+        "figure": figure.name,
+        "quick": order.quick,
+        "data": order.data and str(order.data),
+        "setting": repr(figure.setting(order)),
+    }
     pieces = figure.pieces(order)
     journal = Journal(order.work / "pieces.jsonl", settings)
     done = {entry["piece"] for entry in journal.rows}
