@@ -272,6 +272,21 @@ def test_odd_revisions_are_told_truly_and_drawn(rows, words, tmp_path) -> None:
     figure.draw([{"loss": 1.0, **row} for row in rows], tmp_path / "x.png")
 
 
+def test_a_value_between_two_gaps_is_drawn_and_no_legend_covers_it(tmp_path, monkeypatch) -> None:
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: figures.append(figure))
+    rows = [{"loss": 1.0, **row} for row in planted([1, 2, 3, 4, 5])]
+    for i in (1, 3):
+        rows[5 + i] |= {"lambda_c": math.nan, "status": "unresolved"}
+    module("figure4").draw(rows, tmp_path / "x.png")
+    sweep = sweep_rows({0.0: 1.0, 1.0: 3.0}, {0.0: 3.0, 1.0: 1.0})
+    module("figure5").draw(sweep + training_rows({0.0: 1.0}, {0.0: 1.0}), tmp_path / "x.png")
+    dots = [list(line.get_xdata()) for line in figures[0].axes[0].lines if line.get_marker() == "."]
+    assert dots[0] == [0, 2, 4]
+    assert [len(figure.legends) for figure in figures] == [1, 1]
+    assert all(figure.axes[0].get_legend() is None for figure in figures)
+
+
 def test_an_edit_of_a_setting_refuses_old_rows_and_empties_the_revisions(tmp_path, monkeypatch) -> None:
     figure, scaffold = module("figure4"), module("scaffold")
     stale = tmp_path / "work" / "figure4" / "revisions" / "stage1-step7"

@@ -245,7 +245,7 @@ def _preconditioned(rows: list[Row]) -> str:
         elsewhere = f", which is so at {new_rest} of the other {len(rest)}"
     text += f". At {new_over} of the {len(over)} the batch holds a byte that no batch held before{elsewhere}"
     if new_over:
-        text += ": P is that of the step before, and for the embedding of a new byte it is no more than ε"
+        text += ": P is that of the step before, and for the embedding of a new byte it is no more than AdamW's ε"
     return f"{text}."
 
 

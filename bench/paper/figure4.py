@@ -14,7 +14,7 @@ import csv
 import io
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +24,11 @@ import torch
 from corpora import english
 from facts import median, no_value, number, sentences
 from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
+from panels import legend_below
 from scaffold import Figure, Order, Piece, Row, main
 
 from sharpkern.cli import app
-from sharpkern.plot import BLUE, COLORS, ORANGE, draw_measurements, legend_once, light_grid
+from sharpkern.plot import BLUE, COLORS, ORANGE, columns, draw_measurements, light_grid
 
 FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
 QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)
@@ -110,10 +111,10 @@ def draw(rows: list[Row], path: Path) -> None:
         found = of_direction(rows, direction)
         upper, lower = grid[:, column]
         steps = [row["step"] for row in found]
-        draw_measurements(upper, _records(found), _measured, r"checkpoints, $\lambda_c$", BLUE)
+        _draw_series(upper, found, _measured, r"checkpoints, $\lambda_c$", BLUE)
         if direction == "adamw":
-            draw_measurements(upper, _records(found), _of_batch, r"in training, $\lambda_c$ of the batch", ORANGE)
-            draw_measurements(upper, _records(found), _of_other, r"in training, $\lambda_c$ of another batch", _GREEN)
+            _draw_series(upper, found, _of_batch, r"in training, $\lambda_c$ of the batch", ORANGE)
+            _draw_series(upper, found, _of_other, r"in training, $\lambda_c$ of another batch", _GREEN)
             thresholds = [2 / row["lr"] for row in found]
             upper.plot(steps, thresholds, "k--", linewidth=1.2, label=r"$2/\eta$ of the run", zorder=1)
         lower.plot(steps, [row["loss"] for row in found], color="#555555", linewidth=1.2)
@@ -125,15 +126,18 @@ def draw(rows: list[Row], path: Path) -> None:
             if border:
                 axes.axvspan(border[0], steps[-1], color="#eeeeee", zorder=0, label="mid-training")
             light_grid(axes)
-        legend_once(upper)
     grid[0][0].set_ylabel("sharpness (1/learning rate)")
     grid[1][0].set_ylabel("loss on English")
+    legend_below(figure, grid[0])
     figure.savefig(path)
 
 
-def _records(found: list[Row]) -> Any:
-    """Return rows in the form that plots of training runs take."""
-    return [SimpleNamespace(step=row["step"], row=row) for row in found]
+def _draw_series(axes: Any, found: list[Row], pick: Callable[[Any], Any], label: str, color: str) -> None:
+    """Draw one series as plots of training runs do, and a dot for each value: a line has none between two gaps."""
+    records = [SimpleNamespace(step=row["step"], row=row) for row in found]
+    draw_measurements(axes, records, pick, label, color)
+    dots = [(record.step, pick(record).sharpness) for record in records if pick(record).status == "converged"]
+    axes.plot(*columns(dots), ".", color=color, markersize=5)
 
 
 def _measured(record: Any) -> Any:
@@ -157,9 +161,9 @@ def findings(rows: list[Row]) -> str:
     )
     below = sum(row["lambda_c"] < 2 / row["lr"] for row in adamw)
     run = (
-        f"**This run.** {len(adamw)} revisions of a small Olmo 2, the first of which is the initialization. From the "
-        f"next on λ_c along AdamW's update {_courses(adamw)}; over all of them it is below the run's own 2/η at "
-        f"{below}. Along the gradient it {_courses(sgd)}."
+        f"**This run.** {len(adamw)} checkpoints, or revisions, of a small Olmo 2, the first of which is the "
+        f"initialization. From the next on λ_c along AdamW's update {_courses(adamw)}; over all of them it is below "
+        f"the run's own 2/η at {below}. Along the gradient it {_courses(sgd)}."
     )
     return "\n\n".join([paper, run, sentences(_same(adamw), no_value(rows)), _difference(adamw, sgd)])
 
@@ -203,7 +207,7 @@ def _same(adamw: list[Row]) -> str:
         [row["lambda_c"] / row[name] for row in adamw[1:] if math.isfinite(row["lambda_c"] + row[name])]
         for name in ("in_training_lambda_c", "heldout_lambda_c")
     )
-    text = "The command sees weights only, and accumulates AdamW's moments over batches while they stand still."
+    text = "`sharpkern measure` sees weights only, and accumulates AdamW's moments over batches while they stand still."
     # Along one and the same update, the optimizer's own.
     pairs = [(row["in_training_lambda_c"], row["heldout_lambda_c"]) for row in adamw[1:]]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
@@ -211,7 +215,7 @@ def _same(adamw: list[Row]) -> str:
         return f"{text} There is nothing to compare its λ_c with."
     further = sum(batch < another for batch, another in pairs)
     text += (
-        " After the initialization the ratio of its λ_c to what a Monitor in the run saw at the same step along the "
+        " After the initialization the ratio of its λ_c to what a `Monitor` in the run saw at the same step along the "
         f"optimizer's own update has a median of {_spread(other)} for another batch's loss, of as much other "
         f"English of the training text, and {_spread(own)} for the training batch's. Along that update the training "
         f"batch's λ_c is below the other batch's at {further} of {len(pairs)} revisions"

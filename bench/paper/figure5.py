@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from corpora import apart, byte_rows, code, english
 from mix_words import TASKS, changes, findings, sweep_of
+from panels import legend_below
 from runs import GPT, token_loss
 from scaffold import Figure, Order, Piece, Row, main
 from torch import Tensor, nn
@@ -191,9 +192,12 @@ def draw(rows: list[Row], path: Path) -> None:
     """Draw λ_c against the share of English, and what training on the mixes did to both losses."""
     from matplotlib.figure import Figure as Canvas
 
-    figure = Canvas(figsize=(10.5, 4.2), dpi=120, layout="constrained")
+    figure = Canvas(figsize=(10.5, 5), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_mixture(left, sweep_of(rows))
+    # Inside the panel it would cover points.
+    left.get_legend().remove()
+    legend_below(figure, [left])
     for color, (task, by_share) in zip(COLORS, changes(rows).items(), strict=False):
         _draw_change(right, task, by_share, color)
     right.axhline(0, color="black", linewidth=0.8)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,23 @@ def draw_runs(
             axes.spines[["top", "right"]].set_visible(False)
     grid[0][0].set_ylabel("sharpness (1/learning rate)")
     grid[1][0].set_ylabel("loss")
-    # Every label once, whichever panel has it.
+    legend_below(figure, grid[0], f"dots: measurements; lines: running medians of {_WINDOW}")
+    figure.savefig(path)
+
+
+def legend_below(figure: Any, panels: Iterable[Any], words: str | None = None) -> None:
+    """Name every label once, whichever panel has it, where the legend covers nothing.
+
+    Args:
+        figure: of matplotlib.
+        panels: axes of the figure.
+        words: above the labels.
+    """
     entries = {
-        label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     style = {"loc": "outside lower center", "ncols": 4, "fontsize": "small", "frameon": False}
-    words = f"dots: measurements; lines: running medians of {_WINDOW}"
     figure.legend(entries.values(), entries.keys(), title=words, title_fontsize="small", **style)
-    figure.savefig(path)
 
 
 def _draw_curve(axes: Any, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> None:
