@@ -32,7 +32,7 @@ _ROUNDINGS = 5
 
 
 class DirectionalSharpness(float):
-    """λ_dir, a number in 1/learning-rate, and how it was measured.
+    """λ_dir, a number in 1/learning-rate, and how it was measured; ``float(value)`` is the number alone.
 
     Attributes:
         error: relative uncertainty, nan where the value is. Of "forward" the truncation and rounding of the difference,
@@ -83,8 +83,8 @@ def directional_sharpness(
     Returns:
         λ_dir in 1/learning-rate: negative where the curvature is, nan where the loss does not resolve it
         (``method="forward"``: |f″| within three standard errors) or has no slope or is not finite. It is a float with
-        its relative uncertainty in ``error``: of 208 points in the training of an MLP and a GPT, in float32, that of
-        "forward" covered the truth at 207 and was 1 % in the median, the true one 0.07 %; that of "hvp" covered all.
+        its relative uncertainty in ``error``, which in float32 training runs covers the truth at nine points of ten or
+        more.
 
     Raises:
         TypeError: If ``loss_fn`` returns no tensor, or ``step_size`` is no number.
