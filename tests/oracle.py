@@ -69,16 +69,18 @@ def engine_losses(
 def assert_as_exact_as_copies(case: Case, engine: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """Fail where an engine's losses are further from float64 than twice those of deep copies in the same dtype."""
     step_sizes = (0.0, 0.01, 1.0)
+    # In 16 bits both err at random: how far copies do is seen at several step sizes, or is a matter of luck.
+    more = (0.1, 0.2, 0.4, 0.6, 0.8) if torch.finfo(dtype).bits == 16 else ()
     model = case.build().to(device, dtype)
     exact_model = copy.deepcopy(model).double()
     direction = random_direction(model)
     exact_direction = Direction.from_tensors(
         {p: t.double() for p, t in zip(exact_model.parameters(), direction.tensors, strict=True)}, exact_model
     )
-    exact = deep_copy_losses(exact_model, case.closure, exact_direction, step_sizes)
-    copies = deep_copy_losses(model, case.closure, direction, step_sizes)
+    exact = deep_copy_losses(exact_model, case.closure, exact_direction, (*step_sizes, *more))
+    copies = deep_copy_losses(model, case.closure, direction, (*step_sizes, *more))
     losses = engine_losses(engine, model, case.closure(model), direction, step_sizes)
     budget = 2 * max(abs(a - b) for a, b in zip(copies, exact, strict=True)) + 1e-6 * abs(exact[0])
-    assert losses == pytest.approx(exact, rel=0, abs=budget)
+    assert losses == pytest.approx(exact[:3], rel=0, abs=budget)
     # Or else the comparison would tell nothing.
     assert abs(exact[2] - exact[0]) > budget
