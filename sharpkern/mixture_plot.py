@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sharpkern.plot import COLORS, draw_at_edge, legend_once, light_grid, new_figure
+from sharpkern.plot import COLORS, draw_at_edge, legend_below, light_grid, new_figure
 
 if TYPE_CHECKING:
     from sharpkern.sweep import MixturePoint, MixtureSweep
@@ -21,8 +21,10 @@ def plot_mixture(sweep: "MixtureSweep", path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = new_figure(7.5, 4.5)
-    draw_mixture(figure.subplots(), sweep)
+    figure = new_figure(7.5, 5.0)
+    axes = figure.subplots()
+    draw_mixture(axes, sweep)
+    legend_below(figure, [axes])
     figure.savefig(path)
 
 
@@ -30,7 +32,7 @@ def draw_mixture(axes: Any, sweep: "MixtureSweep") -> None:
     """Draw λ_c of every task against the mix: medians as lines, quartiles as bands, every repeat as a dot.
 
     A loss that rises from the first step on stands at the upper edge, and a band that reaches it has an infinite
-    quartile. The sweet spot is a vertical line.
+    quartile. The sweet spot is a vertical line. A legend is left to the caller.
 
     Args:
         axes: of matplotlib. The x axis is the share of the first source, or, of more than two, the mix itself.
@@ -53,7 +55,6 @@ def draw_mixture(axes: Any, sweep: "MixtureSweep") -> None:
         axes.set_xticks(list(place.values()), ["\n".join(f"{share:g}" for share in shares) for shares in place])
         axes.set_xlabel("shares of " + ", ".join(map(_plain, sweep.sources)) + " in the mix, from above")
     axes.set_ylabel(r"$\lambda_c$ of the task along the mix's update")
-    legend_once(axes)
     light_grid(axes)
 
 

@@ -5,7 +5,7 @@ Drawn on a `matplotlib.figure.Figure` of their own, so that neither the user's b
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sharpkern._extras import missing
@@ -102,6 +102,21 @@ def legend_once(axes: Any) -> None:
     axes.legend(entries.values(), entries.keys(), loc="best", fontsize="small", framealpha=0.9)
 
 
+def legend_below(figure: Any, panels: Iterable[Any], words: str | None = None) -> None:
+    """Name every label once, whichever panel has it, where the legend covers nothing.
+
+    Args:
+        figure: Of matplotlib.
+        panels: Axes of the figure.
+        words: Above the labels.
+    """
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    style = {"loc": "outside lower center", "ncols": 4, "fontsize": "small", "frameon": False}
+    figure.legend(entries.values(), entries.keys(), title=words, title_fontsize="small", **style)
+
+
 def light_grid(axes: Any) -> None:
     """Draw a light grid and no frame."""
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
@@ -124,8 +139,11 @@ def draw_measurements(
         return
     # nan interrupts the line where there is no value to go through.
     line = [(step, m.sharpness if m.status == "converged" else math.nan) for step, m in taken]
-    lonely = sum(m.status == "converged" for _, m in taken) < 2
-    axes.plot(*columns(line), color=color, linewidth=1.4, marker="o" if lonely else None, label=label, zorder=3)
+    # A line does not show a point between two gaps.
+    values = [math.nan, *(value for _, value in line), math.nan]
+    lonely = [i for i in range(len(line)) if math.isnan(values[i]) and math.isnan(values[i + 2])]
+    marks = {"marker": "o", "markersize": 4, "markevery": lonely}
+    axes.plot(*columns(line), color=color, linewidth=1.4, label=label, zorder=3, **marks)
     bounds = [(step, m.sharpness) for step, m in taken if m.status == "unbounded"]
     if bounds:
         axes.plot(*columns(bounds), "v", color=color, fillstyle="none", label="no rise found: upper bound", zorder=3)

@@ -108,7 +108,15 @@ def test_held_out_and_extra_curves(tmp_path, drawn):
 def test_a_single_measurement_is_visible(tmp_path, drawn):
     plot_history([record(0, 1.0)], tmp_path / "run.png")
     (line,) = (line for line in drawn[0].axes[0].lines if "critical" in line.get_label())
-    assert line.get_marker() == "o"
+    assert (line.get_marker(), line.get_markevery()) == ("o", [0])
+
+
+def test_a_point_between_two_gaps_is_visible(tmp_path, drawn):
+    statuses = ["converged", "converged", "ascent", "converged", "unresolved", "converged", "converged"]
+    history = [record(i, 1.0 + i, status) for i, status in enumerate(statuses)]
+    plot_history(history, tmp_path / "run.png")
+    (line,) = (line for line in drawn[0].axes[0].lines if "critical" in line.get_label())
+    assert line.get_markevery() == [3]
 
 
 def test_a_vector_format_by_the_ending(tmp_path):

@@ -24,11 +24,10 @@ import torch
 from corpora import english
 from facts import median, no_value, number, sentences
 from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
-from panels import legend_below
 from scaffold import Figure, Order, Piece, Row, main
 
 from sharpkern.cli import app
-from sharpkern.plot import BLUE, COLORS, ORANGE, columns, draw_measurements, light_grid
+from sharpkern.plot import BLUE, COLORS, ORANGE, columns, draw_measurements, legend_below, light_grid
 
 FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
 QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from corpora import apart, byte_rows, code, english
 from mix_words import TASKS, changes, findings, sweep_of
-from panels import legend_below
 from runs import GPT, token_loss
 from scaffold import Figure, Order, Piece, Row, main
 from torch import Tensor, nn
 
 import sharpkern
 from sharpkern.mixture_plot import draw_mixture
-from sharpkern.plot import COLORS
+from sharpkern.plot import COLORS, legend_below
 
 _CONTEXT = 64
 
@@ -195,8 +194,6 @@ def draw(rows: list[Row], path: Path) -> None:
     figure = Canvas(figsize=(10.5, 5), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_mixture(left, sweep_of(rows))
-    # Inside the panel it would cover points.
-    left.get_legend().remove()
     legend_below(figure, [left])
     for color, (task, by_share) in zip(COLORS, changes(rows).items(), strict=False):
         _draw_change(right, task, by_share, color)

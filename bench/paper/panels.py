@@ -2,12 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sharpkern.plot import MARKS, columns, draw_at_edge
+from sharpkern.plot import MARKS, columns, draw_at_edge, legend_below
 
 # Measurements that the lines are a median of, this one in the middle.
 _WINDOW = 7
@@ -72,21 +72,6 @@ def draw_runs(
     grid[1][0].set_ylabel("loss")
     legend_below(figure, grid[0], f"dots: measurements; lines: running medians of {_WINDOW}")
     figure.savefig(path)
-
-
-def legend_below(figure: Any, panels: Iterable[Any], words: str | None = None) -> None:
-    """Name every label once, whichever panel has it, where the legend covers nothing.
-
-    Args:
-        figure: of matplotlib.
-        panels: axes of the figure.
-        words: above the labels.
-    """
-    entries = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    style = {"loc": "outside lower center", "ncols": 4, "fontsize": "small", "frameon": False}
-    figure.legend(entries.values(), entries.keys(), title=words, title_fontsize="small", **style)
 
 
 def _draw_curve(axes: Any, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> None:
