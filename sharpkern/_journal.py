@@ -62,13 +62,14 @@ class Journal:
         try:
             lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
             found = lines[0]["settings"] if lines else self._settings
-            if not _BEGINNING.startswith(content[: len(_BEGINNING)]) and not lines:
+            begun = bool(lines) or _BEGINNING.startswith(content[: len(_BEGINNING)])
+            if not begun or not isinstance(found, dict):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{path} must be a journal that this function wrote, got something else; give another path"
             ) from None
-        if len(lines) == 1 and found != self._settings:
+        if lines == [{"settings": found}] and found != self._settings and found.keys() == self._settings.keys():
             # Stopped before there was any row: nothing is lost by beginning anew.
             whole, lines = b"", []
         differing = list(_differences(found, self._settings)) if lines else []

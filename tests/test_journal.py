@@ -56,7 +56,27 @@ def test_other_settings_are_refused_by_name_and_nothing_is_lost(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["step,loss\n1,2\n", "[1]\n", '{"value": 1}\n', "\ufeff\x00\n", "one line"])
+@pytest.mark.parametrize(
+    "content", ['{"settings": {"color": "red"}}\n', '{"settings": {"ratios": [], "seed": 1}, "data": [1, 2]}\n']
+)
+def test_one_line_that_is_not_ours_is_not_begun_anew(tmp_path, content):
+    path = tmp_path / "settings.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"settings\.json must be of the same settings to go on with"):
+        Journal(path, SETTINGS)
+    assert path.read_text(encoding="utf-8") == content
+
+
+def test_a_file_of_other_settings_without_a_row_is_begun_anew(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, {**SETTINGS, "seed": 1})
+    Journal(path, SETTINGS).add({"value": 1})
+    assert Journal(path, SETTINGS).rows == [{"value": 1}]
+
+
+@pytest.mark.parametrize(
+    "content", ["step,loss\n1,2\n", "[1]\n", '{"value": 1}\n', "\ufeff\x00\n", "one line", '{"settings": 1}\n']
+)
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "table.csv"
     path.write_text(content, encoding="utf-16" if "\ufeff" in content else "utf-8")

@@ -50,7 +50,8 @@ def measure_all(
         ValueError: a checkpoint is not the one any more that was measured, or cannot be loaded.
     """
     done = {row["revision"]: row["mark"] for row in journal.rows}
-    changed = [one.label for one in found if done.get(one.label, one.mark()) != one.mark()]
+    marks = {checkpoint.label: checkpoint.mark() for checkpoint in found}
+    changed = [label for label, mark in marks.items() if done.get(label, mark) != mark]
     if changed:
         raise ValueError(
             f"{', '.join(changed)} must be what was measured before, got other weights by now; give another --output"
@@ -62,7 +63,7 @@ def measure_all(
             m = _measure(model, data, make_direction, _last_found(journal.rows))
             # Before the next one is loaded.
             del model
-            journal.add({"revision": checkpoint.label, "mark": checkpoint.mark(), "measurement": asdict(m)})
+            journal.add({"revision": checkpoint.label, "mark": marks[checkpoint.label], "measurement": asdict(m)})
             advance(f"{checkpoint.label}: λ_c {m.sharpness:.4g} ({m.status})")
     by_label = {row["revision"]: _measurement(row["measurement"]) for row in journal.rows}
     return [(checkpoint.label, by_label[checkpoint.label]) for checkpoint in found]
