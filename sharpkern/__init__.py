@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sharpkern.directional import directional_sharpness as directional_sharpness
     from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
     from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
+    from sharpkern.errors import HeadroomWarning as HeadroomWarning
     from sharpkern.errors import KernelWarning as KernelWarning
     from sharpkern.errors import LossPrecisionWarning as LossPrecisionWarning
     from sharpkern.errors import NoUpdateError as NoUpdateError
@@ -48,6 +49,7 @@ _HOME = {
     "directional_sharpness": "directional",
     "EngineFallbackWarning": "errors",
     "EngineUnsupportedError": "errors",
+    "HeadroomWarning": "errors",
     "KernelWarning": "errors",
     "LossPrecisionWarning": "errors",
     "NoUpdateError": "errors",

@@ -33,6 +33,10 @@ class UncheckedWarning(SharpkernWarning):
     """A check that is made once for each model could not be made."""
 
 
+class HeadroomWarning(SharpkernWarning):
+    """The critical learning rate has come closer to the learning rate than the ratio that was asked for."""
+
+
 class NoUpdateError(ValueError):
     """The optimizer's next step would not move anything, or be skipped: learning rate 0, gradients 0 or not finite."""
 

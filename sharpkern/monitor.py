@@ -7,17 +7,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpkern.critical import measure
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
-from sharpkern.errors import NoUpdateError
+from sharpkern.errors import HeadroomWarning, NoUpdateError, warn
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import SearchMemory
 
 LossFn = Callable[[], Tensor]
+
+# Measured steps that a suggested learning rate is drawn from.
+_RECENT = 10
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Monitor:
             TensorBoard's ``SummaryWriter``.
         masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
         scaler: the loop's ``GradScaler``, if it has one.
+        warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, once for each time that it is fallen below:
+            with 1.5, when the loss would rise at one and a half times the step. None for never.
         **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``. On a GPU, outside of distributed
             runs, "auto" times passes of one and of 8 step sizes, once for each size of batch, and takes the quicker:
             name an engine where two runs have to agree to the last bit.
@@ -80,6 +86,7 @@ class Monitor:
         history: one `Record` per measured step.
         skipped: (step, reason) of steps that were due but whose update is none: learning rate 0, or gradients that are
             0 or not finite.
+        step: number of the next call, from 0; may be set, where a run that is taken up knows its step.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -112,6 +119,7 @@ class Monitor:
         log: Any = None,
         masters: Mapping[nn.Parameter, Tensor] | None = None,
         scaler: Any = None,
+        warn_below: float | None = None,
         **options: Any,
     ) -> None:
         if not callable(every) and (isinstance(every, bool) or not isinstance(every, int)):
@@ -120,6 +128,10 @@ class Monitor:
             raise ValueError(f"every must be at least 1, got {every}; leave it out for 1")
         if log is not None and not callable(log) and not hasattr(log, "add_scalar"):
             raise TypeError(f"log must be callable or have add_scalar, got {type(log).__name__}; pass wandb.log")
+        if warn_below is not None and (isinstance(warn_below, bool) or not isinstance(warn_below, (int, float))):
+            raise TypeError(f"warn_below must be a number or None, got {warn_below!r}; pass 1.5, or leave it out")
+        if warn_below is not None and not 0 < warn_below < math.inf:
+            raise ValueError(f"warn_below must be a positive finite ratio, got {warn_below}; pass 1.5, or leave it out")
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that is trained"
@@ -134,30 +146,49 @@ class Monitor:
         self._log = log
         self._masters = masters
         self._scaler = scaler
+        self._warn_below = warn_below
+        self._is_below = False
         self._options = Options.of("Monitor", options)
-        self._step = 0
+        self.step = 0
         self._memory: SearchMemory | None = None
         self._heldout_memory: SearchMemory | None = None
         self._pace, self._heldout_pace = Pace(), Pace()
         self.history: list[Record] = []
         self.skipped: list[tuple[int, str]] = []
 
-    def __call__(self, loss_fn: LossFn, heldout: LossFn | None = None) -> Measurement | None:
+    @property
+    def is_due(self) -> bool:
+        """Whether the next call measures."""
+        return bool(self._every(self.step) if callable(self._every) else self.step % self._every == 0)
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        heldout: LossFn | None = None,
+        *,
+        direction: Direction | Callable[[], Direction] | None = None,
+    ) -> Measurement | None:
         """Measure if this step is due.
 
         Args:
             loss_fn: the scalar loss of the batch whose gradient the parameters hold.
             heldout: the loss of another batch, measured along the same direction: in many runs it is this one whose λ_c
                 sits at 2/lr, while that of the gradient's own batch lies below.
+            direction: Δθ where it is not the optimizer's next step, or a function that makes it on steps that are due,
+                such as one that calls `Direction.between` around a step that was taken.
 
         Returns:
             Measurement: of ``loss_fn``; None on steps that are not due, which cost nothing, and on skipped ones.
         """
-        step, self._step = self._step, self._step + 1
-        if not (self._every(step) if callable(self._every) else step % self._every == 0):
+        due, step = self.is_due, self.step
+        self.step += 1
+        if not due:
             return None
         try:
-            direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+            if direction is None:
+                direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+            elif not isinstance(direction, Direction):
+                direction = direction()
         except NoUpdateError as reason:
             # A warm-up that starts at 0, a step that the loss scaler will skip: the run goes on, and so does this.
             self.skipped.append((step, str(reason)))
@@ -175,7 +206,23 @@ class Monitor:
         record = Record(step, direction.lr, measurement, other)
         self.history.append(record)
         self._send(record)
+        self._warn(record)
         return measurement
+
+    def suggest_lr(self) -> float | None:
+        """Half of the smallest η_c of the last 10 measured steps: the step that lowers the batch's loss the most.
+
+        So it is where the loss is quadratic along Δθ: it falls up to η_c/2, and is back where it was at η_c. It speaks
+        of single batches and single steps. That is a bound to look at when a run becomes unsteady, and a first guess
+        for a new one; it is no schedule, and no promise that training with it is quickest: noise between batches asks
+        for less, and many runs train well at the edge, η = η_c.
+
+        Returns:
+            float: a learning rate of the reference group, the other groups keeping their ratios to it; None as long as
+            no measured step has converged.
+        """
+        recent = [record.measurement for record in self.history[-_RECENT:]]
+        return min((0.5 * m.critical_lr for m in recent if m.status == "converged"), default=None)
 
     def __str__(self) -> str:
         if not self.history:
@@ -217,9 +264,10 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """The step count and what warm-starts the next search: plain numbers, for a checkpoint."""
         return {
-            "step": self._step,
+            "step": self.step,
             "memory": self._memory.to_dict() if self._memory else None,
             "heldout_memory": self._heldout_memory.to_dict() if self._heldout_memory else None,
+            "is_below": self._is_below,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,9 +282,29 @@ class Monitor:
         missing = {"step", "memory", "heldout_memory"} - set(state)
         if missing:
             raise ValueError(f"state must be what state_dict() returned, got one without {sorted(missing)}")
-        self._step = state["step"]
+        self.step = state["step"]
         self._memory = SearchMemory.from_dict(state["memory"]) if state["memory"] else None
         self._heldout_memory = SearchMemory.from_dict(state["heldout_memory"]) if state["heldout_memory"] else None
+        self._is_below = state.get("is_below", False)
+
+    def _warn(self, record: Record) -> None:
+        """Warn where η_c/η has fallen below the ratio since the last measurement."""
+        m = record.measurement
+        if self._warn_below is None or not record.lr or m.status not in {"converged", "ascent"}:
+            return
+        headroom = m.critical_lr / record.lr
+        fell, self._is_below = headroom < self._warn_below and not self._is_below, headroom < self._warn_below
+        distributed = torch.distributed
+        first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+        if fell and first:
+            suggested = self.suggest_lr()
+            remedy = "look at the direction, which goes uphill" if suggested is None else f"try {suggested:.3g} or less"
+            warn(
+                f"step {record.step}: the learning rate is {record.lr:.3g} and the loss rises from η_c = "
+                f"{m.critical_lr:.3g} on, {headroom:.3g} times the learning rate and below {self._warn_below:.3g}; "
+                f"{remedy}, or lengthen the warm-up",
+                HeadroomWarning,
+            )
 
     def _send(self, record: Record) -> None:
         if self._log is None:

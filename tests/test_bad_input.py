@@ -215,6 +215,16 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Scene], object]]] = {
         "log must be callable",
         lambda s: sharpkern.Monitor(s.model, s.optimizer, log="wandb"),
     ),
+    "monitor warns below a word": (
+        TypeError,
+        "warn_below must be a number or None, got 'low'",
+        lambda s: sharpkern.Monitor(s.model, s.optimizer, warn_below="low"),
+    ),
+    "monitor warns below nothing": (
+        ValueError,
+        "warn_below must be a positive finite ratio, got 0",
+        lambda s: sharpkern.Monitor(s.model, s.optimizer, warn_below=0),
+    ),
     "empty history": (
         ValueError,
         "history must hold a measurement",

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "sharpkern"
 
 # From the outermost room inwards: a module imports its own room and rooms further in, never outwards.
 ROOMS = {
-    "command line": ["cli"],
+    "command line and frameworks": ["cli", "integrations"],
     "loop": ["monitor", "mixture", "sweep", "mixture_plot", "plot"],
     "quantities": [
         "critical",

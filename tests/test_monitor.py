@@ -3,6 +3,7 @@
 import csv
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,88 @@ def test_only_finite_values_go_to_the_log() -> None:
     assert sent[0]["sharpness/converged"] == 0.0
     assert "sharpness/lambda_c" not in sent[0]
     assert all(math.isfinite(value) for value in sent[0].values())
+
+
+def test_a_direction_of_ones_own_is_measured_in_place_of_the_optimizers() -> None:
+    loop = Loop()
+    loop.loss().backward()
+    made: list[sharpkern.Direction] = []
+
+    def direction() -> sharpkern.Direction:
+        made.append(sharpkern.Direction.from_gradients(loop.model))
+        return made[-1]
+
+    by_function = loop.monitor(loop.loss, direction=direction)
+    by_value = loop.monitor(loop.loss, direction=made[0])
+    assert by_function.critical_lr == pytest.approx(by_value.critical_lr, rel=2e-2)
+    assert [record.lr for record in loop.monitor.history] == [None, None]
+    # On a step that is not due nothing is made.
+    quiet = Loop(every=2)
+    quiet.monitor.step = 1
+    assert not quiet.monitor.is_due
+    assert quiet.monitor(quiet.loss, direction=direction) is None
+    assert len(made) == 1
+
+
+def headrooms(loop: Loop) -> list[float]:
+    return [record.row()["headroom"] for record in loop.monitor.history]
+
+
+def test_the_alarm_sounds_once_for_each_fall_below_the_ratio() -> None:
+    calm = Loop(lr=0.1)
+    calm.run(3)
+    ratio = 2 * max(headrooms(calm))
+    loop = Loop(lr=0.1, warn_below=ratio)
+    with pytest.warns(sharpkern.HeadroomWarning) as caught:
+        loop.run(3)
+    (warning,) = caught
+    record = loop.monitor.history[0]
+    assert str(warning.message) == (
+        f"step 0: the learning rate is 0.1 and the loss rises from η_c = {record.measurement.critical_lr:.3g} on, "
+        f"{record.row()['headroom']:.3g} times the learning rate and below {ratio:.3g}; try "
+        f"{record.measurement.critical_lr / 2:.3g} or less, or lengthen the warm-up"
+    )
+    # A smaller learning rate ends it, and a larger one later sets it off again; the warning is of the user's line.
+    loop.optimizer.param_groups[0]["lr"] = 0.01
+    loop.run(1)
+    loop.optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.warns(sharpkern.HeadroomWarning, match="step 4") as caught:
+        loop.run(1)
+    assert caught[0].filename == __file__
+    # A checkpoint knows that it has sounded.
+    state = pickle.loads(pickle.dumps(loop.monitor.state_dict()))
+    taken_up = sharpkern.Monitor(loop.model, loop.optimizer, warn_below=ratio)
+    taken_up.load_state_dict(state)
+    loop.monitor = taken_up
+    loop.run(1)
+    assert headrooms(loop)[-1] < ratio
+
+
+def test_an_update_that_goes_uphill_sets_off_the_alarm() -> None:
+    loop = Loop(warn_below=1.5)
+    loop.loss().backward()
+    uphill = sharpkern.Direction.from_tensors({p: -p.grad for p in loop.model.parameters()}, loop.model)
+    with pytest.warns(sharpkern.HeadroomWarning, match="goes uphill"):
+        loop.monitor(loop.loss, direction=replace(uphill, lr=0.1))
+
+
+def test_the_suggested_rate_is_where_a_quadratic_falls_the_most() -> None:
+    weight = nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))
+    model = nn.Module()
+    model.weight = weight
+    curvature = torch.tensor([5.0, 1.0], dtype=torch.float64)
+    loss_fn = lambda: 0.5 * (curvature * weight.square()).sum()
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    monitor = sharpkern.Monitor(model, optimizer, rtol=1e-4)
+    assert monitor.suggest_lr() is None
+    loss_fn().backward()
+    monitor(loss_fn)
+    g = curvature * weight.detach()
+    best = float(g @ g / (g @ (curvature * g)))
+    assert monitor.suggest_lr() == pytest.approx(best, rel=1e-3)
+    # The most careful of the recent ones counts.
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_fn().backward()
+    monitor(loss_fn)
+    assert monitor.suggest_lr() == min(record.measurement.critical_lr for record in monitor.history) / 2
