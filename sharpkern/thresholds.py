@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adam, AdamW
 
+from sharpkern.updates.slots import unwrapped
+
 
 def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, float]:
     """Return the sharpness above which the optimizer's steps grow: 2/η for plain gradient descent.
@@ -34,7 +36,8 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, f
     ``maximize`` turns the loss upside down and leaves the threshold as it is.
 
     Args:
-        optimizer: A `torch.optim.SGD`, `Adam` or `AdamW`. Only its parameter groups are read.
+        optimizer: A `torch.optim.SGD`, `Adam` or `AdamW`, or a wrapper that lends the groups of one, as Accelerate's
+            does. Only its parameter groups are read.
 
     Returns:
         The threshold in units of 1/learning-rate, inf for a learning rate of 0; where the groups differ, a dict from
@@ -53,6 +56,7 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, f
         >>> round(stability_threshold(torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.1)), 6)
         37999.9
     """
+    optimizer = unwrapped(optimizer)
     if type(optimizer) is SGD:
         thresholds = [_sgd(group) for group in optimizer.param_groups]
     elif type(optimizer) in (Adam, AdamW):
@@ -60,8 +64,8 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, f
         thresholds = [_adam(group, decoupled) for group in optimizer.param_groups]
     else:
         raise TypeError(
-            "optimizer must be a torch.optim.SGD, Adam or AdamW (not a subclass or a wrapper), "
-            f"got {type(optimizer).__name__}; unwrap it, or compare the sharpness with 2/lr as a first guide"
+            "optimizer must be a torch.optim.SGD, Adam or AdamW (not a subclass, nor a wrapper with groups of its "
+            f"own), got {type(optimizer).__name__}; unwrap it, or compare the sharpness with 2/lr as a first guide"
         )
     if all(threshold == thresholds[0] for threshold in thresholds):
         return thresholds[0]

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 
+from sharpkern.updates.slots import unwrapped
+
 
 def inverse_preconditioner(optimizer: torch.optim.Optimizer) -> tuple[dict[nn.Parameter, Tensor], float]:
     """Return P⁻¹ of every parameter that the optimizer has moved, P = (1 − β₁ᵗ)(√(v/(1 − β₂ᵗ)) + ε) of its last step.
@@ -12,7 +14,7 @@ def inverse_preconditioner(optimizer: torch.optim.Optimizer) -> tuple[dict[nn.Pa
     whose learning rate differs from it has its P divided by the ratio.
 
     Args:
-        optimizer: an Adam or AdamW that has taken a step.
+        optimizer: an Adam or AdamW that has taken a step, or a wrapper that lends the groups of one, as Accelerate's.
 
     Returns:
         The diagonal of P⁻¹ by parameter, of its shape and on its device, in no less than float32; and η.
@@ -27,6 +29,7 @@ def inverse_preconditioner(optimizer: torch.optim.Optimizer) -> tuple[dict[nn.Pa
     Source:
         Cohen et al. 2022, arXiv 2207.14484.
     """
+    optimizer = unwrapped(optimizer)
     if type(optimizer) not in (Adam, AdamW):
         raise TypeError(
             f"preconditioner must be a torch.optim.Adam or AdamW, got {type(optimizer).__name__}; "

@@ -1,0 +1,149 @@
+"""Critical sharpness in loops that run on Hugging Face's Accelerate, gradient accumulation included."""
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sharpkern._extras import missing
+from sharpkern.direction import Direction
+from sharpkern.measurement import Measurement
+from sharpkern.monitor import LossFn, Monitor
+
+# They keep gradients of their own, and some step inside the backward pass.
+_REFUSED = ("DEEPSPEED", "MEGATRON_LM", "XLA")
+
+
+class SharpnessMonitor(Monitor):
+    """A `sharpkern.Monitor` that knows gradient accumulation: it measures the loss of all micro-batches of a step.
+
+    Call it in every micro-batch, inside ``accelerator.accumulate(model)``, between ``accelerator.backward`` (and
+    clipping) and ``optimizer.step()``. The loss is scaled as Accelerate scales it, also where the data ends before a
+    step is full. Steps are counted as the optimizer takes them, and a skipped step counts.
+
+    Without accumulation the plain Monitor does all of this; it takes the prepared optimizer, the ``GradScaler`` inside
+    and a prepared `DistributedDataParallel` model as they are::
+
+        monitor = sharpkern.Monitor(model, optimizer, every=50, log=accelerator.log)
+        accelerator.register_for_checkpointing(monitor)
+
+    Args:
+        accelerator: that the run was prepared by.
+        model: as ``accelerator.prepare`` returned it.
+        optimizer: likewise.
+        **options: of `sharpkern.Monitor`, such as ``every``, and of `sharpkern.critical_sharpness`. ``log`` is
+            ``accelerator.log`` by default, which writes where trackers were initialised; None writes nothing.
+
+    Raises:
+        ImportError: if accelerate, the extra ``accelerate``, is missing.
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if an option is out of range, or the run is DeepSpeed's, Megatron-LM's or XLA's.
+
+    Memory: as the Monitor; in steps that are due, the micro-batches until the last of them.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> from sharpkern.integrations.accelerate import SharpnessMonitor
+        >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
+        >>> loader = torch.utils.data.DataLoader(data, batch_size=8)
+        >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        >>> monitor = SharpnessMonitor(accelerator, model, optimizer, every=3)
+        >>> accelerator.register_for_checkpointing(monitor)
+        >>> def compute_loss(batch):
+        ...     x, y = batch
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> for batch in loader:
+        ...     with accelerator.accumulate(model):
+        ...         accelerator.backward(compute_loss(batch))
+        ...         _ = monitor(compute_loss, batch)
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> [record.step for record in monitor.history]
+        [0, 3]
+    """
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: Optimizer, **options: Any) -> None:
+        try:
+            from accelerate import Accelerator
+        except ImportError:
+            raise missing("accelerate", "accelerate", "SharpnessMonitor") from None
+        if not isinstance(accelerator, Accelerator):
+            raise TypeError(
+                f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}; pass the one that "
+                "prepared the model"
+            )
+        kind = accelerator.distributed_type.value
+        if kind in _REFUSED:
+            raise ValueError(
+                "accelerator must leave the gradients in the parameters' .grad, as one process and "
+                f"DistributedDataParallel do, got {kind}; measure the run's checkpoints instead"
+            )
+        super().__init__(model, optimizer, **{"log": accelerator.log, **options})
+        self._accelerator = accelerator
+        self._batches: list[tuple[Any, ...]] = []
+
+    def __call__(
+        self,
+        loss_fn: Callable[..., Tensor],
+        *batch: Any,
+        heldout: LossFn | None = None,
+        direction: Direction | Callable[[], Direction] | None = None,
+    ) -> Measurement | None:
+        """Take a micro-batch, and measure after the last one of a step that is due.
+
+        Args:
+            loss_fn: ``loss_fn(*batch)`` is the loss that was given to ``accelerator.backward``.
+            *batch: of this micro-batch alone. It is kept for the step: a closure over the loop's variable would see the
+                last batch in place of all.
+            heldout: as for `sharpkern.Monitor`.
+            direction: likewise.
+
+        Returns:
+            Measurement: of the mean loss of the step's micro-batches; None where nothing was measured.
+
+        Raises:
+            TypeError: if no batch is given.
+        """
+        if not batch:
+            raise TypeError(
+                "SharpnessMonitor must be called with the micro-batch, got a loss_fn alone; pass it as "
+                "monitor(compute_loss, batch), so that each one is evaluated on its own"
+            )
+        accelerator = self._accelerator
+        num_steps = accelerator.gradient_accumulation_steps
+        if accelerator.step % num_steps == 1 % num_steps:
+            # The first of a step: what a step that the loop broke off has left is of no gradient.
+            self._batches = []
+        if self.is_due:
+            self._batches.append(batch)
+        if not accelerator.sync_gradients:
+            return None
+        batches, self._batches = self._batches, []
+        return super().__call__(_StepLoss(loss_fn, batches, num_steps), heldout, direction=direction)
+
+
+class _StepLoss:
+    """Σ loss_fn(*batch) / n over the micro-batches of one step, as ``accelerator.backward`` adds them up.
+
+    Args:
+        func: the user's; by this name it is known again, as that of a `functools.partial`.
+        batches: arguments of each call.
+        num_steps: n.
+    """
+
+    def __init__(self, func: Callable[..., Tensor], batches: list[tuple[Any, ...]], num_steps: int) -> None:
+        # Whether it is compiled is told by an attribute.
+        update_wrapper(self, func)
+        self.func = func
+        self._batches = batches
+        self._num_steps = num_steps
+
+    def __call__(self) -> Tensor:
+        first, *others = (self.func(*batch) / self._num_steps for batch in self._batches)
+        return sum(others, first)
