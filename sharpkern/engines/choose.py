@@ -1,7 +1,7 @@
 """Which engine evaluates the losses."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from sharpkern.engines.batched import BatchedEngine
 from sharpkern.engines.checks import Checks
 from sharpkern.engines.closure import Closure, LossFn
+from sharpkern.engines.compiled import NothingCompiled
 from sharpkern.engines.inplace import InPlaceEngine
 from sharpkern.engines.layers import Kept
 from sharpkern.engines.mode import VirtualParameters
@@ -125,7 +126,7 @@ def open_engine(
     else:
         # Without pairs the mode only takes losses to float32 and notes the products' precision.
         watching = VirtualParameters((), closure.precision, closure.guard.parameters)
-        engine = InPlaceEngine(pairs, closure, nullcontext() if compiled else watching)
+        engine = InPlaceEngine(pairs, closure, NothingCompiled() if compiled else watching)
     try:
         yield engine
     finally:
