@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sharpkern.errors import KernelWarning as KernelWarning
     from sharpkern.errors import LossPrecisionWarning as LossPrecisionWarning
     from sharpkern.errors import NoUpdateError as NoUpdateError
+    from sharpkern.errors import RankError as RankError
     from sharpkern.errors import RetainedWarning as RetainedWarning
     from sharpkern.errors import SharpkernWarning as SharpkernWarning
     from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
@@ -53,6 +54,7 @@ _HOME = {
     "KernelWarning": "errors",
     "LossPrecisionWarning": "errors",
     "NoUpdateError": "errors",
+    "RankError": "errors",
     "RetainedWarning": "errors",
     "SharpkernWarning": "errors",
     "SlopeMismatchWarning": "errors",

@@ -21,9 +21,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from sharpkern.engines.closure import default_reduce
+from sharpkern.engines.ranks import ranks_of
 from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.reference import inner_product
+from sharpkern.shards import is_sharded
 from sharpkern.sums import total
 
 _HIDDEN = (
@@ -57,7 +58,13 @@ class GradientGraph:
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         self._parameters = tuple(parameters)
-        self._reduce = default_reduce(model)
+        if any(is_sharded(parameter) for parameter in self._parameters):
+            raise TypeError(
+                "parameters must be plain tensors for Hessian-vector products, got DTensors (FSDP2 or tensor "
+                "parallelism); use critical_sharpness, or directional_sharpness(method='forward'), which need forward "
+                "passes only"
+            )
+        self._ranks = ranks_of(model)
         # The fused attention kernels have no second derivative; plain matrix products do.
         with sdpa_kernel(SDPBackend.MATH), no_reducers(model):
             loss = loss_fn()
@@ -108,7 +115,7 @@ class GradientGraph:
 
     def _mean(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the means over the ranks."""
-        return tuple(tensors) if self._reduce is None else tuple(map(self._reduce, tensors))
+        return tuple(tensors) if self._ranks is None else tuple(map(self._ranks.mean, tensors))
 
     def _derivative(self, vectors: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return this rank's ∂(vᵀg)/∂input."""

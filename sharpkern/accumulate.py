@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sharpkern._hvp import check_loss, no_reducers
 from sharpkern.direction import Direction
-from sharpkern.engines.closure import default_reduce
 from sharpkern.engines.guards import preserved
+from sharpkern.engines.ranks import ranks_of
+from sharpkern.shards import is_sharded, reshard
 from sharpkern.updates.placement import checked_module
 
 LossFn = Callable[[], Tensor]
@@ -148,7 +149,7 @@ def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.P
             "by Direction.between"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    reduce = default_reduce(model)
+    ranks = ranks_of(model)
     found = False
     for loss_fn in losses:
         found = True
@@ -160,10 +161,17 @@ def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.P
         gradients = {parameter: parameter.grad for parameter in parameters}
         for parameter in parameters:
             parameter.grad = None
-        if reduce is None:
-            yield {parameter: gradient for parameter, gradient in gradients.items() if gradient is not None}
-        else:
-            # On every rank of the same parameters, used there or not.
-            yield {p: reduce(torch.zeros_like(p) if g is None else g) for p, g in gradients.items()}
+        reshard(model)
+        # FSDP2 takes the mean of its gradients itself; of the others on every rank, used there or not.
+        means = (
+            {}
+            if ranks is None
+            else {
+                p: ranks.mean(torch.zeros_like(p) if g is None else g)
+                for p, g in gradients.items()
+                if not is_sharded(p)
+            }
+        )
+        yield {p: g for p, g in (gradients | means).items() if g is not None}
     if not found:
         raise ValueError("losses must hold at least one closure, got none; pass one for each batch")

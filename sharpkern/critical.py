@@ -11,10 +11,8 @@ from sharpkern._run import ENOUGH_FORWARDS, Run, finish
 from sharpkern.direction import Direction
 from sharpkern.engines.checks import checks_of
 from sharpkern.engines.choose import choose, fall_back, is_compiled, open_engine
-from sharpkern.engines.closure import Closure, default_reduce
-from sharpkern.engines.guards import preserved
+from sharpkern.engines.closure import evaluations
 from sharpkern.engines.pace import Pace
-from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.table import Pair, make_pairs
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.measurement import Measurement, Options
@@ -63,13 +61,15 @@ def critical_sharpness(
         noise: relative standard error of one loss; by default from the precision seen in the pass.
         max_forwards: most evaluations of ``loss_fn``, the base loss included.
         reduce: applied to the loss tensor before it is read, such as an all-reduce; every rank then decides alike. By
-            default the mean over the process group of a `DistributedDataParallel` model, otherwise nothing.
+            default the mean over the ranks of a `DistributedDataParallel` model or of the mesh of DTensor parameters
+            (FSDP2, tensor parallelism); ranks then also fail alike, where one of them fails.
 
     Returns:
         Measurement: with ``sharpness`` in 1/learning-rate, and a ``status`` that says whether there is one.
 
     Raises:
         EngineUnsupportedError: the virtual or batched engine was named and cannot evaluate this model or closure.
+        RankError: the measurement failed on another rank.
         TypeError: an argument is of the wrong kind, or ``loss_fn`` does not return a floating-point tensor.
         ValueError: an argument is out of range, the direction moves none of the model's parameters, or ``loss_fn`` is
             not repeatable or does not depend on the parameters.
@@ -124,6 +124,7 @@ def measure(
 
     Raises:
         EngineUnsupportedError: as there.
+        RankError: as there.
         TypeError: as there.
         ValueError: as there.
     """
@@ -134,11 +135,10 @@ def measure(
     pairs = make_pairs(direction.moves())
     checks = checks_of(model, loss_fn)
     compiled = is_compiled(model, loss_fn)
-    reduce = options.reduce or default_reduce(model)
-    quickest = "virtual" if pace is None or not _may_batch(pairs, options, reduce) else pace.engine()
+    quickest = "virtual" if pace is None or not _may_batch(pairs, options) else pace.engine()
     name = choose(options.engine, model, loss_fn, checks, quickest)
-    with preserved(model, direction.parameters) as guard:
-        closure = Closure(loss_fn, guard, LossPrecision(), reduce)
+    with evaluations(model, direction.parameters, options.reduce, compiled=compiled) as closure_of:
+        closure = closure_of(loss_fn)
 
         def search(engine_name: str) -> tuple[Run, SearchResult]:
             with open_engine(engine_name, pairs, closure, compiled=compiled) as engine:
@@ -152,7 +152,7 @@ def measure(
     return run.measurement(result, time.perf_counter() - started), result.memory
 
 
-def _may_batch(pairs: Sequence[Pair], options: Options, reduce: Callable[[Tensor], Tensor] | None) -> bool:
+def _may_batch(pairs: Sequence[Pair], options: Options) -> bool:
     """Whether several step sizes at a time may be quicker, and the choice is nobody else's."""
     # Ranks would not agree on what is quickest.
     distributed = torch.distributed
@@ -160,7 +160,7 @@ def _may_batch(pairs: Sequence[Pair], options: Options, reduce: Callable[[Tensor
     # On a CPU eight cost more than a whole search one at a time (bench/results/line_search.json).
     on_gpu = all(ops.has_kernels(pair.weight.device) for pair in pairs)
     searches = options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
-    return searches and reduce is None and alone and on_gpu
+    return searches and options.reduce is None and alone and on_gpu
 
 
 def check_arguments(model: object, loss_fn: object, direction: object) -> None:

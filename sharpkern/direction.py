@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from sharpkern.errors import NoUpdateError
 from sharpkern.moves import Move, OptimizerStep, Stored
+from sharpkern.shards import local, local_as, over_shards, reshard
 from sharpkern.sums import read, slopes_and_norms, total
 from sharpkern.updates.between import Weights, displacements
 from sharpkern.updates.names import NameTable
@@ -34,8 +35,8 @@ class Direction:
 
     Attributes:
         parameters: the parameters that move; empty as long as only their names are known, see `bind`.
-        sources: for each its Δθ, of its shape and on its device, in a floating dtype that may be wider than its own; or
-            the optimizer step that Δθ is worked out of whenever it is needed.
+        sources: for each its Δθ, or this rank's shard of it, of its shape and on its device, in a floating dtype that
+            may be wider than its own; or the optimizer step that Δθ is worked out of whenever it is needed.
         masters: for each the higher-precision copy that it is the rounding of, or None.
         slope: Δθᵀg, accumulated in float64, in units of loss/learning-rate; None where no gradient belongs to Δθ.
         norm_sq: |Δθ|², accumulated in float64.
@@ -142,7 +143,8 @@ class Direction:
             None: it holds the gradients themselves, and refuses to be measured once they have changed. With a
             preconditioner two tensors of each parameter's size, of which one is kept.
         """
-        named = [(name, p) for name, p in checked_module(model).named_parameters() if p.grad is not None]
+        reshard(checked_module(model))
+        named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
         if not named:
             raise ValueError(
                 "model must hold a gradient in some parameter, got none; call loss.backward() before "
@@ -172,7 +174,9 @@ class Direction:
         )
         if inverse is None:
             return dataclasses.replace(direction, slope=direction.norm_sq)
-        return dataclasses.replace(direction, slope=total(sums[0] for sums in slopes_and_norms(updates, gradients)))
+        return dataclasses.replace(
+            direction, slope=direction.slope_of(dict(zip(direction.parameters, gradients, strict=True)))
+        )
 
     @classmethod
     @torch.no_grad()
@@ -266,7 +270,8 @@ class Direction:
         Memory:
             None, unless tensors have to go to another device.
         """
-        parameters = {id(parameter) for parameter in checked_module(model).parameters()}
+        reshard(checked_module(model))
+        parameters = {id(parameter) for parameter in model.parameters()}
         if not parameters:
             raise ValueError("model must have parameters, got a module without any; pass the module that is trained")
         if self._names:
@@ -283,7 +288,7 @@ class Direction:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Δθ of each parameter; where it is not resident, worked out anew at every access.
+        """Δθ of each parameter, or this rank's shard of it; where it is not resident, worked out anew at every access.
 
         Raises:
             ValueError: if what it was made from was changed since.
@@ -296,8 +301,27 @@ class Direction:
         """Bytes that Δθ takes: none where it is worked out of the optimizer's state."""
         return sum(source.nbytes for source in self.sources if isinstance(source, Tensor))
 
+    @torch.no_grad()
+    def slope_of(self, gradients: Mapping[nn.Parameter, Tensor]) -> float:
+        """Return Δθᵀg of some gradient; parameters that it lacks have none.
+
+        Args:
+            gradients: g by parameter, of its shape and on its device.
+
+        Returns:
+            The slope in units of loss/learning-rate, accumulated in float64; over all ranks where they hold shards.
+
+        Memory:
+            Δθ once more, where it is not resident.
+        """
+        there = [(p, delta) for p, delta in zip(self.parameters, self.tensors, strict=True) if p in gradients]
+        sums = slopes_and_norms([delta for _, delta in there], [local_as(gradients[p].detach(), p) for p, _ in there])
+        return total(one[0] for one in over_shards([p for p, _ in there], sums))
+
     def moves(self) -> Iterator[tuple[nn.Parameter, Move]]:
         """Yield every parameter that moves with its move, from its master where it still is the rounding of that.
+
+        Of a DTensor it is the move of this rank's shard.
 
         After a checkpoint was loaded into the model alone, for example, the weights are the truth, and the masters of
         before are left out of account.
@@ -309,8 +333,10 @@ class Direction:
             self.parameters, self.sources, self.masters, self._norms_sq, strict=True
         ):
             if norm_sq != 0:
-                current = master is not None and torch.equal(master.to(parameter.dtype), parameter)
-                yield parameter, _move(source, master if master is not None and current else parameter, parameter)
+                mine = local(parameter)
+                full = None if master is None else local(master)
+                current = full is not None and torch.equal(full.to(mine.dtype), mine)
+                yield parameter, _move(source, full if full is not None and current else mine, mine)
 
     def __repr__(self) -> str:
         num_elements = sum(_like(source).numel() for source in self.sources)
@@ -336,14 +362,17 @@ class Direction:
 
         The smallest tensors are witnesses for all, since an optimizer steps all of them.
         """
+        if self._names:
+            return False
         steps = [
-            (source, norm_sq)
-            for source, norm_sq in zip(self.sources, self._norms_sq, strict=True)
+            (parameter, source, norm_sq)
+            for parameter, source, norm_sq in zip(self.parameters, self.sources, self._norms_sq, strict=True)
             if isinstance(source, OptimizerStep) and norm_sq > 0
         ]
-        witnesses = sorted(steps, key=lambda step: step[0].base.numel())[:_NUM_WITNESSES]
-        now = read([source.slope_and_norm()[1] for source, _ in witnesses])
-        return any(abs(new - norm_sq) > _SAME * norm_sq for new, (_, norm_sq) in zip(now, witnesses, strict=True))
+        witnesses = sorted(steps, key=lambda step: step[0].numel())[:_NUM_WITNESSES]
+        sums = over_shards([p for p, _, _ in witnesses], [source.slope_and_norm() for _, source, _ in witnesses])
+        now = read([one[1] for one in sums])
+        return any(abs(new - norm_sq) > _SAME * norm_sq for new, (*_, norm_sq) in zip(now, witnesses, strict=True))
 
     def _resolved(self, model: nn.Module) -> "Direction":
         """Return the direction with its names looked up in ``model``."""
@@ -376,9 +405,15 @@ class Direction:
         lr: float | None = None,
     ) -> "Direction":
         """Return the direction if it is finite and moves something; ``if_zero`` is the remedy when it does not."""
+        if not names:
+            sources = [
+                local_as(source, p) if isinstance(source, Tensor) else source
+                for p, source in zip(parameters, sources, strict=True)
+            ]
         if norms_sq is None:
             tensors = [source for source in sources if isinstance(source, Tensor)]
-            norms_sq = read([sums[1] for sums in slopes_and_norms(tensors, tensors)])
+            shards = [local(tensor) for tensor in tensors]
+            norms_sq = read([sums[1] for sums in over_shards(parameters or tensors, slopes_and_norms(shards, shards))])
         norm_sq = sum(norms_sq)
         if not math.isfinite(norm_sq):
             culprit = next(label for label, one in zip(labels, norms_sq, strict=True) if not math.isfinite(one))

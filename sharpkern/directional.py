@@ -15,14 +15,14 @@ from sharpkern._hvp import GradientGraph, check_symmetry
 from sharpkern.direction import Direction
 from sharpkern.engines.checks import Checks, checks_of
 from sharpkern.engines.choose import Engine, choose, fall_back, is_compiled, open_engine
-from sharpkern.engines.closure import Closure, default_reduce
+from sharpkern.engines.closure import Closure, evaluations
 from sharpkern.engines.guards import preserved
-from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
 from sharpkern.engines.verify import check_repeatable, confirm
 from sharpkern.errors import RetainedWarning, warn
 from sharpkern.reference import inner_product
+from sharpkern.shards import local, over_shards
 from sharpkern.sums import total
 
 _METHODS = ("forward", "hvp")
@@ -166,11 +166,12 @@ def _by_differences(
     """Return λ_dir from losses at ±h."""
     checks = checks_of(model, loss_fn)
     pairs = make_pairs(direction.moves())
-    with preserved(model, direction.parameters) as guard:
-        closure = Closure(loss_fn, guard, LossPrecision(), default_reduce(model))
+    compiled = is_compiled(model, loss_fn)
+    with evaluations(model, direction.parameters, None, compiled=compiled) as closure_of:
+        closure = closure_of(loss_fn)
 
         def measure(name: str) -> tuple[Estimate, float]:
-            with open_engine(name, pairs, closure, compiled=is_compiled(model, loss_fn)) as engine:
+            with open_engine(name, pairs, closure, compiled=compiled) as engine:
                 estimate, last = _by_engine(engine, closure, checks, step_size, direction)
                 return estimate, retained_share(pairs, engine.rounded, last)
 
@@ -212,4 +213,6 @@ def _by_engine(
 
 def _small_step(direction: Direction) -> float:
     """Return the step that moves the parameters by a thousandth of their norm."""
-    return 1e-3 * math.sqrt(_dot(direction.parameters, direction.parameters) / direction.norm_sq) or 1e-3
+    shards = [local(parameter.detach()) for parameter in direction.parameters]
+    norms_sq = [inner_product(shard, shard) for shard in shards]
+    return 1e-3 * math.sqrt(total(over_shards(direction.parameters, norms_sq)) / direction.norm_sq) or 1e-3

@@ -15,10 +15,8 @@ from sharpkern.critical import check_arguments, measure
 from sharpkern.direction import Direction
 from sharpkern.engines.checks import checks_of
 from sharpkern.engines.choose import choose, open_engine
-from sharpkern.engines.closure import Closure, LossFn, default_reduce
-from sharpkern.engines.guards import preserved
+from sharpkern.engines.closure import LossFn, evaluations
 from sharpkern.engines.layers import Kept
-from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.table import Pair, make_pairs
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.measurement import Measurement, Options
@@ -89,16 +87,16 @@ def _together(
     """
     direction = direction.bind(model)
     pairs = make_pairs(direction.moves())
-    reduce = options.reduce or default_reduce(model)
     kept = Kept(_room(pairs))
-    with preserved(model, direction.parameters) as guard, ExitStack() as engines:
+    together = evaluations(model, direction.parameters, options.reduce, compiled=False)
+    with together as closure_of, ExitStack() as engines:
         searches = []
         for name, loss_fn in tasks.items():
             checks = checks_of(model, loss_fn)
             engine_name = choose(options.engine, model, loss_fn, checks)
             if engine_name == "inplace":
                 continue
-            closure = Closure(loss_fn, guard, LossPrecision(), reduce)
+            closure = closure_of(loss_fn)
             engine = engines.enter_context(open_engine(engine_name, pairs, closure, compiled=False, kept=kept))
             searches.append(_Task(name, Run(engine, closure, direction, pairs, options, checks, None)))
         for task in searches:

@@ -7,6 +7,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sharpkern.shards import local
+
 
 class PeakBytes(TorchDispatchMode):
     """Counts the storages that operators allocate while it is active, and those alive at once at most.
@@ -29,15 +31,15 @@ class PeakBytes(TorchDispatchMode):
         self._live = {key: (ref, size) for key, (ref, size) in self._live.items() if not ref.expired()}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta" and _storage(leaf) not in given:
-                storage = leaf.untyped_storage()
+                storage = local(leaf).untyped_storage()
                 self._live[_storage(leaf)] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return result
 
 
 def _storage(tensor: Tensor) -> int:
-    """Which storage a tensor lies in: not where, since fake ones lie nowhere."""
-    return tensor.untyped_storage()._cdata
+    """Which storage a tensor lies in: not where, since fake ones lie nowhere. Of a DTensor, its shard's."""
+    return local(tensor).untyped_storage()._cdata
 
 
 def peak_bytes(function: Any) -> int:

@@ -7,8 +7,6 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
 
 from sharpkern.direction import Direction
 
@@ -318,14 +316,3 @@ def test_bad_input_is_refused_with_its_remedy(case):
     make, error, words = OTHERS[case]
     with pytest.raises(error, match=re.escape(words)):
         make()
-
-
-def test_dtensor_parameters_are_refused():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        parameter = nn.Parameter(distribute_tensor(torch.ones(2), mesh))
-        with pytest.raises(TypeError, match="got a DTensor; DTensor parameters are not supported yet"):
-            Direction.from_optimizer(SGD([parameter], lr=0.1))
-    finally:
-        torch.distributed.destroy_process_group()

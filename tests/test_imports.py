@@ -35,6 +35,7 @@ ROOMS = {
         "linear",
         "products",
         "moves",
+        "shards",
         "sums",
         "ops",
         "_schemas",

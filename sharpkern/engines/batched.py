@@ -69,20 +69,14 @@ class BatchedEngine(VirtualEngine):
     def _several(self, step_sizes: Sequence[float]) -> list[float]:
         """The losses of one pass."""
         self._kept.begin(tuple(step_sizes))
-        try:
-            with _quietly(), none_survive(self._closure.guard.rewind):
-                losses = self._closure.several(self._around, [-eta for eta in step_sizes])
-                self._mode.alpha = Step(0.0)
-        except RuntimeError as error:
-            if type(error) not in (RuntimeError, NotImplementedError):
-                raise
-            raise EngineUnsupportedError(
-                "the losses of several step sizes cannot be had from one call of loss_fn, as engine='virtual' has them "
-                f"from one call each ({_first_line(error)})"
-            ) from error
+        with _quietly(), none_survive(self._closure.guard.rewind):
+            losses = self._closure.several(
+                self._around, [-eta for eta in step_sizes], ask=lambda: bool(self._unread()), translate=_unable
+            )
+            self._mode.alpha = Step(0.0)
         if self._may_have_read_placeholders(losses):
             return self._several(step_sizes)
-        if self._unread():
+        if self._closure.asked:
             # An expert without tokens, or a read that the mode cannot see? One step size alone tells.
             self._loss(step_sizes[0])
         return losses
@@ -118,5 +112,17 @@ def _quietly() -> Iterator[None]:
         enable(True)
 
 
-def _first_line(error: Exception) -> str:
+def _unable(error: BaseException) -> BaseException:
+    """What an error inside of vmap means: its own have no type of their own."""
+    if type(error) not in (RuntimeError, NotImplementedError):
+        return error
+    unable = EngineUnsupportedError(
+        "the losses of several step sizes cannot be had from one call of loss_fn, as engine='virtual' has them from "
+        f"one call each ({_first_line(error)})"
+    )
+    unable.__cause__ = error
+    return unable
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]

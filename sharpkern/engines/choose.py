@@ -14,9 +14,11 @@ from sharpkern.engines.compiled import NothingCompiled
 from sharpkern.engines.inplace import InPlaceEngine
 from sharpkern.engines.layers import Kept
 from sharpkern.engines.mode import VirtualParameters
+from sharpkern.engines.ranks import as_one
 from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
+from sharpkern.shards import is_sharded
 
 Result = TypeVar("Result")
 
@@ -57,18 +59,24 @@ def choose(engine: str, model: nn.Module, loss_fn: LossFn, checks: Checks, quick
         quickest: the engine for ``"auto"`` where nothing speaks against it.
 
     Returns:
-        str: ``"inplace"`` for ``"auto"`` where the model or the closure is compiled or scripted; otherwise the first of
-        ``quickest`` and what takes its place that was not found unable before.
+        str: ``"inplace"`` for ``"auto"`` where the model or the closure is compiled or scripted, or the parameters are
+        sharded; otherwise the first of ``quickest`` and what takes its place that was not found unable before.
 
     Raises:
-        EngineUnsupportedError: an engine was named that a scripted model does not show its reads to.
+        EngineUnsupportedError: an engine was named that a scripted or sharded model does not show its reads to.
     """
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     if engine in ("virtual", "batched") and scripted:
         raise EngineUnsupportedError("the model is scripted: its reads of parameters cannot be seen; use engine='auto'")
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    if engine in ("virtual", "batched") and sharded:
+        raise EngineUnsupportedError(
+            "the model's parameters are DTensors, of which the forward pass reads gathered copies; use engine='auto', "
+            "which writes and restores this rank's shards"
+        )
     if engine != "auto":
         return engine
-    name = "inplace" if is_compiled(model, loss_fn) else quickest
+    name = "inplace" if sharded or is_compiled(model, loss_fn) else quickest
     while name in checks.unsupported:
         name, _ = _NEXT[name]
     return name
@@ -126,7 +134,8 @@ def open_engine(
     else:
         # Without pairs the mode only takes losses to float32 and notes the products' precision.
         watching = VirtualParameters((), closure.precision, closure.guard.parameters)
-        engine = InPlaceEngine(pairs, closure, NothingCompiled() if compiled else watching)
+        with as_one(closure.ranks):
+            engine = InPlaceEngine(pairs, closure, NothingCompiled() if compiled else watching)
     try:
         yield engine
     finally:

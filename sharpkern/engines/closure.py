@@ -1,13 +1,16 @@
 """One evaluation of the user's loss: from the same state each time, checked, reduced over ranks, as a Python float."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from sharpkern.engines.guards import Guard
+from sharpkern.engines.gathers import Gathers
+from sharpkern.engines.guards import Guard, preserved
 from sharpkern.engines.precision import LossPrecision, is_low
+from sharpkern.engines.ranks import Alone, Ranks, ranks_of
+from sharpkern.shards import whole
 
 LossFn = Callable[[], Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -20,53 +23,93 @@ class Closure:
         loss_fn: takes nothing, returns the scalar loss of the model's current parameters.
         guard: rewound before every call.
         precision: told the dtype of the loss.
-        reduce: applied to the loss before it is read, so that all ranks see the same number.
+        ranks: that decide alike, so that all see the same number; one process alone by default.
+        gathers: of a model whose shards are gathered in each pass.
 
     Attributes:
         calls: evaluations so far.
         random: whether the last call drew numbers from torch's random streams.
+        asked: whether ``ask`` of the last call was true on any rank.
         precision: as given.
         guard: as given.
+        ranks: as given.
     """
 
-    def __init__(self, loss_fn: LossFn, guard: Guard, precision: LossPrecision, reduce: Reduce | None = None) -> None:
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        guard: Guard,
+        precision: LossPrecision,
+        ranks: Ranks | None = None,
+        gathers: Gathers | None = None,
+    ) -> None:
         self._loss_fn = loss_fn
         self.guard = guard
-        self._reduce = reduce
+        self.ranks: Ranks = ranks or Alone()
+        self._gathers = gathers
         self.precision = precision
         self.calls = 0
         self.random = False
+        self.asked = False
 
-    def __call__(self, around: AbstractContextManager[object]) -> float:
+    def __call__(
+        self,
+        around: AbstractContextManager[object],
+        *,
+        prepare: Callable[[], object] | None = None,
+        ask: Callable[[], bool] | None = None,
+    ) -> float:
         """Evaluate the loss once.
 
         Args:
             around: entered around the user's function alone.
+            prepare: called before it; what it raises ends the pass on all ranks, as what the function raises.
+            ask: called after it, for what all ranks have to know of any of them.
 
         Returns:
             float: the loss, nan and inf included.
         """
-        self.guard.rewind()
         self.calls += 1
-        with around:
-            loss = self._called()
-        self.random = self.guard.drew_random_numbers()
-        _check_loss(loss)
-        return self._read(loss)[0]
+        loss, failure, asks = None, None, False
+        try:
+            self.guard.rewind()
+            if prepare is not None:
+                prepare()
+            with around:
+                loss = self._called()
+            self.random = self.guard.drew_random_numbers()
+            _check_loss(loss)
+            asks = ask is not None and ask()
+            loss = self._wide(loss)[0]
+        except BaseException as raised:
+            loss, failure = None, raised
+        try:
+            self._end_pass(failure)
+            value, self.asked = self.ranks.agree(loss, failure, asks=asks)
+            return value
+        finally:
+            # What was raised holds this frame, which must not hold it: a ring would keep the pass's tensors.
+            del failure
 
     def several(
-        self, around: Callable[[Tensor], AbstractContextManager[object]], values: Sequence[float]
+        self,
+        around: Callable[[Tensor], AbstractContextManager[object]],
+        values: Sequence[float],
+        *,
+        ask: Callable[[], bool],
+        translate: Callable[[BaseException], BaseException],
     ) -> list[float]:
         """Evaluate the loss once for several values, by torch.func.vmap.
 
         Args:
             around: entered around the user's function alone; takes what stands for the values, a 0-dim float64 tensor.
             values: any numbers.
+            ask: as for a single evaluation.
+            translate: makes what is raised on the way what it means.
 
         Returns:
             list: one loss for each, as calling it for each would have given.
         """
-        self.guard.rewind()
 
         def one(value: Tensor) -> Tensor:
             with around(value):
@@ -75,19 +118,39 @@ class Closure:
             _check_loss(loss)
             return loss
 
-        losses = torch.func.vmap(one, randomness="same")(torch.tensor(values, dtype=torch.float64, device="cpu"))
-        self.calls += len(values)
-        self.random = self.guard.drew_random_numbers()
-        return self._read(losses)
+        losses: Sequence[Tensor | None] = [None] * len(values)
+        failure, asks = None, False
+        try:
+            self.guard.rewind()
+            several = torch.func.vmap(one, randomness="same")(torch.tensor(values, dtype=torch.float64, device="cpu"))
+            self.calls += len(values)
+            self.random = self.guard.drew_random_numbers()
+            asks = ask is not None and ask()
+            losses = self._wide(several).unbind()
+        except BaseException as raised:
+            failure = translate(raised)
+        try:
+            self._end_pass(failure)
+            agreed = [self.ranks.agree(loss, failure, asks=asks) for loss in losses]
+            self.asked = any(asked for _, asked in agreed)
+            return [value for value, _ in agreed]
+        finally:
+            del failure
 
-    def _read(self, losses: Tensor) -> list[float]:
-        """Wait for losses, and have each reduced by itself."""
+    def _wide(self, losses: Tensor) -> Tensor:
+        """One loss or several, in a precision in which they can be compared."""
+        losses = whole(losses.detach())
         self.precision.loss_dtype = losses.dtype
-        losses = (losses.detach().float() if is_low(losses.dtype) else losses.detach()).reshape(-1)
-        if self._reduce is not None:
-            return [float(self._reduce(loss)) for loss in losses]
-        values: list[float] = losses.tolist()
-        return values
+        return (losses.float() if is_low(losses.dtype) else losses).reshape(-1)
+
+    def _end_pass(self, failure: BaseException | None) -> None:
+        """Leave the shards as the next pass needs them, and go on gathering for others where this rank failed."""
+        if self._gathers is None:
+            return
+        if failure is None:
+            self._gathers.finish()
+        else:
+            self._gathers.keep_up()
 
     def _called(self) -> Tensor:
         try:
@@ -118,15 +181,24 @@ def _check_loss(loss: object) -> None:
         raise ValueError("loss_fn must return a loss with a value, got a meta tensor; put the model on a real device")
 
 
-def default_reduce(model: nn.Module) -> Reduce | None:
-    """Mean over the process group of a DistributedDataParallel model."""
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return None
-    group = model.process_group
+@contextmanager
+def evaluations(
+    model: nn.Module, parameters: Iterable[Tensor], reduce: Reduce | None, *, compiled: bool
+) -> Iterator[Callable[[LossFn], Closure]]:
+    """Run a block of loss evaluations that leaves no trace, on all ranks alike.
 
-    def mean(loss: Tensor) -> Tensor:
-        total = loss.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total / torch.distributed.get_world_size(group)
+    Args:
+        model: the model that is evaluated.
+        parameters: parameters besides the model's own.
+        reduce: the caller's own function of a loss, in place of the mean over the model's ranks.
+        compiled: the model or what evaluates it is compiled, so that it may have no new hooks.
 
-    return mean
+    Yields:
+        Callable: makes a `Closure` of a function that returns the loss.
+
+    Memory: one copy of the model's buffers.
+    """
+    ranks = Alone(reduce) if reduce is not None else ranks_of(model) or Alone()
+    gathers = Gathers(model, watch=not compiled)
+    with gathers.watched(), preserved(model, parameters) as guard:
+        yield lambda loss_fn: Closure(loss_fn, guard, LossPrecision(), ranks, gathers)

@@ -6,6 +6,7 @@ For what the virtual engine cannot see into: compiled models, CUDA graphs, scrip
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,11 +47,7 @@ class InPlaceEngine:
 
     def losses(self, step_sizes: Sequence[float]) -> list[float]:
         """Losses at θ − ηΔθ for each step size η."""
-        values = []
-        for eta in step_sizes:
-            self._write(-eta)
-            values.append(self._closure(self._around))
-        return values
+        return [self._closure(self._around, prepare=partial(self._write, -eta)) for eta in step_sizes]
 
     def close(self) -> None:
         """Make the model's parameters θ again, bit for bit. May be called again after an interrupt."""

@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor
 
 from sharpkern.engines.table import Pair
+from sharpkern.shards import over_shards
 from sharpkern.sums import total
 
 # Elements looked at in each tensor; there are many tensors.
@@ -25,21 +27,20 @@ def retained_share(pairs: Sequence[Pair], rounded: Collection[int], alpha: float
     Memory: a few times 4096 elements of each tensor, which are looked at evenly spaced.
     """
     # Collected on the device, and read once at the end.
-    kept: list[Tensor] = []
-    lengths: list[Tensor] = []
+    sums: list[Tensor] = []
     for pair in pairs:
         part = pair.view(_sample)
         displacement = part.move.update().double() * alpha
         scale = pair.weight.numel() / max(1, part.weight.numel())
-        lengths.append(scale * displacement.square().sum())
+        length = kept = scale * displacement.square().sum()
         if pair.owner in rounded:
             formed = (part.move.base.double() + displacement).to(part.weight.dtype)
             moved = formed.double() - part.weight.double()
-            kept.append(scale * (moved * displacement).sum())
-        else:
-            kept.append(lengths[-1])
-    length = total(lengths)
-    return total(kept) / length if length > 0 else 1.0
+            kept = scale * (moved * displacement).sum()
+        sums.append(torch.stack([kept, length]))
+    sums = over_shards([pair.parameter for pair in pairs], sums)
+    all_length = total(one[1] for one in sums)
+    return total(one[0] for one in sums) / all_length if all_length > 0 else 1.0
 
 
 def _sample(tensor: Tensor) -> Tensor:

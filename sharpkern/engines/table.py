@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpkern.moves import Move
+from sharpkern.shards import local
 
 
 def storage_pointer(tensor: Tensor) -> int | None:
@@ -61,19 +62,22 @@ class Pair:
     """A parameter, or a view of one, and how it moves.
 
     Attributes:
-        weight: what the model holds; recognised by identity.
+        weight: what the model holds, of a DTensor this rank's shard; recognised by identity.
         move: θ + αΔθ, from ``weight`` itself or from its full-precision master.
         owner: index of the parameter.
+        parameter: the parameter itself.
     """
 
     weight: Tensor
     move: Move
     owner: int
+    parameter: Tensor
 
     def view(self, func: Callable[[Tensor], Tensor]) -> "Pair":
         """The pair of a part: ``func`` is a view or a gather."""
         weight = func(self.weight)
-        return Pair(weight, self.move.map(lambda tensor: weight if tensor is self.weight else func(tensor)), self.owner)
+        move = self.move.map(lambda tensor: weight if tensor is self.weight else func(tensor))
+        return Pair(weight, move, self.owner, self.parameter)
 
     def form(self, step: Step, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ in the weight's dtype, or in ``dtype``.
@@ -93,7 +97,7 @@ class Pair:
 
 def make_pairs(moves: Iterable[tuple[Tensor, Move]]) -> list[Pair]:
     """Pairs of the parameters that move."""
-    return [Pair(weight, move, owner) for owner, (weight, move) in enumerate(moves)]
+    return [Pair(local(parameter), move, owner, parameter) for owner, (parameter, move) in enumerate(moves)]
 
 
 class Scratch:

@@ -88,8 +88,7 @@ class VirtualEngine:
 
     def _loss(self, eta: float) -> float:
         loss = self._pass(eta)
-        unread = self._unread()
-        if unread:
+        if self._closure.asked:
             # An expert without tokens, or a read that the mode cannot see? Look again, one level lower.
             watch = StorageWatch(self._pairs)
             try:
@@ -98,21 +97,31 @@ class VirtualEngine:
                 if "TorchScript" not in str(error):
                     raise
                 raise EngineUnsupportedError("scripted code, which no mode can look into, reads parameters") from error
-            # What has a gradient was read when that was taken, if perhaps by code that torch does not see.
-            unread = self._unread()
-            with_gradient = {
-                pair.owner
-                for pair in self._pairs
-                if pair.owner in unread and self._closure.guard.had_gradient(pair.weight)
-            }
-            hidden = (watch.touched | with_gradient) & unread
-            if hidden:
+            hidden = self._hidden(watch) | self._read_by_nobody()
+            if self._closure.asked or hidden:
                 raise EngineUnsupportedError(
-                    f"{len(hidden)} of {len(self._pairs)} parameters are read where torch's Python calls do not show "
-                    "it (scripted code, other threads, extensions, or aliases of weights made before the measurement)"
+                    f"{len(hidden) or 'some'} of {len(self._pairs)} parameters are read where torch's "
+                    "Python calls do not show it (scripted code, other threads, extensions, or aliases of weights made "
+                    "before the measurement)"
                 )
-            self._unused |= unread
+            self._unused |= self._unread()
         return loss
+
+    def _hidden(self, watch: StorageWatch) -> set[int]:
+        """Parameters that the last pass has read, and the mode has not seen it."""
+        return watch.touched & self._unread()
+
+    def _read_by_nobody(self) -> set[int]:
+        """Parameters with a gradient that the mode has seen no rank read.
+
+        They were read when that was taken, if perhaps by code that torch does not see.
+        """
+        unread, had_gradient = self._unread(), self._closure.guard.had_gradient
+        owners = [pair.owner for pair in self._pairs]
+        flags = [owner not in unread for owner in owners] + [had_gradient(pair.weight) for pair in self._pairs]
+        flags = self._closure.ranks.any_of(flags)
+        read, with_gradient = flags[: len(owners)], flags[len(owners) :]
+        return {owner for owner, seen, has in zip(owners, read, with_gradient, strict=True) if has and not seen}
 
     def _unread(self) -> set[int]:
         return {pair.owner for pair in self._pairs} - self._mode.read - self._unused
@@ -120,7 +129,11 @@ class VirtualEngine:
     def _pass(self, eta: float, watch: StorageWatch | None = None) -> float:
         self._mode.begin(-eta)
         self._kept.begin((eta,))
-        loss = self._closure(eagerly(self._mode, *([watch] if watch else [])))
+        loss = self._closure(
+            eagerly(self._mode, *([watch] if watch else [])),
+            # On another rank it may be an expert that has no tokens here.
+            ask=lambda: bool(self._unread() if watch is None else self._hidden(watch)),
+        )
         return self._pass(eta, watch) if self._may_have_read_placeholders([loss]) else loss
 
     def _may_have_read_placeholders(self, losses: Sequence[float]) -> bool:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sharpkern.shards import is_sharded, reshard
 from sharpkern.updates.names import NameTable
 from sharpkern.updates.slots import check_parameter
 
@@ -39,6 +40,7 @@ class _Side:
         self.is_module = isinstance(weights, nn.Module)
         entries: Mapping[str | nn.Parameter, object] = weights  # type: ignore[assignment]
         if isinstance(weights, nn.Module):
+            reshard(weights)
             # Buffers too, so that those in a state_dict on the other side find their match before they are dropped.
             entries = dict(weights.named_parameters(remove_duplicate=False))
             entries.update(weights.named_buffers(remove_duplicate=False))
@@ -130,6 +132,11 @@ def _difference(name: str, parameter: nn.Parameter | None, before: Tensor, after
     if parameter is None and before.is_complex() and torch.equal(before, after):
         return None
     check_parameter(label, before if parameter is None else parameter)
+    if is_sharded(before) != is_sharded(after):
+        raise ValueError(
+            f"{label} must be a DTensor before and after or on neither side, got {type(before).__name__} and "
+            f"{type(after).__name__}; take both from the sharded model, or both from full state_dicts"
+        )
     device = before.device if parameter is None else parameter.device
     dtype = torch.promote_types(before.dtype, after.dtype)
     # Divided before it is rounded back to 16 bits, not after.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sharpkern import ops
 from sharpkern.moves import OptimizerStep
+from sharpkern.shards import local, local_as
 from sharpkern.updates.slots import Slot
 
 Formula = Callable[[Slot, Mapping[str, Any], float, float], OptimizerStep]
@@ -45,7 +46,7 @@ def sgd_step(slot: Slot, state: Mapping[str, Any], step: float, rate: float) -> 
         "rate": rate,
     }
     buffer = state.get("momentum_buffer") if momentum != 0 else None
-    return OptimizerStep(ops.form_sgd, ops.sgd_sums, slot.theta, (_gradient(slot), buffer), numbers)
+    return OptimizerStep(ops.form_sgd, ops.sgd_sums, local(slot.theta), _shards(slot, buffer), numbers)
 
 
 def adam_step(
@@ -82,8 +83,8 @@ def adam_step(
         "rate": rate,
     }
     largest = state.get("max_exp_avg_sq") if group["amsgrad"] else None
-    tensors = (_gradient(slot), state.get("exp_avg"), state.get("exp_avg_sq"), largest)
-    return OptimizerStep(_form_adam, _adam_sums, slot.theta, tensors, numbers)
+    tensors = _shards(slot, state.get("exp_avg"), state.get("exp_avg_sq"), largest)
+    return OptimizerStep(_form_adam, _adam_sums, local(slot.theta), tensors, numbers)
 
 
 CLOSED_FORMS: Mapping[type[torch.optim.Optimizer], Formula] = {
@@ -117,9 +118,11 @@ def _adam_sums(
     return ops.adam_sums(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq, **options)
 
 
-def _gradient(slot: Slot) -> Tensor:
+def _shards(slot: Slot, *state: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return what this rank holds of gradient and state: all of it where nothing is sharded."""
     assert slot.held.grad is not None
-    return slot.held.grad.detach()
+    tensors = (slot.held.grad.detach(), *state)
+    return tuple(None if tensor is None else local_as(tensor, slot.held) for tensor in tensors)
 
 
 def _grad_factor(slot: Slot) -> float:

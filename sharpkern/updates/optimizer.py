@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from sharpkern import ops
 from sharpkern.errors import NoUpdateError
 from sharpkern.moves import OptimizerStep
+from sharpkern.shards import local_as, over_shards, whole
 from sharpkern.sums import read, slopes_and_norms
 from sharpkern.updates.closed_form import CLOSED_FORMS, Formula
 from sharpkern.updates.shadow_step import shadow_step
@@ -102,22 +103,23 @@ def _by_formula(
 def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> list[Update]:
     """Return the update of every parameter that a step on a copy of everything moves."""
     moved = [
-        (slot, displacement.div_(reference_lr))
+        (slot, local_as(displacement, slot.held).div_(reference_lr))
         for slot, displacement in zip(slots, shadow_step(optimizer, slots), strict=True)
-        if displacement.any()
+        if whole(displacement.any())
     ]
     return _with_sums([slot for slot, _ in moved], [tensor for _, tensor in moved])
 
 
 def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | OptimizerStep]) -> list[Update]:
     """Return the updates with their shares of slope and norm, read back at once."""
-    stored = [
-        (source, slot.held.grad) for slot, source in zip(slots, sources, strict=True) if isinstance(source, Tensor)
-    ]
+    stored = [(source, slot) for slot, source in zip(slots, sources, strict=True) if isinstance(source, Tensor)]
     # What moves without a gradient has no slope: any tensor of its shape will do.
-    gradients = [source if grad is None else grad.detach() for source, grad in stored]
+    gradients = [
+        source if slot.held.grad is None else local_as(slot.held.grad.detach(), slot.held) for source, slot in stored
+    ]
     sums = iter(slopes_and_norms([source for source, _ in stored], gradients))
     each = [source.slope_and_norm() if isinstance(source, OptimizerStep) else next(sums) for source in sources]
+    each = over_shards([slot.held for slot in slots], each)
     slopes, norms = read([one[0] for one in each]), read([one[1] for one in each])
     return [
         Update(slot, source, None if slot.held.grad is None else slope / slot.scale, norm_sq)
@@ -145,7 +147,7 @@ def _reference_lr(slots: Sequence[Slot]) -> float:
 def _refuse_nonfinite_gradients(slots: Sequence[Slot]) -> None:
     """Raise on the first gradient that is not finite."""
     for slot in slots:
-        if slot.held.grad is not None and not slot.held.grad.isfinite().all():
+        if slot.held.grad is not None and not whole(slot.held.grad.isfinite().all()):
             remedy = (
                 "skip this measurement: GradScaler will skip the step" if slot.scale != 1 else "find what overflowed"
             )

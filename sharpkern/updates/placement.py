@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sharpkern.shards import is_sharded, reshard
 from sharpkern.updates.names import NameTable
 from sharpkern.updates.slots import check_parameter
 
@@ -42,7 +43,8 @@ def placed(
         TypeError: if a key is neither a name nor a parameter.
         ValueError: if a name or parameter is not the model's, or a parameter is given two different tensors.
     """
-    parameters = dict(checked_module(model).named_parameters(remove_duplicate=False))
+    reshard(checked_module(model))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     table = NameTable(parameters)
     found: dict[int, tuple[str, nn.Parameter, Tensor]] = {}
@@ -99,6 +101,12 @@ def check_fit(name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
         raise ValueError(
             f"direction for '{name}' must have the parameter's shape {list(parameter.shape)}, got "
             f"{list(tensor.shape)}; {'pass it transposed' if transposed else 'check which parameter it is for'}"
+        )
+    if is_sharded(tensor) != is_sharded(parameter):
+        raise ValueError(
+            f"direction for '{name}' must be a DTensor where the parameter is one, got {type(tensor).__name__} for "
+            f"{type(parameter).__name__}; use torch.distributed.tensor.distribute_tensor(tensor, "
+            "parameter.device_mesh, parameter.placements), or its full_tensor()"
         )
     if tensor.device != parameter.device:
         raise ValueError(

@@ -54,7 +54,7 @@ def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot]) -> list
             kind.step(shadow)
             return [
                 # Into the stand-in's own memory, which nothing else needs any more.
-                torch.sub(slot.theta, after.detach(), out=after.detach())
+                after.detach().neg_().add_(slot.theta)
                 for slot, after in zip(slots, _after(shadow, stand_ins), strict=True)
             ]
     except torch.OutOfMemoryError:

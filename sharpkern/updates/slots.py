@@ -1,7 +1,6 @@
 """What an optimizer holds for each parameter: gradient, loss scale, master copy, group. Everything is only read."""
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
+
+from sharpkern.shards import is_sharded, partial_placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def check_parameter(label: str, parameter: Tensor) -> None:
         parameter: the parameter.
 
     Raises:
-        TypeError: if it is complex, not floating, or a DTensor.
+        TypeError: if it is complex, not floating, or a DTensor of partial sums.
         ValueError: if it is on the meta device.
     """
     if not parameter.is_floating_point():
@@ -90,10 +91,11 @@ def check_parameter(label: str, parameter: Tensor) -> None:
         )
     if parameter.is_meta:
         raise ValueError(f"{label} must hold values, got a meta tensor; load the weights before measuring")
-    # Looked up only where it is loaded already: importing it takes longer than all of this package.
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(parameter, distributed.DTensor):
-        raise TypeError(f"{label} must be a plain tensor, got a DTensor; DTensor parameters are not supported yet")
+    partial = partial_placement(parameter)
+    if partial is not None:
+        raise TypeError(
+            f"{label} must be sharded or replicated, got a DTensor placed as {partial}; redistribute it before training"
+        )
 
 
 def check_gradient(label: str, gradient: Tensor) -> None:
@@ -176,7 +178,12 @@ def _checked_masters(masters: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Param
                 f"masters must have the model's parameters as keys, got {type(parameter).__name__}; "
                 "pass {parameter: fp32 tensor}"
             )
-        if not master.is_floating_point() or (master.shape, master.device) != (parameter.shape, parameter.device):
+        alike = (master.shape, master.device, is_sharded(master)) == (
+            parameter.shape,
+            parameter.device,
+            is_sharded(parameter),
+        )
+        if not master.is_floating_point() or not alike:
             raise ValueError(
                 "masters must be floating-point, of their parameter's shape and on its device, "
                 f"{list(parameter.shape)} on {parameter.device}, got {master.dtype}, {list(master.shape)} on "

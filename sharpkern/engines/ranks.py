@@ -1,0 +1,189 @@
+"""How the ranks of a distributed run decide alike: one mean of the loss, and one failure for all."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sharpkern.errors import EngineUnsupportedError, RankError
+from sharpkern.shards import is_sharded
+
+# How long a rank whose pass failed waits for ranks that may be stuck in a collective of the closure's own.
+_PATIENCE = timedelta(seconds=60)
+
+# From the mildest to the gravest: all ranks raise the gravest that one of them has.
+_UNSUPPORTED, _OUT_OF_MEMORY, _FAILED = range(3)
+
+
+class Ranks(Protocol):
+    """What the ranks make of their losses."""
+
+    def agree(
+        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
+    ) -> tuple[float, bool]:
+        """The loss that counts, and whether any rank asks for something; raises where any rank failed."""
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag whether it is true on any rank."""
+
+
+class Alone:
+    """A single process, or ranks that the caller has a function of his own for.
+
+    Args:
+        reduce: applied to the loss before it is read, or None.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._reduce = reduce
+
+    def agree(
+        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
+    ) -> tuple[float, bool]:
+        """The loss, reduced by the caller's function, and what was asked."""
+        if failure is not None:
+            raise failure
+        if loss is None:
+            return 0.0, asks
+        return float(loss if self._reduce is None else self._reduce(loss)), asks
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """The flags themselves."""
+        return list(flags)
+
+
+class Together:
+    """The ranks of process groups, which take the mean of their losses.
+
+    Args:
+        groups: of a data-parallel model its group; of a mesh one for each dimension.
+        device: where the groups can communicate.
+    """
+
+    def __init__(self, groups: Sequence[Any], device: torch.device) -> None:
+        self._groups = groups
+        self._device = device
+        self._size = 1
+        for group in groups:
+            self._size *= torch.distributed.get_world_size(group)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks."""
+        total = tensor.clone()
+        for group in self._groups:
+            torch.distributed.all_reduce(total, group=group)
+        return total / self._size
+
+    def agree(
+        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
+    ) -> tuple[float, bool]:
+        """The mean loss, and whether any rank asks; in one collective for each group, also on a rank that failed.
+
+        Raises:
+            BaseException: this rank's failure, if no other has a graver one.
+            EngineUnsupportedError: another rank's engine is unable.
+            OutOfMemoryError: another rank ran out of memory.
+            RankError: another rank failed otherwise.
+        """
+        told = torch.zeros(5, dtype=torch.float64, device=self._device)
+        if loss is not None:
+            told[0] = loss
+        told[1] = asks
+        if failure is not None:
+            told[2 + _kind(failure)] = 1
+        for group in self._groups:
+            work = torch.distributed.all_reduce(told, group=group, async_op=True)
+            if failure is None:
+                work.wait()
+            else:
+                _wait_for_a_while(work, failure)
+        total, asked, *failures = told.tolist()
+        if any(failures):
+            _raise(failure, failures, self._size)
+        return total / self._size, asked > 0
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag whether it is true on any rank; a collective for each group."""
+        told = torch.tensor(flags, dtype=torch.float64, device=self._device)
+        for group in self._groups:
+            torch.distributed.all_reduce(told, group=group)
+        return [number > 0 for number in told.tolist()]
+
+
+def ranks_of(model: nn.Module) -> Together | None:
+    """The ranks that a model's loss is a mean over.
+
+    Args:
+        model: with `DistributedDataParallel` around it or in it, or with DTensor parameters, as of ``fully_shard`` and
+            tensor parallelism.
+
+    Returns:
+        Together: the process group of the one; every dimension of the mesh of the other, the largest if there are
+        several. None for other models.
+
+    Raises:
+        TypeError: the model is a `FullyShardedDataParallel`, whose parameters are pieces of flat ones.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    flat = () if fsdp is None else (fsdp.FullyShardedDataParallel,)
+    for module in model.modules():
+        if isinstance(module, flat):
+            raise TypeError(
+                "model must be sharded by torch.distributed.fsdp.fully_shard (FSDP2), got FullyShardedDataParallel; "
+                "its flat parameters cannot be told apart"
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return Together([module.process_group], next(module.parameters()).device)
+    meshes = [parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter)]  # type: ignore[attr-defined]
+    if not meshes:
+        return None
+    mesh = max(meshes, key=lambda mesh: mesh.size())
+    return Together(mesh.get_all_groups(), torch.device(mesh.device_type))
+
+
+@contextmanager
+def as_one(ranks: Ranks) -> Iterator[None]:
+    """Run a block without collectives of its own; if it fails on one rank, it fails on all.
+
+    Args:
+        ranks: that run it.
+
+    Yields:
+        None: until the block ends.
+    """
+    failure = None
+    try:
+        yield
+    except BaseException as raised:
+        failure = raised
+    ranks.agree(None, failure)
+
+
+def _kind(failure: BaseException) -> int:
+    if isinstance(failure, EngineUnsupportedError):
+        return _UNSUPPORTED
+    return _OUT_OF_MEMORY if isinstance(failure, torch.OutOfMemoryError) else _FAILED
+
+
+def _wait_for_a_while(work: Any, failure: BaseException) -> None:
+    try:
+        work.wait(_PATIENCE)
+    except Exception:
+        # The others are stuck elsewhere, or gone; what happened here is what has to be told.
+        raise failure from None
+
+
+def _raise(failure: BaseException | None, failures: Sequence[float], size: int) -> None:
+    gravest = max(kind for kind, number in enumerate(failures) if number)
+    if failure is not None and _kind(failure) == gravest:
+        raise failure
+    where = f"{failures[gravest]:.0f} of {size} ranks, not on this one"
+    if gravest == _UNSUPPORTED:
+        raise EngineUnsupportedError(f"the engine is unable on {where}")
+    if gravest == _OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"out of memory on {where}")
+    raise RankError(f"the measurement failed on {where}; read there what happened") from failure
