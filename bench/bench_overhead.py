@@ -1,0 +1,271 @@
+"""What a Monitor adds to training time: a GPT-2 of 32 M parameters on the CPU, measured on every 50th step.
+
+    python bench/bench_overhead.py [--steps N] [--windows N] [--measurements N] [--quick] [--json PATH]
+
+In one run, in one thread, two ways:
+
+- Windows of 50 steps, in turns with a monitor and without, all from the same weights, optimizer and random state. The
+  monitor measures once in each of its windows. Both windows of a pair have to end in the same bits, or nothing is
+  recorded.
+- Steps that are measured against their neighbours that are not. What one measurement adds, in steps, divided by n, is
+  the overhead of measuring on every n-th step.
+
+One sequence of 256 tokens makes a step: few, so that weights formed for a probe weigh more beside its products, and
+λ_c varies more from batch to batch, than in runs of more tokens.
+"""
+
+import argparse
+import copy
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# The checkout, also where the package is not installed.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import transformers
+from bench_line_search import append_json, environment
+from runs import text
+from torch import Tensor
+
+import sharpkern
+
+EVERY = (10, 20, 50, 100, 200)
+# Steps before anything counts; the first is measured, and makes the checks that are made once.
+_WARM_UP = 20
+# From one measured step to the next, where single steps are compared.
+_SPACING = 4
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time taken, on the clock and of the processor alone; other programs lengthen the first."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        """The time at this moment, of two of which the difference counts."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, start: "Seconds") -> "Seconds":
+        """The time from a start to here."""
+        return Seconds(self.wall - start.wall, self.cpu - start.cpu)
+
+
+class Training:
+    """Next-byte prediction on Python's help topics, by AdamW.
+
+    Args:
+        width: of the model.
+        layers: of the model.
+        context: tokens of a step.
+        every: of the monitor.
+    """
+
+    def __init__(self, width: int, layers: int, context: int, every: int) -> None:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 256, "n_positions": context, "n_embd": width, "n_layer": layers, "n_head": 8}
+        others = {"bos_token_id": None, "eos_token_id": None}
+        self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **others))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        self.monitor = sharpkern.Monitor(self.model, self.optimizer, every=every)
+        self._data, self._context = text(), context
+        self._state: tuple[Any, ...] = ()
+
+    def step(self, number: int, measured: bool) -> Seconds:
+        """Train one step.
+
+        Args:
+            number: of the batch.
+            measured: whether the monitor is called.
+        """
+        first = number * self._context % (len(self._data) - self._context)
+        tokens = self._data[None, first : first + self._context]
+
+        def loss_fn() -> Tensor:
+            loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+            return loss
+
+        start = Seconds.now()
+        self.optimizer.zero_grad()
+        loss_fn().backward()
+        if measured:
+            self.monitor(loss_fn)
+        self.optimizer.step()
+        return Seconds.now().since(start)
+
+    def keep(self) -> None:
+        """Keep the state that `restore` goes back to."""
+        self._state = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), torch.get_rng_state()))
+
+    def restore(self) -> None:
+        """Go back to the state that was kept."""
+        weights, optimizer, random = copy.deepcopy(self._state)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(random)
+
+    def bits(self) -> list[Tensor]:
+        """Copies of weights, optimizer state and random state."""
+        state = [value for slot in self.optimizer.state.values() for value in slot.values()]
+        return [tensor.detach().clone() for tensor in (*self.model.parameters(), *state, torch.get_rng_state())]
+
+
+def windows(training: Training, num_steps: int, num_pairs: int) -> list[dict[str, Any]]:
+    """Train windows in turns with a monitor and without, from the same state.
+
+    Args:
+        training: whose monitor measures every ``num_steps``.
+        num_steps: of a window.
+        num_pairs: of windows.
+
+    Returns:
+        One row per pair.
+
+    Raises:
+        RuntimeError: the windows of a pair ended in different states.
+    """
+    training.keep()
+    rows = []
+    for pair in range(num_pairs):
+        taken, bits = {}, {}
+        for measured in (True, False) if pair % 2 == 0 else (False, True):
+            training.restore()
+            # Its first step is measured, which starts from the last window's result.
+            training.monitor.step = 0
+            start = Seconds.now()
+            for number in range(num_steps):
+                training.step(_WARM_UP + pair * num_steps + number, measured)
+            taken[measured] = Seconds.now().since(start)
+            bits[measured] = training.bits()
+        if not all(map(torch.equal, bits[True], bits[False])):
+            raise RuntimeError("training with a monitor differs from training without, nothing is recorded")
+        rows.append(
+            {
+                "steps": num_steps,
+                "with_seconds": taken[True].wall,
+                "without_seconds": taken[False].wall,
+                "overhead": taken[True].wall / taken[False].wall - 1,
+                "overhead_cpu": taken[True].cpu / taken[False].cpu - 1,
+                "forwards": training.monitor.history[-1].measurement.forwards,
+            }
+        )
+    return rows
+
+
+def measured_steps(training: Training, num: int) -> list[dict[str, Any]]:
+    """Train on, some steps measured, and compare each with the steps around it that are not.
+
+    Args:
+        training: to go on with.
+        num: measured steps.
+
+    Returns:
+        One row per measured step; "steps" is what it adds, in steps.
+    """
+    # The monitor is due on each call here.
+    monitor = training.monitor
+    taken, measurements = [], {}
+    for number in range(num * _SPACING + _SPACING // 2):
+        measured = number % _SPACING == _SPACING // 2
+        monitor.step = 0
+        taken.append(training.step(_WARM_UP + number, measured))
+        if measured:
+            measurements[number] = monitor.history[-1].measurement
+    rows = []
+    for number, measurement in measurements.items():
+        around = [n for n in range(number - _SPACING // 2, number + _SPACING // 2 + 1) if n not in measurements]
+        plain = [taken[n] for n in around if n < len(taken)]
+        wall, cpu = median(one.wall for one in plain), median(one.cpu for one in plain)
+        rows.append(
+            {
+                "steps": taken[number].wall / wall - 1,
+                "steps_cpu": taken[number].cpu / cpu - 1,
+                "step_seconds": wall,
+                "seconds": measurement.seconds,
+                "forwards": measurement.forwards,
+                "status": measurement.status,
+            }
+        )
+    return rows
+
+
+def overhead(num_steps: int, num_pairs: int, num_measured: int, quick: bool = False) -> dict[str, Any]:
+    """Run the benchmark.
+
+    Args:
+        num_steps: of a window.
+        num_pairs: of windows.
+        num_measured: steps that are compared with their neighbours.
+        quick: with a model that is too small to mean anything.
+
+    Returns:
+        The record.
+    """
+    width, layers, context = (32, 2, 32) if quick else (512, 10, 256)
+    training = Training(width, layers, context, num_steps)
+    first = [training.step(number, number == 0) for number in range(_WARM_UP)]
+    pairs = windows(training, num_steps, num_pairs)
+    steps = measured_steps(training, num_measured)
+    costs = sorted(row["steps"] for row in steps)
+    quarter = len(costs) // 4
+    return {
+        "model": "GPT-2",
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "tokens": context,
+        "step_seconds": median(row["step_seconds"] for row in steps),
+        "first_measurement_steps": first[0].wall / median(one.wall for one in first[1:]) - 1,
+        "windows": pairs,
+        "measured_steps": steps,
+        "by_every": [
+            {
+                "every": every,
+                "overhead": median(costs) / every,
+                "lower_quartile": costs[quarter] / every,
+                "upper_quartile": costs[-1 - quarter] / every,
+                "overhead_cpu": median(row["steps_cpu"] for row in steps) / every,
+            }
+            for every in EVERY
+        ],
+    }
+
+
+def main() -> None:
+    """Run the benchmark and print it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50, help="steps of a window, of which one is measured")
+    parser.add_argument("--windows", type=int, default=2, help="pairs of windows")
+    parser.add_argument("--measurements", type=int, default=12, help="measured steps that are compared with others")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--json", type=Path, help="append the record to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    load = [os.getloadavg()[0]]
+    found = overhead(arguments.steps, arguments.windows, arguments.measurements, arguments.quick)
+    load.append(os.getloadavg()[0])
+    conditions = {**environment(), "transformers": transformers.__version__, "load_average": load}
+    for row in found["windows"]:
+        print(
+            f"{row['steps']} steps {row['with_seconds']:.1f} s with a monitor, {row['without_seconds']:.1f} s without, "
+            f"{row['overhead']:+.1%} (processor time {row['overhead_cpu']:+.1%}), {row['forwards']} forwards"
+        )
+    print(f"step {found['step_seconds']:.2f} s; first measurement {found['first_measurement_steps']:.1f} steps")
+    for row in found["by_every"]:
+        print(
+            f"every {row['every']}: {row['overhead']:.1%}, half of them from {row['lower_quartile']:.1%} to "
+            f"{row['upper_quartile']:.1%} (processor time {row['overhead_cpu']:.1%})"
+        )
+    print(f"load average {load[0]:.1f} before, {load[1]:.1f} after")
+    if arguments.json:
+        append_json(arguments.json, {"environment": conditions, "quick": arguments.quick, "overhead": found})
+
+
+if __name__ == "__main__":
+    main()
