@@ -1,21 +1,17 @@
 """Two processes under DistributedDataParallel: both give the whole batch's answer, and the run is not touched."""
 
-import time
-import traceback
-import warnings
-from datetime import timedelta
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import sharpkern
+from tests.processes import on_ranks
 
 NUM_RANKS = 2
-SECONDS = 180
 # DistributedDataParallel's own ways of going about a backward pass.
 KINDS = {
     "plain": {},
@@ -125,49 +121,17 @@ def untouched(rank: int, kind: str, set_to_none: bool) -> bool:
 JOBS = {
     "values": values,
     **{
-        f"{kind}, {'fresh' if none else 'zeroed'} gradients": lambda rank, kind=kind, none=none: untouched(
-            rank, kind, none
-        )
+        f"{kind}, {'fresh' if none else 'zeroed'} gradients": partial(untouched, kind=kind, set_to_none=none)
         for kind in KINDS
         for none in (True, False)
     },
 }
 
 
-def worker(rank: int, folder: Path) -> None:
-    """Run every job in a process of its own; what a job raises is its result."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=NUM_RANKS,
-        timeout=timedelta(seconds=30),
-    )
-    results = {}
-    for name, job in JOBS.items():
-        try:
-            results[name] = job(rank)
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = multiprocessing.start_processes(worker, (folder,), nprocs=NUM_RANKS, join=False, start_method="spawn")
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, f"the ranks have not come to an end in {SECONDS} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_RANKS)]
+    return on_ranks(JOBS, NUM_RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 def test_all_ranks_agree_with_the_whole_batch(ranks) -> None:
