@@ -1,0 +1,328 @@
+"""Critical sharpness in Hugging Face's Trainer: a callback, and nothing else to change."""
+
+import copy
+import sys
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sharpkern._extras import missing
+from sharpkern.monitor import Monitor
+from sharpkern.randomness import note_streams
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerState
+    from transformers.trainer_callback import ExportableState
+    from transformers.utils.import_utils import is_sagemaker_mp_enabled
+except ImportError:
+    raise missing("transformers", "transformers", "SharpnessCallback") from None
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_ABSENT = object()
+
+
+class SharpnessCallback(TrainerCallback, ExportableState):
+    """Measures critical sharpness while a `transformers.Trainer` trains.
+
+    It measures between clipping and the optimizer's step, on the very micro-batches of that step: the Trainer's own
+    ``training_step`` is evaluated again without its backward pass, so that the loss is the one that is trained,
+    whatever makes it: gradient accumulation, label smoothing, autocast, a ``compute_loss`` of one's own, dropout with
+    the masks that the gradient saw. The run is bit for bit what it would have been without.
+
+    ``sharpness/lambda_c``, ``sharpness/critical_lr``, ``sharpness/headroom`` and the others of `sharpkern.Monitor` go
+    wherever the Trainer logs to, with the number of steps that the measured weights have taken.
+
+    A checkpoint holds what warm-starts the next search, and ``train(resume_from_checkpoint=...)`` takes it up.
+
+    Args:
+        every: measure on steps whose number, ``state.global_step``, this divides; or a function of the number that
+            says whether.
+        warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, see `sharpkern.Monitor`.
+        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range.
+
+    Memory: as the Monitor; in steps that are due, the micro-batches until the last of them.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+        >>> from sharpkern.integrations.transformers import SharpnessCallback
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+        >>> rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (32, 16))]
+        >>> folder = tempfile.mkdtemp()
+        >>> args = TrainingArguments(folder, max_steps=4, logging_strategy="no", report_to="none", use_cpu=True)
+        >>> callback = SharpnessCallback(every=2)
+        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback])
+        >>> _ = trainer.train()
+        >>> [record.step for record in callback.monitor.history]
+        [0, 2]
+    """
+
+    def __init__(
+        self, every: int | Callable[[int], bool] = 1, *, warn_below: float | None = None, **options: Any
+    ) -> None:
+        for name, value in {"every": every, **options}.items():
+            if isinstance(value, str) and value.startswith("function "):
+                raise TypeError(
+                    f"{name} must be given anew, got what a checkpoint tells of it, {value!r}; leave "
+                    "restore_callback_states_from_checkpoint=False: the callback that you pass is taken up without it"
+                )
+        self._options = {"every": every, "warn_below": warn_below, **options}
+        # What is wrong with them is told here, and not when the data have been prepared and training begins.
+        stand_in = nn.Linear(1, 1)
+        Monitor(stand_in, torch.optim.SGD(stand_in.parameters()), **self._options)
+        self._monitor: Monitor | None = None
+        self._trainer: weakref.ref[Any] | None = None
+        self._step: _Step | None = None
+
+    @property
+    def monitor(self) -> Monitor:
+        """The `sharpkern.Monitor` of the training that goes on, or of the last one.
+
+        Raises:
+            AttributeError: nothing was trained with this callback.
+        """
+        if self._monitor is None:
+            raise AttributeError(
+                "monitor is there once Trainer.train() has begun, got a callback that has not been trained with; "
+                "after restore_callback_states_from_checkpoint=True the one that has is in "
+                "trainer.callback_handler.callbacks"
+            )
+        return self._monitor
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's ``trainer_state.json`` holds of it: plain numbers."""
+        options = {
+            name: f"function {getattr(value, '__qualname__', value)}" if callable(value) else value
+            for name, value in self._options.items()
+        }
+        # A callback that the Trainer makes of it has the second as an attribute; `on_train_begin` reads it in any case.
+        return {"args": options, "attributes": {"_saved": self._monitor.state_dict() if self._monitor else None}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Make the Monitor, and take up what a checkpoint tells.
+
+        Raises:
+            RuntimeError: no Trainer calls.
+            ValueError: the run is one that cannot be measured, or another `SharpnessCallback` measures it already.
+        """
+        trainer = _calling_trainer()
+        _refuse_others(trainer, self)
+        _refuse_strategy(trainer)
+        self._trainer = weakref.ref(trainer)
+        self._monitor = Monitor(trainer.model_wrapped, trainer.optimizer, log=self._log, **self._options)
+        # A checkpoint of a run without this callback has no entry, which the Trainer expects when it saves.
+        callbacks: Any = state.stateful_callbacks
+        stored = callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0 and stored["attributes"]["_saved"] is not None:
+            self._monitor.load_state_dict(stored["attributes"]["_saved"])
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Begin to note micro-batches, if the step is due.
+
+        Raises:
+            RuntimeError: the callback was added while the Trainer trains.
+        """
+        self._forget()
+        if self._trainer is None:
+            raise RuntimeError(
+                "SharpnessCallback must be there when training begins, got one that was added later; add it before "
+                "trainer.train()"
+            )
+        self.monitor.step = state.global_step
+        if self.monitor.is_due:
+            self._step = _Step(self._trainer())
+
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note the next micro-batch too."""
+        if self._step is not None:
+            self._step.watch()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Measure, if the step is due."""
+        step, self._step = self._step, None
+        if step is not None:
+            self.monitor(step.loss)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Let go of the Trainer."""
+        self._forget()
+        self._trainer = None
+
+    def _forget(self) -> None:
+        """Drop a step that was broken off."""
+        if self._step is not None:
+            self._step.unwatch()
+        self._step = None
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        assert self._trainer is not None
+        trainer: Any = self._trainer()
+        should_log = trainer.control.should_log
+        # Not its override, which may add the run's own metrics to the entry and begin to collect them anew.
+        Trainer.log(trainer, values)
+        # Logging is taken for the Trainer's own, which may be due yet.
+        trainer.control.should_log = should_log
+
+
+class _MicroBatch(NamedTuple):
+    """What ``training_step`` was called with, and the random streams then."""
+
+    model: nn.Module
+    inputs: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rewind: list[Callable[[], None]]
+
+
+class _Step:
+    """The micro-batches of one optimizer step, noted as they are trained on.
+
+    Args:
+        trainer: whose next call of ``training_step`` is noted.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._batches: list[_MicroBatch] = []
+        self.watch()
+
+    def watch(self) -> None:
+        """Note the next micro-batch, by an attribute that is in place of the method until it is called."""
+        self._before = vars(self._trainer).get("training_step", _ABSENT)
+        self._trainer.training_step = self._noted
+
+    def unwatch(self) -> None:
+        """Put the method back, if that has not been done."""
+        if vars(self._trainer).get("training_step") != self._noted:
+            return
+        if self._before is _ABSENT:
+            del self._trainer.training_step
+        else:
+            self._trainer.training_step = self._before
+
+    def loss(self) -> Tensor:
+        """The loss that was trained on, at the parameters as they are: the sum that the Trainer reports."""
+        trainer = self._trainer
+        total: Tensor | None = None
+        with _unchanged(trainer, trainer.state, trainer.control, trainer.accelerator):
+            trainer.accelerator.backward = _nothing
+            # A compute_loss that logs would log at every evaluation.
+            trainer.log = _nothing
+            for batch in self._batches:
+                for stream in batch.rewind:
+                    stream()
+                # Label smoothing takes the labels out of them.
+                loss = trainer.training_step(batch.model, copy.copy(batch.inputs), *batch.args, **batch.kwargs)
+                total = loss if total is None else total + loss
+        if total is None:
+            raise RuntimeError(
+                f"{type(trainer).__name__} must call self.training_step for every micro-batch, got a step without; "
+                "call sharpkern.Monitor in a training loop of its own"
+            )
+        return total
+
+    def _noted(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # First of all: whatever happens now, nothing is left of it.
+        self.unwatch()
+        streams = note_streams({parameter.device for parameter in model.parameters()})
+        self._batches.append(_MicroBatch(model, copy.copy(inputs), args, kwargs, streams))
+        loss: Tensor = self._trainer.training_step(model, inputs, *args, **kwargs)
+        return loss
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _calling_trainer() -> Any:
+    """The Trainer that an event comes from: events are told everything but that."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    raise RuntimeError(
+        "SharpnessCallback must be called by a transformers.Trainer, got an event from elsewhere; pass it as "
+        "Trainer(..., callbacks=[SharpnessCallback()]), or call sharpkern.Monitor in a loop of your own"
+    )
+
+
+def _refuse_others(trainer: Any, own: SharpnessCallback) -> None:
+    count = sum(isinstance(callback, SharpnessCallback) for callback in trainer.callback_handler.callbacks)
+    if count > 1:
+        raise ValueError(
+            f"Trainer must have one SharpnessCallback, got {count}, which would log under the same names; for steps "
+            "that no single number divides pass every=a function of the step"
+        )
+
+
+def _refuse_strategy(trainer: Any) -> None:
+    """Refuse runs whose loss or weights are spread over processes in a way that no measurement knows."""
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type.value
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if kind == "FSDP" and getattr(accelerator, "is_fsdp2", False):
+        kind = "FSDP2"
+    if is_sagemaker_mp_enabled():
+        kind = "SageMaker's model parallelism"
+    elif trainer.args.n_gpu > 1:
+        kind = f"nn.DataParallel on {trainer.args.n_gpu} GPUs"
+    elif getattr(parallelism, "non_data_parallel_size", 1) > 1:
+        kind = "a model or sequences split over ranks"
+    if kind not in {"NO", "FSDP2"} and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"Trainer must train in one process, by DistributedDataParallel or by FSDP2, got {kind}; start it by "
+            "torchrun and without that, or measure the run's checkpoints"
+        )
+
+
+@contextmanager
+def _unchanged(*things: object) -> Iterator[None]:
+    """Put attributes back, and what is in those that are dictionaries, lists and tensors."""
+    containers: dict[int, tuple[Any, Any]] = {}
+    tensors: list[tuple[Tensor, int, Tensor]] = []
+    for thing in things:
+        _note(vars(thing), containers, tensors)
+    try:
+        yield
+    finally:
+        for container, before in containers.values():
+            if not _same_members(container, before):
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+        for tensor, version, content in tensors:
+            if tensor._version != version:
+                tensor.copy_(content)
+
+
+def _note(container: Any, containers: dict[int, tuple[Any, Any]], tensors: list[tuple[Tensor, int, Tensor]]) -> None:
+    if id(container) in containers:
+        return
+    containers[id(container)] = container, container.copy()
+    # A list may be a data set, whose members are left alone.
+    for value in container.values() if isinstance(container, dict) else ():
+        if type(value) in _CONTAINERS:
+            _note(value, containers, tensors)
+        elif isinstance(value, Tensor) and not value.is_inference():
+            tensors.append((value, value._version, value.detach().clone()))
+
+
+def _same_members(container: Any, before: Any) -> bool:
+    """Whether both hold the same objects in the same order, without calling any object's ``==``."""
+    if isinstance(container, dict):
+        container, before = container.items(), before.items()
+        return len(container) == len(before) and all(
+            a is c and b is d for (a, b), (c, d) in zip(container, before, strict=True)
+        )
+    return len(container) == len(before) and all(a is b for a, b in zip(container, before, strict=True))
