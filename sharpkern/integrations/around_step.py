@@ -1,0 +1,277 @@
+"""The direction of a step that an optimizer has really taken, measured at the weights that the step started from."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sharpkern.direction import Direction
+from sharpkern.errors import NoUpdateError, RetainedWarning, warn
+from sharpkern.shards import local
+from sharpkern.sums import read
+
+# Root mean square of what rounding to the nearest adds to x, over eps·|x|, for x of any binary digits.
+_ROUNDING = 0.21
+_MOST_ROUNDING = 0.1
+
+
+class AroundStep:
+    """Measures around the steps of an optimizer, for loops that let nobody in between gradient and step.
+
+    A framework that hands ``optimizer.step`` a closure with forward pass, backward pass and clipping in it is such a
+    loop. The weights θ are copied when the closure has run, just before the optimizer writes them. When it has, to θ′,
+    Δθ = (θ − θ′)/lr is the direction, whatever the optimizer; θ is measured, and θ′ put back bit for bit. The hooks are
+    those of every torch optimizer; ``step`` itself, parameters and ``.grad`` stay the objects that they are.
+
+    The difference carries the rounding of the weights to their dtype, about 0.2·eps·|θ| beside |θ − θ′|: little of
+    float32 weights, and all of 16-bit ones where a step moves them by less than their last place. From a tenth on a
+    `RetainedWarning` tells of it, once.
+
+    Args:
+        optimizer: any torch optimizer that moves parameters of the model.
+        is_due: asked before each step whether it is to be measured.
+        measure: called after a step that was due, and handed the function that makes its direction, as
+            `sharpkern.Monitor` takes it. From the call of that function until ``measure`` returns or raises the
+            parameters hold θ. It raises `NoUpdateError` where nothing moved, or not to finite weights.
+
+    Memory: a copy of the parameters, from just before the update until the end of the measurement, and then Δθ.
+
+    Example:
+        >>> import torch, sharpkern
+        >>> from sharpkern.integrations.around_step import AroundStep
+        >>> _ = torch.manual_seed(0)
+        >>> model, x, y = torch.nn.Linear(4, 1), torch.randn(8, 4), torch.randn(8, 1)
+        >>> loss_fn = lambda: torch.nn.functional.mse_loss(model(x), y)
+        >>> optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
+        >>> monitor = sharpkern.Monitor(model, optimizer)
+        >>> around = AroundStep(optimizer, lambda: True, lambda direction: monitor(loss_fn, direction=direction))
+        >>> for step in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss_fn().backward()
+        ...     optimizer.step()
+        >>> [record.measurement.status for record in monitor.history]
+        ['converged', 'converged', 'converged']
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        is_due: Callable[[], bool],
+        measure: Callable[[Callable[[], Direction]], object],
+    ) -> None:
+        self._is_due = is_due
+        self._measure = measure
+        self._step: FrameType | None = None
+        self._start: _Start | None = None
+        self._has_warned = False
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer, and let go of what was kept."""
+        for handle in self._handles:
+            handle.remove()
+        self._step = self._start = None
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        step = sys._getframe(1)
+        if self._step is not None and _is_called_from(step, self._step):
+            # The step of a base class, which has the same hooks, and is a part of this one.
+            return None
+        # What a step that raised has left goes with it.
+        self._step, self._start = step, None
+        if not self._is_due():
+            return None
+        itself, *others = args
+        if not any(map(callable, (*others, *kwargs.values()))):
+            self._start = _Start(optimizer)
+            return None
+
+        def noted(value: Any) -> Any:
+            return self._noting(optimizer, value) if callable(value) else value
+
+        return (itself, *map(noted, others)), {name: noted(value) for name, value in kwargs.items()}
+
+    def _noting(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure, after whose first call the weights are those that the step starts from."""
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            result = closure(*args, **kwargs)
+            if self._start is None:
+                self._start = _Start(optimizer)
+            else:
+                self._start.forget_gradients()
+            return result
+
+        return noting
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if sys._getframe(1) is not self._step:
+            return
+        start, self._step, self._start = self._start, None, None
+        if start is None:
+            return
+
+        def go_back() -> Direction:
+            direction = start.go_back()
+            self._warn(start.rounding(direction))
+            return direction
+
+        try:
+            self._measure(go_back)
+        finally:
+            try:
+                start.return_()
+            except KeyboardInterrupt:
+                # To the end, also when the user interrupts it a second time.
+                start.return_()
+                raise
+
+    def _warn(self, rounding: float) -> None:
+        if rounding > _MOST_ROUNDING and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"rounding to the weights' dtype is about {rounding:.2g} times what the step has moved them by, and so "
+                "much is the direction off; train with float32 weights, or measure before the step with "
+                "Direction.from_optimizer",
+                RetainedWarning,
+            )
+
+
+class _Start:
+    """Where a step starts: the weights, the learning rate, and which gradients there are.
+
+    Args:
+        optimizer: that is about to write its parameters.
+    """
+
+    @torch.no_grad()
+    def __init__(self, optimizer: Optimizer) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # Θ at first; once it was exchanged with the parameters, θ′.
+        self._values: dict[nn.Parameter, Tensor] = {
+            parameter: parameter.detach().clone()
+            for parameter in parameters
+            if parameter.requires_grad or parameter.grad is not None
+        }
+        self._num_exchanged = 0
+        self._halfway: tuple[nn.Parameter, Tensor] | None = None
+        self._lr = _reference_lr(optimizer)
+        # A fused step takes the loss scale out of the gradients by itself, at some time.
+        is_scaled = getattr(optimizer, "grad_scale", None) is not None
+        self._gradients: dict[nn.Parameter, tuple[Tensor, int]] | None = (
+            None if is_scaled else {p: (p.grad, p.grad._version) for p in parameters if p.grad is not None}
+        )
+
+    def forget_gradients(self) -> None:
+        """Note that the gradients were taken anew, elsewhere."""
+        self._gradients = None
+
+    @torch.no_grad()
+    def go_back(self) -> Direction:
+        """Return the direction of the step that was taken, and make the parameters θ.
+
+        Raises:
+            NoUpdateError: there is none that is finite.
+        """
+        if self._lr is None:
+            raise NoUpdateError(
+                "the step must have a gradient and a positive learning rate in one group, got none; measure when the "
+                "schedule has started, and check that the loss depends on the optimizer's parameters"
+            )
+        after = {parameter: parameter.detach() for parameter in self._values}
+        try:
+            direction = Direction.between(self._values, after, self._lr)
+        except NoUpdateError:
+            raise NoUpdateError(
+                "the step must move some parameter, got the same weights before and after it; check the gradients"
+            ) from None
+        except ValueError as reason:
+            # A run that overflows goes on, and so does what looks on.
+            raise NoUpdateError(str(reason)) from reason
+        direction = dataclasses.replace(direction, slope=self._slope(direction))
+        for parameter, value in self._values.items():
+            self._halfway = parameter, parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(self._halfway[1])
+            self._num_exchanged += 1
+        self._halfway = None
+        # An enclosing autocast may hold casts of the other weights.
+        torch.clear_autocast_cache()
+        return direction
+
+    @torch.no_grad()
+    def return_(self) -> None:
+        """Make the parameters θ′ again, however far `go_back` has come. May be called again after an interrupt."""
+        for parameter, value in islice(self._values.items(), self._num_exchanged):
+            parameter.copy_(value)
+        if self._halfway is not None:
+            parameter, value = self._halfway
+            parameter.copy_(value)
+        if self._num_exchanged:
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def rounding(self, direction: Direction) -> float:
+        """About how large the rounding of this rank's weights is beside what they were moved by."""
+        assert direction.lr is not None
+        pairs = list(zip(direction.parameters, direction.tensors, strict=True))
+        norms = read([_norm(tensor) for p, delta in pairs for tensor in (local(p), delta)])
+        rounded = math.hypot(*(torch.finfo(p.dtype).eps * norm for (p, _), norm in zip(pairs, norms[::2], strict=True)))
+        return _ROUNDING * rounded / (direction.lr * math.hypot(*norms[1::2]))
+
+    def _slope(self, direction: Direction) -> float | None:
+        """Δθᵀg; None where ``.grad`` is no longer the g of before the step, or not everything that moved has one."""
+        gradients = {}
+        for parameter, (gradient, version) in (self._gradients or {}).items():
+            # Some optimizers use it as their scratch paper.
+            if parameter.grad is not gradient or gradient._version != version:
+                return None
+            if gradient.layout is not torch.strided:
+                return None
+            gradients[parameter] = gradient
+        if any(parameter not in gradients for parameter, _ in direction.moves()):
+            return None
+        slope = direction.slope_of(gradients)
+        return slope if math.isfinite(slope) else None
+
+
+def _reference_lr(optimizer: Optimizer) -> float | None:
+    """The learning rate of the first group that has a positive one and a gradient, None where there is no such group.
+
+    Raises:
+        ValueError: a group has no learning rate.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        lr = group.get("lr")
+        if lr is None or not 0 <= float(lr) < math.inf:
+            raise ValueError(
+                f"lr of group {index} must be a finite number >= 0, got {lr}; where the optimizer finds its own step, "
+                "use Direction.between(before, after, lr) with the rate it took"
+            )
+        if float(lr) > 0 and any(parameter.grad is not None for parameter in group["params"]):
+            return float(lr)
+    return None
+
+
+def _is_called_from(frame: FrameType, caller: FrameType) -> bool:
+    above: FrameType | None = frame
+    while above is not None and above is not caller:
+        above = above.f_back
+    return above is not None
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm
