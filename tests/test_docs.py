@@ -3,8 +3,11 @@
 import doctest
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from tests.models import GPT, MLP
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(sharpkern.__path__, "sharpkern.")
@@ -41,7 +45,7 @@ def test_public_functions_have_examples() -> None:
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loop, single, mix = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    loop, single, mix = (block for block in PYTHON if "init_process_group" not in block and "Callback" not in block)
     model = MLP()
     names = {
         "F": F,
@@ -83,3 +87,16 @@ def test_figures_in_the_readme_are_those_of_the_results_files() -> None:
 def test_one_version() -> None:
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert version == sharpkern.__version__
+
+
+def test_the_readmes_example_of_several_ranks_runs(tmp_path: Path) -> None:
+    (example,) = (block for block in PYTHON if "init_process_group" in block)
+    (tmp_path / "train.py").write_text(example, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"step {step}" for step in range(0, 50, 10)]
+    assert "λ_c" in done.stdout

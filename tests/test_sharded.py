@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
@@ -61,6 +62,26 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
 def hybrid(model: nn.Module, shape: tuple[int, int]) -> nn.Module:
     return shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    # Dynamo asks every tensor for its gradient.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    model = shard(model)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(backend="aot_eager")
+    return model
+
+
+def checkpointed_blocks(model: nn.Module) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    return shard(model)
+
+
+def compiled_data_parallel(model: nn.Module) -> nn.Module:
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    return torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager")
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Callable[[], torch.Tensor], steps: int) -> None:
@@ -153,6 +174,8 @@ VALUES: dict[str, Callable[[int], list[tuple[str, float, float]]]] = {
     "offloaded": partial(here_and_alone, prepare=partial(shard, offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "hybrid, 1 x 2": partial(here_and_alone, prepare=partial(hybrid, shape=(1, 2))),
     "hybrid, 2 x 1": partial(here_and_alone, prepare=partial(hybrid, shape=(2, 1))),
+    "compiled": partial(here_and_alone, prepare=compiled_blocks),
+    "data parallel, compiled": partial(here_and_alone, prepare=compiled_data_parallel),
     "tensor parallel": in_tensor_parallel,
 }
 VALUES_OF_THREE = {"by default": partial(here_and_alone, prepare=shard), "tensor parallel": in_tensor_parallel}
@@ -262,6 +285,8 @@ def untouched(rank: int, prepare: Callable[[nn.Module], nn.Module], steps: int, 
 
 
 RUNS = {
+    "checkpointed": partial(untouched, prepare=checkpointed_blocks, steps=3, every=1),
+    "compiled": partial(untouched, prepare=compiled_blocks, steps=3, every=1),
     "50 steps": partial(untouched, prepare=shard, steps=50, every=10),
     "kept gathered": partial(untouched, prepare=partial(shard, reshard_after_forward=False), steps=4, every=1),
     "in bf16": partial(
