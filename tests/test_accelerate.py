@@ -3,11 +3,8 @@
 import os
 import pickle
 import random
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,15 +17,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import GradientAccumulationPlugin
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpkern
 from sharpkern.integrations.accelerate import SharpnessMonitor
+from tests.processes import on_ranks
 
 NUM_STEPS = 4
 NUM_RANKS = 2
-SECONDS = 180
 
 
 def forget() -> None:
@@ -440,8 +437,15 @@ def test_prepared_optimizers_are_seen_through_by_thresholds_and_preconditioners(
     assert wrapped == bare
 
 
-def values_of_ranks(**options: Any) -> list[tuple[float, float]]:
+def set_environment(rank: int) -> None:
+    """As `accelerate launch` does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(NUM_RANKS))
+
+
+def values(rank: int, **options: Any) -> list[tuple[float, float]]:
     """λ_c of each step, and that of the same step in one process on all ranks' data."""
+    set_environment(rank)
     loop = Loop(plain_model(torch.float64), options={"rtol": 1e-4}, **options)
     assert loop.accelerator.distributed_type == DistributedType.MULTI_CPU
     loop.run(4)
@@ -449,7 +453,8 @@ def values_of_ranks(**options: Any) -> list[tuple[float, float]]:
     return list(zip(sharpnesses(loop), [m.sharpness for m in expected], strict=True))
 
 
-def untouched_on_ranks(**options: Any) -> bool:
+def untouched(rank: int, **options: Any) -> bool:
+    set_environment(rank)
     states = []
     for monitored in (True, False):
         random.seed(0)
@@ -461,52 +466,19 @@ def untouched_on_ranks(**options: Any) -> bool:
     return states[0] == states[1]
 
 
-JOBS: dict[str, Callable[[], Any]] = {
-    "values": values_of_ranks,
-    "values, synchronised in each micro-batch": lambda: values_of_ranks(plugin={"sync_each_batch": True}),
-    "values, compiled": lambda: values_of_ranks(dynamo_backend="eager"),
-    "untouched": untouched_on_ranks,
-    "untouched in bf16": lambda: untouched_on_ranks(mixed_precision="bf16"),
+JOBS = {
+    "values": values,
+    "values, synchronised in each micro-batch": partial(values, plugin={"sync_each_batch": True}),
+    "values, compiled": partial(values, dynamo_backend="eager"),
+    "untouched": untouched,
+    "untouched in bf16": partial(untouched, mixed_precision="bf16"),
 }
-
-
-def worker(rank: int, folder: Path) -> None:
-    """Run every job in a process of its own; what a job raises is its result."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    # As `accelerate launch` sets them.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(NUM_RANKS))
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=NUM_RANKS,
-        timeout=timedelta(seconds=30),
-    )
-    results = {}
-    for name, job in JOBS.items():
-        try:
-            results[name] = job()
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = multiprocessing.start_processes(worker, (folder,), nprocs=NUM_RANKS, join=False, start_method="spawn")
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, f"the ranks have not come to an end in {SECONDS} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_RANKS)]
+    return on_ranks(JOBS, NUM_RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name.startswith("values")])
