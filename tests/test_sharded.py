@@ -622,3 +622,46 @@ def test_what_cannot_be_had_is_refused_by_name(two) -> None:
     assert len(told) == len(said), told
     for message, start in zip(told, said, strict=True):
         assert message.startswith(start), message
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def one_rank(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A device, and a process group of this process alone that communicates there."""
+    backend = "gloo" if request.param == "cpu" else "nccl"
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    yield torch.device(request.param)
+    distributed.destroy_process_group()
+
+
+ONE_RANK = pytest.mark.parametrize(
+    "one_rank",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+    indirect=True,
+)
+
+
+@ONE_RANK
+@pytest.mark.parametrize("policy", ["none", "bf16", "offload"])
+def test_one_rank_alone_is_sharded_all_the_same(one_rank: torch.device, policy: str) -> None:
+    options: dict[str, Any] = {"mesh": init_device_mesh(one_rank.type, (1,))}
+    if policy == "bf16":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    if policy == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=one_rank.type == "cuda")
+    rows = tokens().to(one_rank)
+    measured = []
+    for prepare in (partial(shard, **options), lambda model: model):
+        model = prepare(gpt(dtype=torch.float32).to(one_rank))
+        loss_fn = lambda model=model: F.cross_entropy(model(rows[:, :-1]).float().flatten(0, 1), rows[:, 1:].flatten())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, optimizer, loss_fn, steps=2)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        measured.append(sharpkern.critical_sharpness(model, loss_fn, sharpkern.Direction.from_optimizer(optimizer)))
+        assert all(map(torch.equal, before, model.parameters()))
+    assert measured[0].sharpness == pytest.approx(measured[1].sharpness, rel=0.05 if policy == "bf16" else 1e-4)
