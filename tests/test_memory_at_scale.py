@@ -21,6 +21,7 @@ from sharpkern.engines.batched import BatchedEngine
 from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.guards import preserved
 from sharpkern.engines.precision import LossPrecision
+from sharpkern.engines.ranks import Alone
 from sharpkern.engines.table import make_pairs
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.moves import Stored
@@ -82,7 +83,7 @@ class Scene:
 
         def losses(loss_fn: LossFn) -> None:
             with preserved(self.model) as guard:
-                opened = engine(self.pairs, Closure(loss_fn, guard, LossPrecision(), no_number))
+                opened = engine(self.pairs, Closure(loss_fn, guard, LossPrecision(), Alone(no_number)))
                 if chunk_size is not None:
                     opened.chunk_size = chunk_size
                 opened.losses(step_sizes)
