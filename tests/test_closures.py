@@ -1,6 +1,8 @@
 """Closures and models off the beaten track: right, or refused, or handed to the other engine; never silently wrong."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -266,3 +268,25 @@ def test_ignored_labels_do_not_make_the_loss_more_exact() -> None:
     precision.widen_loss((torch.zeros(4, 5), labels), {})
     assert precision.num_targets == 2
     assert F.cross_entropy(torch.zeros(4, 5), labels) > 0
+
+
+@pytest.mark.parametrize("engine", ["virtual", "batched", "inplace"])
+def test_what_a_failed_pass_held_is_freed_at_once(engine: str) -> None:
+    model, x = MLP(), torch.randn(4, 16)
+    model(x).sum().backward()
+    direction = sharpkern.Direction.from_gradients(model)
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def loss_fn() -> torch.Tensor:
+        activations = model(x)
+        held.append(weakref.ref(activations))
+        raise ValueError("no loss")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="no loss"):
+            sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine)
+        assert [reference() for reference in held] == [None]
+    finally:
+        gc.enable()

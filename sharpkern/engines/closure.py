@@ -88,7 +88,7 @@ class Closure:
             value, self.asked = self.ranks.agree(loss, failure, asks=asks)
             return value
         finally:
-            # What was raised holds this frame, which must not hold it: a ring would keep the pass's tensors.
+            # What was raised holds this frame, which must not hold it; see ranks.py.
             del failure
 
     def several(

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from sharpkern.errors import EngineUnsupportedError, RankError
 from sharpkern.shards import is_sharded
 
+# Where a failure is raised again, the frame lets go of it: it holds the frame, and a ring of the two would keep what
+# the failed pass had in memory until the garbage collector comes by, which is late where memory had run out.
+
 # How long a rank whose pass failed waits for ranks that may be stuck in a collective of the closure's own.
 _PATIENCE = timedelta(seconds=60)
 
@@ -46,7 +49,10 @@ class Alone:
     ) -> tuple[float, bool]:
         """The loss, reduced by the caller's function, and what was asked."""
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure
         if loss is None:
             return 0.0, asks
         return float(loss if self._reduce is None else self._reduce(loss)), asks
@@ -95,16 +101,19 @@ class Together:
         told[1] = asks
         if failure is not None:
             told[2 + _kind(failure)] = 1
-        for group in self._groups:
-            work = torch.distributed.all_reduce(told, group=group, async_op=True)
-            if failure is None:
-                work.wait()
-            else:
-                _wait_for_a_while(work, failure)
-        total, asked, *failures = told.tolist()
-        if any(failures):
-            _raise(failure, failures, self._size)
-        return total / self._size, asked > 0
+        try:
+            for group in self._groups:
+                work = torch.distributed.all_reduce(told, group=group, async_op=True)
+                if failure is None:
+                    work.wait()
+                else:
+                    _wait_for_a_while(work, failure)
+            total, asked, *failures = told.tolist()
+            if any(failures):
+                _raise(failure, failures, self._size)
+            return total / self._size, asked > 0
+        finally:
+            del failure
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag whether it is true on any rank; a collective for each group."""
@@ -160,7 +169,10 @@ def as_one(ranks: Ranks) -> Iterator[None]:
         yield
     except BaseException as raised:
         failure = raised
-    ranks.agree(None, failure)
+    try:
+        ranks.agree(None, failure)
+    finally:
+        del failure
 
 
 def _kind(failure: BaseException) -> int:
@@ -174,13 +186,19 @@ def _wait_for_a_while(work: Any, failure: BaseException) -> None:
         work.wait(_PATIENCE)
     except Exception:
         # The others are stuck elsewhere, or gone; what happened here is what has to be told.
-        raise failure from None
+        try:
+            raise failure from None
+        finally:
+            del failure
 
 
 def _raise(failure: BaseException | None, failures: Sequence[float], size: int) -> None:
     gravest = max(kind for kind, number in enumerate(failures) if number)
     if failure is not None and _kind(failure) == gravest:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure
     where = f"{failures[gravest]:.0f} of {size} ranks, not on this one"
     if gravest == _UNSUPPORTED:
         raise EngineUnsupportedError(f"the engine is unable on {where}")
