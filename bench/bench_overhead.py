@@ -4,9 +4,9 @@
 
 In one run, in one thread, two ways:
 
-- Windows of 50 steps, in turns with a monitor and without, all from the same weights, optimizer and random state. The
-  monitor measures once in each of its windows. Both windows of a pair have to end in the same bits, or nothing is
-  recorded.
+- Whole windows of 50 steps, trained by twins, one with a monitor, which measures once in each window, and one without.
+  They take turns at every step, so that whatever else the machine does slows both alike, and have to end each window
+  in the same bits, or nothing is recorded.
 - Steps that are measured against their neighbours that are not. What one measurement adds, in steps, divided by n, is
   the overhead of measuring on every n-th step.
 
@@ -15,7 +15,6 @@ One sequence of 256 tokens makes a step: few, so that weights formed for a probe
 """
 
 import argparse
-import copy
 import os
 import sys
 import time
@@ -77,7 +76,6 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
         self.monitor = sharpkern.Monitor(self.model, self.optimizer, every=every)
         self._data, self._context = text(), context
-        self._state: tuple[Any, ...] = ()
 
     def step(self, number: int, measured: bool) -> Seconds:
         """Train one step.
@@ -93,6 +91,8 @@ class Training:
             loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
             return loss
 
+        # Dropout masks are the step's, whoever has drawn before.
+        torch.manual_seed(number)
         start = Seconds.now()
         self.optimizer.zero_grad()
         loss_fn().backward()
@@ -101,71 +101,62 @@ class Training:
         self.optimizer.step()
         return Seconds.now().since(start)
 
-    def keep(self) -> None:
-        """Keep the state that `restore` goes back to."""
-        self._state = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), torch.get_rng_state()))
-
-    def restore(self) -> None:
-        """Go back to the state that was kept."""
-        weights, optimizer, random = copy.deepcopy(self._state)
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(optimizer)
-        torch.set_rng_state(random)
-
     def bits(self) -> list[Tensor]:
-        """Copies of weights, optimizer state and random state."""
+        """Weights and optimizer state."""
         state = [value for slot in self.optimizer.state.values() for value in slot.values()]
-        return [tensor.detach().clone() for tensor in (*self.model.parameters(), *state, torch.get_rng_state())]
+        return [*self.model.parameters(), *state]
 
 
-def windows(training: Training, num_steps: int, num_pairs: int) -> list[dict[str, Any]]:
-    """Train windows in turns with a monitor and without, from the same state.
+def windows(training: Training, twin: Training, num_steps: int, num_windows: int) -> list[dict[str, Any]]:
+    """Train twins in turns, step by step.
 
     Args:
-        training: whose monitor measures every ``num_steps``.
+        training: with its monitor, which measures every ``num_steps``.
+        twin: without.
         num_steps: of a window.
-        num_pairs: of windows.
+        num_windows: how many.
 
     Returns:
-        One row per pair.
+        One row per window.
 
     Raises:
-        RuntimeError: the windows of a pair ended in different states.
+        RuntimeError: the twins ended a window in different states.
     """
-    training.keep()
     rows = []
-    for pair in range(num_pairs):
-        taken, bits = {}, {}
-        for measured in (True, False) if pair % 2 == 0 else (False, True):
-            training.restore()
-            # Its first step is measured, which starts from the last window's result.
-            training.monitor.step = 0
-            start = Seconds.now()
-            for number in range(num_steps):
-                training.step(_WARM_UP + pair * num_steps + number, measured)
-            taken[measured] = Seconds.now().since(start)
-            bits[measured] = training.bits()
-        if not all(map(torch.equal, bits[True], bits[False])):
+    # The first step is measured, which starts from the last result.
+    training.monitor.step = 0
+    for window in range(num_windows):
+        taken: dict[bool, list[Seconds]] = {True: [], False: []}
+        for number in range(num_steps):
+            for measured in (True, False) if number % 2 == 0 else (False, True):
+                one = training if measured else twin
+                taken[measured].append(one.step(_WARM_UP + window * num_steps + number, measured))
+        if not all(map(torch.equal, training.bits(), twin.bits())):
             raise RuntimeError("training with a monitor differs from training without, nothing is recorded")
+        wall, cpu = (
+            {measured: sum(getattr(one, clock) for one in each) for measured, each in taken.items()}
+            for clock in ("wall", "cpu")
+        )
         rows.append(
             {
                 "steps": num_steps,
-                "with_seconds": taken[True].wall,
-                "without_seconds": taken[False].wall,
-                "overhead": taken[True].wall / taken[False].wall - 1,
-                "overhead_cpu": taken[True].cpu / taken[False].cpu - 1,
+                "with_seconds": wall[True],
+                "without_seconds": wall[False],
+                "overhead": wall[True] / wall[False] - 1,
+                "overhead_cpu": cpu[True] / cpu[False] - 1,
                 "forwards": training.monitor.history[-1].measurement.forwards,
             }
         )
     return rows
 
 
-def measured_steps(training: Training, num: int) -> list[dict[str, Any]]:
+def measured_steps(training: Training, num: int, start: int) -> list[dict[str, Any]]:
     """Train on, some steps measured, and compare each with the steps around it that are not.
 
     Args:
         training: to go on with.
         num: measured steps.
+        start: batch to begin with.
 
     Returns:
         One row per measured step; "steps" is what it adds, in steps.
@@ -176,7 +167,7 @@ def measured_steps(training: Training, num: int) -> list[dict[str, Any]]:
     for number in range(num * _SPACING + _SPACING // 2):
         measured = number % _SPACING == _SPACING // 2
         monitor.step = 0
-        taken.append(training.step(_WARM_UP + number, measured))
+        taken.append(training.step(start + number, measured))
         if measured:
             measurements[number] = monitor.history[-1].measurement
     rows = []
@@ -197,12 +188,12 @@ def measured_steps(training: Training, num: int) -> list[dict[str, Any]]:
     return rows
 
 
-def overhead(num_steps: int, num_pairs: int, num_measured: int, quick: bool = False) -> dict[str, Any]:
+def overhead(num_steps: int, num_windows: int, num_measured: int, quick: bool = False) -> dict[str, Any]:
     """Run the benchmark.
 
     Args:
         num_steps: of a window.
-        num_pairs: of windows.
+        num_windows: how many.
         num_measured: steps that are compared with their neighbours.
         quick: with a model that is too small to mean anything.
 
@@ -210,10 +201,13 @@ def overhead(num_steps: int, num_pairs: int, num_measured: int, quick: bool = Fa
         The record.
     """
     width, layers, context = (32, 2, 32) if quick else (512, 10, 256)
-    training = Training(width, layers, context, num_steps)
-    first = [training.step(number, number == 0) for number in range(_WARM_UP)]
-    pairs = windows(training, num_steps, num_pairs)
-    steps = measured_steps(training, num_measured)
+    training, twin = (Training(width, layers, context, num_steps) for _ in range(2))
+    first = [training.step(number, measured=number == 0) for number in range(_WARM_UP)]
+    for number in range(_WARM_UP):
+        twin.step(number, measured=False)
+    in_windows = windows(training, twin, num_steps, num_windows)
+    del twin
+    steps = measured_steps(training, num_measured, _WARM_UP + num_windows * num_steps)
     costs = sorted(row["steps"] for row in steps)
     quarter = len(costs) // 4
     return {
@@ -222,7 +216,7 @@ def overhead(num_steps: int, num_pairs: int, num_measured: int, quick: bool = Fa
         "tokens": context,
         "step_seconds": median(row["step_seconds"] for row in steps),
         "first_measurement_steps": first[0].wall / median(one.wall for one in first[1:]) - 1,
-        "windows": pairs,
+        "windows": in_windows,
         "measured_steps": steps,
         "by_every": [
             {
@@ -241,7 +235,7 @@ def main() -> None:
     """Run the benchmark and print it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=50, help="steps of a window, of which one is measured")
-    parser.add_argument("--windows", type=int, default=2, help="pairs of windows")
+    parser.add_argument("--windows", type=int, default=2, help="how many windows")
     parser.add_argument("--measurements", type=int, default=12, help="measured steps that are compared with others")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--json", type=Path, help="append the record to this file")
