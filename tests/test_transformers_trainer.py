@@ -1,16 +1,17 @@
 """SharpnessCallback in Hugging Face's Trainer: the loss that is trained, the run untouched, resumed, on two ranks."""
 
 import argparse
+import gc
+import inspect
 import json
 import os
 import pickle
 import random
-import time
-import traceback
-import warnings
+import runpy
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import (
     GPT2Config,
@@ -39,10 +40,10 @@ from transformers import (
 
 import sharpkern
 from sharpkern.integrations.transformers import SharpnessCallback
+from tests.processes import on_ranks
 
 NUM_TOKENS = 16
 NUM_RANKS = 2
-SECONDS = 180
 # Text of the standard library, as bytes.
 TEXT = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
 
@@ -187,16 +188,16 @@ def test_the_run_is_bit_for_bit_what_it_would_have_been(tmp_path: Path, name: st
     assert [step for step, _ in callback.monitor.skipped] == ([0] if "warmup_steps" in settings else [])
     assert len(measured(callback)) + len(callback.monitor.skipped) == -(-settings["max_steps"] // 7)
     assert all(measurement.status == "converged" for measurement in measured(callback).values())
+    if settings.get("logging_steps", 1) == 1:
+        losses = [entry["loss"] for entry in with_it["log"] if "loss" in entry]
+        assert all(measurement.base_loss == losses[step] for step, measurement in measured(callback).items())
 
 
 CASES = {
-    "dropout": {},
     # The epoch of 20 batches ends in a step of two.
     "an incomplete accumulation": {"gradient_accumulation_steps": 3, "max_steps": 8},
-    "smoothed labels": {"label_smoothing_factor": 0.2},
     "smoothed labels, accumulated": {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2},
-    "bfloat16": {"bf16": True, "gradient_accumulation_steps": 2},
-    "tight clipping": {"max_grad_norm": 1e-3},
+    "bfloat16, accumulated": {"bf16": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0},
 }
 
 
@@ -207,28 +208,6 @@ def test_the_base_loss_is_the_one_that_the_trainer_reports(tmp_path: Path, name:
     losses = [measurement.base_loss for measurement in measured(callback).values()]
     assert losses == reported(trainer)
     assert all(measurement.status == "converged" for measurement in measured(callback).values())
-
-
-class Halved(Trainer):
-    """A loss of one's own that says nothing of accumulation, and a metric of its own that is logged with it."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = model(input_ids=inputs["input_ids"]).logits
-        loss = 0.5 * F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs.pop("labels")[:, 1:].flatten())
-        self.log({"half": loss.item()})
-        return loss
-
-
-def test_a_loss_of_ones_own_is_measured_and_logs_once(tmp_path: Path) -> None:
-    callback = SharpnessCallback()
-    model = gpt2()
-    # As of a model that takes no number of items.
-    model.accepts_loss_kwargs = False
-    trainer = train(tmp_path, callback, model=model, kind=Halved, gradient_accumulation_steps=2)
-    losses = [measurement.base_loss for measurement in measured(callback).values()]
-    assert losses == reported(trainer)
-    assert 2 < losses[0] < 3
-    assert len([entry for entry in trainer.state.log_history if "half" in entry]) == 8
 
 
 def plain_loop(batches: list[torch.Tensor], accumulation: int, num_steps: int) -> sharpkern.Monitor:
@@ -308,6 +287,44 @@ def test_values_go_where_the_trainer_logs_to(tmp_path: Path) -> None:
     assert kept == [logs | {"step": step} for step, logs in told.items()]
     # What another callback has asked for is not taken for done.
     assert [step for step, logs in listener.entries if "loss" in logs] == [3]
+
+
+class Halved(Trainer):
+    """A step and a loss of one's own, which take what they need out of the inputs, and log."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.factor = inputs.pop("factor").mean()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+        loss = self.factor * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        self.log({"half": loss.item()})
+        return loss
+
+
+def test_a_step_and_a_loss_of_ones_own_are_measured_and_log_once(tmp_path: Path) -> None:
+    listener, callback = Listener(), SharpnessCallback()
+    model = gpt2()
+    # As of a model that takes no number of items.
+    model.accepts_loss_kwargs = False
+    trainer = Halved(
+        model,
+        arguments(tmp_path, gradient_accumulation_steps=2, remove_unused_columns=False),
+        train_dataset=[row | {"factor": torch.tensor(0.5)} for row in rows(40)],
+        callbacks=[listener, callback],
+    )
+    trainer.train()
+    losses = [measurement.base_loss for measurement in measured(callback).values()]
+    assert losses == reported(trainer)
+    assert 2 < losses[0] < 3
+    assert len([logs for _, logs in listener.entries if "half" in logs]) == 8
+
+
+def test_the_alarm_is_the_monitors(tmp_path: Path) -> None:
+    with pytest.warns(sharpkern.HeadroomWarning, match=r"step 0: .* below 1e\+06; try"):
+        train(tmp_path, SharpnessCallback(warn_below=1e6), max_steps=2)
 
 
 class Collecting(Trainer):
@@ -545,7 +562,7 @@ def test_a_batch_size_that_is_found_begins_anew(tmp_path: Path) -> None:
 
 
 # PEFT asks for it.
-@pytest.mark.filterwarnings("default:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_other_trainers_models_and_optimizers(tmp_path: Path) -> None:
     # Sequence to sequence.
     sizes = {"vocab_size": 256, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
@@ -608,8 +625,10 @@ def test_scaled_gradients_are_unscaled(tmp_path: Path, max_grad_norm: float) -> 
 
 
 def test_misuse_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Monitor has no option 'rtoll'; did you mean 'rtol'"):
+    with pytest.raises(TypeError, match="SharpnessCallback has no option 'rtoll'; did you mean 'rtol'"):
         SharpnessCallback(rtoll=0.1)
+    with pytest.raises(TypeError, match="SharpnessCallback has no option 'log'"):
+        SharpnessCallback(log=print)
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         SharpnessCallback(every=0)
     with pytest.raises(ValueError, match="Trainer must have one SharpnessCallback, got 2, which would log"):
@@ -625,6 +644,15 @@ def test_misuse_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match=r"Loop must call self\.training_step for every micro-batch"):
         train(tmp_path, SharpnessCallback(), kind=Loop)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = inspect.getfile(SharpnessCallback)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ImportError, match=r"SharpnessCallback needs transformers with accelerate, .* 'sharpkern\[transformers\]'"
+    ):
+        runpy.run_path(file)
 
 
 REFUSED = {
@@ -645,55 +673,30 @@ def test_runs_that_cannot_be_measured_are_refused(tmp_path: Path, kind: str) -> 
         trainer.train()
 
 
-def ranks_job(rank: int, folder: Path) -> dict[str, Any]:
-    """The run with and without the callback, on one of the ranks."""
-    settings = {"model": llama(), "max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+def ranks_job(rank: int, folder: Path) -> dict[int, tuple[float, ...]]:
+    """What one of the ranks measures, in a run that is the same without."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "OMP_NUM_THREADS": "1"}
+    # The group is there already: nothing listens at the address.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    settings = {"max_steps": 6, "gradient_accumulation_steps": 2}
     callback = SharpnessCallback()
-    with_it = run(folder, callback, **settings)
-    without = run(folder, **settings | {"model": llama()})
-    assert_same(with_it, without)
+    assert_same(run(folder, callback, model=llama(), **settings), run(folder, model=llama(), **settings))
+    assert type(callback.monitor._model) is nn.parallel.DistributedDataParallel
+    # What transformers has imported would be looked through several times on the way out.
+    gc.freeze()
     return {step: (m.critical_lr, m.base_loss, m.forwards) for step, m in measured(callback).items()}
 
 
-def worker(rank: int, folder: Path) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
-    # The group is made here, from a file: nothing listens at the address.
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=NUM_RANKS,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        result = ranks_job(rank, folder)
-    except Exception:
-        result = traceback.format_exc()
-    torch.save(result, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-    # The interpreter takes longer to put away what transformers has imported than all of the above.
-    os._exit(0)
-
-
 def test_both_ranks_have_the_whole_batchs_answer(tmp_path: Path) -> None:
-    processes = multiprocessing.start_processes(worker, (tmp_path,), nprocs=NUM_RANKS, join=False, start_method="spawn")
-    deadline = time.monotonic() + SECONDS
-    try:
-        # Meanwhile here, on batches of both.
-        callback = SharpnessCallback()
-        settings = {"per_device_train_batch_size": 2 * NUM_RANKS, "gradient_accumulation_steps": 2, "max_steps": 6}
-        train(tmp_path / "whole", callback, model=llama(), **settings)
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, f"the ranks have not come to an end in {SECONDS} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    here, there = (torch.load(tmp_path / f"{rank}.pt") for rank in range(NUM_RANKS))
+    (tmp_path / "ranks").mkdir()
+    results = on_ranks({"run": partial(ranks_job, folder=tmp_path)}, NUM_RANKS, tmp_path / "ranks")
+    here, there = (result["run"] for result in results)
     assert isinstance(here, dict), here
     assert here == there
+    # One process, on batches of both.
+    callback = SharpnessCallback()
+    settings = {"per_device_train_batch_size": 2 * NUM_RANKS, "gradient_accumulation_steps": 2, "max_steps": 6}
+    train(tmp_path, callback, model=llama(), **settings)
     assert list(here) == list(measured(callback)) == list(range(6))
     for step, expected in measured(callback).items():
         assert here[step][0] == pytest.approx(expected.critical_lr, rel=1e-5)

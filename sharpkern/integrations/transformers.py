@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._extras import missing
+from sharpkern.measurement import Options
 from sharpkern.monitor import Monitor
 from sharpkern.randomness import note_streams
 
@@ -20,8 +21,8 @@ try:
     from transformers import Trainer, TrainerCallback, TrainerState
     from transformers.trainer_callback import ExportableState
     from transformers.utils.import_utils import is_sagemaker_mp_enabled
-except ImportError:
-    raise missing("transformers", "transformers", "SharpnessCallback") from None
+except ImportError as absent:
+    raise missing("transformers with accelerate", "transformers", "SharpnessCallback") from absent
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _ABSENT = object()
@@ -39,6 +40,9 @@ class SharpnessCallback(TrainerCallback, ExportableState):
     wherever the Trainer logs to, with the number of steps that the measured weights have taken.
 
     A checkpoint holds what warm-starts the next search, and ``train(resume_from_checkpoint=...)`` takes it up.
+
+    What a ``compute_loss`` does to anything but its model and its Trainer, such as a file that it writes, it does at
+    every evaluation. A model compiled with dropout draws other masks without a backward pass, the same ones each time.
 
     Args:
         every: measure on steps whose number, ``state.global_step``, this divides; or a function of the number that
@@ -59,10 +63,11 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
         >>> rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (32, 16))]
         >>> folder = tempfile.mkdtemp()
-        >>> args = TrainingArguments(folder, max_steps=4, logging_strategy="no", report_to="none", use_cpu=True)
+        >>> args = TrainingArguments(folder, max_steps=4, save_strategy="no", report_to="none", use_cpu=True)
         >>> callback = SharpnessCallback(every=2)
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback])
         >>> _ = trainer.train()
+        {'sharpness/lambda_c': ...
         >>> [record.step for record in callback.monitor.history]
         [0, 2]
     """
@@ -78,6 +83,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
                 )
         self._options = {"every": every, "warn_below": warn_below, **options}
         # What is wrong with them is told here, and not when the data have been prepared and training begins.
+        Options.of("SharpnessCallback", options)
         stand_in = nn.Linear(1, 1)
         Monitor(stand_in, torch.optim.SGD(stand_in.parameters()), **self._options)
         self._monitor: Monitor | None = None
@@ -116,7 +122,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
             ValueError: the run is one that cannot be measured, or another `SharpnessCallback` measures it already.
         """
         trainer = _calling_trainer()
-        _refuse_others(trainer, self)
+        _refuse_others(trainer)
         _refuse_strategy(trainer)
         self._trainer = weakref.ref(trainer)
         self._monitor = Monitor(trainer.model_wrapped, trainer.optimizer, log=self._log, **self._options)
@@ -258,7 +264,7 @@ def _calling_trainer() -> Any:
     )
 
 
-def _refuse_others(trainer: Any, own: SharpnessCallback) -> None:
+def _refuse_others(trainer: Any) -> None:
     count = sum(isinstance(callback, SharpnessCallback) for callback in trainer.callback_handler.callbacks)
     if count > 1:
         raise ValueError(
