@@ -137,7 +137,7 @@ def measure(
     compiled = is_compiled(model, loss_fn)
     quickest = "virtual" if pace is None or not _may_batch(pairs, options) else pace.engine()
     name = choose(options.engine, model, loss_fn, checks, quickest)
-    with evaluations(model, direction.parameters, options.reduce, compiled=compiled) as closure_of:
+    with evaluations(model, direction.parameters, options.reduce) as closure_of:
         closure = closure_of(loss_fn)
 
         def search(engine_name: str) -> tuple[Run, SearchResult]:

@@ -167,7 +167,7 @@ def _by_differences(
     checks = checks_of(model, loss_fn)
     pairs = make_pairs(direction.moves())
     compiled = is_compiled(model, loss_fn)
-    with evaluations(model, direction.parameters, None, compiled=compiled) as closure_of:
+    with evaluations(model, direction.parameters, None) as closure_of:
         closure = closure_of(loss_fn)
 
         def measure(name: str) -> tuple[Estimate, float]:

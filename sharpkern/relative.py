@@ -88,7 +88,7 @@ def _together(
     direction = direction.bind(model)
     pairs = make_pairs(direction.moves())
     kept = Kept(_room(pairs))
-    together = evaluations(model, direction.parameters, options.reduce, compiled=False)
+    together = evaluations(model, direction.parameters, options.reduce)
     with together as closure_of, ExitStack() as engines:
         searches = []
         for name, loss_fn in tasks.items():

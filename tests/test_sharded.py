@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sharpkern
-from sharpkern.engines.gathers import Gathers
+from sharpkern.engines.lockstep import Lockstep
 from tests.memory import bytes_of, peak_bytes
 from tests.models import GPT, MLP, Block
 from tests.processes import on_ranks
@@ -236,15 +236,15 @@ def stale_gathers(rank: int) -> dict[str, float | str]:
         direction = sharpkern.Direction.from_optimizer(optimizer)
         with torch.no_grad():
             loss_fn()
-        kept = Gathers._free
+        kept = Lockstep._free
         if not cured:
-            Gathers._free = lambda self: setattr(self, "_entered", [])
+            Lockstep._free = lambda self: setattr(self, "_begun", [])
         try:
             found["cured" if cured else "without"] = sharpkern.critical_sharpness(model, loss_fn, direction).sharpness
         except RuntimeError as error:
             found["cured" if cured else "without"] = str(error)
         finally:
-            Gathers._free = kept
+            Lockstep._free = kept
     return found
 
 
@@ -354,6 +354,12 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
+def with_buffers(model: nn.Module) -> nn.Module:
+    """Data parallel with a buffer, which each pass begins by sending from rank 0 to the others."""
+    model.register_buffer("scale", torch.ones(1))
+    return nn.parallel.DistributedDataParallel(model)
+
+
 KEPT = partial(shard, reshard_after_forward=False)
 FAILURES = {
     **{f"{place}": partial(one_rank_fails, prepare=shard, place=place) for place in ("before", "within", "after")},
@@ -363,6 +369,9 @@ FAILURES = {
     "interrupt": partial(one_rank_fails, prepare=shard, place="within", kind="KeyboardInterrupt"),
     "memory": partial(one_rank_fails, prepare=shard, place="within", kind="OutOfMemoryError"),
     "data parallel": partial(one_rank_fails, prepare=data_parallel, place="within"),
+    "buffers, before": partial(one_rank_fails, prepare=with_buffers, place="before"),
+    "buffers, within": partial(one_rank_fails, prepare=with_buffers, place="within"),
+    "buffers, micro-batches": partial(one_rank_fails, prepare=with_buffers, place="between", num_batches=2),
     "data parallel, memory": partial(one_rank_fails, prepare=data_parallel, place="within", kind="OutOfMemoryError"),
 }
 

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from sharpkern.engines.gathers import Gathers
 from sharpkern.engines.guards import Guard, preserved
+from sharpkern.engines.lockstep import Lockstep
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.ranks import Alone, Ranks, ranks_of
 from sharpkern.shards import whole
@@ -24,7 +24,7 @@ class Closure:
         guard: rewound before every call.
         precision: told the dtype of the loss.
         ranks: that decide alike, so that all see the same number; one process alone by default.
-        gathers: of a model whose shards are gathered in each pass.
+        lockstep: of a model that communicates in its passes.
 
     Attributes:
         calls: evaluations so far.
@@ -41,12 +41,12 @@ class Closure:
         guard: Guard,
         precision: LossPrecision,
         ranks: Ranks | None = None,
-        gathers: Gathers | None = None,
+        lockstep: Lockstep | None = None,
     ) -> None:
         self._loss_fn = loss_fn
         self.guard = guard
         self.ranks: Ranks = ranks or Alone()
-        self._gathers = gathers
+        self._lockstep = lockstep
         self.precision = precision
         self.calls = 0
         self.random = False
@@ -144,13 +144,13 @@ class Closure:
         return (losses.float() if is_low(losses.dtype) else losses).reshape(-1)
 
     def _end_pass(self, failure: BaseException | None) -> None:
-        """Leave the shards as the next pass needs them, and go on gathering for others where this rank failed."""
-        if self._gathers is None:
+        """Leave the model as the next pass needs it, also where this rank failed and the others did not."""
+        if self._lockstep is None:
             return
         if failure is None:
-            self._gathers.finish()
+            self._lockstep.finish()
         else:
-            self._gathers.keep_up()
+            self._lockstep.keep_up()
 
     def _called(self) -> Tensor:
         try:
@@ -183,7 +183,7 @@ def _check_loss(loss: object) -> None:
 
 @contextmanager
 def evaluations(
-    model: nn.Module, parameters: Iterable[Tensor], reduce: Reduce | None, *, compiled: bool
+    model: nn.Module, parameters: Iterable[Tensor], reduce: Reduce | None
 ) -> Iterator[Callable[[LossFn], Closure]]:
     """Run a block of loss evaluations that leaves no trace, on all ranks alike.
 
@@ -191,7 +191,6 @@ def evaluations(
         model: the model that is evaluated.
         parameters: parameters besides the model's own.
         reduce: the caller's own function of a loss, in place of the mean over the model's ranks.
-        compiled: the model or what evaluates it is compiled, so that it may have no new hooks.
 
     Yields:
         Callable: makes a `Closure` of a function that returns the loss.
@@ -199,6 +198,6 @@ def evaluations(
     Memory: one copy of the model's buffers.
     """
     ranks = Alone(reduce) if reduce is not None else ranks_of(model) or Alone()
-    gathers = Gathers(model, watch=not compiled)
-    with gathers.watched(), preserved(model, parameters) as guard:
-        yield lambda loss_fn: Closure(loss_fn, guard, LossPrecision(), ranks, gathers)
+    lockstep = Lockstep(model)
+    with lockstep.watched(), preserved(model, parameters) as guard:
+        yield lambda loss_fn: Closure(loss_fn, guard, LossPrecision(), ranks, lockstep)

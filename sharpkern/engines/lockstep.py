@@ -1,45 +1,51 @@
-"""Passes of FSDP2 models: shards gathered anew for each, in step with the other ranks also where one of them fails."""
+"""Passes of models that communicate in their forward pass: in step with the other ranks also where one of them fails.
+
+FSDP2 gathers the shards of a module when it begins, DistributedDataParallel sends the buffers of rank 0 to the others.
+Ranks whose pass goes well wait there for the one whose pass failed. That one goes through what it still owes them, and
+then all can be told.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sharpkern.shards import fsdp_modules, is_sharded
 
 
-class Gathers:
-    """The order in which a pass gathers the shards of modules, noted in one pass and kept up in those that fail.
-
-    Ranks whose pass goes well wait in a collective for the one whose pass failed. That one goes through the gathers
-    that it still owes, and then all can be told.
+class Lockstep:
+    """The order in which modules communicate in a pass, noted in one and kept up in those that fail.
 
     Args:
-        model: with FSDP2 modules, or without, where all of this does nothing.
-        watch: note the order, by hooks; not in compiled models, which would be compiled anew.
+        model: with FSDP2 modules or `DistributedDataParallel` in it, or without, where all of this does nothing.
     """
 
-    def __init__(self, model: nn.Module, *, watch: bool) -> None:
-        self._modules = fsdp_modules(model)
-        self._watch = watch
+    def __init__(self, model: nn.Module) -> None:
+        self._sharded = fsdp_modules(model)
+        wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        # What is inside begins when the wrapper has communicated.
+        self._wrapper_of = {id(wrapper.module): wrapper for wrapper in wrappers}
         # Until a pass has shown it: modules run in the order in which they were made, the outermost stays gathered.
-        self._order = list(self._modules)
-        self._stay = {id(module) for module in self._modules[:1]}
-        self._entered: list[Any] = []
+        self._order = [*(wrapper.module for wrapper in wrappers), *self._sharded]
+        self._stay = {id(module) for module in self._sharded[:1]}
+        self._watched = list(self._order)
+        self._begun: list[Any] = []
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Note which module begins and what it leaves gathered, as long as the block lasts."""
         with ExitStack() as hooks:
-            for module in self._modules if self._watch else ():
+            for module in self._watched:
                 # After FSDP's own hooks, so that the gather is under way, or what was gathered is freed.
                 hooks.enter_context(module.register_forward_pre_hook(self._begins))
+            for module in self._sharded:
                 hooks.enter_context(module.register_forward_hook(self._ends))
             yield
 
     def _begins(self, module: nn.Module, _args: Any) -> None:
-        self._entered.append(module)
+        self._begun.append(module)
 
     def _ends(self, module: nn.Module, _args: Any, _output: Any) -> None:
         parameter = next(_own_parameters(module), None)
@@ -50,23 +56,28 @@ class Gathers:
 
     def finish(self) -> None:
         """End a pass that went well."""
-        if self._entered:
-            self._order = self._entered
+        if self._begun:
+            self._order = self._begun
         self._free()
 
     def keep_up(self) -> None:
-        """End a pass that failed: gather what the other ranks gather in the rest of it."""
-        for module in self._modules:
+        """End a pass that failed: communicate as the other ranks do in the rest of it."""
+        for module in self._sharded:
             _settle(module)
-        for module in self._order[len(self._entered) :]:
-            module.unshard()
-            if id(module) not in self._stay:
-                module.reshard()
+        for module in self._order[len(self._begun) :]:
+            wrapper = self._wrapper_of.get(id(module))
+            if wrapper is None:
+                module.unshard()
+                if id(module) not in self._stay:
+                    module.reshard()
+            elif wrapper._check_sync_bufs_pre_fwd():
+                wrapper._sync_buffers()
         self._free()
 
     def _free(self) -> None:
-        self._entered = []
-        for module in self._modules:
+        """Leave the shards as the next pass needs them: what stays gathered would hide the next write."""
+        self._begun = []
+        for module in self._sharded:
             module.reshard()
 
 
