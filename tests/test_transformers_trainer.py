@@ -48,6 +48,14 @@ NUM_RANKS = 2
 TEXT = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> Iterator[None]:
+    """Every Trainer begins by collecting garbage, and would look through all that transformers has imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _settings_forgotten() -> Iterator[None]:
     """The Trainer leaves its settings behind, for all of the process."""
@@ -675,6 +683,7 @@ def test_runs_that_cannot_be_measured_are_refused(tmp_path: Path, kind: str) -> 
 
 def ranks_job(rank: int, folder: Path) -> dict[int, tuple[float, ...]]:
     """What one of the ranks measures, in a run that is the same without."""
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "OMP_NUM_THREADS": "1"}
     # The group is there already: nothing listens at the address.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -682,8 +691,6 @@ def ranks_job(rank: int, folder: Path) -> dict[int, tuple[float, ...]]:
     callback = SharpnessCallback()
     assert_same(run(folder, callback, model=llama(), **settings), run(folder, model=llama(), **settings))
     assert type(callback.monitor._model) is nn.parallel.DistributedDataParallel
-    # What transformers has imported would be looked through several times on the way out.
-    gc.freeze()
     return {step: (m.critical_lr, m.base_loss, m.forwards) for step, m in measured(callback).items()}
 
 
