@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sharpkern.engines.closure import Closure
+from sharpkern.engines.compiled import Eagerly
 from sharpkern.engines.layers import Kept
 from sharpkern.engines.survivors import none_survive
 from sharpkern.engines.table import Pair, Step
-from sharpkern.engines.virtual import VirtualEngine, eagerly
+from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.errors import EngineUnsupportedError
 
 # Step sizes per pass. Of searches that take several at a time, those of 8 cost the least where batching pays at all.
@@ -85,7 +86,7 @@ class BatchedEngine(VirtualEngine):
         self._mode.begin(alpha)
         distributed = torch.distributed
         together = distributed.is_available() and distributed.is_initialized()
-        return eagerly(self._mode, *([_NoCollectives()] if together else []))
+        return Eagerly(self._mode, *([_NoCollectives()] if together else []))
 
 
 class _NoCollectives(TorchFunctionMode):

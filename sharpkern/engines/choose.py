@@ -10,7 +10,7 @@ from torch import nn
 from sharpkern.engines.batched import BatchedEngine
 from sharpkern.engines.checks import Checks
 from sharpkern.engines.closure import Closure, LossFn
-from sharpkern.engines.compiled import NothingCompiled
+from sharpkern.engines.compiled import Eagerly, FromGraphs
 from sharpkern.engines.inplace import InPlaceEngine
 from sharpkern.engines.layers import Kept
 from sharpkern.engines.mode import VirtualParameters
@@ -135,7 +135,7 @@ def open_engine(
         # Without pairs the mode only takes losses to float32 and notes the products' precision.
         watching = VirtualParameters((), closure.precision, closure.guard.parameters)
         with as_one(closure.ranks):
-            engine = InPlaceEngine(pairs, closure, NothingCompiled() if compiled else watching)
+            engine = InPlaceEngine(pairs, closure, FromGraphs() if compiled else Eagerly(watching))
     try:
         yield engine
     finally:

@@ -9,21 +9,50 @@ backup; `torch.nn.parallel.DistributedDataParallel` would take it for a training
 """
 
 import sys
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 
 
-class NothingCompiled:
-    """A context, to be entered any number of times, in which compiled functions run from the graphs there are.
+class Eagerly:
+    """A context, to be entered any number of times, in which compiled functions run as plain Python.
+
+    Args:
+        *modes: entered besides; Dynamo, which traces modes, would apply α twice.
+    """
+
+    _stance = "force_eager"
+
+    def __init__(self, *modes: AbstractContextManager[Any]) -> None:
+        self._modes = modes
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            # Nothing can be compiled before Dynamo is loaded, and loading it takes seconds.
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance(self._stance))
+            for mode in self._modes:
+                stack.enter_context(mode)
+            self._entered = stack.pop_all()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.__exit__(*exception)
+
+
+class FromGraphs(Eagerly):
+    """A context, to be entered any number of times, in which compiled functions run from the graphs that there are.
 
     A call that none of the graphs fits runs eagerly. Without gradients that is every call, unless the run evaluates
     without gradients itself: one call of the closure under `torch.no_grad` before the loop has the graphs compiled.
     """
 
-    def __enter__(self) -> None:
-        # Nothing is compiled before Dynamo is loaded, and loading it takes seconds.
-        self._stance = torch.compiler.set_stance("eager_on_recompile") if "torch._dynamo" in sys.modules else None
+    _stance = "eager_on_recompile"
 
-    def __exit__(self, *exception: object) -> None:
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(
+                f"{error}\nCompiled functions were measured eagerly where there is no graph without gradients, which "
+                "takes more memory; call loss_fn once under torch.no_grad() before the loop to have them compiled"
+            ) from error

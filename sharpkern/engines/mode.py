@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from sharpkern import ops
@@ -21,6 +22,7 @@ from sharpkern.engines.layers import HeadLoss, Kept, head_loss, linear_on_steps
 from sharpkern.engines.norms import moving_norm
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.stepped import STEPPED
+from sharpkern.engines.storage import StorageWatch
 from sharpkern.engines.table import Pair, Scratch, Step, storage_pointer
 from sharpkern.engines.tail import Tail, cross_entropy_by_name, linear_operands
 from sharpkern.errors import EngineUnsupportedError
@@ -100,6 +102,8 @@ class VirtualParameters(TorchFunctionMode):
             args, kwargs = self.tail.materialised((args, kwargs))
         if name in calls.LOSSES:
             args, kwargs = self._precision.widen_loss(args, kwargs)
+        if isinstance(func, HigherOrderOperator) and self._parameters:
+            func = self._without_parameters(func, args, kwargs)
         if self._holds(args) or (kwargs and self._holds(kwargs.values())):
             result = self._answer(func, name, args, kwargs)
         else:
@@ -309,6 +313,19 @@ class VirtualParameters(TorchFunctionMode):
             return tensor.detach().clone() if id(tensor) in self._watched else tensor
 
         return calls.map_tensors(args, copied), calls.map_tensors(kwargs, copied)
+
+    def _without_parameters(self, func: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
+        """A higher-order operator whose functions, of which this mode sees nothing, must not read what moves."""
+        given = {pair.owner for pair in self._pairs_in((args, kwargs))}
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with StorageWatch(pair for pair in self._parameters.values() if pair.owner not in given) as watch:
+                result = func(*args, **kwargs)
+            if watch.touched:
+                raise EngineUnsupportedError(f"{calls.name_of(func)} calls a function that reads a parameter")
+            return result
+
+        return call
 
     def _watch_statistics(self, name: str, args: Any, kwargs: Any) -> None:
         """Refuse reads of running statistics that a norm would have updated, had it been called for one step size."""

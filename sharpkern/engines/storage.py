@@ -8,14 +8,36 @@ they check single passes.
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.engines.calls import map_tensors
 from sharpkern.engines.table import Pair, Step, storage_pointer
+from sharpkern.errors import EngineUnsupportedError
 
 
-class StorageWatch(TorchDispatchMode):
+class _BelowPython(TorchDispatchMode):
+    """Sees every operator, and those of the functions that higher-order operators such as flex attention call."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not isinstance(func, HigherOrderOperator):
+            return self.see(func, args, kwargs or {})
+        plainly = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if plainly is None:
+            raise EngineUnsupportedError(f"{func.name()} calls functions whose operators cannot be seen")
+        with self:
+            return plainly(*args, **(kwargs or {}))
+
+    def see(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator."""
+        raise NotImplementedError
+
+
+class StorageWatch(_BelowPython):
     """Notes which parameters of the table any operator reads.
 
     Attributes:
@@ -29,17 +51,19 @@ class StorageWatch(TorchDispatchMode):
             self._owners.setdefault(storage_pointer(pair.weight), set()).add(pair.owner)
         self.touched: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def see(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator, having noted what it reads."""
+
         def note(tensor: Tensor) -> Tensor:
             self.touched |= self._owners.get(storage_pointer(tensor), set())
             return tensor
 
         if not func.is_view:
             map_tensors((args, kwargs), note)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-class StorageOracle(TorchDispatchMode):
+class StorageOracle(_BelowPython):
     """Evaluates at θ + αΔθ by putting formed weights wherever an operator reads a parameter's memory.
 
     Memory: formed copies of the parameters that one operator reads.
@@ -50,7 +74,9 @@ class StorageOracle(TorchDispatchMode):
         self._pairs = {storage_pointer(pair.weight): pair for pair in pairs}
         self._step = Step(alpha)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def see(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator with formed weights."""
+
         def replace(tensor: Tensor) -> Tensor:
             pair = self._pairs.get(storage_pointer(tensor))
             if pair is None:
@@ -60,5 +86,5 @@ class StorageOracle(TorchDispatchMode):
 
         # Views keep the parameter's storage and are seen again by the operator that reads them.
         if not func.is_view:
-            args, kwargs = map_tensors(args, replace), map_tensors(kwargs or {}, replace)
-        return func(*args, **(kwargs or {}))
+            args, kwargs = map_tensors(args, replace), map_tensors(kwargs, replace)
+        return func(*args, **kwargs)

@@ -1,15 +1,13 @@
 """The virtual engine: losses at θ − ηΔθ, one step size at a time, without writing θ, and the guards of each pass."""
 
 import math
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from sharpkern.engines.closure import Closure
+from sharpkern.engines.compiled import Eagerly
 from sharpkern.engines.layers import Kept
 from sharpkern.engines.mode import VirtualParameters
 from sharpkern.engines.storage import StorageOracle, StorageWatch
@@ -77,7 +75,7 @@ class VirtualEngine:
         precision = self._closure.precision
         seen = precision.loss_dtype
         try:
-            return self._closure(eagerly(StorageOracle(self._pairs, -eta)))
+            return self._closure(Eagerly(StorageOracle(self._pairs, -eta)))
         finally:
             torch.clear_autocast_cache()
             # Without the mode a 16-bit loss is not taken to float32: that says nothing of the engine's losses.
@@ -130,7 +128,7 @@ class VirtualEngine:
         self._mode.begin(-eta)
         self._kept.begin((eta,))
         loss = self._closure(
-            eagerly(self._mode, *([watch] if watch else [])),
+            Eagerly(self._mode, *([watch] if watch else [])),
             # On another rank it may be an expert that has no tokens here.
             ask=lambda: bool(self._unread() if watch is None else self._hidden(watch)),
         )
@@ -144,15 +142,3 @@ class VirtualEngine:
             return True
         self._deferral_works |= tail.used
         return False
-
-
-@contextmanager
-def eagerly(*modes: AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter the modes with compiled functions running as plain Python: Dynamo would apply α twice."""
-    with ExitStack() as stack:
-        # Nothing can be compiled before Dynamo is loaded, and loading it takes seconds.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for mode in modes:
-            stack.enter_context(mode)
-        yield
