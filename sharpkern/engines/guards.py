@@ -5,6 +5,8 @@ A closure advances random streams, BatchNorm statistics and step counters, cache
 size sees the same dropout masks and the same running statistics, and leaving the block goes back for good.
 """
 
+import re
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +21,14 @@ from sharpkern.randomness import note_generators, note_streams, torch_states
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+# Reentrant checkpoints warn that no gradients will come of a pass, which has none.
+_FALSE_ALARM = (
+    "ignore",
+    re.compile("None of the inputs have requires_grad=True"),
+    UserWarning,
+    re.compile(r"torch\.utils\.checkpoint"),
+    0,
+)
 
 Undo = Callable[[], object]
 
@@ -115,10 +125,26 @@ def preserved(model: nn.Module, parameters: Iterable[Tensor] = (), *, grad: bool
     with guard.version_counters():
         try:
             guard.hide_gradients()
-            with torch.set_grad_enabled(grad):
+            with torch.set_grad_enabled(grad), _no_false_alarm():
                 yield guard
         finally:
             _finish(guard.restore)
+
+
+@contextmanager
+def _no_false_alarm() -> Iterator[None]:
+    """Keep one warning silent, and all that Python remembers of warnings already given as it is.
+
+    After `warnings.catch_warnings` every warning that is given once in a run is given once more.
+    """
+    # A list that the interpreter reads anew for every warning.
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    filters.insert(0, _FALSE_ALARM)
+    try:
+        yield
+    finally:
+        if _FALSE_ALARM in filters:
+            filters.remove(_FALSE_ALARM)
 
 
 def _finish(restore: Undo) -> None:
