@@ -97,17 +97,22 @@ def fall_back(run: Callable[[str], Result], name: str, asked: str, checks: Check
     Raises:
         EngineUnsupportedError: the engine was named and is unable.
     """
+    found: dict[str, str] = {}
     while True:
         # One step size at a time takes less memory.
         unable = (EngineUnsupportedError, torch.OutOfMemoryError) if name == "batched" else EngineUnsupportedError
         try:
-            return run(name)
+            result = run(name)
         except unable as reason:
             if asked != "auto" or name not in _NEXT:
                 raise
-            checks.unsupported[name] = str(reason)
+            found[name] = str(reason)
             name, how = _NEXT[name]
             warn(f"measuring {how}: {reason}", EngineFallbackWarning)
+        else:
+            # Where no engine is able, it is not the engines' fault.
+            checks.unsupported |= found
+            return result
 
 
 @contextmanager

@@ -56,7 +56,8 @@ class VirtualParameters(TorchFunctionMode):
         kept: Kept | None = None,
     ) -> None:
         super().__init__()
-        self._watched = {id(parameter): parameter for parameter in watched}
+        # Quantised layers hand integers to and fro between their weight and its copies, and keep their values.
+        self._watched = {id(parameter): parameter for parameter in watched if parameter.is_floating_point()}
         self._parameters = {id(pair.weight): pair for pair in pairs}
         self._table = dict(self._parameters)
         self._precision = precision
