@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
 from sharpkern.direction import Direction
@@ -110,8 +111,6 @@ class AroundStep:
             result = closure(*args, **kwargs)
             if self._start is None:
                 self._start = _Start(optimizer)
-            else:
-                self._start.forget_gradients()
             return result
 
         return noting
@@ -168,15 +167,9 @@ class _Start:
         self._num_exchanged = 0
         self._halfway: tuple[nn.Parameter, Tensor] | None = None
         self._lr = _reference_lr(optimizer)
+        self._gradients = {p: (p.grad, p.grad._version) for p in parameters if p.grad is not None}
         # A fused step takes the loss scale out of the gradients by itself, at some time.
-        is_scaled = getattr(optimizer, "grad_scale", None) is not None
-        self._gradients: dict[nn.Parameter, tuple[Tensor, int]] | None = (
-            None if is_scaled else {p: (p.grad, p.grad._version) for p in parameters if p.grad is not None}
-        )
-
-    def forget_gradients(self) -> None:
-        """Note that the gradients were taken anew, elsewhere."""
-        self._gradients = None
+        self._is_scaled = getattr(optimizer, "grad_scale", None) is not None
 
     @torch.no_grad()
     def go_back(self) -> Direction:
@@ -203,24 +196,19 @@ class _Start:
         direction = dataclasses.replace(direction, slope=self._slope(direction))
         for parameter, value in self._values.items():
             self._halfway = parameter, parameter.detach().clone()
-            parameter.copy_(value)
+            _write(parameter, value)
             value.copy_(self._halfway[1])
             self._num_exchanged += 1
         self._halfway = None
-        # An enclosing autocast may hold casts of the other weights.
-        torch.clear_autocast_cache()
         return direction
 
     @torch.no_grad()
     def return_(self) -> None:
         """Make the parameters θ′ again, however far `go_back` has come. May be called again after an interrupt."""
         for parameter, value in islice(self._values.items(), self._num_exchanged):
-            parameter.copy_(value)
+            _write(parameter, value)
         if self._halfway is not None:
-            parameter, value = self._halfway
-            parameter.copy_(value)
-        if self._num_exchanged:
-            torch.clear_autocast_cache()
+            _write(*self._halfway)
 
     @torch.no_grad()
     def rounding(self, direction: Direction) -> float:
@@ -229,19 +217,17 @@ class _Start:
         pairs = list(zip(direction.parameters, direction.tensors, strict=True))
         norms = read([_norm(tensor) for p, delta in pairs for tensor in (local(p), delta)])
         rounded = math.hypot(*(torch.finfo(p.dtype).eps * norm for (p, _), norm in zip(pairs, norms[::2], strict=True)))
-        return _ROUNDING * rounded / (direction.lr * math.hypot(*norms[1::2]))
+        moved = direction.lr * math.hypot(*norms[1::2])
+        # What moved may all be on other ranks.
+        return _ROUNDING * rounded / moved if moved > 0 else 0.0
 
     def _slope(self, direction: Direction) -> float | None:
-        """Δθᵀg; None where ``.grad`` is no longer the g of before the step, or not everything that moved has one."""
-        gradients = {}
-        for parameter, (gradient, version) in (self._gradients or {}).items():
-            # Some optimizers use it as their scratch paper.
-            if parameter.grad is not gradient or gradient._version != version:
-                return None
-            if gradient.layout is not torch.strided:
-                return None
-            gradients[parameter] = gradient
-        if any(parameter not in gradients for parameter, _ in direction.moves()):
+        """Δθᵀg; None where the gradients are no longer what they were, or not everything that moved has one."""
+        gradients = {parameter: gradient for parameter, (gradient, _) in self._gradients.items()}
+        # Some optimizers use them as their scratch paper.
+        written = any(gradient._version != version for gradient, version in self._gradients.values())
+        sparse = any(gradient.layout is not torch.strided for gradient in gradients.values())
+        if written or sparse or self._is_scaled or any(p not in gradients for p, _ in direction.moves()):
             return None
         slope = direction.slope_of(gradients)
         return slope if math.isfinite(slope) else None
@@ -270,6 +256,12 @@ def _is_called_from(frame: FrameType, caller: FrameType) -> bool:
     while above is not None and above is not caller:
         above = above.f_back
     return above is not None
+
+
+def _write(parameter: Tensor, value: Tensor) -> None:
+    # What the step has left in it is put back: autograd has nothing to complain of afterwards.
+    with _unsafe_preserve_version_counter(parameter):
+        parameter.copy_(value)
 
 
 def _norm(tensor: Tensor) -> Tensor:
