@@ -708,3 +708,9 @@ def test_both_ranks_have_the_whole_batchs_answer(tmp_path: Path) -> None:
     for step, expected in measured(callback).items():
         assert here[step][0] == pytest.approx(expected.critical_lr, rel=1e-5)
         assert here[step][1] == pytest.approx(expected.base_loss, rel=1e-6)
+
+
+def test_making_the_callback_draws_no_random_number() -> None:
+    before = torch.get_rng_state()
+    SharpnessCallback(every=2)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -82,9 +82,10 @@ class SharpnessCallback(TrainerCallback, ExportableState):
                     "restore_callback_states_from_checkpoint=False: the callback that you pass is taken up without it"
                 )
         self._options = {"every": every, "warn_below": warn_below, **options}
-        # What is wrong with them is told here, and not when the data have been prepared and training begins.
+        # What is wrong with them is told here, and not when the data have been prepared and training begins. No random
+        # number is drawn for that.
         Options.of("SharpnessCallback", options)
-        stand_in = nn.Linear(1, 1)
+        stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
         Monitor(stand_in, torch.optim.SGD(stand_in.parameters()), **self._options)
         self._monitor: Monitor | None = None
         self._trainer: weakref.ref[Any] | None = None
