@@ -99,7 +99,7 @@ class Run:
             if given:
                 # In 16 bits the engine computes more exactly than a training step: then its own base loss is needed.
                 same = abs(again - self._base) <= _SAME_LOSS * abs(again)
-                self._checks.base_agrees = same and not self._closure.random
+                self._checks.base_agrees = same and not any(self._closure.ranks.any_of([self._closure.random]))
                 self._base = again
         search = LineSearch(
             self._base,
@@ -209,10 +209,12 @@ def finish(run: Run, search: Search) -> SearchResult:
     Returns:
         SearchResult: what the search found.
     """
-    try:
-        step_sizes = next(search)
-        while True:
-            step_sizes = search.send(run.engine.losses(step_sizes))
-    except StopIteration as stop:
-        result: SearchResult = stop.value
-        return result
+    step_sizes = next(search)
+    while True:
+        # Outside of the try: a closure that runs out of batches raises StopIteration as well.
+        losses = run.engine.losses(step_sizes)
+        try:
+            step_sizes = search.send(losses)
+        except StopIteration as stop:
+            result: SearchResult = stop.value
+            return result

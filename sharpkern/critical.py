@@ -1,7 +1,9 @@
 """Critical sharpness: how far along the optimizer's own update the loss starts to rise, by forward passes only."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from sharpkern.engines.checks import checks_of
 from sharpkern.engines.choose import choose, fall_back, is_compiled, open_engine
 from sharpkern.engines.closure import evaluations
 from sharpkern.engines.pace import Pace
+from sharpkern.engines.ranks import Ranks, as_one, ranks_for
 from sharpkern.engines.table import Pair, make_pairs
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.measurement import Measurement, Options
@@ -52,8 +55,8 @@ def critical_sharpness(
             sizes in one call of ``loss_fn``, which pays for small models and few tokens on a GPU; "inplace" writes and
             restores θ. An engine that is named is used or raises; "auto" begins with the virtual one, and warns when it
             has to leave it.
-        base_loss: L(θ), if it is known already; saves one evaluation, except where 16-bit arithmetic makes it differ
-            from what the engine, which computes losses in float32, compares the other losses with.
+        base_loss: L(θ), if it is known already, each rank's own; saves one evaluation, except where 16-bit arithmetic
+            makes it differ from what the engine, which computes losses in float32, compares the other losses with.
         certify: evaluate further until a fall and a rise beyond the noise enclose η_c, within 2.5·rtol of each other,
             or, where noise hides all signs in so narrow a bracket, within a ratio of 1.5; ``error`` then covers all of
             it. A bracket that stays open is "unresolved". A rise further down that no evaluation came near, or that
@@ -131,8 +134,11 @@ def measure(
     started = time.perf_counter()
     check_arguments(model, loss_fn, direction)
     known_base = None if base_loss is None else _as_number(base_loss)
-    direction = direction.bind(model)
-    pairs = make_pairs(direction.moves())
+    ranks = ranks_for(model, options.reduce)
+    with as_one(ranks):
+        direction = direction.bind(model)
+        pairs = make_pairs(direction.moves())
+    direction, known_base = agreed(ranks, direction, known_base)
     checks = checks_of(model, loss_fn)
     compiled = is_compiled(model, loss_fn)
     quickest = "virtual" if pace is None or not _may_batch(pairs, options) else pace.engine()
@@ -150,6 +156,35 @@ def measure(
 
         run, result = fall_back(search, name, options.engine, checks)
     return run.measurement(result, time.perf_counter() - started), result.memory
+
+
+def agreed(ranks: Ranks, direction: Direction, known_base: float | None) -> tuple[Direction, float | None]:
+    """What steers the search, the same on every rank to the last bit.
+
+    Args:
+        ranks: that measure.
+        direction: of this rank.
+        known_base: the base loss that was given on this rank, or None.
+
+    Returns:
+        tuple: both, with the means over the ranks for numbers.
+
+    Raises:
+        ValueError: the ranks hold different directions.
+    """
+    own = [direction.slope, direction.norm_sq, direction.lr, known_base]
+    missing = [float(number is None) for number in own]
+    means = ranks.means([0.0 if number is None else number for number in own] + missing)
+    slope, _, lr, base = (None if number is None else mean for number, mean in zip(own, means, strict=False))
+    norm_sq = means[1]
+    unlike = means[len(own) :] != missing or not math.isclose(direction.norm_sq, norm_sq, rel_tol=1e-3)
+    if any(ranks.any_of([unlike])):
+        raise ValueError(
+            f"direction must be the same on every rank, got |Δθ|² = {direction.norm_sq:.6g} here and {norm_sq:.6g} on "
+            "average; measure where the gradients of all ranks have been averaged: not inside of no_sync(), and with "
+            "the same arguments on every rank"
+        )
+    return replace(direction, slope=slope, norm_sq=norm_sq, lr=lr), base
 
 
 def _may_batch(pairs: Sequence[Pair], options: Options) -> bool:

@@ -290,6 +290,8 @@ class Direction:
     def tensors(self) -> tuple[Tensor, ...]:
         """Δθ of each parameter, or this rank's shard of it; where it is not resident, worked out anew at every access.
 
+        Every rank has to ask where it is not resident and of shards: whether it has changed is found out together.
+
         Raises:
             ValueError: if what it was made from was changed since.
         """
@@ -349,7 +351,9 @@ class Direction:
 
     def _refuse_what_has_changed(self) -> None:
         """Raise where Δθ is no longer what it was made as."""
-        if self._versions != _state_of(self.sources) or self._steps_have_changed():
+        # Both are asked: the second is a collective where the steps are of shards.
+        written = self._versions != _state_of(self.sources)
+        if self._steps_have_changed() or written:
             raise ValueError(
                 "direction must hold what it was made with, got tensors written since (a backward, clipping or "
                 "zero_grad of its gradients, or the step itself); make the direction anew just before measuring, or "

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sharpkern.critical import measure
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
+from sharpkern.engines.ranks import as_one, ranks_for
 from sharpkern.errors import HeadroomWarning, NoUpdateError, warn
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import SearchMemory
@@ -158,7 +159,7 @@ class Monitor:
 
     @property
     def is_due(self) -> bool:
-        """Whether the next call measures."""
+        """Whether the next call measures; asks ``every`` where that is a function, as the call will."""
         return bool(self._every(self.step) if callable(self._every) else self.step % self._every == 0)
 
     def __call__(
@@ -184,15 +185,10 @@ class Monitor:
         self.step += 1
         if not due:
             return None
-        try:
-            if direction is None:
-                direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
-            elif not isinstance(direction, Direction):
-                direction = direction()
-        except NoUpdateError as reason:
-            # A warm-up that starts at 0, a step that the loss scaler will skip: the run goes on, and so does this.
-            self.skipped.append((step, str(reason)))
+        made = self._make(step, direction)
+        if made is None:
             return None
+        direction = made
         measurement, self._memory = measure(
             self._model, loss_fn, direction, self._options, memory=self._memory, pace=self._pace
         )
@@ -209,6 +205,24 @@ class Monitor:
         self._warn(record)
         return measurement
 
+    def _make(self, step: int, direction: Direction | Callable[[], Direction] | None) -> Direction | None:
+        """The direction of a step, or None on all ranks where one has none."""
+        ranks = ranks_for(self._model, self._options.reduce)
+        made, reason = None, None
+        with as_one(ranks):
+            try:
+                if direction is None:
+                    made = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+                else:
+                    made = direction if isinstance(direction, Direction) else direction()
+            except NoUpdateError as error:
+                # A warm-up that starts at 0, a step that the loss scaler will skip: the run goes on, and so does this.
+                reason = str(error)
+        if any(ranks.any_of([reason is not None])):
+            self.skipped.append((step, reason or "another rank has no update"))
+            return None
+        return made
+
     def suggest_lr(self) -> float | None:
         """Half of the smallest η_c of the last 10 measured steps: the step that lowers the batch's loss the most.
 
@@ -218,8 +232,8 @@ class Monitor:
         for less, and many runs train well at the edge, η = η_c.
 
         Returns:
-            float: a learning rate of the reference group, the other groups keeping their ratios to it; None as long as
-            no measured step has converged.
+            float: a learning rate of the reference group, the other groups keeping their ratios to it; None where none
+            of these steps has converged, as just after a checkpoint was loaded, which holds no history.
         """
         recent = [record.measurement for record in self.history[-_RECENT:]]
         return min((0.5 * m.critical_lr for m in recent if m.status == "converged"), default=None)
@@ -297,8 +311,10 @@ class Monitor:
         distributed = torch.distributed
         first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
         if fell and first:
-            suggested = self.suggest_lr()
-            remedy = "look at the direction, which goes uphill" if suggested is None else f"try {suggested:.3g} or less"
+            # What it is to be below, and what the last measurements ask for.
+            suggested = min(m.critical_lr / self._warn_below, self.suggest_lr() or math.inf)
+            uphill = m.status == "ascent"
+            remedy = "look at the direction, which goes uphill" if uphill else f"try {suggested:.3g} or less"
             warn(
                 f"step {record.step}: the learning rate is {record.lr:.3g} and the loss rises from η_c = "
                 f"{m.critical_lr:.3g} on, {headroom:.3g} times the learning rate and below {self._warn_below:.3g}; "

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._run import Run
-from sharpkern.critical import check_arguments, measure
+from sharpkern.critical import agreed, check_arguments, measure
 from sharpkern.direction import Direction
 from sharpkern.engines.checks import checks_of
 from sharpkern.engines.choose import choose, open_engine
 from sharpkern.engines.closure import LossFn, evaluations
 from sharpkern.engines.layers import Kept
+from sharpkern.engines.ranks import as_one, ranks_for
 from sharpkern.engines.table import Pair, make_pairs
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.measurement import Measurement, Options
@@ -85,8 +86,11 @@ def _together(
         dict: name of the task → its measurement; without tasks that have to be measured in place, or that an engine is
         unable for.
     """
-    direction = direction.bind(model)
-    pairs = make_pairs(direction.moves())
+    ranks = ranks_for(model, options.reduce)
+    with as_one(ranks):
+        direction = direction.bind(model)
+        pairs = make_pairs(direction.moves())
+    direction, _ = agreed(ranks, direction, None)
     kept = Kept(_room(pairs))
     together = evaluations(model, direction.parameters, options.reduce)
     with together as closure_of, ExitStack() as engines:
@@ -135,9 +139,13 @@ class _Task:
         started = time.perf_counter()
         try:
             losses = self._run.engine.losses(self.step_sizes)
-            self.step_sizes = self._search.send(losses)
         except (EngineUnsupportedError, torch.OutOfMemoryError):
             # By itself, or by another engine, it may do.
+            self.step_sizes = ()
+            return
+        try:
+            self.step_sizes = self._search.send(losses)
+        except (EngineUnsupportedError, torch.OutOfMemoryError):
             self.step_sizes = ()
         except StopIteration as stop:
             self.step_sizes = ()

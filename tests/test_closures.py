@@ -290,3 +290,15 @@ def test_what_a_failed_pass_held_is_freed_at_once(engine: str) -> None:
         assert [reference() for reference in held] == [None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_closure_that_runs_out_of_batches_says_so(tasks: int) -> None:
+    model = MLP()
+    model(torch.ones(1, 16)).sum().backward()
+    direction = sharpkern.Direction.from_gradients(model)
+    batches = iter([torch.ones(4, 16)] * 4)
+    loss_fn = lambda: model(next(batches)).square().mean()
+    names = ["a", "b"][:tasks]
+    with pytest.raises(StopIteration):
+        sharpkern.relative_critical_sharpness(model, dict.fromkeys(names, loss_fn), direction)

@@ -253,7 +253,7 @@ def test_the_alarm_sounds_once_for_each_fall_below_the_ratio() -> None:
     assert str(warning.message) == (
         f"step 0: the learning rate is 0.1 and the loss rises from η_c = {record.measurement.critical_lr:.3g} on, "
         f"{record.row()['headroom']:.3g} times the learning rate and below {ratio:.3g}; try "
-        f"{record.measurement.critical_lr / 2:.3g} or less, or lengthen the warm-up"
+        f"{record.measurement.critical_lr / max(2, ratio):.3g} or less, or lengthen the warm-up"
     )
     # A smaller learning rate ends it, and a larger one later sets it off again; the warning is of the user's line.
     loop.optimizer.param_groups[0]["lr"] = 0.01
@@ -299,3 +299,15 @@ def test_the_suggested_rate_is_where_a_quadratic_falls_the_most() -> None:
     loss_fn().backward()
     monitor(loss_fn)
     assert monitor.suggest_lr() == min(record.measurement.critical_lr for record in monitor.history) / 2
+
+
+def test_the_alarm_never_suggests_a_rate_above_the_ratio() -> None:
+    calm = Loop(lr=0.1)
+    calm.run(1)
+    loop = Loop(lr=0.1, warn_below=4 * headrooms(calm)[0])
+    with pytest.warns(sharpkern.HeadroomWarning, match="try ") as caught:
+        loop.run(1)
+    suggested = float(str(caught[0].message).split("try ")[1].split(" or less")[0])
+    m = loop.monitor.history[0].measurement
+    assert suggested == pytest.approx(m.critical_lr / (4 * headrooms(calm)[0]), rel=1e-2)
+    assert suggested < 0.1

@@ -14,7 +14,7 @@ from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sharpkern
@@ -58,6 +58,13 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
         if isinstance(module, Block):
             fully_shard(module, **options)
     return fully_shard(model, **options)
+
+
+def sharded_together(model: nn.Module) -> nn.Module:
+    """The norm and the last block gathered at once."""
+    fully_shard(model.blocks[0])
+    fully_shard([model.blocks[1], model.norm])
+    return fully_shard(model)
 
 
 def hybrid(model: nn.Module, shape: tuple[int, int]) -> nn.Module:
@@ -301,19 +308,24 @@ RAISED = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt, "Out
 
 
 class Tripwire:
-    """Raises on rank 1, in the third evaluation of a measurement, at one place of it."""
+    """Raises on rank 1, in one evaluation of a measurement, at one place of it."""
 
-    def __init__(self, place: str, kind: str, rank: int) -> None:
-        self.place, self.kind, self.armed = place, kind, rank == 1
+    def __init__(self, place: str, kind: str, rank: int, call: int) -> None:
+        self.place, self.kind, self.armed, self.call = place, kind, rank == 1, call
         self.calls = 0
 
     def at(self, place: str) -> None:
-        if self.armed and self.calls == 3 and self.place == place:
+        if self.armed and self.calls == self.call and self.place == place:
             raise RAISED[self.kind]("tripped")
 
 
 def one_rank_fails(
-    rank: int, prepare: Callable[[nn.Module], nn.Module], place: str, kind: str = "ValueError", num_batches: int = 1
+    rank: int,
+    prepare: Callable[[nn.Module], nn.Module],
+    place: str,
+    kind: str = "ValueError",
+    num_batches: int = 1,
+    call: int = 3,
 ) -> tuple[str, int, bool]:
     """What a rank is told where rank 1 fails, its collectives until then, and whether the run then goes on as ever."""
     ends = []
@@ -324,9 +336,10 @@ def one_rank_fails(
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         train(model, optimizer, partial(loss_of, model, rows), steps=1)
         if fails:
-            wire = Tripwire(place, kind, rank)
+            wire = Tripwire(place, kind, rank, call)
             second = [module for module in model.modules() if isinstance(module, Block)][1]
-            hook = second.mlp.register_forward_pre_hook(lambda *_, wire=wire: wire.at("within"))
+            hooks = [second.mlp.register_forward_pre_hook(lambda *_, wire=wire: wire.at("within"))]
+            hooks.append(second.register_forward_hook(lambda *_, wire=wire: wire.at("behind")))
 
             def loss_fn(model=model, wire=wire, rows=rows) -> torch.Tensor:
                 wire.calls += 1
@@ -343,7 +356,8 @@ def one_rank_fails(
                 sharpkern.critical_sharpness(model, loss_fn, direction)
             except BaseException as error:
                 told = f"{type(error).__name__}: {error}"
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             collectives = distributed.group.WORLD._get_sequence_number_for_group()
         train(model, optimizer, partial(loss_of, model, rows), steps=3)
         ends.append(state_of(model, optimizer)[2:])
@@ -369,6 +383,9 @@ FAILURES = {
     "interrupt": partial(one_rank_fails, prepare=shard, place="within", kind="KeyboardInterrupt"),
     "memory": partial(one_rank_fails, prepare=shard, place="within", kind="OutOfMemoryError"),
     "data parallel": partial(one_rank_fails, prepare=data_parallel, place="within"),
+    "first pass": partial(one_rank_fails, prepare=shard, place="within", call=1),
+    "sharded together": partial(one_rank_fails, prepare=sharded_together, place="behind"),
+    "sharded together, first pass": partial(one_rank_fails, prepare=sharded_together, place="behind", call=1),
     "buffers, before": partial(one_rank_fails, prepare=with_buffers, place="before"),
     "buffers, within": partial(one_rank_fails, prepare=with_buffers, place="within"),
     "buffers, micro-batches": partial(one_rank_fails, prepare=with_buffers, place="between", num_batches=2),
@@ -427,6 +444,62 @@ def blind_on_one_rank(rank: int) -> tuple[str, float, float]:
     assert [warning.category for warning in caught] == [sharpkern.EngineFallbackWarning], caught
     alone = sharpkern.critical_sharpness(layers, lambda: F.cross_entropy(layers(x), y), direction)
     return measured.engine, measured.sharpness, alone.sharpness
+
+
+def unlike(rank: int) -> list[str]:
+    """What is said where the ranks do not hold one direction, and where one of them has none."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 16) * (1 + 9 * rank), torch.randint(0, 10, (12,))
+    model = nn.parallel.DistributedDataParallel(MLP())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_fn = lambda: F.cross_entropy(model(x), y)
+    told: list[str] = []
+    with model.no_sync():
+        loss_fn().backward()
+    with refused(ValueError, told):
+        sharpkern.critical_sharpness(model, loss_fn, sharpkern.Direction.from_optimizer(optimizer))
+    with refused(ValueError, told):
+        tasks = {"one": loss_fn, "two": loss_fn}
+        sharpkern.relative_critical_sharpness(model, tasks, sharpkern.Direction.from_optimizer(optimizer))
+    optimizer.zero_grad()
+    loss_fn().backward()
+    if rank == 1:
+        next(model.parameters()).grad.fill_(torch.inf)
+    monitor = sharpkern.Monitor(model, optimizer)
+    assert monitor(loss_fn) is None
+    told += [reason for _, reason in monitor.skipped]
+    # A base loss is this rank's own, and the measurement's is the mean.
+    optimizer.zero_grad()
+    loss_fn().backward()
+    direction = sharpkern.Direction.from_optimizer(optimizer)
+    given = sharpkern.critical_sharpness(model, loss_fn, direction, base_loss=loss_fn())
+    told.append(
+        str(given.sharpness == pytest.approx(sharpkern.critical_sharpness(model, loss_fn, direction).sharpness))
+    )
+    return told
+
+
+class Counting(nn.Module):
+    """A layer whose buffer is a DTensor, replicated, and counts the passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        self.weight = nn.Parameter(distribute_tensor(torch.ones(4, 4, dtype=torch.float64), mesh, [Replicate()]))
+        self.register_buffer("count", distribute_tensor(torch.ones(1), mesh, [Replicate()]))
+
+    def forward(self) -> torch.Tensor:
+        self.count.add_(1)
+        return (self.weight.square() + self.weight).sum()
+
+
+def counted(rank: int) -> list[float]:
+    """A buffer that is a DTensor, before and after a measurement."""
+    model = Counting()
+    model().backward()
+    before = float(model.count.to_local())
+    sharpkern.critical_sharpness(model, model, sharpkern.Direction.from_gradients(model))
+    return [before, float(model.count.to_local())]
 
 
 def memory(rank: int) -> dict[str, int]:
@@ -502,6 +575,8 @@ OTHERS = {
     "stale gathers": stale_gathers,
     "experts": experts_of_their_own,
     "blind": blind_on_one_rank,
+    "unlike": unlike,
+    "counted": counted,
     "memory": memory,
     "refusals": refusals,
 }
@@ -605,6 +680,22 @@ def test_all_ranks_leave_an_engine_that_is_unable_on_one(two) -> None:
     assert engine == "inplace"
     assert together == pytest.approx(alone, rel=1e-5)
     assert found[0] == found[1]
+
+
+def test_ranks_that_do_not_hold_one_direction_are_told_so(two) -> None:
+    for rank, other in ((0, 1), (1, 0)):
+        told = two[rank]["others: unlike"]
+        assert isinstance(told, list), told
+        assert len(told) == 4, told
+        for message in told[:2]:
+            assert message.startswith("direction must be the same on every rank, got |Δθ|² = ")
+        assert told[2].endswith("another rank has no update") == (rank == 0)
+        assert told[3] == "True"
+        assert two[other]["others: unlike"][0] != told[0]
+
+
+def test_buffers_that_are_dtensors_are_put_back(two) -> None:
+    assert [rank["others: counted"] for rank in two] == [[2.0, 2.0]] * 2
 
 
 def test_no_rank_holds_more_than_its_shards_and_a_pass(two) -> None:

@@ -1,5 +1,6 @@
 """One evaluation of the user's loss: from the same state each time, checked, reduced over ranks, as a Python float."""
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from sharpkern.engines.guards import Guard, preserved
 from sharpkern.engines.lockstep import Lockstep
 from sharpkern.engines.precision import LossPrecision, is_low
-from sharpkern.engines.ranks import Alone, Ranks, ranks_of
+from sharpkern.engines.ranks import Alone, Ranks, ranks_for
 from sharpkern.shards import whole
 
 LossFn = Callable[[], Tensor]
@@ -83,8 +84,8 @@ class Closure:
             loss = self._wide(loss)[0]
         except BaseException as raised:
             loss, failure = None, raised
+        failure = self._end_pass(failure)
         try:
-            self._end_pass(failure)
             value, self.asked = self.ranks.agree(loss, failure, asks=asks)
             return value
         finally:
@@ -129,8 +130,8 @@ class Closure:
             losses = self._wide(several).unbind()
         except BaseException as raised:
             failure = translate(raised)
+        failure = self._end_pass(failure)
         try:
-            self._end_pass(failure)
             agreed = [self.ranks.agree(loss, failure, asks=asks) for loss in losses]
             self.asked = any(asked for _, asked in agreed)
             return [value for value, _ in agreed]
@@ -143,14 +144,21 @@ class Closure:
         self.precision.loss_dtype = losses.dtype
         return (losses.float() if is_low(losses.dtype) else losses).reshape(-1)
 
-    def _end_pass(self, failure: BaseException | None) -> None:
+    def _end_pass(self, failure: BaseException | None) -> BaseException | None:
         """Leave the model as the next pass needs it, also where this rank failed and the others did not."""
         if self._lockstep is None:
-            return
-        if failure is None:
-            self._lockstep.finish()
-        else:
-            self._lockstep.keep_up()
+            return failure
+        try:
+            if failure is None:
+                self._lockstep.finish()
+            else:
+                if isinstance(failure, torch.OutOfMemoryError):
+                    # The failed pass makes room for what the others have yet to communicate.
+                    traceback.clear_frames(failure.__traceback__)
+                self._lockstep.keep_up()
+        except BaseException as late:
+            return failure or late
+        return failure
 
     def _called(self) -> Tensor:
         try:
@@ -197,7 +205,7 @@ def evaluations(
 
     Memory: one copy of the model's buffers.
     """
-    ranks = Alone(reduce) if reduce is not None else ranks_of(model) or Alone()
+    ranks = ranks_for(model, reduce)
     lockstep = Lockstep(model)
     with lockstep.watched(), preserved(model, parameters) as guard:
         yield lambda loss_fn: Closure(loss_fn, guard, LossPrecision(), ranks, lockstep)

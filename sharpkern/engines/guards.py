@@ -18,6 +18,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from sharpkern.engines.table import storage_pointer
 from sharpkern.randomness import note_generators, note_streams, torch_states
+from sharpkern.shards import local
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -176,7 +177,7 @@ def _note_modules(
     Lists and dictionaries that are attributes are looked into. Aliases of parameters are left alone: the engines write
     those, or do not.
     """
-    aliases = {storage_pointer(parameter) for parameter in parameters}
+    aliases = {storage_pointer(local(parameter)) for parameter in parameters} - {None}
     tensors: dict[int, Tensor] = {}
     containers: list[tuple[Any, Any]] = []
     others: list[Any] = []
@@ -188,9 +189,10 @@ def _note_modules(
             for value in container.values() if isinstance(container, dict) else container:
                 if not isinstance(value, Tensor):
                     others.append(value)
-                elif not isinstance(value, nn.Parameter) and storage_pointer(value) not in aliases:
+                elif not isinstance(value, nn.Parameter) and storage_pointer(local(value)) not in aliases:
                     tensors.setdefault(id(value), value)
-    return [(tensor, tensor.detach().clone()) for tensor in tensors.values()], containers, others
+    shards = [local(tensor) for tensor in tensors.values()]
+    return [(shard, shard.detach().clone()) for shard in shards], containers, others
 
 
 def _same_members(container: Any, saved: Any) -> bool:

@@ -7,12 +7,30 @@ then all can be told.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharpkern.shards import fsdp_modules, is_sharded
+
+
+@dataclass
+class _Order:
+    """How a model's modules communicate in a pass, by their numbers, which hold nothing alive.
+
+    Attributes:
+        begin: the modules in the order in which they communicate.
+        stay: those that stay gathered when they end.
+    """
+
+    begin: list[int]
+    stay: set[int]
+
+
+_known: WeakKeyDictionary[nn.Module, _Order] = WeakKeyDictionary()
 
 
 class Lockstep:
@@ -23,61 +41,76 @@ class Lockstep:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._sharded = fsdp_modules(model)
         wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-        # What is inside begins when the wrapper has communicated.
-        self._wrapper_of = {id(wrapper.module): wrapper for wrapper in wrappers}
+        # Modules that were sharded together share their state and are gathered at once.
+        self._sharded = {id(module._get_fsdp_state()): module for module in reversed(fsdp_modules(model))}
+        # What is inside of a wrapper begins when the wrapper has communicated.
+        self._parts: list[Any] = [*wrappers, *reversed(self._sharded.values())]
+        number_of = {id(part): number for number, part in enumerate(self._parts)}
+        self._members = {id(wrapper.module): (number_of[id(wrapper)], wrapper.module) for wrapper in wrappers}
+        for module in fsdp_modules(model):
+            self._members[id(module)] = (number_of[id(self._sharded[id(module._get_fsdp_state())])], module)
         # Until a pass has shown it: modules run in the order in which they were made, the outermost stays gathered.
-        self._order = [*(wrapper.module for wrapper in wrappers), *self._sharded]
-        self._stay = {id(module) for module in self._sharded[:1]}
-        self._watched = list(self._order)
-        self._begun: list[Any] = []
+        guess = _Order(list(range(len(self._parts))), {len(wrappers)})
+        self._order = _known.setdefault(model, guess) if self._parts else guess
+        self._begun: list[int] = []
+        # Of parts that are in their forward pass, the modules that have yet to end.
+        self._open: dict[int, set[int]] = {}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Note which module begins and what it leaves gathered, as long as the block lasts."""
         with ExitStack() as hooks:
-            for module in self._watched:
+            for _, module in self._members.values():
                 # After FSDP's own hooks, so that the gather is under way, or what was gathered is freed.
                 hooks.enter_context(module.register_forward_pre_hook(self._begins))
-            for module in self._sharded:
                 hooks.enter_context(module.register_forward_hook(self._ends))
             yield
 
     def _begins(self, module: nn.Module, _args: Any) -> None:
-        self._begun.append(module)
+        number, _ = self._members[id(module)]
+        if number not in self._open:
+            self._begun.append(number)
+            self._open[number] = {member for member, (part, _) in self._members.items() if part == number}
 
     def _ends(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        number, _ = self._members[id(module)]
+        yet_to_end = self._open.get(number, set())
+        yet_to_end.discard(id(module))
+        if yet_to_end:
+            return
+        self._open.pop(number, None)
         parameter = next(_own_parameters(module), None)
         if parameter is None or is_sharded(parameter):
-            self._stay.discard(id(module))
+            self._order.stay.discard(number)
         else:
-            self._stay.add(id(module))
+            self._order.stay.add(number)
 
     def finish(self) -> None:
         """End a pass that went well."""
         if self._begun:
-            self._order = self._begun
+            self._order.begin = self._begun
         self._free()
 
     def keep_up(self) -> None:
         """End a pass that failed: communicate as the other ranks do in the rest of it."""
-        for module in self._sharded:
+        for module in self._sharded.values():
             _settle(module)
-        for module in self._order[len(self._begun) :]:
-            wrapper = self._wrapper_of.get(id(module))
-            if wrapper is None:
-                module.unshard()
-                if id(module) not in self._stay:
-                    module.reshard()
-            elif wrapper._check_sync_bufs_pre_fwd():
-                wrapper._sync_buffers()
+        for number in self._order.begin[len(self._begun) :]:
+            part = self._parts[number]
+            if isinstance(part, DistributedDataParallel):
+                if part._check_sync_bufs_pre_fwd():
+                    part._sync_buffers()
+            else:
+                part.unshard()
+                if number not in self._order.stay:
+                    part.reshard()
         self._free()
 
     def _free(self) -> None:
         """Leave the shards as the next pass needs them: what stays gathered would hide the next write."""
-        self._begun = []
-        for module in self._sharded:
+        self._begun, self._open = [], {}
+        for module in self._sharded.values():
             module.reshard()
 
 
@@ -96,3 +129,5 @@ def _settle(module: Any) -> None:
         if part is not None and part._training_state.name == "FORWARD":
             part._training_state = type(part._training_state).IDLE
     state._state_ctx.iter_forward_root = None
+    # Of modules that were sharded together, those that have yet to run; since torch 2.7.
+    getattr(state, "_modules_to_run_forward", set()).clear()

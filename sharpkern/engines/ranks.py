@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern.errors import EngineUnsupportedError, RankError
-from sharpkern.shards import is_sharded
+from sharpkern.shards import is_sharded, reshard
 
 # Where a failure is raised again, the frame lets go of it: it holds the frame, and a ring of the two would keep what
 # the failed pass had in memory until the garbage collector comes by, which is late where memory had run out.
@@ -32,6 +32,9 @@ class Ranks(Protocol):
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag whether it is true on any rank."""
+
+    def means(self, numbers: Sequence[float]) -> list[float]:
+        """The mean of each number over the ranks."""
 
 
 class Alone:
@@ -60,6 +63,10 @@ class Alone:
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """The flags themselves."""
         return list(flags)
+
+    def means(self, numbers: Sequence[float]) -> list[float]:
+        """The numbers themselves."""
+        return list(numbers)
 
 
 class Together:
@@ -117,10 +124,12 @@ class Together:
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag whether it is true on any rank; a collective for each group."""
-        told = torch.tensor(flags, dtype=torch.float64, device=self._device)
-        for group in self._groups:
-            torch.distributed.all_reduce(told, group=group)
-        return [number > 0 for number in told.tolist()]
+        return [number > 0 for number in self.means([float(flag) for flag in flags])]
+
+    def means(self, numbers: Sequence[float]) -> list[float]:
+        """The mean of each number over the ranks; a collective for each group."""
+        values: list[float] = self.mean(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
+        return values
 
 
 def ranks_of(model: nn.Module) -> Together | None:
@@ -131,12 +140,12 @@ def ranks_of(model: nn.Module) -> Together | None:
             tensor parallelism.
 
     Returns:
-        Together: the process group of the one; every dimension of the mesh of the other, the largest if there are
-        several. None for other models.
+        Together: the process group of the one; every dimension of every mesh of the other. None for other models.
 
     Raises:
         TypeError: the model is a `FullyShardedDataParallel`, whose parameters are pieces of flat ones.
     """
+    reshard(model)
     fsdp = sys.modules.get("torch.distributed.fsdp")
     flat = () if fsdp is None else (fsdp.FullyShardedDataParallel,)
     for module in model.modules():
@@ -147,11 +156,25 @@ def ranks_of(model: nn.Module) -> Together | None:
             )
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return Together([module.process_group], next(module.parameters()).device)
-    meshes = [parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter)]  # type: ignore[attr-defined]
+    meshes = dict.fromkeys(parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter))  # type: ignore[attr-defined]
     if not meshes:
         return None
-    mesh = max(meshes, key=lambda mesh: mesh.size())
-    return Together(mesh.get_all_groups(), torch.device(mesh.device_type))
+    # Where groups overlap, the mean of one is the same number again in the other.
+    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups())
+    return Together(list(groups), torch.device(next(iter(meshes)).device_type))
+
+
+def ranks_for(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None) -> Ranks:
+    """The ranks that decide alike: the model's, or those that the caller has a function for.
+
+    Args:
+        model: as for `ranks_of`.
+        reduce: the caller's own function of a loss, or None.
+
+    Returns:
+        Ranks: that take part in a measurement.
+    """
+    return Alone(reduce) if reduce is not None else ranks_of(model) or Alone()
 
 
 @contextmanager
