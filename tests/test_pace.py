@@ -153,8 +153,8 @@ def test_on_a_cpu_one_step_size_at_a_time_is_quicker() -> None:
 def test_other_choices_stand(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(critical.ops, "has_kernels", lambda device: True)
     pairs, options = [], critical.Options(**option)
-    assert critical._may_batch(pairs, critical.Options(), None)
-    assert critical._may_batch(pairs, options, options.reduce) == ("engine" in option)
+    assert critical._may_batch(pairs, critical.Options())
+    assert critical._may_batch(pairs, options) == ("engine" in option)
     assert critical.choose(options.engine, MLP(), lambda: None, critical.checks_of(MLP(), len), "batched") == (
         option.get("engine", "batched")
     )
@@ -234,7 +234,7 @@ def test_enough_evaluations_are_made_several_at_a_time(monkeypatch: pytest.Monke
         assert found.status == "converged"
         assert (len(calls) < found.forwards) == several
     monkeypatch.setattr(critical.ops, "has_kernels", lambda device: True)
-    assert critical._may_batch([], critical.Options(max_forwards=ENOUGH_FORWARDS), None)
+    assert critical._may_batch([], critical.Options(max_forwards=ENOUGH_FORWARDS))
 
 
 @given(
