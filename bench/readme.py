@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,35 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"line search": line_search, "cost": cost, "kernels": kernels}
+def overhead() -> str:
+    """What a monitor adds to training time, by how often it measures, and in whole windows of steps."""
+    record = latest("overhead")
+    found = record["overhead"]
+    rows, windows = found["measured_steps"], found["windows"]
+    lines = [
+        f"| measured on every | training takes longer by, median of {len(rows)} measurements | half of them within |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['every']}th step | {row['overhead']:.1%} | {row['lower_quartile']:.1%} – {row['upper_quartile']:.1%} |"
+        for row in found["by_every"]
+    ]
+    forwards = [row["forwards"] for row in rows]
+    steps = median(row["steps"] for row in rows)
+    whole = ", ".join(f"{window['overhead']:.1%} ({window['forwards']} forward passes)" for window in windows)
+    before, after = record["environment"]["load_average"]
+    lines += [
+        "",
+        f"A measurement took {min(forwards)} to {max(forwards)} forward passes, {median(forwards):g} in the median, in "
+        f"the time of {steps:.1f} steps; the first of all, with checks that are made once, in that of "
+        f"{found['first_measurement_steps']:.0f}. Whole windows of {windows[0]['steps']} steps with one measurement, "
+        f"timed against a twin without a monitor that ends in the same bits: {whole}. The machine had other things to do "
+        f"(load average {before:.1f} before, {after:.1f} after).",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"line search": line_search, "cost": cost, "kernels": kernels, "overhead": overhead}
 
 
 def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:

@@ -90,3 +90,33 @@ def test_what_eight_step_sizes_at_a_time_are_worth_is_what_was_measured():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"about {several:.1f} of eight step sizes, the base loss among them, instead of {single:.1f} of one" in text
     assert f"less than {pace._WORTH:.1f} times as long as a pass of one" in text
+
+
+def test_overhead_is_of_windows_that_end_in_the_same_bits_and_of_steps_beside_others():
+    bench = importlib.import_module("bench_overhead")
+    found = bench.overhead(num_steps=4, num_windows=1, num_measured=3, quick=True)
+    (window,) = found["windows"]
+    assert window["overhead"] == window["with_seconds"] / window["without_seconds"] - 1
+    steps = sorted(row["steps"] for row in found["measured_steps"])
+    assert len(steps) == 3
+    assert [(row["every"], row["overhead"]) for row in found["by_every"]] == [(n, steps[1] / n) for n in bench.EVERY]
+    # A search of a tiny model takes longer than a step of it.
+    assert steps[0] > 0.5
+    assert found["first_measurement_steps"] > 0.5
+
+
+def test_overhead_of_a_monitor_that_changes_the_run_is_not_recorded():
+    bench = importlib.import_module("bench_overhead")
+    training, twin = (bench.Training(32, 1, 16, 2) for _ in range(2))
+    assert bench.windows(training, twin, num_steps=2, num_windows=1)
+    training.monitor = lambda loss_fn: training.model.lm_head.weight.data.mul_(1 + 1e-6)
+    with pytest.raises(RuntimeError, match="training with a monitor differs from training without, nothing is"):
+        bench.windows(training, twin, num_steps=2, num_windows=1)
+
+
+def test_a_monitor_on_every_50th_step_costs_less_than_a_tenth():
+    found = importlib.import_module("readme").latest("overhead")["overhead"]
+    (row,) = (row for row in found["by_every"] if row["every"] == 50)
+    assert 0 < row["overhead"] < 0.1
+    assert all(0 < window["overhead"] < 0.1 and window["steps"] == 50 for window in found["windows"])
+    assert found["parameters"] > 30e6
