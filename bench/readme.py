@@ -129,8 +129,8 @@ def overhead() -> str:
         f"A measurement took {min(forwards)} to {max(forwards)} forward passes, {median(forwards):g} in the median, in "
         f"the time of {steps:.1f} steps; the first of all, with checks that are made once, in that of "
         f"{found['first_measurement_steps']:.0f}. Whole windows of {windows[0]['steps']} steps with one measurement, "
-        f"timed against a twin without a monitor that ends in the same bits: {whole}. The machine had other things to do "
-        f"(load average {before:.1f} before, {after:.1f} after).",
+        f"timed against a twin without a monitor that ends in the same bits: {whole}. The machine had other things to "
+        f"do (load average {before:.1f} before, {after:.1f} after).",
     ]
     return "\n".join(lines)
 
