@@ -15,10 +15,16 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "kernels").glob("*.py"))
 
 
-def test_numerics_under_the_interpreter():
+# In parts, so that several processes may share them.
+NUMERICS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+NUM_PARTS = 2
+
+
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_numerics_under_the_interpreter(part):
     # Triton decides on its import whether to interpret: the numerics need a process of their own.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *NUMERICS[part::NUM_PARTS], "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

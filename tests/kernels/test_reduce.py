@@ -33,9 +33,14 @@ def assert_exact_to_fp64(theta, delta, grad):
 
 @pytest.mark.parametrize(("theta_dtype", "delta_dtype", "grad_dtype"), list(itertools.product(DTYPES, DTYPES, DTYPES)))
 def test_matches_the_oracle_to_fp64(theta_dtype, delta_dtype, grad_dtype):
-    dtypes = enumerate((theta_dtype, delta_dtype, grad_dtype))
+    dtypes = (theta_dtype, delta_dtype, grad_dtype)
+    # The largest takes four fifths of the time.
+    sizes = SIZES if len(set(dtypes)) == 1 else SIZES[:-1]
     assert_exact_to_fp64(
-        *([randn(size, dtype=dtype, seed=10 * role + i) for i, size in enumerate(SIZES)] for role, dtype in dtypes)
+        *(
+            [randn(size, dtype=dtype, seed=10 * role + i) for i, size in enumerate(sizes)]
+            for role, dtype in enumerate(dtypes)
+        )
     )
 
 

@@ -14,8 +14,8 @@ from sharpkern.kernels.form_adam import form_adam
 from sharpkern.kernels.form_sgd import form_sgd
 from sharpkern.kernels.step_sums import _adam_sums_kernel, _sgd_sums_kernel, adam_sums, sgd_sums
 
-from tests.kernels.budget import DTYPES, SIZES, same_bits
-from tests.kernels.test_form_from_state import ADAM, SGD, adam_numbers, trained
+from tests.kernels.budget import DTYPES, same_bits
+from tests.kernels.test_form_from_state import ADAM, SGD, SIZES_AND_STEPS, adam_numbers, trained
 
 
 @pytest.fixture(autouse=True)
@@ -66,15 +66,13 @@ def assert_exact_to_fp64(sums, form, operands, numbers):
     assert ((got - exact).abs() <= 1e-13 * magnitude).all()
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize(("size", "steps"), SIZES_AND_STEPS)
 @pytest.mark.parametrize(("optimizer_class", "options"), ADAM)
 def test_adam(optimizer_class, options, steps, size):
     assert_exact_to_fp64(adam_sums, form_adam, *adam_state(*trained(optimizer_class, options, size, steps)))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize(("size", "steps"), SIZES_AND_STEPS)
 @pytest.mark.parametrize("options", SGD)
 def test_sgd(options, steps, size):
     assert_exact_to_fp64(sgd_sums, form_sgd, *sgd_state(*trained(torch.optim.SGD, options, size, steps)))
