@@ -32,7 +32,9 @@ def text(tmp_path: Path) -> Path:
 
 
 def invoke(*arguments: object):
-    return CliRunner().invoke(app, ["measure", *(str(argument) for argument in arguments)])
+    # Paths of temporary folders may be long, and a terminal breaks them in two.
+    wide = {"COLUMNS": "1000"}
+    return CliRunner(env=wide).invoke(app, ["measure", *(str(argument) for argument in arguments)])
 
 
 def words(result) -> str:

@@ -33,7 +33,8 @@ def invoke(files: tuple[Path, Path], output: Path, *more: object, **changes: obj
         "batch-size": 4, "heldout": 4, "tokens": 32, "repeats": 2, "output": output, **changes,
     }  # fmt: skip
     arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    return CliRunner().invoke(app, ["mix", *arguments, *map(str, more)])
+    # As wide as the paths of temporary folders may be.
+    return CliRunner(env={"COLUMNS": "1000"}).invoke(app, ["mix", *arguments, *map(str, more)])
 
 
 def table(folder: Path) -> list[dict[str, str]]:
