@@ -1,12 +1,14 @@
 """Compile for GPUs that are not there: what a launcher would launch, and what the compiler made of it."""
 
+import hashlib
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,7 +53,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the compiler made of one launch; bytes per program for shared memory, per thread for the stack."""
+    """What the compiler made of one launch; bytes per program for shared memory, per thread for the stack.
+
+    Attributes:
+        code: mark of the machine code that instructions were counted in, "" where counting takes no time.
+    """
 
     kernel: str
     registers: int
@@ -62,6 +68,7 @@ class Facts:
     wide_loads: int
     wide_stores: int
     matrix: dict[str, int]
+    code: str = field(default="", compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary for the table."""
@@ -116,10 +123,29 @@ def compile_launch(launch: Launch, architecture: str) -> Any:
     return triton.compile(source, target=TARGETS[architecture], options=launch.options)
 
 
-def facts_of(compiled: Any, architecture: str) -> Facts:
-    """Read registers, memory and instructions from compiled code."""
-    read = _amd_facts if architecture.startswith("gfx") else _nvidia_facts
-    return read(compiled)
+def facts_of(compiled: Any, architecture: str, known: Iterable[Facts] = ()) -> Facts:
+    """Read registers, memory and instructions from compiled code.
+
+    Args:
+        compiled: the kernel.
+        architecture: that it is for.
+        known: facts that may be of this very code, whose instructions are then not counted again: NVIDIA's disassembler
+            takes half a second for a kernel of any size.
+
+    Returns:
+        Facts: of the kernel.
+    """
+    if architecture.startswith("gfx"):
+        return _amd_facts(compiled)
+    code = hashlib.sha256(b"".join(_sections(compiled.asm["cubin"], ".text."))).hexdigest()
+    counted = next((facts for facts in known if facts.code == code), None) or _counted(compiled, code)
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump(compiled, "-res-usage")))
+    return replace(
+        counted,
+        registers=int(usage["REG"]),
+        shared=compiled.metadata.shared,
+        stack=int(usage["STACK"]) + int(usage["LOCAL"]),
+    )
 
 
 def sass_of(compiled: Any) -> str:
@@ -135,21 +161,34 @@ def _cuobjdump(compiled: Any, *flags: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _nvidia_facts(compiled: Any) -> Facts:
-    text = _cuobjdump(compiled, "-sass", "-res-usage")
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+def _counted(compiled: Any, code: str) -> Facts:
+    """The instructions of a kernel for an NVIDIA GPU."""
+    text = sass_of(compiled)
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", text, re.MULTILINE))
     return Facts(
         kernel=compiled.metadata.name,
-        registers=int(usage["REG"]),
-        shared=compiled.metadata.shared,
-        stack=int(usage["STACK"]) + int(usage["LOCAL"]),
+        registers=0,
+        shared=0,
+        stack=0,
         spills=sum(count for name, count in opcodes.items() if name.split(".")[0] in {"LDL", "STL"}),
         instructions=opcodes.total(),
         wide_loads=sum(count for name, count in opcodes.items() if name.startswith("LDG") and ".128" in name),
         wide_stores=sum(count for name, count in opcodes.items() if name.startswith("STG") and ".128" in name),
         matrix=_matrix(opcodes, r"(HMMA|HGMMA|UTC\w*MMA)\b"),
+        code=code,
     )
+
+
+def _sections(elf: bytes, prefix: str) -> Iterator[bytes]:
+    """Contents of the sections of a 64-bit ELF file whose names begin so."""
+    (start,) = struct.unpack_from("<Q", elf, 0x28)
+    size, num, of_names = struct.unpack_from("<3H", elf, 0x3A)
+    headers = [struct.unpack_from("<2I4Q", elf, start + size * i) for i in range(num)]
+    names = headers[of_names][4]
+    for name, _, _, _, offset, length in headers:
+        end = elf.index(b"\0", names + name)
+        if elf[names + name : end].decode().startswith(prefix):
+            yield elf[offset : offset + length]
 
 
 def _amd_facts(compiled: Any) -> Facts:

@@ -1,10 +1,12 @@
 """One launch or more of every kernel, as its launcher makes them, with what the machine code must show."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import triton
 from sharpkern.kernels.axpy import axpy_
 from sharpkern.kernels.cross_entropy import MAX_WIDTH, online_cross_entropy_
 from sharpkern.kernels.embedding import embedding
@@ -233,7 +235,13 @@ SMALLEST: dict[str, Callable[[], object]] = {
 }
 
 
-def case_facts(name: str, architecture: str) -> list[Facts]:
-    """What the compiler makes of every kernel that a case launches, each kernel once."""
+def case_facts(name: str, architecture: str, known: Iterable[Facts] = ()) -> list[Facts]:
+    """What the compiler makes of every kernel that a case launches, each kernel once; see `facts_of`."""
     launches = {launch.kernel: launch for launch in launches_of(CASES[name].call, architecture)}
-    return [facts_of(compile_launch(launch, architecture), architecture) for launch in launches.values()]
+    return [facts_of(compile_launch(launch, architecture), architecture, known) for launch in launches.values()]
+
+
+def committed_facts(name: str, architecture: str) -> list[Facts] | None:
+    """The same as it was written to the table with this version of Triton, None where there is no such version."""
+    table = json.loads(TABLE.read_text()).get(triton.__version__)
+    return None if table is None else [Facts(**row) for row in table[name][architecture]]
