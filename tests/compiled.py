@@ -56,6 +56,7 @@ class Facts:
     """What the compiler made of one launch; bytes per program for shared memory, per thread for the stack.
 
     Attributes:
+        source: mark of what was compiled: kernel and what it calls, types, constants, options, target and compiler.
         code: mark of the machine code that instructions were counted in, "" where counting takes no time.
     """
 
@@ -68,6 +69,7 @@ class Facts:
     wide_loads: int
     wide_stores: int
     matrix: dict[str, int]
+    source: str = field(default="", compare=False)
     code: str = field(default="", compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -103,6 +105,16 @@ def launches_of(call: Callable[[], object], architecture: str) -> list[Launch]:
 
 def compile_launch(launch: Launch, architecture: str) -> Any:
     """Compile a launch with the specialisation that Triton would give it: alignment, and constants of 1."""
+    return triton.compile(_source(launch), target=TARGETS[architecture], options=launch.options)
+
+
+def mark_of(launch: Launch, architecture: str) -> str:
+    """A mark of all that the compiler's result depends on, as Triton's own cache has it."""
+    parts = _source(launch).hash(), sorted(launch.options.items()), TARGETS[architecture], triton.__version__
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _source(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -119,8 +131,7 @@ def compile_launch(launch: Launch, architecture: str) -> Any:
             divisible = specialised and value % 16 == 0
         if divisible:
             attributes[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[architecture], options=launch.options)
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 
 def facts_of(compiled: Any, architecture: str, known: Iterable[Facts] = ()) -> Facts:
