@@ -13,8 +13,8 @@ triton = pytest.importorskip("triton", reason="triton is a Linux package")
 import triton.language as tl  # noqa: E402
 
 from tests import sass  # noqa: E402
-from tests.compiled import SHARED_LIMIT, TARGETS, compile_launch, launches_of, sass_of  # noqa: E402
-from tests.launches import CASES, SMALLEST, case_facts, committed_facts, form_adam_state, form_sgd_state  # noqa: E402
+from tests.compiled import SHARED_LIMIT, TARGETS, compile_launch, launches_of, mark_of, sass_of  # noqa: E402
+from tests.launches import ALWAYS, CASES, SMALLEST, case_facts, committed_facts, form_adam_state, form_sgd_state  # noqa: E402
 
 # Three programs of 256 threads fit the registers of a multiprocessor, four waves those of a CDNA SIMD.
 MAX_REGISTERS = {"sm_80": 80, "sm_90": 80, "sm_100": 80, "gfx942": 128}
@@ -51,13 +51,37 @@ def test_machine_code(name, architecture):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-def test_code_that_is_marked_alike_is_counted_alike(architecture):
-    (known,) = committed_facts("axpy bf16", architecture) or case_facts("axpy bf16", architecture)
+def test_only_facts_of_the_same_code_are_taken_over(architecture):
     (counted,) = case_facts("axpy bf16", architecture)
-    assert (counted, counted.code) == (known, known.code)
-    # Facts of other code are of no use.
-    (again,) = case_facts("axpy bf16", architecture, [replace(known, code="another", instructions=0)])
-    assert again == counted
+    wrong = replace(counted, source="another", instructions=0)
+    assert case_facts("axpy bf16", architecture, [wrong])[0].instructions == 0
+    assert case_facts("axpy bf16", architecture, [replace(wrong, code="another")]) == [counted]
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_only_facts_of_the_same_source_are_taken_over(architecture):
+    (counted,) = case_facts("axpy bf16", architecture)
+    wrong = replace(counted, code="another", registers=0)
+    # Everything is compiled for one architecture at least.
+    assert case_facts("axpy bf16", architecture, [wrong])[0].registers == (
+        counted.registers if architecture == ALWAYS else 0
+    )
+    assert case_facts("axpy bf16", architecture, [replace(wrong, source="another")]) == [counted]
+
+
+def test_the_mark_of_a_source_is_of_all_that_is_compiled():
+    (launch,) = launches_of(CASES["axpy bf16"].call, "sm_90")
+    (other,) = launches_of(CASES["axpy fp32, bf16 direction"].call, "sm_90")
+    others = [
+        other,
+        replace(launch, options={**launch.options, "num_warps": 16}),
+        replace(launch, arguments={**launch.arguments, "BLOCK": 512}),
+        replace(launch, arguments={**launch.arguments, "chunks": launch.arguments["chunks"][1:]}),
+        replace(launch, kernel=_formed_product_kernel, arguments=dict.fromkeys(_formed_product_kernel.arg_names)),
+    ]
+    marks = [mark_of(launch, "sm_90"), mark_of(launch, "sm_80"), *(mark_of(other, "sm_90") for other in others)]
+    assert len(set(marks)) == len(marks)
+    assert mark_of(launch, "sm_90") == marks[0]
 
 
 def assert_rounds_of(found, expected):
