@@ -76,7 +76,7 @@ class Monitor:
         log: called with a flat dictionary and ``step=``, as ``wandb.log`` is; or an object with ``add_scalar``, such as
             TensorBoard's ``SummaryWriter``.
         masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
-        scaler: the loop's ``GradScaler``, if it has one.
+        scaler: the loop's ``GradScaler``, if it has one: scaled gradients cannot be told from others without it.
         warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, once for each time that it is fallen below:
             with 1.5, when the loss would rise at one and a half times the step. None for never.
         **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``. On a GPU, outside of distributed

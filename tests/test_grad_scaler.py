@@ -104,6 +104,15 @@ def test_scaled_gradients_measure_what_unscaled_ones_do_and_what_float32_does(ki
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_scaled_gradients_are_told_of_with_dropout_too_and_others_are_not(kind: str) -> None:
+    with pytest.warns(sharpkern.SlopeMismatchWarning, match="the gradient must be unscaled") as caught:
+        Loop(kind, known=False, dropout=0.2).run(3)
+    assert len(caught) == 2
+    # Warnings are errors.
+    Loop(kind, dropout=0.5).run(8)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_scaled_gradients_without_the_scaler_are_wrong_and_told_of(kind: str) -> None:
     with pytest.warns(sharpkern.SlopeMismatchWarning, match="the gradient must be unscaled") as caught:
         loop = Loop(kind, known=False).run(3)

@@ -15,6 +15,8 @@ from sharpkern.search import SearchResult
 _LEAST_SLOPE_RATIO = 0.8
 # The same where curvature may have bent the loss already, at the smallest step that stands out of the noise.
 _LEAST_BENT_RATIO = 0.2
+# With dropout the gradient is of other masks than the probes, and its slope is only near theirs; a loss scale is far.
+_LEAST_RANDOM_RATIO = 0.02
 # Share of the displacement below which rounding of the weights hides the slope.
 _LEAST_RETAINED = 0.9
 
@@ -144,8 +146,7 @@ def check_slope(
     if share < _LEAST_RETAINED:
         # Of the slope another part may be lost than of the displacement.
         least = _LEAST_BENT_RATIO
-    # With dropout the gradient is of other masks than the probes, and its slope is only near theirs.
-    if ratio < (0.0 if random else least * share):
+    if ratio < (_LEAST_RANDOM_RATIO if random else least) * share:
         warn(
             f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: "
             "loss_fn must evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that "

@@ -148,7 +148,7 @@ def _refuse_nonfinite_gradients(slots: Sequence[Slot]) -> None:
     """Raise on the first gradient that is not finite."""
     for slot in slots:
         if slot.held.grad is not None and not whole(slot.held.grad.isfinite().all()):
-            remedy = (
-                "skip this measurement: GradScaler will skip the step" if slot.scale != 1 else "find what overflowed"
-            )
+            remedy = "skip this measurement: GradScaler will skip the step"
+            if slot.scale == 1:
+                remedy = "find what overflowed, or skip this measurement where a GradScaler will skip the step"
             raise NoUpdateError(f"the gradient of {slot.label} must be finite, got nan or inf; {remedy}")
