@@ -143,8 +143,10 @@ def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Dire
         others = [torch.randn(t.shape, generator=generator).to(t) for t in delta]
         length, size = math.sqrt(_dot(curved, curved)), math.sqrt(direction.norm_sq)
         other = graph.product(others)
-        # Where there is no curvature along Δθ both are rounding, of products as large as the other's.
-        rounding = 100 * graph.rounding * size * math.sqrt(_dot(other, other))
+        # Where there is no curvature along Δθ both are rounding, of products as large as the other's; where there is
+        # none along that one either, of what cancels in them, which is as large as the loss.
+        reach = 100 * math.sqrt(_dot(other, other)) + abs(graph.loss) * math.sqrt(_dot(others, others))
+        rounding = graph.rounding * size * reach
         check_symmetry(forth=_dot(others, curved), back=_dot(delta, other), scale=length + rounding)
         graph.tell_unchecked()
         slope, curvature = _dot(delta, graph.gradient), _dot(delta, curved)
