@@ -7,10 +7,7 @@ which a training step has; passes do: it takes one of its own, or a place in the
 """
 
 import argparse
-import json
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 from cost import cost_rows, workloads
+from ledger import Sitting, append
 from rich.console import Console
 from rich.table import Table
 from runs import Point, Run, standard_runs
 
-import sharpkern
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, warm_grid
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -203,32 +200,6 @@ def cost_table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def environment() -> dict[str, Any]:
-    """Return versions and conditions, without anything that names the machine."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "sharpkern": sharpkern.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-    }
-
-
-def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Append a record to the list in a JSON file."""
-    records = json.loads(path.read_text()) if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*records, record], indent=1) + "\n")
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -237,6 +208,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=150)
+    sitting = Sitting(arguments.quick)
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
     for run in standard_runs(arguments.quick):
@@ -247,8 +219,7 @@ def main() -> None:
     costs = [row for workload in workloads(arguments.quick) for row in cost_rows(workload)]
     console.print(cost_table(costs))
     if arguments.json:
-        record = {"environment": environment(), "quick": arguments.quick, "line_search": rows, "cost": costs}
-        append_json(arguments.json, record)
+        append(arguments.json, sitting.record(line_search=rows, cost=costs))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,7 @@ One sequence of 256 tokens makes a step: few, so that weights formed for a probe
 """
 
 import argparse
-import os
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import transformers
-from bench_line_search import append_json, environment
+from ledger import Sitting, append
 from runs import text
+from timing import Seconds
 from torch import Tensor
 
 import sharpkern
@@ -39,23 +37,6 @@ EVERY = (10, 20, 50, 100, 200)
 _WARM_UP = 20
 # From one measured step to the next, where single steps are compared.
 _SPACING = 4
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Time taken, on the clock and of the processor alone; other programs lengthen the first."""
-
-    wall: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> "Seconds":
-        """The time at this moment, of two of which the difference counts."""
-        return cls(time.perf_counter(), time.process_time())
-
-    def since(self, start: "Seconds") -> "Seconds":
-        """The time from a start to here."""
-        return Seconds(self.wall - start.wall, self.cpu - start.cpu)
 
 
 class Training:
@@ -241,10 +222,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append the record to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    load = [os.getloadavg()[0]]
+    sitting = Sitting(arguments.quick)
     found = overhead(arguments.steps, arguments.windows, arguments.measurements, arguments.quick)
-    load.append(os.getloadavg()[0])
-    conditions = {**environment(), "transformers": transformers.__version__, "load_average": load}
+    record = sitting.record(overhead=found, environment={"transformers": transformers.__version__})
     for row in found["windows"]:
         print(
             f"{row['steps']} steps {row['with_seconds']:.1f} s with a monitor, {row['without_seconds']:.1f} s without, "
@@ -256,9 +236,10 @@ def main() -> None:
             f"every {row['every']}: {row['overhead']:.1%}, half of them from {row['lower_quartile']:.1%} to "
             f"{row['upper_quartile']:.1%} (processor time {row['overhead_cpu']:.1%})"
         )
-    print(f"load average {load[0]:.1f} before, {load[1]:.1f} after")
+    before, after = record["environment"]["load_average"]
+    print(f"load average {before:.1f} before, {after:.1f} after")
     if arguments.json:
-        append_json(arguments.json, {"environment": conditions, "quick": arguments.quick, "overhead": found})
+        append(arguments.json, record)
 
 
 if __name__ == "__main__":

@@ -219,10 +219,13 @@ class Point:
         direction = {name: d.to(dtype) for name, d in self._direction.items()}
         return model, lambda: self._loss_of(model(inputs), targets), direction
 
-    def first_crossing(self) -> float | None:
+    def first_crossing(self, start: float | None = None, per_decade: int = 20) -> float | None:
         """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none.
 
-        The scan has 20 steps per decade and ends four and a half decades above the learning rate.
+        Args:
+            start: first step size of the scan; a thirtieth of the learning rate by default. It ends four and a half
+                decades above the learning rate.
+            per_decade: steps of the scan.
         """
         model = copy.deepcopy(self._model).double()
         inputs, targets = self._batch
@@ -235,12 +238,12 @@ class Point:
 
         base = 0.0
         base = rise(0.0)
-        lo = self.lr / 30
+        lo = self.lr / 30 if start is None else start
         if rise(lo) > 0:
             return None
         top = self.lr * 10**4.5
         while lo < top:
-            hi = lo * 10**0.05
+            hi = lo * 10 ** (1 / per_decade)
             if not rise(hi) <= 0:
                 return _bisect(rise, lo, hi)
             lo = hi
