@@ -1,113 +1,319 @@
-"""Other packages' exact Hessian-vector products on a small GPT: do they give what sharpkern gives?
+"""Critical sharpness beside what else tells of curvature, on GPTs in training: time, memory, value; and how cost grows.
 
-The tests compare with hessian-eigenthings, of the extra ``peers``. curvlinops is compared with here, since what it
-depends on (torchvision) does not go with every build of torch. It works without:
+    python bench/bench_peers.py [--quick] [--json PATH]
 
-    pip install --no-deps curvlinops-for-pytorch==3.0.1 einops einconv linear_operator opt-einsum
-    python bench/bench_peers.py
-
-Theirs fail on fused attention and ours do not: the plain backend is chosen for their sake.
+All in one run and one thread. At each of several training steps every method measures the same θ, gradient and batch,
+in turns, with a plain forward pass before each: times are medians over the steps, over the median plain forward pass
+of the same steps. Searches start from their own last result, as in a training loop; what the first one took, cold and
+with the checks that are made once, stands beside. The true η_c is found in float64. The largest eigenvalue, which
+takes tens or hundreds of forward passes, is computed at the last step only; peers.py says how to install what
+computes it. Memory is counted in bytes of tensors that are alive at once, in a call of its own; arrays of numpy, which
+hold scipy's vectors, are not seen.
 """
 
-from collections.abc import Callable
+import argparse
+import gc
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
 
+# The checkout, also where the package is not installed.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import growth
 import torch
-from runs import GPT, text, token_loss
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from gpts import Training
+from ledger import Sitting, append
+from methods import Found, Method, Search, cheap, tops
+from rich.console import Console
+from rich.table import Table
+from runs import Point
+from timing import Counted, Seconds
 
-from sharpkern import Direction, directional_sharpness, hessian_sharpness
+import sharpkern
+from tests.memory import peak_bytes
 
-TOL = 1e-4
-
-
-class Trained:
-    """A language model of a few thousand parameters after some steps of AdamW, with its next gradient, in float64."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = GPT(width=8, num_layers=1, num_heads=2, context=16).double()
-        data = text()
-        rows = torch.stack([data[start : start + 17] for start in range(0, 800, 100)])
-        self.inputs, self.targets = rows[:, :-1], rows[:, 1:]
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        for step in range(21):
-            optimizer.zero_grad()
-            self.loss().backward()
-            if step < 20:
-                optimizer.step()
-        self.direction = Direction.from_optimizer(optimizer)
-
-    def loss(self) -> Tensor:
-        """Return the mean cross-entropy of the batch."""
-        return token_loss(self.model(self.inputs), self.targets)
-
-    def ours(self) -> tuple[float, float]:
-        """Return λ_max and λ_dir of the next update."""
-        along = directional_sharpness(self.model, self.loss, self.direction, method="hvp")
-        return hessian_sharpness(self.model, self.loss, tol=TOL).value, along
-
-    def along(self, product: Callable[[Tensor], Tensor]) -> float:
-        """Return λ_dir of the next update by a function v ↦ Hv of flat vectors."""
-        delta = torch.cat([tensor.flatten() for tensor in self.direction.tensors])
-        return float(delta @ product(delta)) / self.direction.slope
+TOL = 1e-2
+# Measured steps before those that count.
+_WARM_UP = 2
+# A search that is off by more, in log units, has found something else, and nothing is recorded.
+_SAME = 0.05
 
 
-def eigenthings(trained: Trained) -> tuple[float, float]:
-    """Return λ_max by hessian-eigenthings' Lanczos, and λ_dir by its product."""
-    from hessian_eigenthings import HessianOperator, lanczos
+@dataclass(frozen=True)
+class Taken:
+    """One measurement of one method.
 
-    operator = HessianOperator(trained.model, [None], lambda model, batch: trained.loss())
-    with sdpa_kernel(SDPBackend.MATH):
-        found = lanczos(operator, k=1, max_iter=40, which="LA", tol=TOL, seed=0)
-        return found.eigenvalues.item(), trained.along(operator.matvec)
-
-
-def curvlinops(trained: Trained) -> tuple[float, float]:
-    """Return λ_max by scipy on curvlinops' operator, and λ_dir by its product."""
-    from curvlinops import HessianLinearOperator
-    from scipy.sparse.linalg import eigsh
-
-    parameters = list(trained.model.parameters())
-    for parent in list(trained.model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.LayerNorm):
-                setattr(parent, name, _WrittenOut(child))
-    # Its losses take one row for each target.
-    flat = nn.Sequential(trained.model, nn.Flatten(0, 1))
-    with sdpa_kernel(SDPBackend.MATH):
-        operator = HessianLinearOperator(
-            flat, nn.CrossEntropyLoss(), parameters, [(trained.inputs, trained.targets.flatten())]
-        )
-        (top,), _ = eigsh(operator.to_scipy(), k=1, which="LA", tol=TOL)
-        return float(top), trained.along(lambda vector: operator @ vector)
-
-
-class _WrittenOut(nn.Module):
-    """A LayerNorm in elementary operations: `torch.func.jvp` over `jacrev` is wrong for the fused one's weight.
-
-    Found with torch 2.13 and curvlinops 3.0.1, which differentiates by it: its product was off by 4 %.
+    Attributes:
+        found: by it.
+        seconds: that it took.
     """
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+    found: Found
+    seconds: Seconds
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension."""
-        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+    @classmethod
+    def by(cls, measure: Callable[[], Found]) -> "Taken":
+        """Measure, and take the time."""
+        start = Seconds.now()
+        found = measure()
+        return cls(found, Seconds.now().since(start))
+
+
+def compare(size: str, tokens: int, trained: int, steps: int, tops_timed: int) -> list[dict[str, Any]]:
+    """Train a model, and measure its steps by every method.
+
+    Args:
+        size: of the model, of `gpts.SIZES`.
+        tokens: of a step.
+        trained: steps before, the learning rate rising in half of them.
+        steps: that count.
+        tops_timed: how often each largest eigenvalue is computed; 0 for none.
+
+    Returns:
+        One row per method.
+
+    Raises:
+        RuntimeError: a search is off, or a method has changed the weights.
+    """
+    training = Training(size, max(1, trained // 2))
+    methods = cheap(training)
+    early = _train(training, trained, tokens)
+    first: dict[str, float] = {}
+    taken: dict[str, list[Taken]] = defaultdict(list)
+    truths: list[float | None] = []
+    plain: list[Seconds] = []
+    for step in range(_WARM_UP + steps):
+        loss_fn = training.begin(tokens)
+        turn = step % len(methods)
+        before = [parameter.detach().clone() for parameter in training.model.parameters()]
+        now: list[Seconds] = []
+        for method in methods[turn:] + methods[:turn]:
+            now.append(Seconds.of(loss_fn.plain))
+            taken[method.name].append(Taken.by(partial(method.measure, loss_fn)))
+        if not all(map(torch.equal, before, training.model.parameters())):
+            raise RuntimeError("a method has changed the weights, nothing is recorded")
+        if step == 0:
+            first = {name: of_one[0].seconds.wall / _median(now) for name, of_one in taken.items()}
+        if step >= _WARM_UP:
+            plain += now
+            truths.append(true_sharpness(training, loss_fn, taken[methods[1].name][-1].found))
+        if step < _WARM_UP + steps - 1:
+            training.step()
+    counted = {name: of_one[_WARM_UP:] for name, of_one in taken.items()}
+    about = {
+        "model": size,
+        "parameters": training.parameters,
+        "tokens": tokens,
+        "step": trained + _WARM_UP,
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in training.model.parameters()),
+        "plain_forward_ms": 1e3 * _median(plain),
+        "plain_peak_bytes": peak_bytes(loss_fn.plain),
+    }
+    rows = []
+    for method in methods:
+        errors = _errors(method, counted[method.name], truths)
+        rows.append(
+            {
+                **about,
+                **_summary(method.name, method.quantity, counted[method.name], plain),
+                "first_in_plain_forwards": first[method.name],
+                "first_forwards": taken[method.name][0].found.forwards,
+                "errors": errors,
+                "early": early if method.name == methods[1].name else None,
+                "peak_bytes": peak_bytes(partial(method.measure, loss_fn)),
+            }
+        )
+    # What the methods before have left behind is not theirs to be slowed by.
+    gc.collect()
+    return rows + [{**about, **row} for row in (_top_rows(training, loss_fn, tops_timed) if tops_timed else [])]
+
+
+def _train(training: Training, steps: int, tokens: int) -> list[dict[str, float]]:
+    """Train up to the steps that are compared, and return what a search takes on every tenth of these."""
+    search, found = Search(training), []
+    for step in range(steps):
+        loss_fn = training.begin(tokens)
+        if step % 10 == 0:
+            found.append({"step": step, "lr": training.lr, "forwards": search(loss_fn).forwards})
+        training.step()
+    return found
+
+
+def true_sharpness(training: Training, loss_fn: Counted, near: Found) -> float | None:
+    """Return λ_c in float64, by a scan upward from a tenth of an η_c and bisection; None if there is none.
+
+    Args:
+        training: at the step.
+        loss_fn: of its batch.
+        near: what a search has found, from which the scan keeps away.
+    """
+    if near.value is None:
+        return None
+    direction = sharpkern.Direction.from_optimizer(training.optimizer)
+    by_parameter = dict(zip(direction.parameters, direction.tensors, strict=True))
+    weights = {name: parameter.detach() for name, parameter in training.model.named_parameters()}
+    moved = {name: by_parameter[parameter] for name, parameter in training.model.named_parameters()}
+    point = Point(0, training.lr, direction.slope, training.model, loss_fn.loss_of, loss_fn.batch, weights, moved)
+    crossing = point.first_crossing(start=0.2 / near.value, per_decade=10)
+    return None if crossing is None else 2 / crossing
+
+
+def _errors(method: Method, taken: Sequence[Taken], truths: Sequence[float | None]) -> list[float] | None:
+    """Return the relative errors of η_c at the steps where there is one.
+
+    Raises:
+        RuntimeError: it is another crossing's, or there are none.
+    """
+    if method.quantity != "λ_c":
+        return None
+    pairs = [(one.found.value, truth) for one, truth in zip(taken, truths, strict=True)]
+    errors = [abs(truth / value - 1) for value, truth in pairs if value is not None and truth is not None]
+    if not errors or median(errors) > _SAME:
+        raise RuntimeError(f"{method.name} is off, nothing is recorded: it found {pairs}")
+    return errors
+
+
+def _top_rows(training: Training, loss_fn: Counted, times: int) -> list[dict[str, Any]]:
+    """Return a row for each way to the largest eigenvalue."""
+    rows = []
+    for name, prepare in tops(training, loss_fn, TOL):
+        taken, plain, peak, status = [], [], None, "measured"
+        try:
+            measure = prepare()
+        except ImportError:
+            rows.append({"method": name, "quantity": "λ_max", "status": "not installed"})
+            continue
+        # Whatever another package raises with this torch is told in the row.
+        try:
+            for _ in range(times):
+                plain += [Seconds.of(loss_fn.plain) for _ in range(3)]
+                taken.append(Taken.by(measure))
+                plain += [Seconds.of(loss_fn.plain) for _ in range(3)]
+            peak = peak_bytes(measure)
+        except Exception as error:
+            status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        summary = _summary(name, "λ_max", taken, plain) if taken else {"method": name, "quantity": "λ_max"}
+        rows.append({**summary, "status": status, "peak_bytes": peak})
+        del measure
+        gc.collect()
+    return rows
+
+
+def _summary(name: str, quantity: str, taken: Sequence[Taken], plain: Sequence[Seconds]) -> dict[str, Any]:
+    """Return what a method's measurements took; the value is the last step's."""
+    unit, cpu_unit = _median(plain), median(one.cpu for one in plain)
+    return {
+        "method": name,
+        "quantity": quantity,
+        "status": "measured",
+        "measurements": len(taken),
+        "in_plain_forwards": median(one.seconds.wall for one in taken) / unit,
+        "in_plain_forwards_each": [one.seconds.wall / unit for one in taken],
+        "in_plain_forwards_cpu": median(one.seconds.cpu for one in taken) / cpu_unit,
+        "forwards": median(one.found.forwards for one in taken),
+        "forwards_mean": mean(one.found.forwards for one in taken),
+        "products": taken[-1].found.products,
+        "converged": taken[-1].found.converged,
+        "value": taken[-1].found.value,
+    }
+
+
+def _median(seconds: Sequence[Seconds]) -> float:
+    return median(one.wall for one in seconds)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the rows as a table for people."""
+    columns = (
+        "model",
+        "method",
+        "",
+        "plain forwards",
+        "of CPU time",
+        "from",
+        "to",
+        "forwards",
+        "mean",
+        "products",
+        "error % median",
+        "max",
+        "peak / plain",
+        "peak / θ",
+        "value",
+        "first",
+    )
+    shown = Table(*columns, title="One measurement in training, in plain forward passes of the same run; one thread")
+    for row in rows:
+        who = [f"{row['model']}, {row['tokens']} tokens", row["method"], row["quantity"]]
+        if "measurements" not in row:
+            shown.add_row(*who, row["status"])
+            continue
+        errors = row.get("errors")
+        each = row["in_plain_forwards_each"]
+        peak = row["peak_bytes"]
+        shown.add_row(
+            *who,
+            *(f"{x:.2f}" for x in (row["in_plain_forwards"], row["in_plain_forwards_cpu"], min(each), max(each))),
+            f"{row['forwards']:g}",
+            f"{row['forwards_mean']:.1f}",
+            str(row["products"] or ""),
+            *((f"{100 * median(errors):.3f}", f"{100 * max(errors):.3f}") if errors else ("", "")),
+            *((f"{peak / row['plain_peak_bytes']:.2f}", f"{peak / row['parameter_bytes']:.2f}") if peak else ("", "")),
+            "" if row["value"] is None else f"{row['value']:.5g}",
+            f"{row['first_in_plain_forwards']:.1f}" if "first_in_plain_forwards" in row else "",
+        )
+        if row["status"] != "measured":
+            shown.add_row("", row["status"])
+    return shown
 
 
 def main() -> None:
-    """Print what each package gives."""
-    print(f"{'':22}{'λ_max':>16}{'λ_dir':>16}")
-    rows = {"sharpkern": Trained.ours, "hessian-eigenthings": eigenthings, "curvlinops and scipy": curvlinops}
-    for name, measured in rows.items():
-        top, along = measured(Trained())
-        print(f"{name:22}{top:16.9f}{along:16.9f}")
+    """Run the benchmark and print it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models, to try the script")
+    parser.add_argument("--only", choices=("peers", "growth"), help="one of the two parts; nothing is recorded")
+    parser.add_argument("--json", type=Path, help="append the record to this file")
+    arguments = parser.parse_args()
+    if arguments.only and arguments.json:
+        parser.error("a record holds both parts: leave --only out")
+    torch.set_num_threads(1)
+    console = Console(width=190)
+    sitting = Sitting(arguments.quick)
+    rows: list[dict[str, Any]] = []
+    grown: list[dict[str, Any]] = []
+    if arguments.only != "growth":
+        for comparison in comparisons(arguments.quick):
+            rows += compare(**comparison)
+        console.print(table(rows))
+    if arguments.only != "peers":
+        grown = growth.rows(arguments.quick)
+        console.print(growth.table(grown))
+    record = sitting.record(peers=rows, growth=grown)
+    before, after = record["environment"]["load_average"]
+    print(f"{record['environment']['seconds']:.0f} s; load average {before:.1f} before, {after:.1f} after")
+    if arguments.json:
+        append(arguments.json, record)
+
+
+def comparisons(quick: bool) -> list[dict[str, Any]]:
+    """Return the arguments of `compare` for each model.
+
+    Args:
+        quick: one tiny model.
+    """
+    if quick:
+        return [{"size": "tiny", "tokens": 32, "trained": 20, "steps": 2, "tops_timed": 1}]
+    return [
+        {"size": "4M", "tokens": 1024, "trained": 100, "steps": 11, "tops_timed": 1},
+        {"size": "14M", "tokens": 1024, "trained": 60, "steps": 7, "tops_timed": 0},
+    ]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
