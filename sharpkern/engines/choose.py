@@ -11,7 +11,7 @@ from sharpkern.engines.batched import BatchedEngine
 from sharpkern.engines.checks import Checks
 from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.compiled import Eagerly, FromGraphs
-from sharpkern.engines.inplace import InPlaceEngine
+from sharpkern.engines.inplace import Backup, InPlaceEngine
 from sharpkern.engines.layers import Kept
 from sharpkern.engines.mode import VirtualParameters
 from sharpkern.engines.ranks import as_one
@@ -117,7 +117,13 @@ def fall_back(run: Callable[[str], Result], name: str, asked: str, checks: Check
 
 @contextmanager
 def open_engine(
-    name: str, pairs: Sequence[Pair], closure: Closure, *, compiled: bool, kept: Kept | None = None
+    name: str,
+    pairs: Sequence[Pair],
+    closure: Closure,
+    *,
+    compiled: bool,
+    kept: Kept | None = None,
+    backup: Backup = "auto",
 ) -> Iterator[Engine]:
     """Make an engine, and close it whatever happens.
 
@@ -127,6 +133,7 @@ def open_engine(
         closure: evaluates the user's loss.
         compiled: the model or closure is compiled, so that no mode may look on.
         kept: formed weights that engines of other closures on the same pairs share.
+        backup: where the in-place engine's copy is; see there.
 
     Yields:
         Engine: until the block ends.
@@ -140,7 +147,7 @@ def open_engine(
         # Without pairs the mode only takes losses to float32 and notes the products' precision.
         watching = VirtualParameters((), closure.precision, closure.guard.parameters)
         with as_one(closure.ranks):
-            engine = InPlaceEngine(pairs, closure, FromGraphs() if compiled else Eagerly(watching))
+            engine = InPlaceEngine(pairs, closure, FromGraphs() if compiled else Eagerly(watching), backup)
     try:
         yield engine
     finally:

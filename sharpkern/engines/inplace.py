@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from torch import Tensor
 from sharpkern import ops
 from sharpkern.engines.closure import Closure
 from sharpkern.engines.table import Pair, Step
+from sharpkern.errors import EngineFallbackWarning, warn
 from sharpkern.moves import Stored
+
+Backup = Literal["auto", "device", "host"]
 
 
 class InPlaceEngine:
@@ -24,20 +28,29 @@ class InPlaceEngine:
         pairs: the parameters that move.
         closure: evaluates the user's loss.
         around: entered around every evaluation.
+        backup: where the copy is: "device", "host", or "auto" for the host where the device has no room for it. From
+            the host it comes back for every step size, which takes longer.
 
-    Memory: one copy of the parameters that move, on their devices; none for those with a full-precision master, whose
-    rounding they are.
+    Memory: one copy of the parameters that move, on their devices or on the host; none for those with a full-precision
+    master, whose rounding they are.
     """
 
     name = "inplace"
 
-    def __init__(self, pairs: Sequence[Pair], closure: Closure, around: AbstractContextManager[object]) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        closure: Closure,
+        around: AbstractContextManager[object],
+        backup: Backup = "auto",
+    ) -> None:
         self._pairs = pairs
         self._closure = closure
         self._around = around
-        self._moves = [
-            pair.move.at(pair.weight.detach().clone()) if pair.move.base is pair.weight else pair.move for pair in pairs
-        ]
+        copies = None if backup == "host" else _on_device(pairs, may_fail=backup == "auto")
+        self._on_host = copies is None
+        # None where a full-precision master stands in.
+        self._copies = [_on_host(pair) for pair in pairs] if copies is None else copies
         self._alpha = 0.0
 
     @property
@@ -63,9 +76,16 @@ class InPlaceEngine:
         self._alpha = math.nan
         step = Step(alpha)
         stored: dict[Tensor, list[tuple[Tensor, Stored]]] = {}
-        for pair, move in zip(self._pairs, self._moves, strict=True):
+        for pair, copy in zip(self._pairs, self._copies, strict=True):
             # detach() shares the version counter, so autograd notices the write.
-            weight = pair.weight.detach()
+            weight, move = pair.weight.detach(), pair.move
+            if copy is not None and self._on_host:
+                # θ comes back first, and moves where it is.
+                weight.copy_(copy, non_blocking=True)
+                if step:
+                    move.form(step.of(move), dtype=weight.dtype, out=weight.unsqueeze(0))
+                continue
+            move = move if copy is None else move.at(copy)
             if not step:
                 weight.copy_(move.base)
             elif isinstance(move, Stored):
@@ -82,3 +102,26 @@ class InPlaceEngine:
         # An enclosing autocast may hold casts of the former weights.
         torch.clear_autocast_cache()
         self._alpha = alpha
+
+
+def _on_device(pairs: Sequence[Pair], *, may_fail: bool) -> list[Tensor | None] | None:
+    """Copies of the weights that have no master, beside them; None where there is no room and that may be."""
+    try:
+        return [pair.weight.detach().clone() if pair.move.base is pair.weight else None for pair in pairs]
+    except torch.OutOfMemoryError:
+        if not may_fail:
+            raise
+    warn(
+        "the copy of θ that is measured in place from is on the host, since the device has no room for it: every step "
+        "size takes longer; plan for less with sharpkern.memory_plan",
+        EngineFallbackWarning,
+    )
+    return None
+
+
+def _on_host(pair: Pair) -> Tensor | None:
+    """A copy of a weight that has no master, where a GPU reads it the quickest."""
+    if pair.move.base is not pair.weight:
+        return None
+    weight = pair.weight.detach()
+    return torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda).copy_(weight)
