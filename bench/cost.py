@@ -1,7 +1,6 @@
 """Time and memory of searches in a training loop, by each engine, in plain forward passes and bytes of tensors."""
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from typing import Any
 
 import torch
 from runs import GPT, Batch, Loss, digits, mlp, text, token_loss
-from torch import Tensor, nn
+from timing import Counted, Seconds
+from torch import nn
 from torch.nn import functional as F
 
 import sharpkern
 from sharpkern.cli.bench.side_by_side import engines
 from sharpkern.engines.batched import NUM_PARALLEL
-from tests.memory import peak_bytes
+from sharpkern.memory.counter import peak_bytes
 
 ENGINES = ("virtual", "batched", "inplace")
 # Steps of training before the first search, and searches before those that count, which make the checks.
@@ -90,18 +90,6 @@ def _gpt(num_tokens: int, steps: int, **sizes: int) -> Workload:
     return Workload("GPT", make, batch, token_loss, num_tokens, steps)
 
 
-class _Counted:
-    """The loss of one batch, and how often it was asked for."""
-
-    def __init__(self, model: nn.Module, loss_of: Loss, batch: Batch) -> None:
-        self._model, self._loss_of, self._batch = model, loss_of, batch
-        self.calls = 0
-
-    def __call__(self) -> Tensor:
-        self.calls += 1
-        return self._loss_of(self._model(self._batch[0]), self._batch[1])
-
-
 def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     """Train a model with a monitor per engine, warm-started each from its own last search, in turns.
 
@@ -123,15 +111,15 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     building: list[float] = []
     searches: dict[str, list[_Search]] = defaultdict(list)
     for step in range(_TRAINED + _WARM_UP + workload.steps):
-        loss_fn = _Counted(model, workload.loss_of, workload.batch(step))
+        loss_fn = Counted(model, workload.loss_of, workload.batch(step))
         optimizer.zero_grad()
         loss_fn().backward()
         if step >= _TRAINED:
             first = step % len(ENGINES)
             for engine in ENGINES[first:] + ENGINES[:first]:
-                plain.append(_seconds(partial(_forward, loss_fn)))
+                plain.append(Seconds.of(loss_fn.plain).wall)
                 searches[engine].append(_Search.by(monitors[engine], loss_fn))
-            building.append(_seconds(lambda: sharpkern.Direction.from_optimizer(optimizer)))
+            building.append(Seconds.of(lambda: sharpkern.Direction.from_optimizer(optimizer)).wall)
         if step < _TRAINED + _WARM_UP + workload.steps - 1:
             optimizer.step()
     counted = _converged({engine: searches[engine][_WARM_UP:] for engine in ENGINES})
@@ -145,7 +133,7 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
         with engines([engine], model, loss_fn, direction) as (opened,):
             return opened.losses(step_sizes)
 
-    forward_peak = peak_bytes(lambda: _forward(loss_fn))
+    forward_peak = peak_bytes(loss_fn.plain)
     parameters = [p.numel() * p.element_size() for p in model.parameters()]
     rows = []
     for engine, of_one in counted.items():
@@ -183,7 +171,7 @@ class _Search:
     seconds: float
 
     @classmethod
-    def by(cls, monitor: sharpkern.Monitor, loss_fn: _Counted) -> "_Search":
+    def by(cls, monitor: sharpkern.Monitor, loss_fn: Counted) -> "_Search":
         calls = loss_fn.calls
         found = monitor(loss_fn)
         assert found is not None
@@ -206,26 +194,15 @@ def _converged(searches: dict[str, list[_Search]]) -> dict[str, list[_Search]]:
 
 
 def _per_step_size(
-    model: nn.Module, loss_fn: _Counted, direction: sharpkern.Direction, step_sizes: list[float], repeats: int
+    model: nn.Module, loss_fn: Counted, direction: sharpkern.Direction, step_sizes: list[float], repeats: int
 ) -> dict[str, float]:
     """Return what each engine takes for one of several step sizes, in plain forwards."""
     found = {}
     # What one engine writes the others must not read.
     for names in (("virtual", "batched"), ("inplace",)):
         with engines(names, model, loss_fn, direction) as opened:
-            calls = [partial(_forward, loss_fn), *(partial(engine.losses, step_sizes) for engine in opened)]
-            turns = [[_seconds(call) for call in calls] for _ in range(max(5, repeats) + 1)]
+            calls = [loss_fn.plain, *(partial(engine.losses, step_sizes) for engine in opened)]
+            turns = [[Seconds.of(call).wall for call in calls] for _ in range(max(5, repeats) + 1)]
         plain, *taken = (median(column) for column in zip(*turns[1:], strict=True))
         found |= {name: seconds / (len(step_sizes) * plain) for name, seconds in zip(names, taken, strict=True)}
     return found
-
-
-def _forward(loss_fn: _Counted) -> float:
-    with torch.no_grad():
-        return float(loss_fn())
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started

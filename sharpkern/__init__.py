@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from sharpkern.hessian import HessianResult as HessianResult
     from sharpkern.hessian import hessian_sharpness as hessian_sharpness
     from sharpkern.measurement import Measurement as Measurement
+    from sharpkern.memory.plan import MemoryPlan as MemoryPlan
+    from sharpkern.memory.planning import memory_plan as memory_plan
     from sharpkern.mixture import mixture_sweep as mixture_sweep
     from sharpkern.monitor import Monitor as Monitor
     from sharpkern.monitor import Record as Record
@@ -63,6 +65,8 @@ _HOME = {
     "HessianResult": "hessian",
     "hessian_sharpness": "hessian",
     "Measurement": "measurement",
+    "MemoryPlan": "memory.plan",
+    "memory_plan": "memory.planning",
     "mixture_sweep": "mixture",
     "Monitor": "monitor",
     "Record": "monitor",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sharpkern import ops
+from sharpkern.fakes import kind_of
 from sharpkern.moves import Move
 from sharpkern.products import accumulator_dtype, factor, widens
 from sharpkern.products import product as multiply
@@ -41,7 +42,7 @@ def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
     # A product of 16-bit factors is rounded to 16 bits on some devices, and its sum with another one once more; and in
     # float16 a direction may be too small to be seen.
     exact = dtype.itemsize >= 4 or (dtype == torch.bfloat16 and widens(device))
-    return "products" if exact and num_tokens < FEW_TOKENS.get(device.type, 0) else "formed"
+    return "products" if exact and num_tokens < FEW_TOKENS.get(kind_of(device), 0) else "formed"
 
 
 def moving_linear(
@@ -117,10 +118,15 @@ def _empty_rows(rows: Tensor, matrix: Tensor) -> Tensor:
 def _block(x: Tensor, num_rows: int, width: int, num_steps: int) -> tuple[int, int]:
     """Return how many step sizes, and rows of each, are formed at a time."""
     num_bytes = max(1, width * x.element_size())
-    if x.device.type != "cpu":
+    if kind_of(x.device) != "cpu":
         return num_steps, min(num_rows, max(1, SCRATCH_BYTES // (num_steps * num_bytes)))
     height = min(num_rows, max(1, CACHE_BYTES // num_bytes))
     return min(num_steps, max(1, CACHE_BYTES // (height * num_bytes))), height
+
+
+def scratch(x: Tensor, num_elements: int) -> Tensor:
+    """Memory for formed weights, of the dtype and on the device of ``x``."""
+    return x.new_empty(num_elements)
 
 
 def _formed(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, bias: Tensor | None) -> Tensor:
@@ -128,7 +134,7 @@ def _formed(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, bias: Tensor |
     at_once, height = _block(x, num_rows, width, num_steps)
     x = x.expand(num_steps, -1, -1)
     y = x.new_empty(num_steps, num_tokens, num_rows)
-    memory = x.new_empty(at_once * height * width)
+    memory = scratch(x, at_once * height * width)
     for first, step in product(range(0, num_rows, height), range(0, num_steps, at_once)):
         rows, steps = slice(first, min(first + height, num_rows)), slice(step, min(step + at_once, num_steps))
         part = move.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]

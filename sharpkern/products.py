@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sharpkern.fakes import kind_of
+
 # Products of 16-bit matrices with an fp32 result: torch 2.8 and later, with CUDA.
 _IN_TORCH = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
 
@@ -22,7 +24,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def widens(device: torch.device) -> bool:
     """Whether a product of 16-bit factors can be had in fp32 without widening them first."""
-    return device.type == "cuda" and _IN_TORCH
+    return kind_of(device) == "cuda" and _IN_TORCH
 
 
 def factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sharpkern.direction import Direction
-from tests.memory import bytes_of, peak_bytes
+from sharpkern.memory.counter import bytes_of, peak_bytes
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 STEPS = 50

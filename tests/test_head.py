@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from sharpkern import head
 from sharpkern.engines import calls
 from sharpkern.head import cross_entropy_of_rows, linear_cross_entropy
+from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests import tails
-from tests.memory import bytes_of, peak_bytes
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, engine_on, random_direction
 from tests.tails import STEP_SIZES, Taken
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sharpkern"
 # From the outermost room inwards: a module imports its own room and rooms further in, never outwards.
 ROOMS = {
     "command line and frameworks": ["cli", "integrations"],
-    "loop": ["monitor", "mixture", "sweep", "mixture_plot", "plot"],
+    "loop": ["monitor", "mixture", "sweep", "mixture_plot", "plot", "memory"],
     "quantities": [
         "critical",
         "accumulate",
@@ -36,6 +36,7 @@ ROOMS = {
         "products",
         "moves",
         "shards",
+        "fakes",
         "sums",
         "ops",
         "_schemas",

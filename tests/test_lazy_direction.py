@@ -12,8 +12,8 @@ import sharpkern
 from sharpkern import Direction, ops, reference
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
+from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.cases import TORCH_CASES, Case
-from tests.memory import bytes_of, peak_bytes
 from tests.models import GPT
 from tests.oracle import engine_losses
 from tests.test_direction_optimizers import EXACT, WITHIN_ULPS, backward, make_model

@@ -33,7 +33,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import sharpkern
 from sharpkern.integrations.around_step import AroundStep
 from sharpkern.integrations.lightning import _REFUSED, SharpnessCallback
-from tests.memory import bytes_of, peak_bytes
+from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.processes import on_ranks
 
 NUM_RANKS = 2

@@ -8,7 +8,7 @@ from torch import nn
 import sharpkern
 from sharpkern import linear
 from sharpkern.engines.batched import NUM_PARALLEL
-from tests.memory import bytes_of, peak_bytes
+from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.models import GPT
 from tests.oracle import random_direction
 

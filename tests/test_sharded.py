@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import sharpkern
 from sharpkern.engines.lockstep import Lockstep
-from tests.memory import bytes_of, peak_bytes
+from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.models import GPT, MLP, Block
 from tests.processes import on_ranks
 

@@ -13,9 +13,9 @@ from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.engines.deferred import Head
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.tail import Tail
+from sharpkern.memory.counter import peak_bytes
 from tests import tails
 from tests.cases import TORCH_CASES, TRANSFORMERS_CASES, tokens
-from tests.memory import peak_bytes
 from tests.models import GPT
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction
 from tests.tails import NEVER, PASSES, STEP_SIZES, Loss, Taken, closure_of, exact_losses, losses_of, undeferred_losses

@@ -17,8 +17,8 @@ from sharpkern.engines import calls, guards
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
 from sharpkern.engines.virtual import VirtualEngine
+from sharpkern.memory.counter import peak_bytes
 from tests.cases import TORCH_CASES
-from tests.memory import peak_bytes
 from tests.models import MLP
 from tests.oracle import deep_copy_losses, engine_losses, random_direction
 

@@ -1,11 +1,11 @@
-"""The command line: ``sharpkern demo``, ``measure``, ``mix``, ``bench`` and ``env``."""
+"""The command line: ``sharpkern demo``, ``measure``, ``mix``, ``memory``, ``bench`` and ``env``."""
 
 from typing import Annotated
 
 import typer
 
 import sharpkern
-from sharpkern.cli import bench, demo, env, measure, mix
+from sharpkern.cli import bench, demo, env, measure, memory, mix
 
 app = typer.Typer(
     name="sharpkern",
@@ -37,5 +37,6 @@ def _main(
 app.command("demo", help=demo.HELP)(demo.command)
 app.command("measure", help=measure.HELP)(measure.command)
 app.command("mix", help=mix.HELP)(mix.command)
+app.command("memory", help=memory.HELP)(memory.command)
 app.command("bench", help=bench.HELP)(bench.command)
 app.command("env", help=env.HELP)(env.command)

@@ -10,6 +10,7 @@ from sharpkern import linear
 from sharpkern.engines.steps import on_steps
 from sharpkern.engines.table import Pair, Scratch, Step, stream_of
 from sharpkern.errors import EngineUnsupportedError
+from sharpkern.fakes import kind_of
 from sharpkern.head import cross_entropy_of_rows
 
 # Where several step sizes are formed in the cache block by block, quicker than they would be read from memory again.
@@ -73,7 +74,7 @@ def linear_on_steps(
     """
 
     def of_all(x: Tensor, alpha: Tensor) -> Tensor:
-        keeps = way == "formed" and x.device.type not in _IN_CACHE
+        keeps = way == "formed" and kind_of(x.device) not in _IN_CACHE
         weights = kept.weights(pair, alpha, dtype) if keeps else None
         vectors = None if bias is None else bias.move.form(alpha, dtype=dtype)
         if weights is None:

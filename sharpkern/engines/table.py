@@ -11,9 +11,13 @@ from sharpkern.shards import local
 
 
 def storage_pointer(tensor: Tensor) -> int | None:
-    """Address of a tensor's memory, or None where it has none of its own: sparse tensors, wrappers of torch.func."""
+    """Address of a tensor's memory, or None where it has none of its own: sparse tensors, wrappers of torch.func.
+
+    Fake tensors lie nowhere, and are told apart by what would hold their memory.
+    """
     try:
-        return tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        return storage._cdata if storage.device.type == "meta" else storage.data_ptr()
     except (NotImplementedError, RuntimeError):
         return None
 

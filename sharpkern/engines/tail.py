@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sharpkern._library import Backend
@@ -22,6 +22,7 @@ from sharpkern.engines.deferred import Deferred, Head, tensors_in, version_of
 from sharpkern.engines.layers import HeadLoss
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.table import storage_pointer
+from sharpkern.fakes import is_plain
 from sharpkern.head import check_operands
 from sharpkern.products import product_dtype
 
@@ -107,7 +108,8 @@ class Tail:
         """Whether a product of plain tensors that autograd does not look at is asked for."""
         return (
             not torch.is_grad_enabled()
-            and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (hidden, weight))
+            and is_plain(hidden)
+            and is_plain(weight)
             # Wrappers of torch.func have no memory, and tensors of inference mode no version.
             and storage_pointer(weight) is not None
             and (self._num_steps > 1 or storage_pointer(hidden) is not None)
@@ -264,7 +266,7 @@ def _autocast_now(device: str) -> Callable[[], AbstractContextManager[object]]:
 def _are_labels(target: Any, logits: Tensor, device: torch.device) -> bool:
     """Whether a target has one label for each row of logits [N, V]."""
     return (
-        type(target) is Tensor
+        is_plain(target)
         and target.dtype == torch.int64
         and logits.dim() == 2
         and target.shape == logits.shape[:1]

@@ -85,19 +85,26 @@ def _by_formula(
 ) -> list[Update]:
     """Return the closed-form update of every parameter that has a gradient and a positive learning rate."""
     slots = [slot for slot in slots if slot.held.grad is not None and slot.lr > 0]
-    # .get: the state is a defaultdict, and indexing it would create an entry before the first step.
-    states = [optimizer.state.get(slot.held, {}) for slot in slots]
-    counts = read([torch.as_tensor(state.get("step", 0.0)) for state in states])
-    steps = [
-        formula(slot, state, count, slot.lr / reference_lr)
-        for slot, state, count in zip(slots, states, counts, strict=True)
-    ]
+    steps = steps_by_formula(formula, optimizer, slots, reference_lr)
     # On a GPU working Δθ out anew takes little time beside a forward pass, and memory is short.
     sources = [
         step.update() if resident or (resident is None and not ops.has_kernels(step.base.device)) else step
         for step in steps
     ]
     return _with_sums(slots, sources)
+
+
+def steps_by_formula(
+    formula: Formula, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float
+) -> list[OptimizerStep]:
+    """Return the step of every slot as a formula of the optimizer's state; nothing of a slot's own size is read."""
+    # .get: the state is a defaultdict, and indexing it would create an entry before the first step.
+    states = [optimizer.state.get(slot.held, {}) for slot in slots]
+    counts = read([torch.as_tensor(state.get("step", 0.0)) for state in states])
+    return [
+        formula(slot, state, count, slot.lr / reference_lr)
+        for slot, state, count in zip(slots, states, counts, strict=True)
+    ]
 
 
 def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> list[Update]:

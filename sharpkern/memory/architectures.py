@@ -1,0 +1,78 @@
+"""Causal language models by name, as their published configurations describe them, and from files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sharpkern._extras import missing
+
+# Configuration class of transformers, and what differs from its defaults. Sources: the config.json that is published
+# with each model.
+_OLMO2 = {"vocab_size": 100352, "max_position_embeddings": 4096, "rope_theta": 500000.0}
+_LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
+_QWEN3 = {"vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000.0, "head_dim": 128}
+
+
+def _shape(width: int, hidden: int, layers: int, heads: int, key_value_heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+    }
+
+
+ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "olmo2-1b": ("Olmo2Config", _OLMO2 | _shape(2048, 8192, 16, 16, 16)),
+    "olmo2-7b": ("Olmo2Config", _OLMO2 | _shape(4096, 11008, 32, 32, 32)),
+    "olmo2-13b": ("Olmo2Config", _OLMO2 | _shape(5120, 13824, 40, 40, 40)),
+    "olmo2-32b": ("Olmo2Config", _OLMO2 | _shape(5120, 27648, 64, 40, 8)),
+    "llama3-8b": ("LlamaConfig", _LLAMA3 | _shape(4096, 14336, 32, 32, 8)),
+    "llama3-70b": ("LlamaConfig", _LLAMA3 | _shape(8192, 28672, 80, 64, 8)),
+    "qwen3-0.6b": ("Qwen3Config", _QWEN3 | _shape(1024, 3072, 28, 16, 8) | {"tie_word_embeddings": True}),
+    "qwen3-1.7b": ("Qwen3Config", _QWEN3 | _shape(2048, 6144, 28, 16, 8) | {"tie_word_embeddings": True}),
+    "qwen3-4b": ("Qwen3Config", _QWEN3 | _shape(2560, 9728, 36, 32, 8) | {"tie_word_embeddings": True}),
+    "qwen3-8b": ("Qwen3Config", _QWEN3 | _shape(4096, 12288, 36, 32, 8)),
+    "qwen3-14b": ("Qwen3Config", _QWEN3 | _shape(5120, 17408, 40, 40, 8)),
+    "qwen3-32b": ("Qwen3Config", _QWEN3 | _shape(5120, 25600, 64, 64, 8)),
+}
+
+
+def configuration(name: str) -> Any:
+    """Return the configuration of a language model.
+
+    Args:
+        name: of an architecture, a configuration file, or a folder that holds one.
+
+    Returns:
+        A configuration of transformers.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: there is no such architecture or file.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise missing("transformers", "transformers", "a model by name") from None
+    if name.lower() in ARCHITECTURES:
+        kind, options = ARCHITECTURES[name.lower()]
+        return getattr(transformers, kind)(**options)
+    if not Path(name).exists():
+        raise ValueError(
+            f"model must be one of {', '.join(ARCHITECTURES)}, or a configuration file of transformers or its folder, "
+            f"got {name!r}; pass the path of a config.json for any other model"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model must be a configuration of transformers, got {name!r}: {str(error).strip().splitlines()[0]}"
+        ) from None
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"model must be a causal language model, got a {type(config).__name__} in {name!r}; build any other model "
+            "on the meta device and pass it with its loss_fn"
+        )
+    return config

@@ -1,0 +1,198 @@
+"""The ways to get losses at θ − ηΔθ, run for what they take: the engines' own code, and what is done without them."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpkern.engines.choose import open_engine
+from sharpkern.engines.closure import evaluations
+from sharpkern.engines.inplace import Backup
+from sharpkern.engines.table import make_pairs
+from sharpkern.memory.counter import PeakBytes
+from sharpkern.memory.scene import ACTIVATIONS, Scene
+from sharpkern.moves import Move, Stored
+from sharpkern.shards import local
+from sharpkern.updates.closed_form import CLOSED_FORMS
+from sharpkern.updates.optimizer import steps_by_formula
+from sharpkern.updates.shadow_step import shadow_step
+from sharpkern.updates.slots import read_slots
+
+COPIES, DIRECTION, ON_HOST = "copies", "direction", "on the host"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way.
+
+    Attributes:
+        name: for people.
+        run: on a scene, for the counter to see.
+        training: autograd looks on.
+        measures: gradients and the optimizer's state are there while it runs.
+        engine: whether it is one of sharpkern's.
+        direction: where Δθ is: "resident", "state", or "" where there is none.
+        num_steps: step sizes of one pass.
+        sharded: whether it can be had of shards.
+    """
+
+    name: str
+    run: Callable[[Scene, PeakBytes], None]
+    training: bool = False
+    measures: bool = True
+    direction: str = ""
+    num_steps: int = 1
+    sharded: bool = False
+
+
+def methods(num_steps: int, *, from_state: bool) -> list[Method]:
+    """Return all ways.
+
+    Args:
+        num_steps: step sizes of a pass of the batched engine.
+        from_state: whether Δθ can be worked out of an optimizer's state.
+    """
+    found = [
+        Method("plain forward", _forward, measures=False, sharded=True),
+        Method("training step", _training, training=True, measures=False, sharded=True),
+        Method("clone and dictionary", _clone_and_dictionary, direction="resident"),
+        Method("deep copy", _deep_copy, direction="resident"),
+    ]
+    for direction in ("resident", "state") if from_state else ("resident",):
+        found += [
+            Method("in place", _Engine("inplace", direction, 1), direction=direction, sharded=True),
+            Method(
+                "in place, from the host",
+                _Engine("inplace", direction, 1, "host"),
+                direction=direction,
+                sharded=True,
+            ),
+            Method("virtual", _Engine("virtual", direction), direction=direction),
+            Method(
+                f"batched, {num_steps} at a time",
+                _Engine("batched", direction, num_steps),
+                direction=direction,
+                num_steps=num_steps,
+            ),
+        ]
+    return found
+
+
+def _forward(scene: Scene, counter: PeakBytes) -> None:
+    with torch.no_grad(), counter.under(ACTIVATIONS):
+        scene.loss(counter)
+
+
+def _training(scene: Scene, counter: PeakBytes) -> None:
+    with counter.under(ACTIVATIONS):
+        loss = scene.loss(counter)
+        with counter:
+            loss.backward()
+    for parameter in scene.parameters:
+        parameter.grad = None
+
+
+def _clone_and_dictionary(scene: Scene, counter: PeakBytes) -> None:
+    """The published method: update and weights in dictionaries, θ − ηΔθ built from both at every probe."""
+    parameters = {name: p.detach() for name, p in scene.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        with counter, counter.under(DIRECTION):
+            update = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        with counter, counter.under(COPIES):
+            weights = {name: parameter.clone() for name, parameter in parameters.items()}
+            moved = {name: torch.sub(weights[name], update[name], alpha=1e-3) for name in weights}
+            for name, parameter in parameters.items():
+                parameter.copy_(moved[name])
+            del moved
+        with counter.under(ACTIVATIONS):
+            scene.loss(counter)
+
+
+def _deep_copy(scene: Scene, counter: PeakBytes) -> None:
+    with torch.no_grad():
+        with counter, counter.under(DIRECTION):
+            update = [torch.zeros_like(parameter) for parameter in scene.model.parameters()]
+        with counter, counter.under(COPIES):
+            # By hand: what counts bytes sees a tensor's own deep copy twice or not at all.
+            copies: dict[int, Any] = {id(b): b.clone() for b in scene.model.buffers()}
+            copies |= {id(p): nn.Parameter(p.detach().clone()) for p in scene.model.parameters()}
+            moved = copy.deepcopy(scene.model, copies)
+            for parameter, delta in zip(moved.parameters(), update, strict=True):
+                parameter.add_(delta, alpha=-1e-3)
+        with counter.under(ACTIVATIONS):
+            scene.loss(counter, moved)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """Losses by an engine, along a direction that is in memory or worked out of the optimizer's state."""
+
+    name: str
+    direction: str
+    num_steps: int = 2
+    backup: Backup = "device"
+
+    def __call__(self, scene: Scene, counter: PeakBytes) -> None:
+        def loss_fn() -> Tensor:
+            with counter.under(ACTIVATIONS):
+                return scene.loss(counter)
+
+        with _gradients(scene), counter, torch.no_grad():
+            with counter.under(DIRECTION):
+                pairs = make_pairs(_moves(scene, resident=self.direction == "resident"))
+            with (
+                counter.under(ON_HOST if self.backup == "host" else COPIES),
+                evaluations(scene.model, scene.parameters, _no_number) as closure_of,
+                open_engine(self.name, pairs, closure_of(loss_fn), compiled=False, backup=self.backup) as engine,
+            ):
+                engine.losses([1e-3 * (k + 1) for k in range(self.num_steps)])
+
+
+@contextmanager
+def _gradients(scene: Scene) -> Iterator[None]:
+    for parameter, gradient in zip(scene.parameters, scene.gradients, strict=False):
+        parameter.grad = gradient
+    try:
+        yield
+    finally:
+        for parameter in scene.parameters:
+            parameter.grad = None
+
+
+def _moves(scene: Scene, *, resident: bool) -> list[tuple[Tensor, Move]]:
+    """θ + αΔθ of every parameter, made as `Direction.from_optimizer` makes it."""
+    if scene.optimizer is None:
+        return [(p, Stored(p, torch.zeros_like(p))) for p in scene.parameters]
+    optimizer, slots = read_slots(scene.optimizer, None, None)
+    formula = CLOSED_FORMS.get(type(optimizer))
+    moves: list[Move]
+    if formula is None:
+        with _copies_of_fakes():
+            deltas = shadow_step(optimizer, slots)
+        moves = [Stored(slot.theta, delta) for slot, delta in zip(slots, deltas, strict=True)]
+    else:
+        steps = steps_by_formula(formula, optimizer, slots, slots[0].lr)
+        moves = [Stored(step.base, step.update()) if resident else step for step in steps]
+    # Engines know by identity what needs no master.
+    return [
+        (slot.parameter, move if slot.master is not None else move.at(local(slot.parameter)))
+        for slot, move in zip(slots, moves, strict=True)
+    ]
+
+
+@contextmanager
+def _copies_of_fakes() -> Iterator[None]:
+    """Let fake tensors be copied with what holds them: a deep copy asks where they lie, which they warn of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
+        yield
+
+
+def _no_number(loss: Tensor) -> Tensor:
+    """Stand in for the loss, which has no value."""
+    return torch.zeros(())

@@ -1,0 +1,103 @@
+"""What a measurement takes by each method, and which card holds it."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Memory that cards are sold with, in units of 10⁹ bytes.
+CARDS = (24, 40, 48, 80, 96, 141, 192)
+# Of a card's memory: context and libraries take some, and what is free may lie in pieces.
+USABLE = 0.95
+
+
+@dataclass(frozen=True)
+class MethodMemory:
+    """What one method takes, on each GPU.
+
+    Attributes:
+        method: its name.
+        direction: where Δθ is: "resident" in memory, "state" worked out of the optimizer's, "" where there is none.
+        num_steps: step sizes of one pass.
+        parts: bytes at the peak by what they are for.
+        host_bytes: on the host besides.
+    """
+
+    method: str
+    direction: str
+    num_steps: int
+    parts: Mapping[str, int]
+    host_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak, on each GPU."""
+        return sum(self.parts.values())
+
+    @property
+    def card(self) -> int | None:
+        """The smallest of `CARDS` that holds it, in GB; None where none does."""
+        return next((card for card in CARDS if self.peak_bytes <= USABLE * card * 10**9), None)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Peak memory of every method, on each GPU.
+
+    Attributes:
+        model: its name.
+        conditions: what it holds for: parameters, tokens, batch size, dtype, optimizer, GPUs, head.
+        rows: one for each method.
+    """
+
+    model: str
+    conditions: Mapping[str, Any]
+    rows: tuple[MethodMemory, ...]
+
+    def __getitem__(self, key: str | tuple[str, str]) -> MethodMemory:
+        """The row of a method whose name begins so, and of where the direction is: ``plan["virtual", "state"]``."""
+        name, direction = (key, None) if isinstance(key, str) else key
+        for row in self.rows:
+            if row.method.startswith(name) and direction in (None, row.direction):
+                return row
+        raise KeyError(key)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, with totals and cards."""
+        rows = [
+            {**asdict(row), "parts": dict(row.parts), "peak_bytes": row.peak_bytes, "card_gb": row.card}
+            for row in self.rows
+        ]
+        return {"model": self.model, "conditions": dict(self.conditions), "rows": rows}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json` into a file."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the parts of every method as stacked bars, with lines for what cards hold, into an image file.
+
+        Args:
+            path: the file; its ending says the format.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from sharpkern.memory.show import draw
+
+        draw(self, path)
+
+    def __rich__(self) -> Any:
+        from sharpkern.memory.show import table
+
+        return table(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=150, color_system=None, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()

@@ -1,0 +1,115 @@
+"""A memory plan as a table and as a picture."""
+
+import os
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sharpkern.memory.plan import CARDS, USABLE, MemoryPlan, MethodMemory
+from sharpkern.plot import COLORS, light_grid, new_figure
+
+_GIB = 2**30
+# The order in which parts are told and stacked.
+PARTS = (
+    "weights",
+    "optimizer",
+    "gradients",
+    "direction",
+    "copies",
+    "formed",
+    "gathered",
+    "logits",
+    "activations",
+)
+
+
+# Columns of the table: what is there anyway in one, and what every method adds.
+_HELD = ("weights", "optimizer", "gradients")
+_COLUMNS = {
+    "held": _HELD,
+    "Δθ": ("direction",),
+    "copies": ("copies",),
+    "gathered": ("gathered",),
+    "logits": ("logits",),
+    "rest": ("formed", "activations"),
+}
+
+
+def table(plan: MemoryPlan) -> Table:
+    """Return a plan as a table, in GiB."""
+    about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.conditions.items())
+    shown = Table(title=f"{plan.model}: {about}", caption=_caption(plan), box=SIMPLE_HEAD, pad_edge=False)
+    columns = {name: parts for name, parts in _COLUMNS.items() if any(_sum(row, parts) for row in plan.rows)}
+    shown.add_column("GiB on each GPU")
+    for name in ("peak", *columns, "card"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in plan.rows:
+        sizes = [row.peak_bytes, *(_sum(row, parts) for parts in columns.values())]
+        card = "none" if row.card is None else f"{row.card} GB"
+        shown.add_row(_label(row), *(f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else "" for size in sizes), card)
+    return shown
+
+
+def _sum(row: MethodMemory, parts: tuple[str, ...]) -> int:
+    return sum(row.parts.get(part, 0) for part in parts)
+
+
+def _caption(plan: MemoryPlan) -> str:
+    held = ", ".join(f"{part} {plan.rows[-1].parts.get(part, 0) / _GIB:.2f}" for part in _HELD)
+    host = max(row.host_bytes for row in plan.rows)
+    return (
+        f"held: {held}; rest: activations and formed weights; on the host: {host / _GIB:.2f}; card: the smallest that "
+        f"holds it in {USABLE:.0%} of its memory"
+    )
+
+
+def draw(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
+    """Draw the parts of every method as stacked bars, with lines for what cards hold.
+
+    Args:
+        plan: to draw.
+        path: of the image; its ending says the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows = plan.rows
+    figure = new_figure(9.0, 1.6 + 0.36 * len(rows))
+    axes = figure.subplots()
+    names = [_label(row) for row in rows]
+    left = [0.0] * len(rows)
+    for part, color in zip(PARTS, (*COLORS, "#F0E442", "#999999"), strict=True):
+        widths = [row.parts.get(part, 0) / 1e9 for row in rows]
+        if any(widths):
+            axes.barh(names, widths, left=left, color=color, label=part, height=0.7)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("peak memory on each GPU, GB")
+    axes.set_xlim(0, 1.08 * max(left))
+    _draw_cards(axes, max(left))
+    light_grid(axes)
+    axes.grid(visible=False, axis="y")
+    axes.set_title(plan.model, fontsize="medium", pad=18)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    figure.savefig(path)
+
+
+def _draw_cards(axes: Any, longest: float) -> None:
+    for card in CARDS:
+        if USABLE * card < 1.08 * longest:
+            axes.axvline(USABLE * card, color="#555555", linestyle="--", linewidth=0.9)
+            axes.annotate(
+                f"{card} GB",
+                (USABLE * card, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize="x-small",
+            )
+
+
+def _label(row: MethodMemory) -> str:
+    # Others than the engines know no direction but one in memory.
+    return f"{row.method}, Δθ from state" if row.direction == "state" else row.method

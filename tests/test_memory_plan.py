@@ -1,0 +1,315 @@
+"""Memory plans: fake tensors take what real ones do, by every method, and the figures that a plan is asked for."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import sharpkern
+from sharpkern.cli import app
+from sharpkern.cli.memory import Head, Optimizer
+from sharpkern.fakes import planned_for
+from sharpkern.memory import planning
+from sharpkern.memory.architectures import ARCHITECTURES
+from sharpkern.memory.counter import bytes_of, peak_bytes
+from sharpkern.memory.methods import Method, methods
+from sharpkern.memory.optimizers import OPTIMIZERS
+from sharpkern.memory.plan import CARDS, USABLE, MethodMemory
+from sharpkern.memory.scene import Scene
+from tests.processes import on_ranks
+
+GIB = 2**30
+TOKENS, BATCH = 128, 2
+
+
+def olmo2(path: Path, **shape: int) -> str:
+    """A configuration file of an Olmo2 of 36 million parameters, or another shape."""
+    transformers = pytest.importorskip("transformers", reason="the model is of transformers")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
+    sizes |= {"vocab_size": 30000, "max_position_embeddings": 512, "num_key_value_heads": 8, **shape}
+    transformers.Olmo2Config(**sizes, dtype="float32").save_pretrained(path)
+    return str(path)
+
+
+def on_real_tensors(name: str, optimizer: str, head: str, shard: Callable[[nn.Module], object] | None = None) -> Scene:
+    """The scene of a plan, on tensors that have values."""
+    model, vocabulary = planning._language_model(name, TOKENS, None)
+    model = model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        nn.init.constant_(tensor, 0.01)
+    if shard is not None:
+        shard(model)
+    loss = planning._language_loss(TOKENS, BATCH, head)
+    return Scene(model, loss, optimizer, nullcontext(), vocabulary)
+
+
+def rows_of(scene: Scene, optimizer: str, only: Callable[[Method], bool] = lambda method: True) -> list[MethodMemory]:
+    found = methods(4, from_state=optimizer.startswith("adamw") and optimizer != "adamw-8bit")
+    with planned_for("cuda"):
+        return [planning._row(scene, method) for method in found if only(method)]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "head"),
+    [("none", "stock"), ("adamw-fp32", "chunked"), ("adamw-masters", "stock")],
+)
+def test_a_plan_is_what_a_real_run_takes_to_two_percent(optimizer: str, head: str, tmp_path: Path) -> None:
+    name = olmo2(tmp_path)
+    options = {"tokens": TOKENS, "batch_size": BATCH, "num_steps": 4, "progress": False}
+    plan = sharpkern.memory_plan(name, optimizer=optimizer, head=head, **options)
+    assert 30e6 < plan.conditions["parameters"] < 100e6
+    real = rows_of(on_real_tensors(name, optimizer, head), optimizer)
+    assert [(row.method, row.direction) for row in plan.rows] == [(row.method, row.direction) for row in real]
+    for planned, counted in zip(plan.rows, real, strict=True):
+        assert planned.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.02), planned.method
+        assert planned.host_bytes == counted.host_bytes
+        for part in planned.parts | counted.parts:
+            sizes = planned.parts.get(part, 0), counted.parts.get(part, 0)
+            assert abs(sizes[0] - sizes[1]) <= 0.02 * counted.peak_bytes, (planned.method, part)
+
+
+@pytest.mark.parametrize(("engine", "row"), [("virtual", "virtual"), ("inplace", "in place")])
+def test_a_plan_is_what_a_measurement_takes_to_two_percent(engine: str, row: str, tmp_path: Path) -> None:
+    name = olmo2(tmp_path)
+    plan = sharpkern.memory_plan(name, tokens=TOKENS, batch_size=BATCH, optimizer="adamw-fp32", progress=False)
+    torch.manual_seed(0)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32).eval()
+    model.config.use_cache = False
+    rows = torch.randint(0, 30000, (BATCH, TOKENS))
+    loss_fn = lambda: model(input_ids=rows, labels=rows).loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_fn().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_fn().backward()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    held = bytes_of([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), *states])
+
+    def measure() -> None:
+        direction = sharpkern.Direction.from_optimizer(optimizer, resident=True)
+        sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine, max_forwards=4)
+
+    # The first measurement is checked once against another way to form weights.
+    measure()
+    assert plan[row, "resident"].peak_bytes == pytest.approx(held + peak_bytes(measure), rel=0.02)
+
+
+def per_rank(rank: int, name: str) -> dict[tuple[str, str], int]:
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model: Any) -> None:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+
+    found = {}
+    for method in methods(4, from_state=True):
+        if method.sharded:
+            scene = on_real_tensors(name, "adamw-fp32", "stock", shard)
+            with planned_for("cuda"):
+                found[method.name, method.direction] = planning._row(scene, method).peak_bytes
+    return found
+
+
+def test_a_sharded_plan_is_what_each_of_two_ranks_takes(tmp_path: Path) -> None:
+    from functools import partial
+
+    name = olmo2(tmp_path / "model", num_hidden_layers=2, vocab_size=4096)
+    plan = sharpkern.memory_plan(name, tokens=TOKENS, batch_size=BATCH, num_gpus=2, progress=False)
+    ranks = on_ranks({"rows": partial(per_rank, name=name)}, 2, tmp_path, seconds=200)
+    for rank in ranks:
+        assert isinstance(rank["rows"], dict), rank["rows"]
+        assert set(rank["rows"]) == {(row.method, row.direction) for row in plan.rows}
+        for row in plan.rows:
+            assert row.peak_bytes == pytest.approx(rank["rows"][row.method, row.direction], rel=0.02), row.method
+    alone = sharpkern.memory_plan(name, tokens=TOKENS, batch_size=BATCH, progress=False)
+    for part in ("weights", "optimizer", "gradients", "direction"):
+        halves = plan["in place", "resident"].parts[part], alone["in place", "resident"].parts[part]
+        assert halves[0] == pytest.approx(halves[1] / 2, rel=0.01)
+
+
+def test_seven_billion_from_the_optimizers_state_take_a_gibibyte_more_than_a_forward_pass() -> None:
+    model, vocabulary = planning._language_model("olmo2-7b", 4096, torch.bfloat16)
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    loss = planning._language_loss(4096, 1, "chunked")
+    scene = Scene(planning.fake_copy(model, mode), loss, "adamw-fp32", mode, vocabulary)
+    wanted = {("plain forward", ""), ("virtual", "state"), ("in place", "state")}
+    forward, in_place, virtual = rows_of(scene, "adamw-fp32", lambda method: (method.name, method.direction) in wanted)
+    # Gradients are there whenever an optimizer's next step is asked for.
+    before = forward.peak_bytes + virtual.parts["gradients"]
+    assert forward.peak_bytes / GIB == pytest.approx(13.59 + 54.38 + 0.41, abs=0.02)
+    assert virtual.peak_bytes - before <= 0.2 * GIB
+    assert in_place.peak_bytes - before == pytest.approx(13.59 * GIB, rel=0.01)
+    assert "direction" not in virtual.parts
+
+
+def test_parameters_are_those_of_the_published_models() -> None:
+    pytest.importorskip("transformers")
+    billions = {}
+    for name in ARCHITECTURES:
+        model, _ = planning._language_model(name, 2, torch.bfloat16)
+        billions[name] = round(sum(p.numel() for p in model.parameters()) / 1e9, 2)
+    assert billions == {
+        "olmo2-1b": 1.48,
+        "olmo2-7b": 7.30,
+        "olmo2-13b": 13.72,
+        "olmo2-32b": 32.23,
+        "llama3-8b": 8.03,
+        "llama3-70b": 70.55,
+        "qwen3-0.6b": 0.6,
+        "qwen3-1.7b": 1.72,
+        "qwen3-4b": 4.02,
+        "qwen3-8b": 8.19,
+        "qwen3-14b": 14.77,
+        "qwen3-32b": 32.76,
+    }
+
+
+def test_a_step_on_a_copy_of_an_optimizer_is_what_an_8_bit_one_takes(tmp_path: Path) -> None:
+    options = {"tokens": 32, "optimizer": "adamw-8bit", "progress": False}
+    plan = sharpkern.memory_plan(olmo2(tmp_path, num_hidden_layers=1), dtype=torch.bfloat16, **options)
+    held = plan["virtual"].parts
+    assert held["optimizer"] == pytest.approx(held["weights"] * (1 + 4 / 256), rel=0.01)
+    # Weights and gradients in float32, and the state: while Δθ is made, in float32, of which it stays.
+    assert held["direction"] == pytest.approx(4 * held["weights"] + held["optimizer"], rel=0.01)
+    assert {row.direction for row in plan.rows[2:]} == {"resident"}
+
+
+class Regression(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(512, 4096), nn.GELU(), nn.Linear(4096, 4096), nn.GELU(), nn.Linear(4096, 8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def squares(model: nn.Module) -> Tensor:
+    return model(torch.zeros(64, 512)).square().mean()
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_model_of_ones_own_is_planned_for_and_left_alone(device: str) -> None:
+    with torch.device(device):
+        model = Regression()
+    before = {name: (id(p), p.device, p._version) for name, p in model.named_parameters()}
+    plan = sharpkern.memory_plan(model, squares, progress=False)
+    assert {name: (id(p), p.device, p._version) for name, p in model.named_parameters()} == before
+    weights = bytes_of(model.parameters())
+    virtual, resident = plan["virtual", "state"], plan["virtual", "resident"]
+    assert virtual.parts["weights"] == virtual.parts["gradients"] == weights
+    # Besides its moments it counts its steps.
+    assert virtual.parts["optimizer"] == 2 * weights + 6 * 4
+    assert resident.parts["direction"] == weights
+    assert plan["in place", "state"].parts["copies"] == pytest.approx(weights, rel=0.01)
+    assert plan["in place, from the host", "state"].host_bytes == pytest.approx(weights, rel=0.01)
+    assert virtual.parts["formed"] >= 4096 * 4096 * 4
+    assert plan["deep"].peak_bytes < plan["clone"].peak_bytes
+
+
+def test_tied_weights_are_counted_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(3000, 128), nn.Linear(128, 3000, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.head(self.embedding(rows))
+
+    with torch.device("meta"):
+        model = Tied()
+    plan = sharpkern.memory_plan(
+        model, lambda model: model(torch.zeros(4, 8, dtype=torch.int64)).mean(), progress=False
+    )
+    assert plan["virtual"].parts["weights"] == 3000 * 128 * 4
+    assert plan.conditions["parameters"] == 3000 * 128
+
+
+def test_a_card_is_the_smallest_that_holds_it() -> None:
+    def of(size: float) -> int | None:
+        return MethodMemory("", "", 1, {"weights": int(size)}).card
+
+    assert [of(USABLE * card * 1e9) for card in CARDS] == list(CARDS)
+    assert of(USABLE * 24e9 + 1) == 40
+    assert of(200e9) is None
+
+
+def test_a_plan_is_told_written_and_drawn(tmp_path: Path) -> None:
+    name = olmo2(tmp_path / "model", num_hidden_layers=1, vocab_size=1000)
+    files = tmp_path / "plan.json", tmp_path / "plan.png"
+    arguments = ["memory", name, "--tokens", "64", "--steps", "2", "--json", str(files[0]), "--plot", str(files[1])]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    record = json.loads(files[0].read_text())
+    assert record["conditions"] == {
+        "parameters": 3_648_000,
+        "optimizer": "adamw-fp32",
+        "gpus": 1,
+        "tokens": 64,
+        "batch_size": 1,
+        "dtype": "float32",
+        "head": "stock",
+    }
+    for row in record["rows"]:
+        assert row["peak_bytes"] == sum(row["parts"].values())
+        assert row["card_gb"] == 24
+        assert row["method"] in result.output
+    assert all(len(line) <= 80 for line in result.output.splitlines() if not line.startswith("Wrote"))
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("olmo3-1t",), {}, ValueError, "model must be one of olmo2-1b, .* got 'olmo3-1t'; pass the path of a config"),
+        ((3,), {}, TypeError, "model must be a name, a path or a torch.nn.Module, got int; build the model under"),
+        ((nn.Linear(2, 2),), {}, TypeError, "loss_fn must be given with a module, got none"),
+        (("olmo2-1b", squares), {}, TypeError, "loss_fn must be left out for a model by name"),
+        (("olmo2-1b",), {"optimizer": "lion"}, ValueError, "optimizer must be one of none, .*, got 'lion'"),
+        (("olmo2-1b",), {"head": "none"}, ValueError, "head must be one of stock, chunked, got 'none'"),
+        (("olmo2-1b",), {"num_steps": 9}, ValueError, "num_steps must be from 1 to 8, got 9"),
+        (("olmo2-1b",), {"num_gpus": 0}, ValueError, "num_gpus must be from 1 to 65536, got 0"),
+        (("olmo2-1b",), {"tokens": 1.5}, TypeError, "tokens must be an integer, got 1.5"),
+        (("olmo2-1b",), {"dtype": torch.int8}, TypeError, "dtype must be a floating torch.dtype, got torch.int8"),
+        (
+            (nn.Linear(512, 2), lambda model: squares(model) * squares(model).item()),
+            {},
+            ValueError,
+            "loss_fn must not read values, which a plan has none of",
+        ),
+    ],
+)
+def test_bad_input_is_refused_with_its_remedy(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        sharpkern.memory_plan(*arguments, **options, progress=False)
+
+
+def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model must be a causal language model, got a ViTConfig"):
+        sharpkern.memory_plan(tmp_path, progress=False)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model must be a configuration of transformers"):
+        sharpkern.memory_plan(tmp_path, progress=False)
+
+
+def test_the_command_line_offers_what_there_is() -> None:
+    assert [choice.value for choice in Optimizer] == list(OPTIMIZERS)
+    assert [choice.value for choice in Head] == list(planning.HEADS)
+    refused = CliRunner().invoke(app, ["memory", "olmo3-1t"], env={"COLUMNS": "1000"})
+    assert refused.exit_code == 2
+    assert "model must be one of olmo2-1b" in refused.output
