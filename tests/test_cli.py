@@ -190,7 +190,9 @@ def test_summary_counts_the_measurements_without_a_value():
 def test_env_is_markdown_without_host_or_paths():
     result = invoke("env")
     assert result.exit_code == 0
-    report = dict(re.fullmatch(r"- ([^:]+): (.+)", line).groups() for line in result.output.splitlines())
+    sections, facts = result.output.split("### Where\n\n")
+    assert re.findall("^### (.*)$", sections, re.MULTILINE) == ["What I did", "What I saw, and what I expected"]
+    report = dict(re.fullmatch(r"- ([^:]+): (.+)", line).groups() for line in facts.splitlines())
     assert report["sharpkern"] == sharpkern.__version__
     assert report["torch"] == torch.__version__
     assert report["Python"].startswith(platform.python_version())

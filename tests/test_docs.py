@@ -2,19 +2,22 @@
 
 import doctest
 import importlib
-import importlib.util
 import os
 import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sharpkern
+from sharpkern import errors
+from sharpkern._library import VARIABLE
+from sharpkern.measurement import Measurement
 from tests.models import GPT, MLP
 
 ROOT = Path(__file__).parents[1]
@@ -78,12 +81,31 @@ def test_the_readme_has_two_commands_and_names_what_is_there() -> None:
         assert hasattr(sharpkern, name) or name == "kernels", name
 
 
-def test_figures_in_the_readme_are_those_of_the_results_files() -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "bench" / "readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
+def test_figures_in_the_readme_are_those_of_the_results_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    readme = importlib.import_module("readme")
     assert readme.with_tables(README) == README
     assert all(f"<!-- {name} -->\n|" in README for name in readme.TABLES)
+
+
+def test_every_warning_and_error_has_its_cure_in_the_readme() -> None:
+    (section,) = re.findall(r"## Troubleshooting\n(.*?)\n## ", README, re.DOTALL)
+    own = {name for name, value in vars(errors).items() if isinstance(value, type)} - {"SharpkernWarning"}
+    assert set(re.findall(r"^\| `(\w+(?:Warning|Error))` \|", section, re.MULTILINE)) == own
+    statuses = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) - own
+    assert statuses <= set(get_args(get_type_hints(Measurement)["status"]))
+    # Messages that it quotes are those that there are.
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sharpkern").rglob("*.py"))
+    for message in re.findall(r'^\| "(.*?)" \|', section, re.MULTILINE):
+        assert message in sources, message
+
+
+def test_every_environment_variable_is_in_the_readme() -> None:
+    (section,) = re.findall(r"## Environment variables\n(.*?)\n## ", README, re.DOTALL)
+    files = [*(ROOT / "sharpkern").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    read = re.findall(r"environ(?:\.get\(|\[)([^)\]]+)", "".join(path.read_text(encoding="utf-8") for path in files))
+    names = {name.strip("\"'") if name != "VARIABLE" else VARIABLE for name in read}
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == names
 
 
 def test_one_version() -> None:

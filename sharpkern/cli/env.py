@@ -1,4 +1,4 @@
-"""``sharpkern env``: what a bug report needs to know of the machine, as Markdown. Neither host name nor paths."""
+"""``sharpkern env``: a bug report begun, as Markdown, with versions and devices. Neither host name nor paths."""
 
 import os
 import platform
@@ -9,8 +9,9 @@ import torch
 import typer
 
 import sharpkern
+from sharpkern._library import VARIABLE
 
-HELP = "Print versions and devices, as Markdown that pastes into a bug report."
+HELP = "Print a bug report to fill in, as Markdown: what to tell, and versions and devices."
 
 _PACKAGES = (
     "torch",
@@ -25,9 +26,23 @@ _PACKAGES = (
 )
 
 
+_TEMPLATE = """\
+### What I did
+
+<!-- The smallest code or command that shows it, with the model's and the optimizer's sizes -->
+
+### What I saw, and what I expected
+
+<!-- The whole error with its traceback, the warnings, or print(measurement) with its probes -->
+
+### Where
+
+{facts}"""
+
+
 def command() -> None:
     """Print the report."""
-    typer.echo("\n".join(f"- {name}: {value}" for name, value in report()))
+    typer.echo(_TEMPLATE.format(facts="\n".join(f"- {name}: {value}" for name, value in report())))
 
 
 def report() -> Iterator[tuple[str, str]]:
@@ -42,6 +57,7 @@ def report() -> Iterator[tuple[str, str]]:
     for package in _PACKAGES:
         yield package, _version_of(package) or "not installed"
     yield "torch built for", _backend()
+    yield VARIABLE, os.environ.get(VARIABLE) or "not set"
     yield "CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
     yield from _devices()
 
