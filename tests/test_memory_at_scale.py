@@ -34,7 +34,7 @@ def scene_of(monkeypatch: pytest.MonkeyPatch, layers: int, tokens: int = 4096, h
 
     with monkeypatch.context() as patch:
         patch.setattr(planning, "configuration", shortened)
-        model, vocabulary = planning._language_model("olmo2-7b", tokens, torch.bfloat16)
+        model, vocabulary = planning._language_model("olmo2-7b", torch.bfloat16)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return Scene(fake_copy(model, mode), planning._language_loss(tokens, 1, head), "none", mode, vocabulary)
 

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.shards import local
 
+ON_HOST = "on the host"
+
 
 class PeakBytes(TorchDispatchMode):
     """Counts the storages that operators allocate while it is active, and those alive at once at most.
@@ -25,6 +27,7 @@ class PeakBytes(TorchDispatchMode):
     Attributes:
         peak: bytes.
         parts: bytes by label, at the peak.
+        host_bytes: of what is labelled `ON_HOST`, which is not of the device that is counted for.
     """
 
     def __init__(self, label: Callable[[Tensor, str], str] = lambda tensor, within: within) -> None:
@@ -36,6 +39,7 @@ class PeakBytes(TorchDispatchMode):
         self._total = 0
         self.peak = 0
         self.parts: dict[str, int] = {}
+        self.host_bytes = 0
 
     @contextmanager
     def under(self, label: str) -> Iterator[None]:
@@ -62,10 +66,17 @@ class PeakBytes(TorchDispatchMode):
                 self._note(tensor, self._live[key][2])
         for tensor in _tensors_in(result):
             if tensor.device.type != "meta" and _storage(tensor)._cdata not in given:
-                self._note(tensor, self._label_of(tensor, self._default))
+                self._add(tensor)
         if self._total > self.peak:
             self._recount()
         return result
+
+    def _add(self, tensor: Tensor) -> None:
+        label = self._label_of(tensor, self._default)
+        if label == ON_HOST:
+            self.host_bytes += _storage(tensor).nbytes()
+        else:
+            self._note(tensor, label)
 
     def _note(self, tensor: Tensor, label: str) -> None:
         storage = _storage(tensor)

@@ -23,7 +23,7 @@ from sharpkern.updates.optimizer import steps_by_formula
 from sharpkern.updates.shadow_step import shadow_step
 from sharpkern.updates.slots import read_slots
 
-COPIES, DIRECTION, ON_HOST = "copies", "direction", "on the host"
+COPIES, DIRECTION = "copies", "direction"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Method:
         run: on a scene, for the counter to see.
         training: autograd looks on.
         measures: gradients and the optimizer's state are there while it runs.
-        engine: whether it is one of sharpkern's.
         direction: where Δθ is: "resident", "state", or "" where there is none.
         num_steps: step sizes of one pass.
         sharded: whether it can be had of shards.
@@ -146,7 +145,7 @@ class _Engine:
             with counter.under(DIRECTION):
                 pairs = make_pairs(_moves(scene, resident=self.direction == "resident"))
             with (
-                counter.under(ON_HOST if self.backup == "host" else COPIES),
+                counter.under(COPIES),
                 evaluations(scene.model, scene.parameters, _no_number) as closure_of,
                 open_engine(self.name, pairs, closure_of(loss_fn), compiled=False, backup=self.backup) as engine,
             ):

@@ -14,7 +14,7 @@ from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.fakes import planned_for
 from sharpkern.head import linear_cross_entropy
 from sharpkern.memory.architectures import configuration
-from sharpkern.memory.methods import ON_HOST, Method, methods
+from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS, has_formula
 from sharpkern.memory.plan import MemoryPlan, MethodMemory
 from sharpkern.memory.scene import Loss, Scene, fake_copy
@@ -96,7 +96,7 @@ def memory_plan(
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}; pass torch.bfloat16")
         name = os.fspath(model)
-        original, vocabulary = _language_model(name, tokens, dtype)
+        original, vocabulary = _language_model(name, dtype)
         dtype = next(original.parameters()).dtype
         loss = _language_loss(tokens, batch_size, head)
         number = {"tokens": tokens, "batch_size": batch_size}
@@ -136,8 +136,7 @@ def _row(scene: Scene, method: Method) -> MethodMemory:
     held = scene.held(gradients=method.measures)
     method.run(scene, counter)
     parts = {name: size for name, size in (held | counter.parts).items() if size}
-    host = parts.pop(ON_HOST, 0)
-    return MethodMemory(method.name, method.direction, method.num_steps, parts, host)
+    return MethodMemory(method.name, method.direction, method.num_steps, parts, counter.host_bytes)
 
 
 @contextmanager
@@ -159,7 +158,7 @@ def _values_refused() -> Iterator[None]:
         ) from error
 
 
-def _language_model(name: str, tokens: int, dtype: torch.dtype | None) -> tuple[nn.Module, int]:
+def _language_model(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, int]:
     """A causal language model on the meta device, and the size of its vocabulary."""
     config = configuration(name)
     import transformers
@@ -167,7 +166,6 @@ def _language_model(name: str, tokens: int, dtype: torch.dtype | None) -> tuple[
 
     transformers.AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     config.use_cache = False
-    config.max_position_embeddings = max(tokens, config.max_position_embeddings)
     dtype = dtype or config.dtype or torch.bfloat16
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)

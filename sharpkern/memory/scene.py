@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from sharpkern import head, linear
+from sharpkern.engines import inplace
 from sharpkern.engines.table import Scratch
-from sharpkern.memory.counter import PeakBytes
+from sharpkern.memory.counter import ON_HOST, PeakBytes
 from sharpkern.memory.optimizers import optimizer_of
 from sharpkern.moves import OptimizerStep, Stored
 from sharpkern.shards import local
@@ -26,6 +27,7 @@ _FORMING = {
     function.__code__
     for function in (Scratch.take, linear.scratch, Stored.form, OptimizerStep.form, OptimizerStep.update)
 }
+_ON_HOST = inplace._on_host.__code__
 _HEAD = head.__file__
 _FSDP = os.path.join("torch", "distributed", "fsdp")
 _FRAMES = 12
@@ -95,9 +97,13 @@ class Scene:
 
         def label(tensor: Tensor, within: str) -> str:
             # Nothing smaller can be seen in the whole.
-            if within != ACTIVATIONS or tensor.nbytes < 2**16:
+            if tensor.nbytes < 2**16:
                 return within
             makers = list(_makers())
+            if _ON_HOST in makers:
+                return ON_HOST
+            if within != ACTIVATIONS:
+                return within
             if not _FORMING.isdisjoint(makers):
                 return "formed"
             if any(_FSDP in maker.co_filename for maker in makers):
