@@ -20,7 +20,7 @@ from sharpkern.memory.architectures import ARCHITECTURES
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS
-from sharpkern.memory.plan import CARDS, USABLE, MethodMemory
+from sharpkern.memory.plan import CARDS, USABLE, MemoryPlan, MethodMemory
 from sharpkern.memory.scene import Scene
 from tests.processes import on_ranks
 
@@ -263,6 +263,7 @@ def test_a_plan_is_told_written_and_drawn(tmp_path: Path) -> None:
         "dtype": "float32",
         "head": "stock",
     }
+    assert MemoryPlan.from_json(record).to_json() == record
     for row in record["rows"]:
         assert row["peak_bytes"] == sum(row["parts"].values())
         assert row["card_gb"] == 24

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class MethodMemory:
     def peak_bytes(self) -> int:
         """Bytes at the peak, on each GPU."""
         return sum(self.parts.values())
+
+    def sum(self, parts: Iterable[str]) -> int:
+        """Bytes of some parts at the peak."""
+        return sum(self.parts.get(part, 0) for part in parts)
 
     @property
     def card(self) -> int | None:
@@ -71,6 +75,13 @@ class MemoryPlan:
             for row in self.rows
         ]
         return {"model": self.model, "conditions": dict(self.conditions), "rows": rows}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "MemoryPlan":
+        """The plan that `to_json` gave."""
+        names = {field.name for field in fields(MethodMemory)}
+        rows = (MethodMemory(**{name: row[name] for name in names}) for row in data["rows"])
+        return cls(data["model"], data["conditions"], tuple(rows))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` into a file."""

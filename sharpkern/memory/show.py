@@ -26,7 +26,7 @@ PARTS = (
 
 # Columns of the table: what is there anyway in one, and what every method adds.
 _HELD = ("weights", "optimizer", "gradients")
-_COLUMNS = {
+COLUMNS = {
     "held": _HELD,
     "Δθ": ("direction",),
     "copies": ("copies",),
@@ -40,19 +40,15 @@ def table(plan: MemoryPlan) -> Table:
     """Return a plan as a table, in GiB."""
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.conditions.items())
     shown = Table(title=f"{plan.model}: {about}", caption=_caption(plan), box=SIMPLE_HEAD, pad_edge=False)
-    columns = {name: parts for name, parts in _COLUMNS.items() if any(_sum(row, parts) for row in plan.rows)}
+    columns = {name: parts for name, parts in COLUMNS.items() if any(row.sum(parts) for row in plan.rows)}
     shown.add_column("GiB on each GPU")
     for name in ("peak", *columns, "card"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in plan.rows:
-        sizes = [row.peak_bytes, *(_sum(row, parts) for parts in columns.values())]
+        sizes = [row.peak_bytes, *(row.sum(parts) for parts in columns.values())]
         card = "none" if row.card is None else f"{row.card} GB"
-        shown.add_row(_label(row), *(f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else "" for size in sizes), card)
+        shown.add_row(label(row), *(f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else "" for size in sizes), card)
     return shown
-
-
-def _sum(row: MethodMemory, parts: tuple[str, ...]) -> int:
-    return sum(row.parts.get(part, 0) for part in parts)
 
 
 def _caption(plan: MemoryPlan) -> str:
@@ -77,7 +73,7 @@ def draw(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
     rows = plan.rows
     figure = new_figure(9.0, 1.6 + 0.36 * len(rows))
     axes = figure.subplots()
-    names = [_label(row) for row in rows]
+    names = [label(row) for row in rows]
     left = [0.0] * len(rows)
     for part, color in zip(PARTS, (*COLORS, "#F0E442", "#999999"), strict=True):
         widths = [row.parts.get(part, 0) / 1e9 for row in rows]
@@ -110,6 +106,7 @@ def _draw_cards(axes: Any, longest: float) -> None:
             )
 
 
-def _label(row: MethodMemory) -> str:
+def label(row: MethodMemory) -> str:
+    """Name a row."""
     # Others than the engines know no direction but one in memory.
     return f"{row.method}, Δθ from state" if row.direction == "state" else row.method
