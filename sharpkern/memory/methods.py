@@ -97,7 +97,10 @@ def _training(scene: Scene, counter: PeakBytes) -> None:
 
 
 def _clone_and_dictionary(scene: Scene, counter: PeakBytes) -> None:
-    """The published method: update and weights in dictionaries, θ − ηΔθ built from both at every probe."""
+    """The published method: update and weights in dictionaries, θ − ηΔθ built from both at every probe.
+
+    The update is in the weights' dtype, which is the least that it can take.
+    """
     parameters = {name: p.detach() for name, p in scene.model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         with counter, counter.under(DIRECTION):
