@@ -152,7 +152,17 @@ def test_a_sharded_plan_is_what_each_of_two_ranks_takes(tmp_path: Path) -> None:
         for row in plan.rows:
             if row.direction == "resident":
                 continue
-            assert row.peak_bytes == pytest.approx(rank["rows"][row.method, row.direction], rel=0.02), row.method
+            # The backward pass gathers a layer ahead, and when the last one's memory goes is the collectives' timing.
+            rel = 0.05 if row.method == "training step" else 0.02
+            assert row.peak_bytes == pytest.approx(rank["rows"][row.method, row.direction], rel=rel), row.method
+    # What was gathered for a layer goes before the next: more layers have no more of it.
+    name = olmo2(tmp_path / "deep", num_hidden_layers=6, vocab_size=4096)
+    deep = sharpkern.memory_plan(name, tokens=TOKENS, batch_size=BATCH, num_gpus=2, progress=False)
+    for row, deeper in zip(plan.rows, deep.rows, strict=True):
+        assert deeper.parts["gathered"] < 0.85 * 2 * deeper.parts["weights"]
+        if row.method != "training step":
+            assert 0 < deeper.parts["gathered"] <= 1.01 * row.parts["gathered"], row.method
+    name = olmo2(tmp_path / "alone", num_hidden_layers=2, vocab_size=4096)
     alone = sharpkern.memory_plan(name, tokens=TOKENS, batch_size=BATCH, progress=False)
     for part in ("weights", "optimizer", "gradients", "direction"):
         halves = plan["in place", "resident"].parts[part], alone["in place", "resident"].parts[part]

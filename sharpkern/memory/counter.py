@@ -86,14 +86,25 @@ class PeakBytes(TorchDispatchMode):
         self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), label
 
     def _recount(self) -> None:
-        """Forget the dead, and see whether this is the peak."""
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        """Forget the dead, see who has given memory back without an operator, and whether this is the peak."""
         parts: Counter[str] = Counter()
-        for _, size, label in self._live.values():
-            parts[label] += size
+        live = {}
+        for key, (reference, _, label) in self._live.items():
+            size = _size(reference)
+            # What is empty now may be filled again.
+            if size is not None:
+                live[key] = reference, size, label
+                parts[label] += size
+        self._live = live
         self._total = parts.total()
         if self._total > self.peak:
             self.peak, self.parts = self._total, dict(parts)
+
+
+def _size(reference: StorageWeakRef) -> int | None:
+    """Bytes that a storage has now; None if it is dead."""
+    storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    return None if storage is None else int(storage.nbytes())
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
