@@ -29,18 +29,18 @@ import growth
 import torch
 from gpts import Training
 from ledger import Sitting, append
-from methods import Found, Method, Search, cheap, tops
+from methods import MAIN, Found, Method, Search, cheap, tops
 from rich.console import Console
 from rich.table import Table
 from runs import Point
 from timing import Counted, Seconds
 
 import sharpkern
-from tests.memory import peak_bytes
+from sharpkern.memory.counter import peak_bytes
 
 TOL = 1e-2
-# Measured steps before those that count.
-_WARM_UP = 2
+# Measured steps before those that count. Measurements 1, 2, 4, 8, 16, ... of a model make checks of their own.
+_WARM_UP = 8
 # A search that is off by more, in log units, has found something else, and nothing is recorded.
 _SAME = 0.05
 
@@ -65,7 +65,7 @@ class Taken:
         return cls(found, Seconds.now().since(start))
 
 
-def compare(size: str, tokens: int, trained: int, steps: int, tops_timed: int) -> list[dict[str, Any]]:
+def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) -> list[dict[str, Any]]:
     """Train a model, and measure its steps by every method.
 
     Args:
@@ -73,7 +73,7 @@ def compare(size: str, tokens: int, trained: int, steps: int, tops_timed: int) -
         tokens: of a step.
         trained: steps before, the learning rate rising in half of them.
         steps: that count.
-        tops_timed: how often each largest eigenvalue is computed; 0 for none.
+        everything: also what `methods.MAIN` lacks, and the largest eigenvalues at the last step.
 
     Returns:
         One row per method.
@@ -82,56 +82,65 @@ def compare(size: str, tokens: int, trained: int, steps: int, tops_timed: int) -
         RuntimeError: a search is off, or a method has changed the weights.
     """
     training = Training(size, max(1, trained // 2))
-    methods = cheap(training)
+    methods = [method for method in cheap(training) if everything or method.name in MAIN]
     early = _train(training, trained, tokens)
-    first: dict[str, float] = {}
+    searches = [method for method in methods if method.quantity == "λ_c"]
     taken: dict[str, list[Taken]] = defaultdict(list)
     truths: list[float | None] = []
     plain: list[Seconds] = []
+    first_unit = 0.0
     for step in range(_WARM_UP + steps):
         loss_fn = training.begin(tokens)
-        turn = step % len(methods)
-        before = [parameter.detach().clone() for parameter in training.model.parameters()]
-        now: list[Seconds] = []
-        for method in methods[turn:] + methods[:turn]:
-            now.append(Seconds.of(loss_fn.plain))
-            taken[method.name].append(Taken.by(partial(method.measure, loss_fn)))
-        if not all(map(torch.equal, before, training.model.parameters())):
-            raise RuntimeError("a method has changed the weights, nothing is recorded")
-        if step == 0:
-            first = {name: of_one[0].seconds.wall / _median(now) for name, of_one in taken.items()}
-        if step >= _WARM_UP:
+        counts = step >= _WARM_UP
+        now = _turn(methods if counts else searches, loss_fn, step, taken)
+        first_unit = first_unit or _median(now)
+        if counts:
             plain += now
-            truths.append(true_sharpness(training, loss_fn, taken[methods[1].name][-1].found))
+            truths.append(true_sharpness(training, loss_fn, taken[searches[0].name][-1].found))
         if step < _WARM_UP + steps - 1:
             training.step()
-    counted = {name: of_one[_WARM_UP:] for name, of_one in taken.items()}
     about = {
         "model": size,
         "parameters": training.parameters,
         "tokens": tokens,
-        "step": trained + _WARM_UP,
+        "trained": trained,
         "parameter_bytes": sum(p.numel() * p.element_size() for p in training.model.parameters()),
         "plain_forward_ms": 1e3 * _median(plain),
         "plain_peak_bytes": peak_bytes(loss_fn.plain),
     }
     rows = []
     for method in methods:
-        errors = _errors(method, counted[method.name], truths)
-        rows.append(
-            {
-                **about,
-                **_summary(method.name, method.quantity, counted[method.name], plain),
-                "first_in_plain_forwards": first[method.name],
-                "first_forwards": taken[method.name][0].found.forwards,
-                "errors": errors,
-                "early": early if method.name == methods[1].name else None,
-                "peak_bytes": peak_bytes(partial(method.measure, loss_fn)),
-            }
-        )
+        counted = taken[method.name][-steps:]
+        row = {**about, **_summary(method.name, method.quantity, counted, plain)}
+        row["peak_bytes"] = peak_bytes(partial(method.measure, loss_fn))
+        if method in searches:
+            first = taken[method.name][0]
+            row["first_in_plain_forwards"] = first.seconds.wall / first_unit
+            row["first_forwards"] = first.found.forwards
+            row["errors"] = _errors(method.name, counted, truths)
+        if method is searches[0]:
+            row["early"] = early
+        rows.append(row)
     # What the methods before have left behind is not theirs to be slowed by.
     gc.collect()
-    return rows + [{**about, **row} for row in (_top_rows(training, loss_fn, tops_timed) if tops_timed else [])]
+    return rows + [{**about, **row} for row in (_top_rows(training, loss_fn) if everything else [])]
+
+
+def _turn(methods: Sequence[Method], loss_fn: Counted, step: int, taken: dict[str, list[Taken]]) -> list[Seconds]:
+    """Measure a step by every method, and return what the plain forward passes between them took.
+
+    Raises:
+        RuntimeError: a method has changed the weights.
+    """
+    before = [parameter.detach().clone() for parameter in loss_fn.model.parameters()]
+    first = step % len(methods)
+    plain = []
+    for method in [*methods[first:], *methods[:first]]:
+        plain.append(Seconds.of(loss_fn.plain))
+        taken[method.name].append(Taken.by(partial(method.measure, loss_fn)))
+    if not all(map(torch.equal, before, loss_fn.model.parameters())):
+        raise RuntimeError("a method has changed the weights, nothing is recorded")
+    return plain
 
 
 def _train(training: Training, steps: int, tokens: int) -> list[dict[str, float]]:
@@ -146,7 +155,7 @@ def _train(training: Training, steps: int, tokens: int) -> list[dict[str, float]
 
 
 def true_sharpness(training: Training, loss_fn: Counted, near: Found) -> float | None:
-    """Return λ_c in float64, by a scan upward from a tenth of an η_c and bisection; None if there is none.
+    """Return λ_c in float64, by a scan upward from a fifth of an η_c and bisection; None if there is none.
 
     Args:
         training: at the step.
@@ -160,26 +169,24 @@ def true_sharpness(training: Training, loss_fn: Counted, near: Found) -> float |
     weights = {name: parameter.detach() for name, parameter in training.model.named_parameters()}
     moved = {name: by_parameter[parameter] for name, parameter in training.model.named_parameters()}
     point = Point(0, training.lr, direction.slope, training.model, loss_fn.loss_of, loss_fn.batch, weights, moved)
-    crossing = point.first_crossing(start=0.2 / near.value, per_decade=10)
+    crossing = point.first_crossing(start=0.4 / near.value, per_decade=10)
     return None if crossing is None else 2 / crossing
 
 
-def _errors(method: Method, taken: Sequence[Taken], truths: Sequence[float | None]) -> list[float] | None:
+def _errors(name: str, taken: Sequence[Taken], truths: Sequence[float | None]) -> list[float]:
     """Return the relative errors of η_c at the steps where there is one.
 
     Raises:
         RuntimeError: it is another crossing's, or there are none.
     """
-    if method.quantity != "λ_c":
-        return None
     pairs = [(one.found.value, truth) for one, truth in zip(taken, truths, strict=True)]
     errors = [abs(truth / value - 1) for value, truth in pairs if value is not None and truth is not None]
     if not errors or median(errors) > _SAME:
-        raise RuntimeError(f"{method.name} is off, nothing is recorded: it found {pairs}")
+        raise RuntimeError(f"{name} is off, nothing is recorded: it found {pairs}")
     return errors
 
 
-def _top_rows(training: Training, loss_fn: Counted, times: int) -> list[dict[str, Any]]:
+def _top_rows(training: Training, loss_fn: Counted) -> list[dict[str, Any]]:
     """Return a row for each way to the largest eigenvalue."""
     rows = []
     for name, prepare in tops(training, loss_fn, TOL):
@@ -191,10 +198,9 @@ def _top_rows(training: Training, loss_fn: Counted, times: int) -> list[dict[str
             continue
         # Whatever another package raises with this torch is told in the row.
         try:
-            for _ in range(times):
-                plain += [Seconds.of(loss_fn.plain) for _ in range(3)]
-                taken.append(Taken.by(measure))
-                plain += [Seconds.of(loss_fn.plain) for _ in range(3)]
+            plain += [Seconds.of(loss_fn.plain) for _ in range(5)]
+            taken.append(Taken.by(measure))
+            plain += [Seconds.of(loss_fn.plain) for _ in range(5)]
             peak = peak_bytes(measure)
         except Exception as error:
             status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -308,10 +314,10 @@ def comparisons(quick: bool) -> list[dict[str, Any]]:
         quick: one tiny model.
     """
     if quick:
-        return [{"size": "tiny", "tokens": 32, "trained": 20, "steps": 2, "tops_timed": 1}]
+        return [{"size": "tiny", "tokens": 32, "trained": 20, "steps": 2, "everything": True}]
     return [
-        {"size": "4M", "tokens": 1024, "trained": 100, "steps": 11, "tops_timed": 1},
-        {"size": "14M", "tokens": 1024, "trained": 60, "steps": 7, "tops_timed": 0},
+        {"size": "4M", "tokens": 1024, "trained": 100, "steps": 11, "everything": True},
+        {"size": "14M", "tokens": 1024, "trained": 60, "steps": 7, "everything": False},
     ]
 
 

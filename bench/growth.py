@@ -14,7 +14,7 @@ from rich.table import Table
 from timing import Seconds
 
 import sharpkern
-from tests.memory import peak_bytes
+from sharpkern.memory.counter import peak_bytes
 from sharpkern.plot import COLORS, legend_below, light_grid, new_figure
 
 # What powers of the parameters are worked out of. The number of losses varies from step to step and not with the
@@ -24,7 +24,7 @@ SIZES = ("1M", "4M", "14M", "30M", "100M")
 TOKENS = (32, 256, 1024)
 # Searches of each, those that count; more where they take little time.
 _SEARCHES = {32: 7, 256: 5, 1024: 3}
-# Steps of training before, on the fewest tokens, and measured ones before those that count.
+# Steps of training before, on the tokens in the middle, and measured ones before those that count.
 _TRAINED, _WARM_UP = 60, 2
 
 
@@ -43,7 +43,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
         trained = 20 if quick else _TRAINED
         training = Training(size, trained // 2)
         for _ in range(trained):
-            training.begin(token_counts[0])
+            training.begin(token_counts[len(token_counts) // 2])
             training.step()
         found += [_row(training, size, tokens, 3 if quick else _SEARCHES[tokens]) for tokens in token_counts]
     return found
