@@ -158,7 +158,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         parameters = [row["parameters"] for row in of_one]
         plain, search, loss = ([row[column] for row in of_one] for column in FITTED)
         power, error = exponent(of_one, FITTED[-1])
-        label = rf"{tokens} tokens: power {power:.2f} $\pm$ {error:.2f}"
+        label = rf"{tokens} tokens: {power:.2f} $\pm$ {error:.2f}"
         panels[0].plot(parameters, loss, marker="o", color=color, label=label)
         panels[0].plot(parameters, plain, marker=".", color=color, linestyle="--", linewidth=1.0)
         ratios = [a / b for a, b in zip(search, plain, strict=True)]
@@ -171,7 +171,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("parameters")
         axes.set_title(title, fontsize="medium")
         light_grid(axes)
-    legend_below(figure, panels)
+    legend_below(figure, panels, "tokens of a step, and the power of the parameters that each loss grows with")
     figure.savefig(path, metadata={"Description": source(record)})
 
 
