@@ -1,14 +1,25 @@
-"""README's figures from the results files: ``python bench/readme.py`` rewrites the tables between its markers."""
+"""The pages' figures from the results files: ``python bench/readme.py`` rewrites the tables between their markers.
+
+It draws the plots too.
+"""
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+# The checkout, also where the package is not installed.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import growth
+import plans
+from ledger import RESULTS, ROOT, latest
+
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+PLOT = RESULTS / "growth.png"
 METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
 # Where the gradient is not of the measured loss.
 NO_SLOPE = {
@@ -16,13 +27,6 @@ NO_SLOPE = {
     "auto, slope unknown, 8 at a time": "default, 8 at a time",
     "bisection": "doubling and bisection",
 }
-
-
-def latest(name: str) -> dict[str, Any]:
-    """The last full record of a results file."""
-    records = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    record: dict[str, Any] = [record for record in records if not record["quick"]][-1]
-    return record
 
 
 def line_search() -> str:
@@ -87,7 +91,7 @@ def cost() -> str:
 
 def kernels() -> str:
     """What the newest compiler makes of each kernel."""
-    by_version = json.loads((ROOT / "bench" / "results" / "static.json").read_text(encoding="utf-8"))
+    by_version = json.loads((RESULTS / "static.json").read_text(encoding="utf-8"))
     newest = by_version[max(by_version, key=lambda version: tuple(map(int, version.split("."))))]
     architectures = ["sm_80", "sm_90", "sm_100", "gfx942"]
     lines = [
@@ -135,7 +139,102 @@ def overhead() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"line search": line_search, "cost": cost, "kernels": kernels, "overhead": overhead}
+def peers() -> str:
+    """One measurement by each method, in plain forward passes of the same run."""
+    record = latest("peers")
+    models: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["peers"]:
+        name = row["method"] if row["quantity"] == "training" else f"{row['quantity']}, {row['method']}"
+        models.setdefault(f"{row['parameters'] / 1e6:.2g} M", {})[name] = row
+    # Largest eigenvalues are computed of the first model alone.
+    (first, of_first), *others = models.items()
+    about = of_first["forward + backward"]
+    lines = [
+        f"| method | time in plain forward passes, {' | '.join(f'{name} parameters' for name in models)} | losses "
+        "evaluated | error of η_c, median and worst | peak memory beyond θ, in θ | λ at the last step |",
+        "|---|---" + "|---" * len(others) + "|---|---|---|---|",
+        f"| plain forward pass | 1 {'| 1 ' * len(others)}| 1 | | {_in_theta('plain_peak_bytes', about)} | |",
+    ]
+    for name in of_first:
+        rows = [of_one.get(name, {}) for of_one in models.values()]
+        times = [_time(row) for row in rows]
+        row = rows[0]
+        forwards = " and ".join(dict.fromkeys(f"{row['forwards']:g}" for row in rows if "forwards" in row))
+        products = row.get("products")
+        work = f"{products} product{'s' * (products > 1)}" if products else forwards
+        errors = row.get("errors")
+        value = row.get("value")
+        lines.append(
+            f"| {name} | {' | '.join(times)} | {work} | {f'{median(errors):.2%}, {max(errors):.2%}' if errors else ''} "
+            f"| {_in_theta('peak_bytes', row)} | {'' if value is None else f'{value:.4g}'} |"
+        )
+    auto = {name: of_one["λ_c, sharpkern, auto, virtual"] for name, of_one in models.items()}
+    counts = " and ".join(f"{row['measurements']} ({name})" for name, row in auto.items())
+    each = [row["in_plain_forwards_each"] for row in auto.values()]
+    spreads = " and ".join(f"{min(taken):.1f} to {max(taken):.1f}, {mean(taken):.1f} on average," for taken in each)
+    firsts = " and ".join(f"{row['first_in_plain_forwards']:.0f}" for row in auto.values())
+    early = ", ".join(str(one["forwards"]) for one in auto[first]["early"])
+    before, after = record["environment"]["load_average"]
+    lines += [
+        "",
+        f"Medians over {counts} successive steps of {about['tokens']} tokens, after the warm-up; the largest "
+        "eigenvalues at the last of them. The single measurements of the default search (λ_c, sharpkern, auto, "
+        f"virtual) took {spreads} plain forward passes; the first one of a model, cold and with the checks that are "
+        f"made once, {firsts}. On every tenth of the first {about['trained']} steps, half of them in the warm-up, it "
+        f"evaluated {early} losses ({first}). Load average {before:.1f} before, {after:.1f} after.",
+    ]
+    return "\n".join(lines)
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    return f"{row['in_plain_forwards']:.1f}" if "in_plain_forwards" in row else row.get("status", "")
+
+
+def _in_theta(column: str, row: Mapping[str, Any]) -> str:
+    return f"{row[column] / row['parameter_bytes']:.2f}" if row.get(column) else ""
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def growing() -> str:
+    """One λ_c by parameters and tokens, and the power of the parameters that it grows with."""
+    rows = growth.by_tokens(latest("peers")["growth"])
+    lines = [
+        "| tokens | parameters | plain forward pass | one λ_c | in plain forward passes | losses evaluated | each loss "
+        "| peak memory beyond θ, in θ |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for tokens, of_one in rows.items():
+        for row in of_one:
+            plain, search, loss = (row[column] for column in growth.FITTED)
+            lines.append(
+                f"| {tokens} | {row['parameters'] / 1e6:.3g} M | {_duration(plain)} | {_duration(search)} | "
+                f"{search / plain:.1f} | {row['forwards']:g} | {_duration(loss)} | {_in_theta('peak_bytes', row)} |"
+            )
+    powers = {tokens: [growth.exponent(of_one, column) for column in growth.FITTED] for tokens, of_one in rows.items()}
+    said = [
+        "; ".join(f"{power[i][0]:.2f} ± {power[i][1]:.2f} at {tokens} tokens" for tokens, power in powers.items())
+        for i in range(len(growth.FITTED))
+    ]
+    lines += [
+        "",
+        f"Seconds grow with the parameters to the power of: a plain forward pass {said[0]}. One λ_c {said[1]}. One λ_c "
+        f"over the losses that it took {said[2]}. (Straight lines in logarithms, ± standard error.)",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "peers": peers,
+    "growth": growing,
+    "line search": line_search,
+    "cost": cost,
+    "kernels": kernels,
+    "overhead": overhead,
+    "memory": lambda: plans.markdown(latest("memory")),
+}
 
 
 def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
@@ -147,4 +246,7 @@ def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> 
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    plans.picture(latest("memory"), RESULTS / "memory.png")
+    growth.draw(latest("peers"), PLOT)

@@ -75,8 +75,13 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_readme_has_two_commands_and_names_what_is_there() -> None:
     commands = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     assert len(commands) == 2
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page in (ROOT / "README.md", ROOT / "bench" / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        for link, heading in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", text):
+            there = page.parent / link
+            assert there.exists(), link
+            titles = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+            assert not heading or heading in [title.lower().replace(" ", "-") for title in titles], heading
     for name in re.findall(r"`sharpkern\.(\w+)", README):
         assert hasattr(sharpkern, name) or name == "kernels", name
 
@@ -84,8 +89,9 @@ def test_the_readme_has_two_commands_and_names_what_is_there() -> None:
 def test_figures_in_the_readme_are_those_of_the_results_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "bench")
     readme = importlib.import_module("readme")
-    assert readme.with_tables(README) == README
-    assert all(f"<!-- {name} -->\n|" in README for name in readme.TABLES)
+    pages = [page.read_text(encoding="utf-8") for page in readme.PAGES]
+    assert [readme.with_tables(page) for page in pages] == pages
+    assert all(f"<!-- {name} -->\n|" in "".join(pages) for name in readme.TABLES)
 
 
 def test_every_warning_and_error_has_its_cure_in_the_readme() -> None:
