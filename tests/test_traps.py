@@ -5,6 +5,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,29 @@ def test_a_closure_over_the_next_batch_is_noticed() -> None:
     direction = sharpkern.Direction.from_optimizer(with_gradient(model, own))
     with pytest.warns(sharpkern.SlopeMismatchWarning, match="the batch that the gradient is of"):
         sharpkern.critical_sharpness(model, following, direction)
+
+
+class Bent(nn.Module):
+    """A loss whose fall along the gradient is over long before it rises: at a hundred thousandth of η_c."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steep, self.wide = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+
+    def forward(self) -> torch.Tensor:
+        return 0.1 * torch.exp(1000 * self.steep) + self.wide**2
+
+
+@pytest.mark.parametrize("factor", [1.0, 64.0], ids=["its own", "scaled"])
+def test_a_loss_that_bends_early_is_not_taken_for_another_batchs(factor: float) -> None:
+    model = Bent().double()
+    model().backward()
+    direction = sharpkern.Direction.from_gradients(model)
+    direction = replace(direction, slope=factor * direction.slope)
+    expected = pytest.warns(sharpkern.SlopeMismatchWarning) if factor != 1 else nullcontext()
+    with expected:
+        found = sharpkern.critical_sharpness(model, model, direction, initial_lr=1.0)
+    assert found.critical_lr == pytest.approx((1 + 1.1**0.5) / 2, rel=0.02)
 
 
 def test_the_slope_is_checked_again_and_again_and_the_own_batch_passes() -> None:

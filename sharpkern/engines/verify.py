@@ -134,19 +134,20 @@ def check_slope(
     else:
         return
     ratio = (base - loss) / (eta * slope)
-    least = _LEAST_SLOPE_RATIO
-    if ratio < least:
-        if eta / 10 > resolved and spare_forwards > 1:
-            # Then a smaller step agrees with the slope.
-            eta = max(resolved, eta / 100)
-            ratio = (base - engine.losses([eta])[0]) / (eta * slope)
-        else:
-            least = _LEAST_BENT_RATIO
+    least = _LEAST_RANDOM_RATIO if random else _LEAST_SLOPE_RATIO
+    finest = eta / 10 <= resolved or spare_forwards <= 1
+    if ratio < least and finest:
+        least = min(least, _LEAST_BENT_RATIO)
+    while ratio < least and eta / 10 > resolved and spare_forwards > 1:
+        # Then a smaller step agrees with the slope: early in training the loss may bend at a ten thousandth of η_c.
+        eta = max(resolved, eta / 100)
+        ratio = (base - engine.losses([eta])[0]) / (eta * slope)
+        spare_forwards -= 1
     share = kept(eta)
     if share < _LEAST_RETAINED:
         # Of the slope another part may be lost than of the displacement.
-        least = _LEAST_BENT_RATIO
-    if ratio < (_LEAST_RANDOM_RATIO if random else least) * share:
+        least = min(least, _LEAST_BENT_RATIO)
+    if ratio < least * share:
         warn(
             f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: "
             "loss_fn must evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that "
