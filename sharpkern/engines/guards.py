@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from sharpkern.engines.table import storage_pointer
+from sharpkern.fakes import is_fake
 from sharpkern.randomness import note_generators, note_streams, torch_states
 from sharpkern.shards import local
 
@@ -92,7 +93,7 @@ class Guard:
     def had_gradient(self, parameter: Tensor) -> bool:
         """Whether a parameter came with a gradient other than zero."""
         gradient = self._gradients.get(id(parameter))
-        return gradient is not None and bool(gradient.any())
+        return gradient is not None and not is_fake(gradient) and bool(gradient.any())
 
     def drew_random_numbers(self) -> bool:
         """Whether torch's random streams have moved since the last rewind, as with dropout."""

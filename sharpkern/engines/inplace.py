@@ -113,7 +113,7 @@ def _on_device(pairs: Sequence[Pair], *, may_fail: bool) -> list[Tensor | None] 
             raise
     warn(
         "the copy of θ that is measured in place from is on the host, since the device has no room for it: every step "
-        "size takes longer; plan for less with sharpkern.memory_plan",
+        "size takes longer; sharpkern.memory_plan says what each engine takes",
         EngineFallbackWarning,
     )
     return None

@@ -126,8 +126,9 @@ def check_slope(
         return
     resolved = 20 * noise * abs(base) / slope
     small = [(eta, loss) for eta, loss in result.probes if resolved <= eta <= 0.1 * upper and math.isfinite(loss)]
-    if small or result.status == "ascent":
-        eta, loss = min(small or result.probes)
+    finite = [(eta, loss) for eta, loss in result.probes if math.isfinite(loss)]
+    if small or (result.status == "ascent" and finite):
+        eta, loss = min(small or finite)
     elif resolved <= 0.1 * upper:
         eta = max(resolved, 0.02 * upper)
         loss = engine.losses([eta])[0]
@@ -135,14 +136,15 @@ def check_slope(
         return
     ratio = (base - loss) / (eta * slope)
     least = _LEAST_RANDOM_RATIO if random else _LEAST_SLOPE_RATIO
-    finest = eta / 10 <= resolved or spare_forwards <= 1
-    if ratio < least and finest:
-        least = min(least, _LEAST_BENT_RATIO)
+    closer = False
     while ratio < least and eta / 10 > resolved and spare_forwards > 1:
         # Then a smaller step agrees with the slope: early in training the loss may bend at a ten thousandth of η_c.
         eta = max(resolved, eta / 100)
         ratio = (base - engine.losses([eta])[0]) / (eta * slope)
         spare_forwards -= 1
+        closer = True
+    if not closer or eta / 10 > resolved:
+        least = min(least, _LEAST_BENT_RATIO) if ratio < least else least
     share = kept(eta)
     if share < _LEAST_RETAINED:
         # Of the slope another part may be lost than of the displacement.

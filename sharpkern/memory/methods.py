@@ -15,9 +15,9 @@ from sharpkern.engines.closure import evaluations
 from sharpkern.engines.inplace import Backup
 from sharpkern.engines.table import make_pairs
 from sharpkern.memory.counter import PeakBytes
-from sharpkern.memory.scene import ACTIVATIONS, Scene
+from sharpkern.memory.scene import ACTIVATIONS, BACKWARD, Scene
 from sharpkern.moves import Move, Stored
-from sharpkern.shards import local
+from sharpkern.shards import local, local_as
 from sharpkern.updates.closed_form import CLOSED_FORMS
 from sharpkern.updates.optimizer import steps_by_formula
 from sharpkern.updates.shadow_step import shadow_step
@@ -33,7 +33,6 @@ class Method:
     Attributes:
         name: for people.
         run: on a scene, for the counter to see.
-        training: autograd looks on.
         measures: gradients and the optimizer's state are there while it runs.
         direction: where Δθ is: "resident", "state", or "" where there is none.
         num_steps: step sizes of one pass.
@@ -42,7 +41,6 @@ class Method:
 
     name: str
     run: Callable[[Scene, PeakBytes], None]
-    training: bool = False
     measures: bool = True
     direction: str = ""
     num_steps: int = 1
@@ -58,7 +56,7 @@ def methods(num_steps: int, *, from_state: bool) -> list[Method]:
     """
     found = [
         Method("plain forward", _forward, measures=False, sharded=True),
-        Method("training step", _training, training=True, measures=False, sharded=True),
+        Method("forward and backward", _training, measures=False, sharded=True),
         Method("clone and dictionary", _clone_and_dictionary, direction="resident"),
         Method("deep copy", _deep_copy, direction="resident"),
     ]
@@ -90,8 +88,8 @@ def _forward(scene: Scene, counter: PeakBytes) -> None:
 def _training(scene: Scene, counter: PeakBytes) -> None:
     with counter.under(ACTIVATIONS):
         loss = scene.loss(counter)
-        with counter:
-            loss.backward()
+    with counter, counter.under(BACKWARD):
+        loss.backward()
     for parameter in scene.parameters:
         parameter.grad = None
 
@@ -118,13 +116,13 @@ def _clone_and_dictionary(scene: Scene, counter: PeakBytes) -> None:
 def _deep_copy(scene: Scene, counter: PeakBytes) -> None:
     with torch.no_grad():
         with counter, counter.under(DIRECTION):
-            update = [torch.zeros_like(parameter) for parameter in scene.model.parameters()]
+            update = [torch.zeros_like(parameter) for parameter in scene.parameters]
         with counter, counter.under(COPIES):
             # By hand: what counts bytes sees a tensor's own deep copy twice or not at all.
             copies: dict[int, Any] = {id(b): b.clone() for b in scene.model.buffers()}
-            copies |= {id(p): nn.Parameter(p.detach().clone()) for p in scene.model.parameters()}
+            copies |= {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in scene.model.parameters()}
             moved = copy.deepcopy(scene.model, copies)
-            for parameter, delta in zip(moved.parameters(), update, strict=True):
+            for parameter, delta in zip((p for p in moved.parameters() if p.requires_grad), update, strict=True):
                 parameter.add_(delta, alpha=-1e-3)
         with counter.under(ACTIVATIONS):
             scene.loss(counter, moved)
@@ -169,14 +167,17 @@ def _gradients(scene: Scene) -> Iterator[None]:
 def _moves(scene: Scene, *, resident: bool) -> list[tuple[Tensor, Move]]:
     """θ + αΔθ of every parameter, made as `Direction.from_optimizer` makes it."""
     if scene.optimizer is None:
-        return [(p, Stored(p, torch.zeros_like(p))) for p in scene.parameters]
+        shards = [(p, local(p)) for p in scene.parameters]
+        return [(p, Stored(mine, torch.zeros_like(mine))) for p, mine in shards]
     optimizer, slots = read_slots(scene.optimizer, None, None)
     formula = CLOSED_FORMS.get(type(optimizer))
     moves: list[Move]
     if formula is None:
         with _copies_of_fakes():
             deltas = shadow_step(optimizer, slots)
-        moves = [Stored(slot.theta, delta) for slot, delta in zip(slots, deltas, strict=True)]
+        moves = [
+            Stored(local(slot.theta), local_as(delta, slot.held)) for slot, delta in zip(slots, deltas, strict=True)
+        ]
     else:
         steps = steps_by_formula(formula, optimizer, slots, slots[0].lr)
         moves = [Stored(step.base, step.update()) if resident else step for step in steps]

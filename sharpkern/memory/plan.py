@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-# Memory that cards are sold with, in units of 10⁹ bytes.
+# Memory that cards are sold with, GB.
 CARDS = (24, 40, 48, 80, 96, 141, 192)
-# Of a card's memory: context and libraries take some, and what is free may lie in pieces.
-USABLE = 0.95
+# Of as many GiB, bytes that tensors can have: some cards show less than that, context and libraries take some, and what
+# is free may lie in pieces.
+USABLE = 0.92 * 2**30
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class MethodMemory:
     @property
     def card(self) -> int | None:
         """The smallest of `CARDS` that holds it, in GB; None where none does."""
-        return next((card for card in CARDS if self.peak_bytes <= USABLE * card * 10**9), None)
+        return next((card for card in CARDS if self.peak_bytes <= USABLE * card), None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from sharpkern._progress import progress_bar
 from sharpkern.engines.batched import NUM_PARALLEL
+from sharpkern.errors import EngineUnsupportedError
 from sharpkern.fakes import planned_for
 from sharpkern.head import linear_cross_entropy
 from sharpkern.memory.architectures import configuration
@@ -22,6 +23,10 @@ from sharpkern.memory.shards import Shards
 
 HEADS = ("stock", "chunked")
 _RANGES = {"tokens": (2, 2**24), "batch_size": (1, 2**20), "num_gpus": (1, 2**16), "num_steps": (1, NUM_PARALLEL)}
+_NO_VALUES = (
+    "loss_fn must not read values, which a plan has none of, got {}; leave out what depends on them: assertions, masks "
+    "made by indexing, .item()"
+)
 # Registered with transformers under this name: whether attention needs a mask is otherwise read from values.
 _ATTENTION = "sdpa_without_mask"
 
@@ -47,8 +52,9 @@ def memory_plan(
     Args:
         model: name of an architecture ("olmo2-7b", "llama3-70b", "qwen3-8b", …), a configuration file of
             transformers or its folder, or a module, such as one that was built under ``torch.device("meta")``.
-        loss_fn: of a module: takes a copy of it that lies on the CPU, makes its inputs itself, and returns the loss.
-            Nothing has values; what reads them is refused. Left out for a causal language model by name.
+        loss_fn: of a module: takes a copy of it that lies on the CPU, makes its inputs itself, and returns the loss;
+            autocast in it must be the CPU's. Nothing has values; what reads them is refused. Left out for a causal
+            language model by name.
         tokens: in a sequence, of a model by name.
         batch_size: sequences, of a model by name.
         dtype: of the weights of a model by name; by default as its configuration says, or bfloat16.
@@ -60,7 +66,8 @@ def memory_plan(
         progress: shows a bar on a terminal: a large model takes up to a minute.
 
     Returns:
-        MemoryPlan: peak bytes of each method, by what they are for, and the smallest card that holds it. Print it, or
+        MemoryPlan: peak bytes of each method that can evaluate the model, by what they are for, and the smallest card
+        that holds it; "forward and backward" recomputes nothing and has no optimizer's step in it. Print it, or
         see ``plan["virtual", "state"].peak_bytes``, ``to_json``, ``save`` and ``plot``.
 
     Raises:
@@ -97,6 +104,7 @@ def memory_plan(
             raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}; pass torch.bfloat16")
         name = os.fspath(model)
         original, vocabulary = _language_model(name, dtype)
+        _check_positions(original, tokens)
         dtype = next(original.parameters()).dtype
         loss = _language_loss(tokens, batch_size, head)
         number = {"tokens": tokens, "batch_size": batch_size}
@@ -110,6 +118,8 @@ def memory_plan(
     def scene() -> Scene:
         return Scene(shards.of(fake_copy(original, mode)), loss, optimizer, mode, vocabulary)
 
+    if not any(parameter.requires_grad for parameter in original.parameters()):
+        raise ValueError("model must have parameters that are trained, got none; unfreeze what is to move")
     conditions = {"parameters": sum(p.numel() for p in original.parameters()), **conditions}
     ways = methods(num_steps, from_state=has_formula(optimizer))
     if num_gpus > 1:
@@ -123,7 +133,9 @@ def memory_plan(
     ):
         place = scene()
         for method in ways:
-            rows.append(_row(place, method))
+            # As in a run, where the next engine takes the place of one that is unable.
+            with suppress(EngineUnsupportedError):
+                rows.append(_row(place, method))
             advance(method.name)
             if num_gpus > 1:
                 # What FSDP2 has gathered for one method is not there for the next.
@@ -132,7 +144,7 @@ def memory_plan(
 
 
 def _row(scene: Scene, method: Method) -> MethodMemory:
-    counter = scene.counter(training=method.training)
+    counter = scene.counter()
     held = scene.held(gradients=method.measures)
     method.run(scene, counter)
     parts = {name: size for name, size in (held | counter.parts).items() if size}
@@ -152,10 +164,11 @@ def _values_refused() -> Iterator[None]:
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ValueError(
-            f"loss_fn must not read values, which a plan has none of, got {error.args[0] if error.args else error}; "
-            "leave out what depends on them: assertions, masks made by indexing, .item()"
-        ) from error
+        raise ValueError(_NO_VALUES.format(error.args[0] if error.args else error)) from error
+    except RuntimeError as error:
+        if "numpy()" not in str(error):
+            raise
+        raise ValueError(_NO_VALUES.format(".numpy()")) from error
 
 
 def _language_model(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, int]:
@@ -183,6 +196,14 @@ def _language_loss(tokens: int, batch_size: int, head: str) -> Loss:
         return linear_cross_entropy(hidden[:, :-1], weight, rows[:, 1:])
 
     return loss
+
+
+def _check_positions(model: nn.Module, tokens: int) -> None:
+    """Refuse more tokens than a model with learned positions has of these."""
+    positions: int = getattr(model.config, "max_position_embeddings", tokens)
+    learned = any(isinstance(m, nn.Embedding) and m.num_embeddings == positions for m in model.modules())
+    if learned and tokens > positions:
+        raise ValueError(f"tokens must be at most the model's {positions} positions, got {tokens}; pass fewer")
 
 
 def _check_choices(**options: tuple[str, tuple[str, ...]]) -> None:

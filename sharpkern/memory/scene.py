@@ -18,7 +18,7 @@ from sharpkern.memory.optimizers import optimizer_of
 from sharpkern.moves import OptimizerStep, Stored
 from sharpkern.shards import local
 
-ACTIVATIONS = "activations"
+ACTIVATIONS, BACKWARD = "activations", "backward"
 
 Loss = Callable[[nn.Module], Tensor]
 
@@ -88,31 +88,29 @@ class Scene:
         }
         return {name: _storage_bytes(of_name) for name, of_name in tensors.items()}
 
-    def counter(self, *, training: bool = False) -> PeakBytes:
-        """Return a counter that tells apart what tensors are for.
-
-        Args:
-            training: whether what has a parameter's shape is its gradient.
-        """
+    def counter(self) -> PeakBytes:
+        """Return a counter that tells apart what tensors are for."""
 
         def label(tensor: Tensor, within: str) -> str:
             # Nothing smaller can be seen in the whole.
             if tensor.nbytes < 2**16:
-                return within
+                return ACTIVATIONS if within == BACKWARD else within
             makers = list(_makers())
             if _ON_HOST in makers:
                 return ON_HOST
-            if within != ACTIVATIONS:
+            if within not in (ACTIVATIONS, BACKWARD):
                 return within
             if not _FORMING.isdisjoint(makers):
                 return "formed"
             if any(_FSDP in maker.co_filename for maker in makers):
                 return "gathered"
-            if training and tensor.shape in self._shapes:
+            by_head = any(maker.co_filename == _HEAD for maker in makers)
+            # A head that goes by chunks has its gradient on the way forth.
+            if tensor.shape in self._shapes and (within == BACKWARD or by_head):
                 return "gradients"
-            if (tensor.dim() and tensor.shape[-1] == self._vocabulary) or any(m.co_filename == _HEAD for m in makers):
+            if by_head or (tensor.dim() and tensor.shape[-1] == self._vocabulary):
                 return "logits"
-            return within
+            return ACTIVATIONS
 
         return PeakBytes(label)
 
@@ -128,8 +126,9 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         fake = copy.deepcopy(model)
     places: dict[int, Tensor] = {}
     for module in fake.modules():
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in tensors:
+        attributes = [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
+        named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in [*named, *attributes]:
             if id(tensor) not in places:
                 with mode:
                     moved: Tensor = torch.empty_like(tensor, device="cpu", requires_grad=False)

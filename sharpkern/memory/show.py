@@ -56,7 +56,7 @@ def _caption(plan: MemoryPlan) -> str:
     host = max(row.host_bytes for row in plan.rows)
     return (
         f"held: {held}; rest: activations and formed weights; on the host: {host / _GIB:.2f}; card: the smallest that "
-        f"holds it in {USABLE:.0%} of its memory"
+        f"holds it in {USABLE / _GIB:.0%} of as many GiB"
     )
 
 
@@ -76,12 +76,12 @@ def draw(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
     names = [label(row) for row in rows]
     left = [0.0] * len(rows)
     for part, color in zip(PARTS, (*COLORS, "#F0E442", "#999999"), strict=True):
-        widths = [row.parts.get(part, 0) / 1e9 for row in rows]
+        widths = [row.parts.get(part, 0) / _GIB for row in rows]
         if any(widths):
             axes.barh(names, widths, left=left, color=color, label=part, height=0.7)
             left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
-    axes.set_xlabel("peak memory on each GPU, GB")
+    axes.set_xlabel("peak memory on each GPU, GiB")
     axes.set_xlim(0, 1.08 * max(left))
     _draw_cards(axes, max(left))
     light_grid(axes)
@@ -93,11 +93,12 @@ def draw(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
 
 def _draw_cards(axes: Any, longest: float) -> None:
     for card in CARDS:
-        if USABLE * card < 1.08 * longest:
-            axes.axvline(USABLE * card, color="#555555", linestyle="--", linewidth=0.9)
+        usable = USABLE * card / _GIB
+        if usable < 1.08 * longest:
+            axes.axvline(usable, color="#555555", linestyle="--", linewidth=0.9)
             axes.annotate(
                 f"{card} GB",
-                (USABLE * card, 1.0),
+                (usable, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 2),
                 textcoords="offset points",
