@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from sharpkern.memory.plan import MemoryPlan
-from sharpkern.memory.show import COLUMNS, draw, label
+from sharpkern.memory.show import cells, columns, draw, label
 
-_GIB = 2**30
 # The plan that is told whole, and drawn.
 _WHOLE = "olmo2-7b"
 # Of the others these methods.
 _METHODS = (
-    ("plain forward", None),
-    ("forward and backward", None),
-    ("clone and dictionary", "resident"),
-    ("in place", "state"),
-    ("virtual", "state"),
+    "plain forward",
+    "forward and backward",
+    "clone and dictionary",
+    "in place, Δθ from state",
+    "virtual, Δθ from state",
 )
 
 
@@ -43,29 +42,20 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _whole(plan: MemoryPlan) -> list[str]:
-    columns = {name: parts for name, parts in COLUMNS.items() if any(row.sum(parts) for row in plan.rows)}
-    lines = [
-        f"| {plan.model}, GiB | peak | {' | '.join(columns)} | smallest card |",
-        "|---" * (len(columns) + 3) + "|",
-    ]
-    for row in plan.rows:
-        sizes = [row.peak_bytes, *(row.sum(parts) for parts in columns.values())]
-        lines.append(f"| {label(row)} | {' | '.join(map(_gib, sizes))} | {_card(row.card)} |")
-    return lines
+    names = columns(plan)
+    lines = [f"| {plan.model}, GiB | peak | {' | '.join(names)} | smallest card |", "|---" * (len(names) + 3) + "|"]
+    return lines + [f"| {label(row)} | {' | '.join(cells(row, names))} |" for row in plan.rows]
 
 
 def _of_all(plans: list[MemoryPlan]) -> list[str]:
+    rows = [{label(row): "{} ({})".format(*cells(row)) for row in plan.rows} for plan in plans]
     lines = [
-        "| peak on each GPU, GiB (smallest card) | GPUs | " + " | ".join(_name(*method) for method in _METHODS) + " |",
+        "| peak on each GPU, GiB (smallest card) | GPUs | " + " | ".join(_METHODS) + " |",
         "|---" * (len(_METHODS) + 2) + "|",
     ]
-    for plan in plans:
-        found = {(row.method, row.direction): row for row in plan.rows}
-        cells = []
-        for name, direction in _METHODS:
-            row = found.get((name, direction or ""))
-            cells.append("" if row is None else f"{_gib(row.peak_bytes)} ({_card(row.card)})")
-        lines.append(f"| {plan.model} | {plan.conditions['gpus']} | {' | '.join(cells)} |")
+    for plan, row in zip(plans, rows, strict=True):
+        told = " | ".join(row.get(method, "") for method in _METHODS)
+        lines.append(f"| {plan.model} | {plan.conditions['gpus']} | {told} |")
     return lines
 
 
@@ -82,15 +72,3 @@ def _beside_training(plans: list[MemoryPlan]) -> str:
         f"In {len(less)} of these {len(plans)} plans every measurement with Δθ from the optimizer's state takes less "
         "than going forward and backward, for which activations are kept (nothing is recomputed here)."
     )
-
-
-def _name(method: str, direction: str | None) -> str:
-    return f"{method}, Δθ from state" if direction == "state" else method
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else ""
-
-
-def _card(card: int | None) -> str:
-    return "none" if card is None else f"{card} GB"

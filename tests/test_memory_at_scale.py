@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sharpkern.engines import batched
 from sharpkern.fakes import planned_for
-from sharpkern.memory import planning
+from sharpkern.memory import architectures
 from sharpkern.memory.methods import _Engine, _forward
 from sharpkern.memory.scene import Scene, fake_copy
 
@@ -24,7 +24,7 @@ pytest.importorskip("transformers", reason="the model is of transformers")
 
 
 def scene_of(monkeypatch: pytest.MonkeyPatch, layers: int, tokens: int = 4096, head: str = "stock") -> Scene:
-    whole = planning.configuration
+    whole = architectures.configuration
 
     def shortened(name: str) -> object:
         config = whole(name)
@@ -33,10 +33,10 @@ def scene_of(monkeypatch: pytest.MonkeyPatch, layers: int, tokens: int = 4096, h
         return config
 
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "configuration", shortened)
-        model, vocabulary = planning._language_model("olmo2-7b", torch.bfloat16)
+        patch.setattr(architectures, "configuration", shortened)
+        model, vocabulary = architectures.language_model("olmo2-7b", torch.bfloat16)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return Scene(fake_copy(model, mode), planning._language_loss(tokens, 1, head), "none", mode, vocabulary)
+    return Scene(fake_copy(model, mode), architectures.language_loss(tokens, 1, head), "none", mode, vocabulary)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import sharpkern
 from sharpkern.cli import app
 from sharpkern.cli.memory import Head, Optimizer
 from sharpkern.fakes import planned_for
-from sharpkern.memory import planning
+from sharpkern.memory import architectures, planning
 from sharpkern.memory.architectures import ARCHITECTURES
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS
 from sharpkern.memory.plan import CARDS, USABLE, MemoryPlan, MethodMemory
-from sharpkern.memory.scene import Scene
+from sharpkern.memory.scene import Scene, fake_copy
 from tests.processes import on_ranks
 
 GIB = 2**30
@@ -39,13 +40,13 @@ def olmo2(path: Path, **shape: int) -> str:
 
 def on_real_tensors(name: str, optimizer: str, head: str, shard: Callable[[nn.Module], object] | None = None) -> Scene:
     """The scene of a plan, on tensors that have values."""
-    model, vocabulary = planning._language_model(name, None)
+    model, vocabulary = architectures.language_model(name, None)
     model = model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         nn.init.constant_(tensor, 0.01)
     if shard is not None:
         shard(model)
-    loss = planning._language_loss(TOKENS, BATCH, head)
+    loss = architectures.language_loss(TOKENS, BATCH, head)
     return Scene(model, loss, optimizer, nullcontext(), vocabulary)
 
 
@@ -141,8 +142,6 @@ def per_rank(rank: int, name: str) -> dict[tuple[str, str], int]:
 
 
 def test_a_sharded_plan_is_what_each_of_two_ranks_takes(tmp_path: Path) -> None:
-    from functools import partial
-
     name = olmo2(tmp_path / "model", num_hidden_layers=2, vocab_size=4096)
     plan = sharpkern.memory_plan(name, tokens=TOKENS, batch_size=BATCH, num_gpus=2, progress=False)
     ranks = on_ranks({"rows": partial(per_rank, name=name)}, 2, tmp_path, seconds=200)
@@ -170,10 +169,10 @@ def test_a_sharded_plan_is_what_each_of_two_ranks_takes(tmp_path: Path) -> None:
 
 
 def test_seven_billion_from_the_optimizers_state_take_a_gibibyte_more_than_a_forward_pass() -> None:
-    model, vocabulary = planning._language_model("olmo2-7b", torch.bfloat16)
+    model, vocabulary = architectures.language_model("olmo2-7b", torch.bfloat16)
     mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-    loss = planning._language_loss(4096, 1, "chunked")
-    scene = Scene(planning.fake_copy(model, mode), loss, "adamw-fp32", mode, vocabulary)
+    loss = architectures.language_loss(4096, 1, "chunked")
+    scene = Scene(fake_copy(model, mode), loss, "adamw-fp32", mode, vocabulary)
     wanted = {("plain forward", ""), ("virtual", "state"), ("in place", "state")}
     forward, in_place, virtual = rows_of(scene, "adamw-fp32", lambda method: (method.name, method.direction) in wanted)
     # Gradients are there whenever an optimizer's next step is asked for.
@@ -188,7 +187,7 @@ def test_parameters_are_those_of_the_published_models() -> None:
     pytest.importorskip("transformers")
     billions = {}
     for name in ARCHITECTURES:
-        model, _ = planning._language_model(name, torch.bfloat16)
+        model, _ = architectures.language_model(name, torch.bfloat16)
         billions[name] = round(sum(p.numel() for p in model.parameters()) / 1e9, 2)
     assert billions == {
         "olmo2-1b": 1.48,
@@ -409,7 +408,7 @@ def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_line_offers_what_there_is() -> None:
     assert [choice.value for choice in Optimizer] == list(OPTIMIZERS)
-    assert [choice.value for choice in Head] == list(planning.HEADS)
+    assert [choice.value for choice in Head] == list(architectures.HEADS)
     refused = CliRunner().invoke(app, ["memory", "olmo3-1t"], env={"COLUMNS": "1000"})
     assert refused.exit_code == 2
     assert "model must be one of olmo2-1b" in refused.output

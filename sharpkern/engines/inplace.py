@@ -48,7 +48,7 @@ class InPlaceEngine:
         self._closure = closure
         self._around = around
         copies = None if backup == "host" else _on_device(pairs, may_fail=backup == "auto")
-        self._on_host = copies is None
+        self._from_host = copies is None
         # None where a full-precision master stands in.
         self._copies = [_on_host(pair) for pair in pairs] if copies is None else copies
         self._alpha = 0.0
@@ -79,7 +79,7 @@ class InPlaceEngine:
         for pair, copy in zip(self._pairs, self._copies, strict=True):
             # detach() shares the version counter, so autograd notices the write.
             weight, move = pair.weight.detach(), pair.move
-            if copy is not None and self._on_host:
+            if copy is not None and self._from_host:
                 # θ comes back first, and moves where it is.
                 weight.copy_(copy, non_blocking=True)
                 if step:

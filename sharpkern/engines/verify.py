@@ -144,7 +144,7 @@ def check_slope(
         spare_forwards -= 1
         closer = True
     if not closer or eta / 10 > resolved:
-        least = min(least, _LEAST_BENT_RATIO) if ratio < least else least
+        least = min(least, _LEAST_BENT_RATIO)
     share = kept(eta)
     if share < _LEAST_RETAINED:
         # Of the slope another part may be lost than of the displacement.

@@ -1,10 +1,18 @@
-"""Causal language models by name, as their published configurations describe them, and from files."""
+"""Causal language models by name, as their published configurations describe them, and from files; and their loss."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from sharpkern._extras import missing
+from sharpkern.head import linear_cross_entropy
+
+HEADS = ("stock", "chunked")
+# Registered with transformers under this name: whether attention needs a mask is otherwise read from values.
+_ATTENTION = "sdpa_without_mask"
 
 # Configuration class of transformers, and what differs from its defaults. Sources: the config.json that is published
 # with each model.
@@ -76,3 +84,59 @@ def configuration(name: str) -> Any:
             "on the meta device and pass it with its loss_fn"
         )
     return config
+
+
+def language_model(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, int]:
+    """Return a causal language model on the meta device, and the size of its vocabulary.
+
+    Args:
+        name: as `configuration` takes it.
+        dtype: of the weights; None for the configuration's, or bfloat16.
+    """
+    config = configuration(name)
+    import transformers
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    transformers.AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    config.use_cache = False
+    dtype = dtype or config.dtype or torch.bfloat16
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
+    return model.eval(), config.vocab_size
+
+
+def language_loss(tokens: int, batch_size: int, head: str) -> Callable[[nn.Module], Tensor]:
+    """Return the loss of such a model on one batch.
+
+    Args:
+        tokens: in a sequence.
+        batch_size: sequences.
+        head: one of `HEADS`.
+    """
+
+    def loss(model: nn.Module) -> Tensor:
+        rows = torch.zeros(batch_size, tokens, dtype=torch.int64)
+        if head == "stock":
+            whole: Tensor = model(input_ids=rows, labels=rows).loss
+            return whole
+        hidden = model.base_model(input_ids=rows).last_hidden_state  # type: ignore[operator]
+        weight = model.get_output_embeddings().weight  # type: ignore[operator]
+        return linear_cross_entropy(hidden[:, :-1], weight, rows[:, 1:])
+
+    return loss
+
+
+def check_positions(model: nn.Module, tokens: int) -> None:
+    """Refuse more tokens than a model with learned positions has of these.
+
+    Args:
+        model: with its configuration.
+        tokens: in a sequence.
+
+    Raises:
+        ValueError: there are more.
+    """
+    positions: int = getattr(model.config, "max_position_embeddings", tokens)
+    learned = any(isinstance(m, nn.Embedding) and m.num_embeddings == positions for m in model.modules())
+    if learned and tokens > positions:
+        raise ValueError(f"tokens must be at most the model's {positions} positions, got {tokens}; pass fewer")

@@ -13,22 +13,18 @@ from sharpkern._progress import progress_bar
 from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.fakes import planned_for
-from sharpkern.head import linear_cross_entropy
-from sharpkern.memory.architectures import configuration
+from sharpkern.memory.architectures import HEADS, check_positions, language_loss, language_model
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS, has_formula
 from sharpkern.memory.plan import MemoryPlan, MethodMemory
-from sharpkern.memory.scene import Loss, Scene, fake_copy
-from sharpkern.memory.shards import Shards
+from sharpkern.memory.scene import Scene, fake_copy
+from sharpkern.memory.shards import ranks, shard
 
-HEADS = ("stock", "chunked")
 _RANGES = {"tokens": (2, 2**24), "batch_size": (1, 2**20), "num_gpus": (1, 2**16), "num_steps": (1, NUM_PARALLEL)}
 _NO_VALUES = (
     "loss_fn must not read values, which a plan has none of, got {}; leave out what depends on them: assertions, masks "
     "made by indexing, .item()"
 )
-# Registered with transformers under this name: whether attention needs a mask is otherwise read from values.
-_ATTENTION = "sdpa_without_mask"
 
 
 def memory_plan(
@@ -103,10 +99,10 @@ def memory_plan(
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}; pass torch.bfloat16")
         name = os.fspath(model)
-        original, vocabulary = _language_model(name, dtype)
-        _check_positions(original, tokens)
+        original, vocabulary = language_model(name, dtype)
+        check_positions(original, tokens)
         dtype = next(original.parameters()).dtype
-        loss = _language_loss(tokens, batch_size, head)
+        loss = language_loss(tokens, batch_size, head)
         number = {"tokens": tokens, "batch_size": batch_size}
         conditions |= {**number, "dtype": str(dtype).removeprefix("torch."), "head": head}
     else:
@@ -116,7 +112,10 @@ def memory_plan(
         )
 
     def scene() -> Scene:
-        return Scene(shards.of(fake_copy(original, mode)), loss, optimizer, mode, vocabulary)
+        fake = fake_copy(original, mode)
+        if num_gpus > 1:
+            shard(fake, num_gpus, mode)
+        return Scene(fake, loss, optimizer, mode, vocabulary)
 
     if not any(parameter.requires_grad for parameter in original.parameters()):
         raise ValueError("model must have parameters that are trained, got none; unfreeze what is to move")
@@ -126,7 +125,7 @@ def memory_plan(
         ways = [method for method in ways if method.sharded]
     rows: list[MethodMemory] = []
     with (
-        Shards(num_gpus, mode) as shards,
+        ranks(num_gpus),
         planned_for("cuda"),
         _values_refused(),
         progress_bar(len(ways), shown=progress) as advance,
@@ -169,41 +168,6 @@ def _values_refused() -> Iterator[None]:
         if "numpy()" not in str(error):
             raise
         raise ValueError(_NO_VALUES.format(".numpy()")) from error
-
-
-def _language_model(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, int]:
-    """A causal language model on the meta device, and the size of its vocabulary."""
-    config = configuration(name)
-    import transformers
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    transformers.AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
-    config.use_cache = False
-    dtype = dtype or config.dtype or torch.bfloat16
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
-    return model.eval(), config.vocab_size
-
-
-def _language_loss(tokens: int, batch_size: int, head: str) -> Loss:
-    def loss(model: nn.Module) -> Tensor:
-        rows = torch.zeros(batch_size, tokens, dtype=torch.int64)
-        if head == "stock":
-            whole: Tensor = model(input_ids=rows, labels=rows).loss
-            return whole
-        hidden = model.base_model(input_ids=rows).last_hidden_state  # type: ignore[operator]
-        weight = model.get_output_embeddings().weight  # type: ignore[operator]
-        return linear_cross_entropy(hidden[:, :-1], weight, rows[:, 1:])
-
-    return loss
-
-
-def _check_positions(model: nn.Module, tokens: int) -> None:
-    """Refuse more tokens than a model with learned positions has of these."""
-    positions: int = getattr(model.config, "max_position_embeddings", tokens)
-    learned = any(isinstance(m, nn.Embedding) and m.num_embeddings == positions for m in model.modules())
-    if learned and tokens > positions:
-        raise ValueError(f"tokens must be at most the model's {positions} positions, got {tokens}; pass fewer")
 
 
 def _check_choices(**options: tuple[str, tuple[str, ...]]) -> None:

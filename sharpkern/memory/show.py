@@ -1,6 +1,7 @@
 """A memory plan as a table and as a picture."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -26,7 +27,7 @@ PARTS = (
 
 # Columns of the table: what is there anyway in one, and what every method adds.
 _HELD = ("weights", "optimizer", "gradients")
-COLUMNS = {
+_COLUMNS = {
     "held": _HELD,
     "Δθ": ("direction",),
     "copies": ("copies",),
@@ -40,15 +41,25 @@ def table(plan: MemoryPlan) -> Table:
     """Return a plan as a table, in GiB."""
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.conditions.items())
     shown = Table(title=f"{plan.model}: {about}", caption=_caption(plan), box=SIMPLE_HEAD, pad_edge=False)
-    columns = {name: parts for name, parts in COLUMNS.items() if any(row.sum(parts) for row in plan.rows)}
+    names = columns(plan)
     shown.add_column("GiB on each GPU")
-    for name in ("peak", *columns, "card"):
+    for name in ("peak", *names, "card"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in plan.rows:
-        sizes = [row.peak_bytes, *(row.sum(parts) for parts in columns.values())]
-        card = "none" if row.card is None else f"{row.card} GB"
-        shown.add_row(label(row), *(f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else "" for size in sizes), card)
+        shown.add_row(label(row), *cells(row, names))
     return shown
+
+
+def columns(plan: MemoryPlan) -> list[str]:
+    """Return the columns of a plan's table that hold anything, between peak and card."""
+    return [name for name, parts in _COLUMNS.items() if any(row.sum(parts) for row in plan.rows)]
+
+
+def cells(row: MethodMemory, names: Iterable[str] = ()) -> list[str]:
+    """Return a row's peak, what is in some columns, and its card, in words."""
+    sizes = [row.peak_bytes, *(row.sum(_COLUMNS[name]) for name in names)]
+    card = "none" if row.card is None else f"{row.card} GB"
+    return [*(f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else "" for size in sizes), card]
 
 
 def _caption(plan: MemoryPlan) -> str:
