@@ -21,6 +21,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from sharpkern.engines.closure import check_loss
 from sharpkern.engines.ranks import ranks_of
 from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.reference import inner_product
@@ -68,7 +69,7 @@ class GradientGraph:
         # The fused attention kernels have no second derivative; plain matrix products do.
         with sdpa_kernel(SDPBackend.MATH), no_reducers(model):
             loss = loss_fn()
-        check_loss(loss)
+        check_differentiable(loss)
         (mean,) = self._mean([loss.detach()])
         self.loss = float(mean)
         self._foreign = _foreign_operators(loss)
@@ -199,20 +200,17 @@ def check_symmetry(forth: float, back: float, scale: float) -> None:
         )
 
 
-def check_loss(loss: object) -> None:
+def check_differentiable(loss: Tensor) -> None:
     """Refuse what cannot be differentiated, by name.
 
     Args:
         loss: what a closure returned.
 
     Raises:
-        TypeError: If it is no tensor.
+        TypeError: If it is no floating-point tensor.
         ValueError: If it is no scalar, or has no graph.
     """
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}; return the loss itself")
-    if loss.numel() != 1:
-        raise ValueError(f"loss_fn must return a scalar tensor, got shape {list(loss.shape)}; take its mean or sum")
+    check_loss(loss)
     if not loss.requires_grad:
         raise ValueError(
             "loss_fn must return a loss with its graph, got one without; "

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sharpkern._hvp import check_loss, no_reducers
+from sharpkern._hvp import check_differentiable, no_reducers
 from sharpkern.direction import Direction
 from sharpkern.engines.guards import preserved
 from sharpkern.engines.ranks import ranks_of
@@ -156,7 +156,7 @@ def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.P
         # A data-parallel reducer would write the buckets that the run's own gradients may be views of.
         with no_reducers(model):
             loss = loss_fn()
-            check_loss(loss)
+            check_differentiable(loss)
             loss.backward()
         gradients = {parameter: parameter.grad for parameter in parameters}
         for parameter in parameters:

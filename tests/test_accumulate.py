@@ -126,8 +126,8 @@ LINEAR = nn.Linear(2, 1)
     ("model", "losses", "error", "message"),
     [
         (LINEAR, [], ValueError, "losses must hold at least one closure, got none; pass one for each batch"),
-        (LINEAR, [lambda: 1.0], TypeError, "loss_fn must return a scalar tensor, got float; return the loss itself"),
-        (LINEAR, [lambda: LINEAR.weight], ValueError, r"got shape \[1, 2\]; take its mean or sum"),
+        (LINEAR, [lambda: 1.0], TypeError, "loss_fn must return a 0-dim .* got float 1.0; return the loss itself"),
+        (LINEAR, [lambda: LINEAR.weight], ValueError, r"got a tensor of shape \[1, 2\]; reduce it"),
         (LINEAR, [lambda: torch.ones(())], ValueError, "a loss with its graph, got one without"),
         (LINEAR.weight, [lambda: LINEAR.weight.sum()], TypeError, r"model must be a torch\.nn\.Module, got Parameter"),
     ],

@@ -1,9 +1,10 @@
 """One evaluation of the user's loss: from the same state each time, checked, reduced over ranks, as a Python float."""
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ class Closure:
             with around:
                 loss = self._called()
             self.random = self.guard.drew_random_numbers()
-            _check_loss(loss)
+            check_loss(loss)
             asks = ask is not None and ask()
             loss = self._wide(loss)[0]
         except BaseException as raised:
@@ -116,7 +117,7 @@ class Closure:
             with around(value):
                 # That it differentiates is no mistake before it is found to be one for a single value.
                 loss = self._loss_fn()
-            _check_loss(loss)
+            check_loss(loss)
             return loss
 
         losses: Sequence[Tensor | None] = [None] * len(values)
@@ -172,13 +173,19 @@ class Closure:
             ) from error
 
 
-def _check_loss(loss: object) -> None:
+def check_loss(loss: object) -> None:
+    """Refuse what is no scalar loss, with the remedy that fits what it is.
+
+    Args:
+        loss: what the user's function returned.
+
+    Raises:
+        TypeError: it is no floating-point tensor.
+        ValueError: it is no scalar, or has no value.
+    """
     if not isinstance(loss, Tensor):
-        value = f" {loss}" if isinstance(loss, (int, float)) else ""
-        raise TypeError(
-            f"loss_fn must return a 0-dim floating-point tensor, got {type(loss).__name__}{value}; "
-            "return the loss itself, without .item()"
-        )
+        got, remedy = _mistaken(loss)
+        raise TypeError(f"loss_fn must return a 0-dim floating-point tensor, got {got}; {remedy}")
     if loss.numel() != 1:
         raise ValueError(
             f"loss_fn must return a scalar, got a tensor of shape {list(loss.shape)}; reduce it, for example by .mean()"
@@ -187,6 +194,32 @@ def _check_loss(loss: object) -> None:
         raise TypeError(f"loss_fn must return a floating-point loss, got {loss.dtype}; return the loss, not a count")
     if loss.device.type == "meta":
         raise ValueError("loss_fn must return a loss with a value, got a meta tensor; put the model on a real device")
+
+
+def _mistaken(returned: object) -> tuple[str, str]:
+    """Say what was returned in place of a tensor, and what to return."""
+    kind = type(returned).__name__
+    if returned is None:
+        return kind, "end loss_fn with `return loss`"
+    if isinstance(returned, (int, float, np.generic, np.ndarray)):
+        value = f" {returned}" if np.ndim(returned) == 0 else ""
+        return f"{kind}{value}", "return the loss itself, without .item(), float() or .numpy()"
+    if callable(returned):
+        return kind, "call it, and return what it returns"
+    if hasattr(returned, "loss"):
+        if returned.loss is None:
+            return f"{kind} whose loss is None", "pass labels to the model, and return outputs.loss"
+        return kind, "return outputs.loss"
+    if isinstance(returned, Mapping):
+        if "loss" in returned:
+            return kind, "return outputs['loss']"
+        return f"{kind} of {', '.join(map(repr, returned))}", "return one loss that is computed from them"
+    if isinstance(returned, (tuple, list)):
+        scalars = [i for i, one in enumerate(returned) if isinstance(one, Tensor) and one.numel() == 1]
+        if len(scalars) == 1:
+            return f"{kind} of {len(returned)}", f"return the loss alone, outputs[{scalars[0]}]"
+        return f"{kind} of {len(returned)}", "return one loss that is computed from them, such as their mean"
+    return kind, "return the loss itself"
 
 
 @contextmanager
