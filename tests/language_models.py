@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor, nn
 
 import sharpkern
@@ -62,6 +61,8 @@ def with_gradient(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
 @torch.no_grad()
 def crossing(reference: nn.Module, model: nn.Module, direction: sharpkern.Direction, near: float) -> float:
     """η_c in float64, of a model to which the same parameters belong by name; it must lie near the given one."""
+    from scipy.optimize import brentq
+
     reference = copy.deepcopy(reference).double()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = dict(reference.named_parameters())

@@ -1,6 +1,7 @@
 """Which room may import which, and what importing the package costs."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sharpkern
+from tests import conftest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sharpkern"
@@ -123,9 +125,10 @@ def test_kernels_import_torch_triton_and_what_all_launchers_share(path: Path) ->
     assert names - standard <= {"torch", "triton", *shared, *updates}
 
 
-def python(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def python(program: str, **environment: str) -> str:
+    command, env = [sys.executable, "-c", program], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -148,6 +151,17 @@ print(sharpkern.critical_sharpness(model, loss_fn, sharpkern.Direction.from_opti
 def test_the_block_can_fail() -> None:
     with pytest.raises(AssertionError, match="ModuleNotFoundError"):
         python(BLOCK.format(names=["triton"]) + "import triton")
+
+
+def test_gpu_tests_run_where_optional_packages_are_absent() -> None:
+    options = "-m gpu --collect-only -q --assert=plain -p no:cacheprovider"
+    collect = f"import pytest; sys.exit(pytest.main({options.split()}))"
+    # Nor are pytest's plugins there.
+    listed = python(BLOCK.format(names=conftest.OPTIONAL) + collect, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    found = {line.split("::")[0].removeprefix("tests/") for line in listed.splitlines() if "::" in line}
+    marked = {path.name for path in ROOT.glob("tests/test_*.py") if "pytest.mark.gpu" in path.read_text("utf-8")}
+    # What device maps are tested with on a GPU is accelerate's.
+    assert found == marked - {"test_device_maps.py", Path(__file__).name} != set()
 
 
 def test_the_search_imports_no_torch() -> None:
