@@ -4,10 +4,12 @@ Times on their own, for comparing two versions of a kernel with pytest-benchmark
 kernels, elsewhere plain torch. Shares of what the machine reaches, and everything else, are `sharpkern bench`'s.
 """
 
+from functools import cache
+
 import pytest
 import torch
 
-from sharpkern.cli.bench.judge import judge
+from sharpkern.cli.bench.judge import judged
 from sharpkern.cli.bench.machine import Machine
 from sharpkern.cli.bench.streaming import kinds
 from sharpkern.cli.bench.suite import Bench
@@ -17,18 +19,17 @@ BENCH = Bench(Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu
 KINDS = kinds(BENCH, BENCH.pick(gpu=1 << 28, cpu=1 << 20))
 
 
-@pytest.fixture(scope="module")
-def trials():
-    """Checks of correctness by operation."""
-    return Trials(BENCH).all()
+@cache
+def passes(operation):
+    """Whether an operation passes its checks of correctness."""
+    return all(row["passed"] for row in judged(BENCH, Trials(BENCH).all()[operation]()))
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_speed(name, trials, benchmark):
+def test_speed(name, benchmark):
     """Time one kind of call, once its operation has passed its checks."""
     kind = KINDS[name]
-    # What is wrong is not timed.
-    assert all(judge(BENCH, trial)["passed"] for trial in trials[kind.operation])
+    assert passes(kind.operation), "what is wrong is not timed"
     load = kind.build()
 
     def call():

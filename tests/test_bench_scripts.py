@@ -69,6 +69,18 @@ def test_engines_that_disagree_are_not_timed():
         cost._converged({"virtual": found(1.0), "batched": found(math.nan, status="unresolved")})
 
 
+def test_no_kernel_is_timed_whose_checks_fail_or_are_absent(monkeypatch):
+    kernels, judge = (importlib.import_module(name) for name in ("bench_kernels", "sharpkern.cli.bench.judge"))
+    monkeypatch.setattr(judge, "judge", lambda bench, passes: {"passed": passes})
+    last_fails = {kind.operation: lambda: iter([True, False]) for kind in kernels.KINDS.values()}
+    monkeypatch.setattr(kernels.Trials, "all", lambda self: last_fails)
+    for name in kernels.KINDS:
+        with pytest.raises(AssertionError, match="what is wrong is not timed"):
+            kernels.test_speed(name, benchmark=None)
+    with pytest.raises(ValueError, match="trials must hold one trial at least, got none"):
+        list(judge.judged(kernels.BENCH, []))
+
+
 def test_the_workloads_are_of_the_sizes_they_are_named_by():
     cost = importlib.import_module("cost")
     sizes = []

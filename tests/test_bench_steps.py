@@ -93,7 +93,7 @@ def test_the_check_of_the_fused_layer_finds_one_wrong_step(num_steps, monkeypatc
         y[-1] = right(x, W, D, alpha + 0.05, **options)[-1]
         return y
 
-    trials = list(Trials(CPU).all()[fused_linear(num_steps)])
+    trials = list(Trials(CPU).all()[fused_linear(num_steps)]())
     assert all(judge(CPU, trial)["passed"] for trial in trials)
     assert {len(trial.operands[0]) for trial in trials} == {1, num_steps}
     assert any(trial.repeated for trial in trials)

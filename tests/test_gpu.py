@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import sharpkern
 from sharpkern import ops
-from sharpkern.cli.bench.judge import judge
+from sharpkern.cli.bench.judge import judged
 from sharpkern.cli.bench.machine import Machine
 from sharpkern.cli.bench.suite import Bench
 from sharpkern.cli.bench.trials import Trials
@@ -137,7 +137,7 @@ def test_auto_takes_the_kernels_here() -> None:
 
 def test_every_kernel_agrees_with_float64_and_with_itself() -> None:
     bench = Bench(Machine(torch.device(DEVICE)), quick=True, passed=frozenset())
-    rows = [judge(bench, trial) for trials in Trials(bench).all().values() for trial in trials]
+    rows = [row for trials in Trials(bench).all().values() for row in judged(bench, trials())]
     assert [row for row in rows if not row["passed"]] == []
 
 

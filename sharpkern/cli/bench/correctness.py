@@ -1,12 +1,12 @@
 """Every operation of `sharpkern.ops`, and the head made of them, against float64. What fails here is not timed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from sharpkern import ops
-from sharpkern.cli.bench.judge import Trial, judge, poisoned
+from sharpkern.cli.bench.judge import Trial, judged, poisoned
 from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.suite import Bench, Case
 from sharpkern.cli.bench.trials import BF16, FP32, Trials
@@ -20,10 +20,10 @@ _HEAD_TOLERANCE = {FP32: 1e-5, BF16: 1e-4}
 def cases(bench: Bench) -> dict[str, Case]:
     """Return one case per operation."""
 
-    def judged(trials: Iterable[Trial]) -> Case:
-        return lambda: (judge(bench, trial) for trial in trials)
+    def case(trials: Callable[[], Iterator[Trial]]) -> Case:
+        return lambda: judged(bench, trials())
 
-    operations: dict[str, Case] = {name: judged(trials) for name, trials in Trials(bench).all().items()}
+    operations = {name: case(trials) for name, trials in Trials(bench).all().items()}
     return {**operations, "linear_cross_entropy": lambda: head(bench)}
 
 

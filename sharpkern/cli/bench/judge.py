@@ -1,6 +1,6 @@
 """Whether a result is right: as close to float64 as torch comes in the same dtype, and the same bits every time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,27 @@ class Trial:
         operands = tree_map(_widened, list(self.operands))
         trial = Trial(self.operation, operands, {}, tree_map(_widened, options), self.written)
         return trial.result(getattr(reference, self.operation))
+
+
+def judged(bench: Bench, trials: Iterable[Trial]) -> Iterator[Json]:
+    """Judge trials one after another.
+
+    Args:
+        bench: the machine and the backend.
+        trials: of one operation.
+
+    Yields:
+        A row per trial, see `judge`.
+
+    Raises:
+        ValueError: if there is no trial: an operation that was not checked has not passed.
+    """
+    row = None
+    for trial in trials:
+        row = judge(bench, trial)
+        yield row
+    if row is None:
+        raise ValueError("trials must hold one trial at least, got none; an iterator that is used up holds none")
 
 
 def judge(bench: Bench, trial: Trial) -> Json:

@@ -1,6 +1,7 @@
 """Calls of every operation to check: dtypes, mixed dtypes, odd sizes, one and several step sizes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -39,23 +40,24 @@ class Trials:
         self._sizes = [1, 63, 4097, self._large]
         self._matrix = (1024, 4096) if bench.machine.is_gpu else (64, 128) if interpreted else (256, 512)
 
-    def all(self) -> dict[str, Iterator[Trial]]:
-        """Return the trials by operation, none of them made yet."""
+    def all(self) -> dict[str, Callable[[], Iterator[Trial]]]:
+        """Return by operation what makes its trials, anew at each call."""
         return {
             # First what takes the longest to compile.
-            **{fused_linear(num_steps): self._linear(num_steps) for num_steps in (1, 4, 8)},
-            "axpy_": self._axpy(),
-            "form": self._form(),
-            "form stochastic": self._form_stochastic(),
-            "form_adam": self._form_adam(),
-            "form_sgd": self._form_sgd(),
-            "adam_sums": self._sums("adam_sums", self._form_adam()),
-            "sgd_sums": self._sums("sgd_sums", self._form_sgd()),
-            "reduce": self._reduce(),
-            "embedding": self._embedding(),
-            "rms_norm": self._norm("rms_norm"),
-            "layer_norm": self._norm("layer_norm"),
-            "online_cross_entropy_": self._online_cross_entropy(),
+            **{fused_linear(num_steps): partial(self._linear, num_steps) for num_steps in (1, 4, 8)},
+            "axpy_": self._axpy,
+            "form": self._form,
+            # Rounds to bf16.
+            **({"form stochastic": self._form_stochastic} if BF16 in self._dtypes else {}),
+            "form_adam": self._form_adam,
+            "form_sgd": self._form_sgd,
+            "adam_sums": partial(self._sums, "adam_sums", self._form_adam),
+            "sgd_sums": partial(self._sums, "sgd_sums", self._form_sgd),
+            "reduce": self._reduce,
+            "embedding": self._embedding,
+            "rms_norm": partial(self._norm, "rms_norm"),
+            "layer_norm": partial(self._norm, "layer_norm"),
+            "online_cross_entropy_": self._online_cross_entropy,
         }
 
     def _axpy(self) -> Iterator[Trial]:
@@ -82,8 +84,6 @@ class Trials:
         return Trial("form", operands, _about(weight, delta, size=size, num_steps=num_steps), repeated=repeated)
 
     def _form_stochastic(self) -> Iterator[Trial]:
-        if BF16 not in self._dtypes:
-            return
         for size, num_steps in [(63, 3), (self._large, 1), (self._large, 8)]:
             operands = (self._randn(size, dtype=BF16), self._randn(size, dtype=BF16, seed=1), self._alpha(num_steps))
             about = _about(BF16, BF16, size=size, num_steps=num_steps)
@@ -143,9 +143,9 @@ class Trials:
             yield Trial("form_sgd", operands, about, options, floor=1e-5, repeated=num_steps == 8)
 
     @staticmethod
-    def _sums(operation: str, formed: Iterator[Trial]) -> Iterator[Trial]:
+    def _sums(operation: str, formed: Callable[[], Iterator[Trial]]) -> Iterator[Trial]:
         """Yield the sums over the steps of other trials."""
-        for trial in formed:
+        for trial in formed():
             operands = trial.operands[:-1]
             options = {name: value for name, value in trial.options.items() if name != "dtype"}
             delta = Trial(trial.operation, (*operands, None), {}, options).exact()[0]
