@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sharpkern.plot import COLORS, draw_at_edge, legend_below, light_grid, new_figure
+from sharpkern.plot import COLORS, draw_at_edge, legend_below, light_grid, new_figure, save_figure
 
 if TYPE_CHECKING:
     from sharpkern.sweep import MixturePoint, MixtureSweep
@@ -25,7 +25,7 @@ def plot_mixture(sweep: "MixtureSweep", path: str | os.PathLike[str]) -> None:
     axes = figure.subplots()
     draw_mixture(axes, sweep)
     legend_below(figure, [axes])
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_mixture(axes: Any, sweep: "MixtureSweep") -> None:

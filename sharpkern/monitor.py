@@ -1,6 +1,5 @@
 """Critical sharpness beside the loss, every few steps of a training loop."""
 
-import csv
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sharpkern._files import write_rows
 from sharpkern.critical import measure
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
@@ -259,11 +259,7 @@ class Monitor:
         """
         if not self.history:
             raise ValueError("history must hold a measurement to be written, got none; call the monitor first")
-        rows = [record.row() for record in self.history]
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(path, [record.row() for record in self.history])
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw λ_c, 2/η and the loss against the step; needs the extra ``plot``.

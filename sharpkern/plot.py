@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sharpkern._extras import missing
+from sharpkern._files import replacing
 
 if TYPE_CHECKING:
     from sharpkern.measurement import Measurement
@@ -83,7 +84,7 @@ def plot_history(
         light_grid(axes)
     if title is not None:
         figure.suptitle(title, fontsize="medium")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -93,6 +94,21 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise missing("matplotlib", "plot", "plotting") from error
     return Figure(figsize=(width, height), dpi=140, layout="constrained")
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure into an image file, its format by the ending; PNG, and its ending, where there is none.
+
+    Args:
+        figure: Of matplotlib.
+        path: The file.
+    """
+    ending = os.path.splitext(path)[1][1:]
+    if not ending and not os.path.exists(path):
+        path = f"{os.fspath(path)}.png"
+    # A pipe takes no path, whose writer goes back and forth in the file.
+    with replacing(path) as beside, beside.open("wb") as file:
+        figure.savefig(file, format=ending or "png")
 
 
 def legend_once(axes: Any) -> None:

@@ -5,7 +5,6 @@ the first step on. Where noise hides how early the loss rises, but not that it d
 before counts, which is seldom more than 0. λ_c of the summary is 2 over that of η_c.
 """
 
-import csv
 import math
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sharpkern._extras import missing
+from sharpkern._files import write_rows
 from sharpkern.measurement import Measurement
 from sharpkern.search import Status
 
@@ -202,11 +202,7 @@ class MixtureSweep:
         Args:
             path: of the file, written anew.
         """
-        rows = self.table
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(path, self.table)
 
     def to_pandas(self) -> Any:
         """Return `table` as a ``pandas.DataFrame``; needs pandas.

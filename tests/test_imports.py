@@ -49,6 +49,7 @@ ROOMS = {
         "_checks",
         "_checkout",
         "_extras",
+        "_files",
         "_journal",
         "_marks",
         "_mix",

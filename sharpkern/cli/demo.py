@@ -4,7 +4,6 @@ The Hessian sharpness λ_max rises while the network trains, until it meets 2/η
 the sharpest direction. The critical sharpness λ_c of the update stays far below, then jumps to 2/η too.
 """
 
-import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import torch
 import typer
 
 from sharpkern._extras import missing
+from sharpkern._files import write_rows
 from sharpkern._progress import progress_bar
 from sharpkern.cli.digits import DemoRun, train
 from sharpkern.cli.summary import summary
@@ -34,17 +34,18 @@ def write_csv(run: DemoRun, path: Path) -> None:
         path: The file, written anew.
     """
     second = {point.step: point for point in run.hessian}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["step", "loss", "lambda_c", "status", "error", "forwards", "lambda_max", "lambda_dir", "two_over_lr"]
+    rows = []
+    for record in run.history:
+        row, point = record.row(), second.get(record.step)
+        rows.append(
+            {
+                **{column: row[column] for column in ("step", "loss", "lambda_c", "status", "error", "forwards")},
+                "lambda_max": point.hessian_sharpness if point else None,
+                "lambda_dir": point.directional_sharpness if point else None,
+                "two_over_lr": run.threshold,
+            }
         )
-        for record in run.history:
-            m, point = record.measurement, second.get(record.step)
-            derivatives = (point.hessian_sharpness, point.directional_sharpness) if point else ("", "")
-            writer.writerow(
-                [record.step, m.base_loss, m.sharpness, m.status, m.error, m.forwards, *derivatives, run.threshold]
-            )
+    write_rows(path, rows)
 
 
 def draw(run: DemoRun, path: Path) -> None:

@@ -1,6 +1,5 @@
 """λ_c of checkpoints, one of them in memory at a time, and what is written of them."""
 
-import csv
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sharpkern._files import write_rows
 from sharpkern._journal import Journal, Row
 from sharpkern._progress import progress_bar
 from sharpkern.cli.checkpoint import Checkpoint
@@ -97,12 +97,12 @@ def write(measured: Sequence[tuple[str, Measurement]], folder: Path, name: str) 
     places = steps if steps is not None else range(len(labels))
     records = [Record(step, None, m) for step, (_, m) in zip(places, measured, strict=True)]
     columns = ("loss", "lambda_c", "critical_lr", "status", "error", "forwards", "engine", "retained", "seconds")
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["revision", "step", *columns])
-        for label, record in zip(labels, records, strict=True):
-            row = record.row()
-            writer.writerow([label, record.step if steps is not None else "", *(row[column] for column in columns)])
+    rows = []
+    for label, record in zip(labels, records, strict=True):
+        row = record.row()
+        step = record.step if steps is not None else None
+        rows.append({"revision": label, "step": step, **{column: row[column] for column in columns}})
+    write_rows(folder / f"{name}.csv", rows)
     plot_history(records, folder / f"{name}.png", xlabel="step" if steps is not None else "revision, in order")
 
 

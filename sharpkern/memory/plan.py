@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
+
+from sharpkern._files import replacing
 
 # Memory that cards are sold with, GB.
 CARDS = (24, 40, 48, 80, 96, 141, 192)
@@ -86,7 +87,8 @@ class MemoryPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` into a file."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the parts of every method as stacked bars, with lines for what cards hold, into an image file.

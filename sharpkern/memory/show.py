@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sharpkern.memory.plan import CARDS, USABLE, MemoryPlan, MethodMemory
-from sharpkern.plot import COLORS, light_grid, new_figure
+from sharpkern.plot import COLORS, light_grid, new_figure, save_figure
 
 _GIB = 2**30
 # The order in which parts are told and stacked.
@@ -99,7 +99,7 @@ def draw(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
     axes.grid(visible=False, axis="y")
     axes.set_title(plan.model, fontsize="medium", pad=18)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_cards(axes: Any, longest: float) -> None:

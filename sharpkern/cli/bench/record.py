@@ -6,11 +6,12 @@ any other call adds a new one behind it. Earlier sittings are never changed.
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from sharpkern._files import replacing
 
 Json = dict[str, Any]
 
@@ -75,9 +76,8 @@ class Record:
     def save(self) -> None:
         """Write the file as one step: a reader, or the next call, sees the old contents or the new ones."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(self._sittings, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(self._path)
+        with replacing(self._path) as beside:
+            beside.write_text(json.dumps(self._sittings, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
