@@ -1,18 +1,14 @@
 """One measurement from its base loss to its result: what is evaluated, what is checked, what is warned of."""
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 import torch
 
-from sharpkern.direction import Direction
 from sharpkern.engines.batched import NUM_PARALLEL
-from sharpkern.engines.checks import Checks
-from sharpkern.engines.choose import Engine
-from sharpkern.engines.closure import Closure
 from sharpkern.engines.precision import is_low
 from sharpkern.engines.retained import retained_share
-from sharpkern.engines.table import Pair
+from sharpkern.engines.session import Engine, Session, Target
 from sharpkern.engines.verify import check_repeatable, check_slope, confirm
 from sharpkern.errors import EngineUnsupportedError, LossPrecisionWarning, RetainedWarning, warn
 from sharpkern.measurement import Measurement, Options
@@ -33,35 +29,23 @@ class Run:
     """One measurement by one engine.
 
     Args:
+        session: of the model and the direction.
+        target: the closure.
         engine: evaluates the losses.
-        closure: the user's loss.
-        direction: Δθ.
-        pairs: the parameters that move.
         options: of the measurement.
-        checks: what is known of model and closure.
-        known_base: L(θ), if it was given.
 
     Attributes:
         engine: as given.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        closure: Closure,
-        direction: Direction,
-        pairs: Sequence[Pair],
-        options: Options,
-        checks: Checks,
-        known_base: float | None,
-    ) -> None:
+    def __init__(self, session: Session, target: Target, engine: Engine, options: Options) -> None:
         self.engine = engine
-        self._closure = closure
-        self._direction = direction
-        self._pairs = pairs
+        self._closure = target.closure
+        self._direction = session.direction
+        self._pairs = session.pairs
         self._options = options
-        self._checks = checks
-        self._known_base = known_base
+        self._checks = target.checks
+        self._known_base = session.base_loss
         self._retained = math.nan
 
     def search(self, memory: SearchMemory | None) -> Search:
@@ -178,12 +162,12 @@ class Run:
             reach = 1.5 * result.critical_lr if result.status == "converged" else math.inf
             confirm(self.engine, self._checks, self._base, result.probes, self._noise(), reach)
         # On measurements 1, 2, 4, 8, ...: a loop that mixes up its batches does so all the time.
-        due = self._checks.num_measurements & (self._checks.num_measurements + 1) == 0
-        if due and self._direction.slope is not None and self._direction.slope > 0 and self._spare_forwards() > 0:
+        slope = self._direction.slope
+        if self._checks.due and slope is not None and slope > 0 and self._spare_forwards() > 0:
             check_slope(
                 self.engine,
                 self._base,
-                self._direction.slope,
+                slope,
                 result,
                 self._noise(),
                 kept=self._kept,

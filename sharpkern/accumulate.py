@@ -1,7 +1,7 @@
 """Directions from batches alone, where no training loop holds a gradient: of a checkpoint, or of a mix of data."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sharpkern._hvp import check_differentiable, no_reducers
 from sharpkern.direction import Direction
-from sharpkern.engines.guards import preserved
 from sharpkern.engines.ranks import ranks_of
+from sharpkern.engines.session import Session, in_session
 from sharpkern.shards import is_sharded, reshard
 from sharpkern.updates.placement import checked_module
 
@@ -47,15 +47,18 @@ def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
         >>> gradient_direction(model, [lambda: 2 * model.weight.sum(), lambda: 4 * model.weight.sum()]).tensors
         (tensor([[3., 3.]]),)
     """
-    means: dict[nn.Parameter, Tensor] = {}
-    num_batches = 0
-    with preserved(checked_module(model), grad=True):
+
+    def mean(_: Session) -> dict[nn.Parameter, Tensor]:
+        sums: dict[nn.Parameter, Tensor] = {}
+        num_batches = 0
         for gradients in _gradients(model, losses):
             num_batches += 1
             for parameter, gradient in gradients.items():
                 wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                means[parameter] = means[parameter].add_(wide) if parameter in means else wide
-    direction = Direction.from_tensors({p: mean.div_(num_batches) for p, mean in means.items()}, model)
+                sums[parameter] = sums[parameter].add_(wide) if parameter in sums else wide
+        return {parameter: total.div_(num_batches) for parameter, total in sums.items()}
+
+    direction = Direction.from_tensors(in_session(mean, checked_module(model), None, _known(losses), grad=True), model)
     return replace(direction, slope=direction.norm_sq)
 
 
@@ -107,14 +110,16 @@ def adamw_direction(
     for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {value}; leave it out for the default")
-    moments: dict[nn.Parameter, _Moments] = {}
-    with preserved(checked_module(model), grad=True):
+
+    def updates(_: Session) -> dict[nn.Parameter, Tensor]:
+        moments: dict[nn.Parameter, _Moments] = {}
         for gradients in _gradients(model, losses):
             for parameter, gradient in gradients.items():
                 moments.setdefault(parameter, _Moments(parameter)).enter(gradient, beta1, beta2)
         with torch.no_grad():
-            updates = {p: one.update(beta1, beta2, eps).add_(p, alpha=weight_decay) for p, one in moments.items()}
-    return Direction.from_tensors(updates, model)
+            return {p: one.update(beta1, beta2, eps).add_(p, alpha=weight_decay) for p, one in moments.items()}
+
+    return Direction.from_tensors(in_session(updates, checked_module(model), None, _known(losses), grad=True), model)
 
 
 class _Moments:
@@ -137,6 +142,11 @@ class _Moments:
         """Return m̂/(√v̂ + ε), in the memory of the moments."""
         root = self._second.div_(1 - beta2**self._count).sqrt_().add_(eps)
         return self._first.div_(1 - beta1**self._count).div_(root)
+
+
+def _known(losses: Iterable[LossFn]) -> Sequence[LossFn]:
+    """Return the closures that are there already; an iterator makes them one by one."""
+    return losses if isinstance(losses, Sequence) else ()
 
 
 def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.Parameter, Tensor]]:

@@ -1,9 +1,7 @@
 """Critical sharpness: how far along the optimizer's own update the loss starts to rise, by forward passes only."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +9,9 @@ from torch import Tensor, nn
 from sharpkern import ops
 from sharpkern._run import ENOUGH_FORWARDS, Run, finish
 from sharpkern.direction import Direction
-from sharpkern.engines.checks import checks_of
-from sharpkern.engines.choose import choose, fall_back, is_compiled, open_engine
-from sharpkern.engines.closure import evaluations
 from sharpkern.engines.pace import Pace
-from sharpkern.engines.ranks import Ranks, as_one, ranks_for
-from sharpkern.engines.table import Pair, make_pairs
+from sharpkern.engines.session import Engine, Session, in_session
+from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import SearchMemory, SearchResult
@@ -134,57 +129,22 @@ def measure(
     started = time.perf_counter()
     check_arguments(model, loss_fn, direction)
     known_base = None if base_loss is None else _as_number(base_loss)
-    ranks = ranks_for(model, options.reduce)
-    with as_one(ranks):
-        direction = direction.bind(model)
-        pairs = make_pairs(direction.moves())
-    direction, known_base = agreed(ranks, direction, known_base)
-    checks = checks_of(model, loss_fn)
-    compiled = is_compiled(model, loss_fn)
-    quickest = "virtual" if pace is None or not _may_batch(pairs, options) else pace.engine()
-    name = choose(options.engine, model, loss_fn, checks, quickest)
-    with evaluations(model, direction.parameters, options.reduce) as closure_of:
-        closure = closure_of(loss_fn)
 
-        def search(engine_name: str) -> tuple[Run, SearchResult]:
-            with open_engine(engine_name, pairs, closure, compiled=compiled) as engine:
-                run = Run(engine, closure, direction, pairs, options, checks, known_base)
-                result = finish(run, run.search(memory))
-                if pace is not None and isinstance(engine, VirtualEngine):
-                    pace.note(engine.name, engine.work, engine.seconds)
-                return run, result
+    def measured(session: Session) -> tuple[Run, SearchResult]:
+        target = session.target(loss_fn)
 
-        run, result = fall_back(search, name, options.engine, checks)
+        def search(engine: Engine) -> tuple[Run, SearchResult]:
+            run = Run(session, target, engine, options)
+            result = finish(run, run.search(memory))
+            if pace is not None and isinstance(engine, VirtualEngine):
+                pace.note(engine.name, engine.work, engine.seconds)
+            return run, result
+
+        quickest = "virtual" if pace is None or not _may_batch(session.pairs, options) else pace.engine()
+        return session.run(target, search, engine=options.engine, quickest=quickest)
+
+    run, result = in_session(measured, model, direction, [loss_fn], reduce=options.reduce, base_loss=known_base)
     return run.measurement(result, time.perf_counter() - started), result.memory
-
-
-def agreed(ranks: Ranks, direction: Direction, known_base: float | None) -> tuple[Direction, float | None]:
-    """What steers the search, the same on every rank to the last bit.
-
-    Args:
-        ranks: that measure.
-        direction: of this rank.
-        known_base: the base loss that was given on this rank, or None.
-
-    Returns:
-        tuple: both, with the means over the ranks for numbers.
-
-    Raises:
-        ValueError: the ranks hold different directions.
-    """
-    own = [direction.slope, direction.norm_sq, direction.lr, known_base]
-    missing = [float(number is None) for number in own]
-    means = ranks.means([0.0 if number is None else number for number in own] + missing)
-    slope, _, lr, base = (None if number is None else mean for number, mean in zip(own, means, strict=False))
-    norm_sq = means[1]
-    unlike = means[len(own) :] != missing or not math.isclose(direction.norm_sq, norm_sq, rel_tol=1e-3)
-    if any(ranks.any_of([unlike])):
-        raise ValueError(
-            f"direction must be the same on every rank, got |Δθ|² = {direction.norm_sq:.6g} here and {norm_sq:.6g} on "
-            "average; measure where the gradients of all ranks have been averaged: not inside of no_sync(), and with "
-            "the same arguments on every rank"
-        )
-    return replace(direction, slope=slope, norm_sq=norm_sq, lr=lr), base
 
 
 def _may_batch(pairs: Sequence[Pair], options: Options) -> bool:

@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from sharpkern._differences import Estimate, at_step, three_point
 from sharpkern._hvp import GradientGraph, check_symmetry
 from sharpkern.direction import Direction
-from sharpkern.engines.checks import Checks, checks_of
-from sharpkern.engines.choose import Engine, choose, fall_back, is_compiled, open_engine
-from sharpkern.engines.closure import Closure, evaluations
-from sharpkern.engines.guards import preserved
 from sharpkern.engines.retained import retained_share
-from sharpkern.engines.table import make_pairs
+from sharpkern.engines.session import Engine, Session, Target, in_session
 from sharpkern.engines.verify import check_repeatable, confirm
 from sharpkern.errors import RetainedWarning, warn
 from sharpkern.reference import inner_product
@@ -108,7 +104,6 @@ def directional_sharpness(
     if method not in _METHODS:
         raise ValueError(f"method must be one of 'forward', 'hvp', got {method!r}; leave it out for 'forward'")
     _check_step_size(step_size, method)
-    direction = direction.bind(model)
     if method == "hvp":
         return _by_product(model, loss_fn, direction)
     return _by_differences(model, loss_fn, direction, step_size)
@@ -131,7 +126,9 @@ def _check_step_size(step_size: object, method: str) -> None:
 def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction) -> DirectionalSharpness:
     """Return ΔθᵀHΔθ / Δθᵀg by an exact Hessian-vector product, slope and curvature from one graph."""
     generator = torch.Generator().manual_seed(0)
-    with preserved(model, direction.parameters, grad=True):
+
+    def measured(session: Session) -> DirectionalSharpness:
+        direction = session.direction
         for parameter in direction.parameters:
             # A frozen parameter moves too if the direction says so.
             parameter.requires_grad_()
@@ -156,6 +153,8 @@ def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Dire
         shares = size * length / abs(curvature) + size * graph.length / abs(slope) if curvature else math.inf
         return DirectionalSharpness(curvature / slope, _ROUNDINGS * graph.rounding * shares, forwards=1)
 
+    return in_session(measured, model, direction, [loss_fn], grad=True)
+
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Return the inner product, accumulated in float64."""
@@ -166,18 +165,17 @@ def _by_differences(
     model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction, step_size: float | None
 ) -> DirectionalSharpness:
     """Return λ_dir from losses at ±h."""
-    checks = checks_of(model, loss_fn)
-    pairs = make_pairs(direction.moves())
-    compiled = is_compiled(model, loss_fn)
-    with evaluations(model, direction.parameters, None) as closure_of:
-        closure = closure_of(loss_fn)
 
-        def measure(name: str) -> tuple[Estimate, float]:
-            with open_engine(name, pairs, closure, compiled=compiled) as engine:
-                estimate, last = _by_engine(engine, closure, checks, step_size, direction)
-                return estimate, retained_share(pairs, engine.rounded, last)
+    def measured(session: Session) -> tuple[Estimate, float, int]:
+        target = session.target(loss_fn)
 
-        estimate, kept = fall_back(measure, choose("auto", model, loss_fn, checks), "auto", checks)
+        def measure(engine: Engine) -> tuple[Estimate, float]:
+            estimate, last = _by_engine(engine, target, step_size, session.direction)
+            return estimate, retained_share(session.pairs, engine.rounded, last)
+
+        return *session.run(target, measure), target.closure.calls
+
+    estimate, kept, forwards = in_session(measured, model, direction, [loss_fn])
     if kept < _RETAINED_FLOOR:
         warn(
             f"only {kept:.2f} of the displacement by ±{estimate.step:.2g}·Δθ survives rounding to the weights' "
@@ -186,15 +184,14 @@ def _by_differences(
         )
     # What the displacement lacks, the slope lacks once and the curvature twice.
     error = estimate.error + abs(1 - kept)
-    return DirectionalSharpness(estimate.value, error, step_size=estimate.step, forwards=closure.calls)
+    return DirectionalSharpness(estimate.value, error, step_size=estimate.step, forwards=forwards)
 
 
-def _by_engine(
-    engine: Engine, closure: Closure, checks: Checks, step_size: float | None, direction: Direction
-) -> tuple[Estimate, float]:
+def _by_engine(engine: Engine, target: Target, step_size: float | None, direction: Direction) -> tuple[Estimate, float]:
     """Return the estimate, checked for what this engine may get wrong, and the last step it evaluated."""
+    checks, noise_of = target.checks, target.closure.precision.noise
     (base,) = engine.losses([0.0])
-    noise = closure.precision.noise()
+    noise = noise_of()
     if not checks.repeatable and math.isfinite(base):
         check_repeatable(base, engine.losses([0.0])[0], noise, given=False)
         checks.repeatable = True

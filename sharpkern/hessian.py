@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sharpkern._extras import missing
 from sharpkern._hvp import GradientGraph, check_symmetry
-from sharpkern.engines.guards import preserved
+from sharpkern.engines.session import Session, in_session
 from sharpkern.updates.preconditioner import inverse_preconditioner
 
 # Vectors that ARPACK holds at a time, and products before its first answer. More make a restart rarer.
@@ -106,7 +106,8 @@ def hessian_sharpness(
         raise ValueError("model must have parameters that require gradients, got none; unfreeze some of them")
     parameters = tuple(scales)
     start = _start(parameters, v0)
-    with preserved(model, parameters, grad=True):
+
+    def measured(_: Session) -> HessianResult:
         graph = GradientGraph(model, loss_fn, parameters)
         if not math.isfinite(graph.loss):
             return HessianResult(math.nan, math.nan, 0, False, start / start.norm())
@@ -120,6 +121,8 @@ def hessian_sharpness(
         result = _largest_eigenpair(product, start, tol, max_iter)
         graph.tell_unchecked()
         return result
+
+    return in_session(measured, model, None, [loss_fn], grad=True)
 
 
 def _start(parameters: tuple[nn.Parameter, ...], v0: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharpkern.engines.choose import ENGINES
+from sharpkern.engines.session import ENGINES
 from sharpkern.search import Status
 
 METHODS = ("auto", "bisection")

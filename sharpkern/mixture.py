@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from sharpkern._mix import Mix, Ratio, Shares, positive_int
 from sharpkern._progress import progress_bar
 from sharpkern.accumulate import gradient_direction
 from sharpkern.direction import Direction
-from sharpkern.engines.guards import Guard, preserved
+from sharpkern.engines.guards import Guard
+from sharpkern.engines.session import Session, in_session
 from sharpkern.errors import NoUpdateError
 from sharpkern.measurement import Options
 from sharpkern.randomness import seed_streams
@@ -115,7 +117,9 @@ def mixture_sweep(
     mixes = _mixes(mixer, ratios)
     # All mixes of a repeat before the next repeat: what is there when the sweep is stopped covers all of them.
     cells = [(shares, repeat) for repeat in range(repeats) for shares in mixes]
-    with preserved(model, grad=True) as guard:
+
+    def swept(session: Session) -> tuple[Journal, list[str]]:
+        guard = session.guard
         # A shuffled loader gives the same batches whenever the sweep goes on.
         seed_streams(str(seed), guard.devices)
         losses = _task_losses(tasks, batch_loss)
@@ -153,10 +157,15 @@ def mixture_sweep(
                 row = {"shares": shares, "repeat": repeat, "seconds": time.perf_counter() - started}
                 journal.add({**row, "points": [asdict(point) for point in points]})
                 advance(", ".join(f"{point.task} λ_c {point.sharpness:.3g}" for point in points))
+        return journal, list(losses)
+
+    groups = [group.values() for group in (tasks, mix) if isinstance(group, Mapping)]
+    closures = [one for one in (batch_loss, *chain.from_iterable(groups)) if callable(one)]
+    journal, names = in_session(swept, model, None, closures, grad=True)
     # The last row of a cell counts, should two processes have written the file.
     rows = {(tuple(row["shares"]), row["repeat"]): row["points"] for row in journal.rows}
     measured = tuple(_point(entry) for cell in cells for entry in rows[cell])
-    return MixtureSweep(tuple(mixer.sources), tuple(losses), tuple(mixes), measured)
+    return MixtureSweep(tuple(mixer.sources), tuple(names), tuple(mixes), measured)
 
 
 def _mixes(mixer: Mix, ratios: Sequence[Ratio]) -> list[Shares]:

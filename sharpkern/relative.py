@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._run import Run
-from sharpkern.critical import agreed, check_arguments, measure
+from sharpkern.critical import check_arguments, measure
 from sharpkern.direction import Direction
-from sharpkern.engines.checks import checks_of
-from sharpkern.engines.choose import choose, open_engine
-from sharpkern.engines.closure import LossFn, evaluations
+from sharpkern.engines.closure import LossFn
 from sharpkern.engines.layers import Kept
-from sharpkern.engines.ranks import as_one, ranks_for
-from sharpkern.engines.table import Pair, make_pairs
+from sharpkern.engines.session import Session, in_session
+from sharpkern.engines.table import Pair
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.measurement import Measurement, Options
 
@@ -86,32 +84,28 @@ def _together(
         dict: name of the task → its measurement; without tasks that have to be measured in place, or that an engine is
         unable for.
     """
-    ranks = ranks_for(model, options.reduce)
-    with as_one(ranks):
-        direction = direction.bind(model)
-        pairs = make_pairs(direction.moves())
-    direction, _ = agreed(ranks, direction, None)
-    kept = Kept(_room(pairs))
-    together = evaluations(model, direction.parameters, options.reduce)
-    with together as closure_of, ExitStack() as engines:
-        searches = []
-        for name, loss_fn in tasks.items():
-            checks = checks_of(model, loss_fn)
-            engine_name = choose(options.engine, model, loss_fn, checks)
-            if engine_name == "inplace":
-                continue
-            closure = closure_of(loss_fn)
-            engine = engines.enter_context(open_engine(engine_name, pairs, closure, compiled=False, kept=kept))
-            searches.append(_Task(name, Run(engine, closure, direction, pairs, options, checks, None)))
-        for task in searches:
-            # One after the other: what is found out about a closure holds for all of the same code.
-            while task.step_sizes == (0.0,):
-                task.advance()
-        while asked := Counter(task.step_sizes for task in searches if task.step_sizes):
-            for task in sorted((task for task in searches if task.step_sizes), key=lambda task: task.step_sizes):
-                kept.enabled = asked[task.step_sizes] > 1
-                task.advance()
-    return {task.name: task.measurement for task in searches if task.measurement is not None}
+
+    def measured(session: Session) -> dict[str, Measurement]:
+        kept = Kept(_room(session.pairs))
+        with ExitStack() as engines:
+            searches = []
+            for name, loss_fn in tasks.items():
+                target = session.target(loss_fn)
+                engine_name = session.choose(target, options.engine)
+                if engine_name != "inplace":
+                    engine = engines.enter_context(session.open(target, engine_name, kept=kept))
+                    searches.append(_Task(name, Run(session, target, engine, options)))
+            for task in searches:
+                # One after the other: what is found out about a closure holds for all of the same code.
+                while task.step_sizes == (0.0,):
+                    task.advance()
+            while asked := Counter(task.step_sizes for task in searches if task.step_sizes):
+                for task in sorted((task for task in searches if task.step_sizes), key=lambda task: task.step_sizes):
+                    kept.enabled = asked[task.step_sizes] > 1
+                    task.advance()
+            return {task.name: task.measurement for task in searches if task.measurement is not None}
+
+    return in_session(measured, model, direction, tasks.values(), reduce=options.reduce)
 
 
 class _Task:

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern import Direction
-from sharpkern.engines.choose import Engine, is_compiled, open_engine
-from sharpkern.engines.closure import Closure
-from sharpkern.engines.guards import preserved
-from sharpkern.engines.precision import LossPrecision
-from sharpkern.engines.table import make_pairs
+from sharpkern.engines.session import Engine, open_session
 from tests.cases import Case
 
 LossFn = Callable[[], Tensor]
@@ -50,12 +46,11 @@ def deep_copy_losses(
 @contextmanager
 def engine_on(name: str, model: nn.Module, loss_fn: LossFn, direction: Direction):
     """An open engine with its guard, as a measurement would have it; yields (engine, closure)."""
-    pairs = make_pairs(direction.moves())
-    with preserved(model, direction.parameters) as guard:
-        closure = Closure(loss_fn, guard, LossPrecision())
-        with open_engine(name, pairs, closure, compiled=is_compiled(model, loss_fn)) as engine:
+    with open_session(model, direction, [loss_fn]) as session:
+        target = session.target(loss_fn)
+        with session.open(target, name) as engine:
             engine: Engine
-            yield engine, closure
+            yield engine, target.closure
 
 
 def engine_losses(

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern.engines.choose import open_engine
-from sharpkern.engines.closure import evaluations
 from sharpkern.engines.inplace import Backup
-from sharpkern.engines.table import make_pairs
+from sharpkern.engines.session import Session, in_session
 from tests.models import GPT
 
 STEP_SIZES = (1e-3, 0.0, 0.02, 1e-3)
@@ -37,12 +35,12 @@ class Trained:
 
     def losses(self, backup: Backup, *, resident: bool) -> list[float]:
         direction = sharpkern.Direction.from_optimizer(self.optimizer, resident=resident)
-        pairs = make_pairs(direction.moves())
-        with (
-            evaluations(self.model, direction.parameters, None) as closure_of,
-            open_engine("inplace", pairs, closure_of(self.loss), compiled=False, backup=backup) as engine,
-        ):
-            return engine.losses(STEP_SIZES)
+
+        def evaluate(session: Session) -> list[float]:
+            with session.open(session.target(self.loss), "inplace", backup=backup) as engine:
+                return engine.losses(STEP_SIZES)
+
+        return in_session(evaluate, self.model, direction, [self.loss])
 
 
 def without_room(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:

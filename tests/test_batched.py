@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ from sharpkern import critical, ops
 from sharpkern.critical import measure
 from sharpkern.engines import batched, calls
 from sharpkern.engines.batched import NUM_PARALLEL, BatchedEngine
-from sharpkern.engines.checks import Checks
 from sharpkern.engines.pace import Pace
+from sharpkern.engines.session import Checks
 from sharpkern.engines.verify import confirm
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.measurement import Options
@@ -193,10 +194,8 @@ def test_a_mistaken_closure_gets_the_error_of_a_single_step_size(preferred: None
         loss.backward()
         return loss
 
-    with (
-        pytest.warns(sharpkern.EngineFallbackWarning, match="one step size at a time"),
-        pytest.raises(ValueError, match=r"take backward\(\) out of it"),
-    ):
+    # Without a warning of the engines, which are not to blame.
+    with pytest.raises(ValueError, match=r"take backward\(\) out of it"):
         measured(model, backward, direction)
 
 
@@ -295,16 +294,35 @@ def appended(model: nn.Module) -> LossFn:
     return lambda: (kept.append(model(X).detach()), kept[-1].square().mean())[1]
 
 
+def kept_out_of_reach(model: nn.Module) -> LossFn:
+    """Attributes of Python modules are not looked into."""
+    module = ModuleType("cache")
+
+    def loss_fn() -> Tensor:
+        module.logits = model(X)
+        return module.logits.square().mean()
+
+    return loss_fn
+
+
 @pytest.mark.parametrize(
     ("build", "closure"),
     [(MLP, nonlocal_logits), (MLP, appended), (lambda: Caching(nested=True), squared)],
     ids=["nonlocal", "list", "nested"],
 )
-def test_a_closure_that_keeps_its_tensors_is_measured_one_step_size_at_a_time(
-    build: Callable[[], nn.Module], closure: Callable[[nn.Module], LossFn], preferred: None
+def test_a_closure_may_keep_its_tensors_where_they_are_put_back(
+    build: Callable[[], nn.Module], closure: Callable[[nn.Module], LossFn]
 ) -> None:
     model, _, direction = scene(build())
-    loss_fn = closure(model)
+    loss_fn, before = closure(model), batched_tensors()
+    found = sharpkern.critical_sharpness(model, loss_fn, direction, engine="batched")
+    assert (found.engine, found.status) == ("batched", "converged")
+    assert batched_tensors() == before
+
+
+def test_a_closure_that_keeps_its_tensors_elsewhere_is_measured_one_step_size_at_a_time(preferred: None) -> None:
+    model, _, direction = scene()
+    loss_fn = kept_out_of_reach(model)
     with pytest.raises(
         sharpkern.EngineUnsupportedError, match=r"loss_fn keeps tensors .* take \.detach\(\)\.clone\(\)"
     ):
@@ -316,16 +334,16 @@ def test_a_closure_that_keeps_its_tensors_is_measured_one_step_size_at_a_time(
 
 def test_without_the_refusal_the_run_would_fail_later(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, direction = scene()
-    kept: dict[str, Tensor] = {}
+    kept = ModuleType("cache")
 
     def loss_fn() -> Tensor:
-        kept["logits"] = model(X)
-        return kept["logits"].square().mean()
+        kept.logits = model(X)
+        return kept.logits.square().mean()
 
     monkeypatch.setattr(batched, "none_survive", lambda _: nullcontext())
     engine_losses("batched", model, loss_fn, direction, STEP_SIZES)
     with pytest.raises(RuntimeError, match="escaped from inside a function being vmapped"):
-        kept["logits"].argmax(-1)
+        kept.logits.argmax(-1)
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ ROOMS = {
         "_library",
         "reference",
         "randomness",
+        "_undo",
         "errors",
         "_checks",
         "_checkout",

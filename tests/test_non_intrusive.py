@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
+from sharpkern.engines import guards, session
 from tests.oracle import random_direction
 
 ENGINES = ["virtual", "batched", "inplace"]
@@ -234,11 +235,13 @@ def test_an_enclosing_autocast_keeps_casts_of_the_parameters(engine: str) -> Non
 
 
 def test_the_guard_keeps_restoring_when_one_restore_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sharpkern.engines import guards
-
     model = Noisy()
     stream = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="planted"), guards.preserved(model):  # noqa: PT012
+
+    def draw(_: session.Session) -> None:
         torch.rand(3)
         monkeypatch.setattr(guards, "_restore_content", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
+
+    with pytest.raises(RuntimeError, match="planted"):
+        session.in_session(draw, model, None, [])
     assert torch.equal(torch.get_rng_state(), stream)

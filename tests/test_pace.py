@@ -17,6 +17,7 @@ from sharpkern import critical
 from sharpkern._run import ENOUGH_FORWARDS
 from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.engines.pace import Pace
+from sharpkern.engines.session import open_session
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, find_critical_lr, warm_grid
 from tests.models import GPT, MLP
 from tests.oracle import engine_on, random_direction
@@ -152,12 +153,11 @@ def test_on_a_cpu_one_step_size_at_a_time_is_quicker() -> None:
 )
 def test_other_choices_stand(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(critical.ops, "has_kernels", lambda device: True)
-    pairs, options = [], critical.Options(**option)
+    pairs, options, model = [], critical.Options(**option), MLP()
     assert critical._may_batch(pairs, critical.Options())
     assert critical._may_batch(pairs, options) == ("engine" in option)
-    assert critical.choose(options.engine, MLP(), lambda: None, critical.checks_of(MLP(), len), "batched") == (
-        option.get("engine", "batched")
-    )
+    with open_session(model, random_direction(model), [len]) as session:
+        assert session.choose(session.target(len), options.engine, "batched") == option.get("engine", "batched")
 
 
 # -- several step sizes at a time -------------------------------------------------------------------------------------

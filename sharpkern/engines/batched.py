@@ -5,8 +5,8 @@ sizes at which launches or the reading of weights take the time. Activations exi
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -67,14 +67,22 @@ class BatchedEngine(VirtualEngine):
             self.seconds.append(time.perf_counter() - started)
         return values
 
+    def close(self) -> None:
+        """As of one step size, and let torch warn again."""
+        super().close()
+        _warn_of_slices(True)
+
     def _several(self, step_sizes: Sequence[float]) -> list[float]:
         """The losses of one pass."""
         self._kept.begin(tuple(step_sizes))
-        with _quietly(), none_survive(self._closure.guard.rewind):
+        # That vmap goes through some functions slice by slice is right, and we time it.
+        _warn_of_slices(False)
+        with none_survive(self._closure.guard.rewind):
             losses = self._closure.several(
                 self._around, [-eta for eta in step_sizes], ask=lambda: bool(self._unread()), translate=_unable
             )
             self._mode.alpha = Step(0.0)
+        _warn_of_slices(True)
         if self._may_have_read_placeholders(losses):
             return self._several(step_sizes)
         if self._closure.asked:
@@ -101,16 +109,9 @@ class _NoCollectives(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without torch's warnings of functions that vmap goes through slice by slice: that is right, and we time it."""
-    enable = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
-    enable(False)
-    try:
-        yield
-    finally:
-        # The default; torch does not tell what it was.
-        enable(True)
+def _warn_of_slices(enabled: bool) -> None:
+    """Whether torch warns of functions that vmap has no rule for; on is the default, and torch does not tell."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(enabled)  # type: ignore[attr-defined]
 
 
 def _unable(error: BaseException) -> BaseException:

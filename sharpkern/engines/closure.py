@@ -1,21 +1,20 @@
 """One evaluation of the user's loss: from the same state each time, checked, reduced over ranks, as a Python float."""
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sharpkern.engines.guards import Guard, preserved
+from sharpkern.engines.guards import Guard, evaluating
 from sharpkern.engines.lockstep import Lockstep
 from sharpkern.engines.precision import LossPrecision, is_low
-from sharpkern.engines.ranks import Alone, Ranks, ranks_for
+from sharpkern.engines.ranks import Alone, Ranks
 from sharpkern.shards import whole
 
 LossFn = Callable[[], Tensor]
-Reduce = Callable[[Tensor], Tensor]
 
 
 class Closure:
@@ -73,6 +72,7 @@ class Closure:
         """
         self.calls += 1
         loss, failure, asks = None, None, False
+        evaluating.append(self)
         try:
             self.guard.rewind()
             if prepare is not None:
@@ -84,7 +84,8 @@ class Closure:
             asks = ask is not None and ask()
             loss = self._wide(loss)[0]
         except BaseException as raised:
-            loss, failure = None, raised
+            loss, failure = None, self.guard.trace.interrupt_in(raised) or raised
+        evaluating.clear()
         failure = self._end_pass(failure)
         try:
             value, self.asked = self.ranks.agree(loss, failure, asks=asks)
@@ -122,6 +123,7 @@ class Closure:
 
         losses: Sequence[Tensor | None] = [None] * len(values)
         failure, asks = None, False
+        evaluating.append(self)
         try:
             self.guard.rewind()
             several = torch.func.vmap(one, randomness="same")(torch.tensor(values, dtype=torch.float64, device="cpu"))
@@ -130,7 +132,8 @@ class Closure:
             asks = ask is not None and ask()
             losses = self._wide(several).unbind()
         except BaseException as raised:
-            failure = translate(raised)
+            failure = self.guard.trace.interrupt_in(raised) or translate(raised)
+        evaluating.clear()
         failure = self._end_pass(failure)
         try:
             agreed = [self.ranks.agree(loss, failure, asks=asks) for loss in losses]
@@ -220,25 +223,3 @@ def _mistaken(returned: object) -> tuple[str, str]:
             return f"{kind} of {len(returned)}", f"return the loss alone, outputs[{scalars[0]}]"
         return f"{kind} of {len(returned)}", "return one loss that is computed from them, such as their mean"
     return kind, "return the loss itself"
-
-
-@contextmanager
-def evaluations(
-    model: nn.Module, parameters: Iterable[Tensor], reduce: Reduce | None
-) -> Iterator[Callable[[LossFn], Closure]]:
-    """Run a block of loss evaluations that leaves no trace, on all ranks alike.
-
-    Args:
-        model: the model that is evaluated.
-        parameters: parameters besides the model's own.
-        reduce: the caller's own function of a loss, in place of the mean over the model's ranks.
-
-    Yields:
-        Callable: makes a `Closure` of a function that returns the loss.
-
-    Memory: one copy of the model's buffers.
-    """
-    ranks = ranks_for(model, reduce)
-    lockstep = Lockstep(model)
-    with lockstep.watched(), preserved(model, parameters) as guard:
-        yield lambda loss_fn: Closure(loss_fn, guard, LossPrecision(), ranks, lockstep)

@@ -9,10 +9,12 @@ backup; `torch.nn.parallel.DistributedDataParallel` would take it for a training
 """
 
 import sys
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+from sharpkern._undo import ProcessState
 
 
 class Eagerly:
@@ -28,16 +30,22 @@ class Eagerly:
         self._modes = modes
 
     def __enter__(self) -> None:
-        with ExitStack() as stack:
-            # Nothing can be compiled before Dynamo is loaded, and loading it takes seconds.
-            if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance(self._stance))
-            for mode in self._modes:
-                stack.enter_context(mode)
-            self._entered = stack.pop_all()
+        self._process = ProcessState()
+        self._entered = []
+        # Nothing can be compiled before Dynamo is loaded, and loading it takes seconds.
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.set_stance(self._stance)
+        for mode in self._modes:
+            mode.__enter__()
+            self._entered.append(mode)
 
     def __exit__(self, *exception: Any) -> None:
-        self._entered.__exit__(*exception)
+        try:
+            while self._entered:
+                self._entered.pop().__exit__(None, None, None)
+        finally:
+            # By depth: an interrupt may have come between a mode's entry and our note of it.
+            self._process.put_back()
 
 
 class FromGraphs(Eagerly):

@@ -1,66 +1,88 @@
 """What a loss evaluation may touch besides the parameters, kept at entry and put back: the measurement leaves no trace.
 
-A closure advances random streams, BatchNorm statistics and step counters, caches tensors on modules, fills ``.grad``.
-`preserved` notes all of it once; `Guard.rewind` goes back to that state before every evaluation, so that every step
-size sees the same dropout masks and the same running statistics, and leaving the block goes back for good.
+A closure advances random streams, BatchNorm statistics and step counters, caches tensors on modules, fills ``.grad``,
+and may do the same to what it reaches outside of the model. A `Guard` notes all of it once; `Guard.rewind` goes back to
+that state before every evaluation, so that every step size sees the same dropout masks and the same running statistics,
+and `Guard.restore` goes back for good.
 """
 
-import re
-import warnings
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from sharpkern._undo import Step, Trace, note_autocast
+from sharpkern.engines.reach import Reached, contents_of, is_record
 from sharpkern.engines.table import storage_pointer
 from sharpkern.fakes import is_fake
 from sharpkern.randomness import note_generators, note_streams, torch_states
 from sharpkern.shards import local
 
-_CONTAINERS = (dict, OrderedDict, list, set, deque)
-_AUTOCAST_DEVICES = ("cpu", "cuda")
-# Reentrant checkpoints warn that no gradients will come of a pass, which has none.
-_FALSE_ALARM = (
-    "ignore",
-    re.compile("None of the inputs have requires_grad=True"),
-    UserWarning,
-    re.compile(r"torch\.utils\.checkpoint"),
-    0,
-)
+# The closure that is being evaluated, if one is.
+evaluating: list[object] = []
 
-Undo = Callable[[], object]
+# Tensors outside of the model that take more are copied when a call is about to write them, and not before.
+_LARGE = 2**26
 
 
 class Guard:
-    """The state of a model's surroundings at the moment it was made.
+    """The state of a model's and a closure's surroundings at the moment it was made.
 
     Args:
+        trace: of the block that the evaluations are made in.
         model: its modules' flags, buffers, plain attributes and hooks are noted.
         parameters: whose ``.grad`` and ``requires_grad`` are noted besides the model's own.
+        closures: what they reach is noted too: modules, tensors, containers, generators and variables.
 
     Attributes:
-        parameters: the model's and those given, each once.
-        devices: of these and of the model's buffers.
+        trace: as given; whatever else is changed in the block is added to it.
+        parameters: the model's, those given and those of other modules that are reached, each once.
+        devices: of these and of the tensors that are noted.
 
-    Memory: one copy of the buffers and of tensors kept as plain module attributes.
+    Memory: one copy of the buffers, of tensors kept as plain attributes, and of those that the closures reach, except
+        tensors of more than 64 MiB outside of the model: these are copied only where a call is seen to write them.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
-        self.parameters = list({id(p): p for p in (*model.parameters(), *parameters)}.values())
+    def __init__(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        parameters: Iterable[Tensor] = (),
+        closures: Sequence[Callable[..., object]] = (),
+    ) -> None:
+        self.trace = trace
+        reached = Reached(model)
+        num_tensors, num_containers = len(reached.tensors), len(reached.containers)
+        reached.add(*closures)
+        others = [p for module in reached.modules for p in module.parameters(recurse=False)]
+        self.parameters = list({id(p): p for p in (*model.parameters(), *parameters, *others)}.values())
         self._gradients = {id(p): p.grad for p in self.parameters}
-        self._contents, self._containers, generators = _note_modules(model, self.parameters)
-        self.devices = {tensor.device for tensor in (*self.parameters, *(tensor for tensor, _ in self._contents))}
-        self._undo: list[Undo] = [
+        self._tensors = self._kept_tensors(reached.tensors, num_tensors)
+        self._uncopied = [kept for kept in self._tensors if kept.content is None]
+        self.devices = {tensor.device for tensor in (*self.parameters, *(kept.tensor for kept in self._tensors))}
+        containers = [(container, container.copy()) for container in reached.containers]
+        self._own_containers, self._other_containers = containers[:num_containers], containers[num_containers:]
+        self._cells = [(cell, contents_of(cell)) for cell in reached.cells]
+        self._names = [(scope, name, scope[name]) for scope, name in reached.names]
+        self._undo: list[Step] = [
             *note_streams(self.devices),
-            *note_generators(generators),
-            _note_autocast(),
+            *note_generators(reached.generators),
+            note_autocast(),
             _note_requires_grad(self.parameters),
+            *(kept.restore for kept in self._tensors),
+            self._restore_containers,
+            self._restore_variables,
         ]
-        self._streams = torch_states(self.devices)
+        self._generators = [one for one in reached.generators if isinstance(one, torch.Generator)]
+        self._streams = self._stream_states()
+        # So that a backward begun before still works.
+        self._versions = [
+            _unsafe_preserve_version_counter(kept.tensor) for kept in self._tensors if not kept.tensor.is_inference()
+        ]
 
     def hide_gradients(self) -> None:
         """Take ``.grad`` out of the closure's reach, for closures that begin with ``zero_grad()``."""
@@ -68,27 +90,20 @@ class Guard:
             parameter.grad = None
 
     def rewind(self) -> None:
-        """Put random streams, buffers, module attributes and flags back to where they were at entry."""
-        _each(*self._undo, self._restore_contents, self._restore_containers)
+        """Put random streams, buffers, attributes, variables and flags back to where they were at entry."""
+        _each(self._undo)
 
     def restore(self) -> None:
-        """As `rewind`, and put every ``.grad`` back: the same tensor object as at entry."""
-        _each(self.rewind, self._restore_gradients)
+        """As `rewind`, and put back every ``.grad``, the same tensor object as at entry, and the version counters."""
+        _each([self.rewind, self._restore_gradients, *(versions.__exit__ for versions in self._versions)])
 
-    def _restore_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = self._gradients[id(parameter)]
-
-    def _restore_contents(self) -> None:
-        for tensor, content in self._contents:
-            _restore_content(tensor, content)
-
-    def _restore_containers(self) -> None:
-        for container, saved in self._containers:
-            # Most are the hook tables of modules without hooks.
-            if (container or saved) and not _same_members(container, saved):
-                container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
+    def before_write(self, written: Sequence[Tensor]) -> None:
+        """Copy the large tensors whose memory is about to be written, unless that has been done."""
+        if self._uncopied:
+            pointers = {storage_pointer(tensor) for tensor in written}
+            for kept in [kept for kept in self._uncopied if storage_pointer(kept.tensor) in pointers]:
+                kept.copy()
+                self._uncopied.remove(kept)
 
     def had_gradient(self, parameter: Tensor) -> bool:
         """Whether a parameter came with a gradient other than zero."""
@@ -96,69 +111,72 @@ class Guard:
         return gradient is not None and not is_fake(gradient) and bool(gradient.any())
 
     def drew_random_numbers(self) -> bool:
-        """Whether torch's random streams have moved since the last rewind, as with dropout."""
-        states = zip(torch_states(self.devices), self._streams, strict=True)
-        return not all(torch.equal(now, then) for now, then in states)
+        """Whether torch's random streams, or generators in reach, have moved since the last rewind, as with dropout."""
+        return not all(map(torch.equal, self._stream_states(), self._streams))
 
-    def version_counters(self) -> ExitStack:
-        """Context that leaves the buffers' version counters alone, so that a backward begun before still works."""
-        stack = ExitStack()
-        for buffer, _ in self._contents:
-            if not buffer.is_inference():
-                stack.enter_context(_unsafe_preserve_version_counter(buffer))
-        return stack
+    def _stream_states(self) -> list[Tensor]:
+        return [*torch_states(self.devices), *(generator.get_state() for generator in self._generators)]
 
+    def _kept_tensors(self, tensors: Sequence[Tensor], num_own: int) -> list["_Kept"]:
+        """Note the tensors that are no parameters, nor aliases of one: the engines write those, or do not."""
+        aliases = {storage_pointer(local(parameter)) for parameter in self.parameters} - {None}
+        return [
+            _Kept(local(tensor), now=index < num_own or tensor.layout is not torch.strided or tensor.nbytes <= _LARGE)
+            for index, tensor in enumerate(tensors)
+            if not isinstance(tensor, nn.Parameter) and storage_pointer(local(tensor)) not in aliases
+        ]
 
-@contextmanager
-def preserved(model: nn.Module, parameters: Iterable[Tensor] = (), *, grad: bool = False) -> Iterator[Guard]:
-    """Run a block of loss evaluations that leaves no trace.
+    def _restore_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = self._gradients[id(parameter)]
 
-    Args:
-        model: the model that is evaluated.
-        parameters: parameters besides the model's own.
-        grad: leave autograd on, for Hessian-vector products by `torch.autograd.grad`; off by default.
+    def _restore_containers(self) -> None:
+        for container, saved in self._own_containers:
+            # Most are the hook tables of modules without hooks.
+            if (container or saved) and not _same_members(container, saved):
+                _refill(container, saved)
+        for container, saved in self._other_containers:
+            # What a closure counts, or notes as numbers and text, is the user's own record and stays.
+            if not _same_members(container, saved) and not _only_records(container, saved):
+                _refill(container, saved)
 
-    Yields:
-        Guard: call `Guard.rewind` before every evaluation.
-
-    Memory: one copy of the model's buffers.
-    """
-    guard = Guard(model, parameters)
-    with guard.version_counters():
-        try:
-            guard.hide_gradients()
-            with torch.set_grad_enabled(grad), _no_false_alarm():
-                yield guard
-        finally:
-            _finish(guard.restore)
-
-
-@contextmanager
-def _no_false_alarm() -> Iterator[None]:
-    """Keep one warning silent, and all that Python remembers of warnings already given as it is.
-
-    After `warnings.catch_warnings` every warning that is given once in a run is given once more.
-    """
-    # A list that the interpreter reads anew for every warning.
-    filters: list[Any] = warnings.filters  # type: ignore[assignment]
-    filters.insert(0, _FALSE_ALARM)
-    try:
-        yield
-    finally:
-        if _FALSE_ALARM in filters:
-            filters.remove(_FALSE_ALARM)
+    def _restore_variables(self) -> None:
+        for cell, saved in self._cells:
+            now = contents_of(cell)
+            if saved and not is_record((*now, *saved)) and (not now or now[0] is not saved[0]):
+                cell.cell_contents = saved[0]
+            elif not saved and not is_record(now):
+                del cell.cell_contents
+        for scope, name, value in self._names:
+            bound = scope.get(name)
+            if bound is not value and not is_record((bound, value)):
+                scope[name] = value
 
 
-def _finish(restore: Undo) -> None:
-    """Run a restore to its end, also when the user interrupts it a second time."""
-    try:
-        restore()
-    except KeyboardInterrupt:
-        restore()
-        raise
+class _Kept:
+    """A tensor with what it held: a copy of its contents, and the memory that it lay in."""
+
+    def __init__(self, tensor: Tensor, *, now: bool) -> None:
+        self.tensor = tensor
+        # Of the same memory: where the tensor is given other memory, or another shape, this one keeps what it was.
+        self._alias = tensor.detach()
+        self.content: Tensor | None = None
+        if now:
+            self.copy()
+
+    def copy(self) -> None:
+        # FSDP1 frees memory that it leaves the tensors of.
+        is_freed = storage_pointer(self.tensor) == 0 and self.tensor.numel() > 0
+        self.content = None if is_freed else self._alias.clone()
+
+    def restore(self) -> None:
+        if not _lies_alike(self.tensor, self._alias):
+            self.tensor.data = self._alias
+        if self.content is not None:
+            _restore_content(self.tensor, self.content)
 
 
-def _each(*steps: Undo) -> None:
+def _each(steps: Iterable[Step]) -> None:
     """Take every step, also when one of them fails; then raise what the first of those raised."""
     failures: list[BaseException] = []
     for step in steps:
@@ -170,30 +188,16 @@ def _each(*steps: Undo) -> None:
         raise failures[0]
 
 
-def _note_modules(
-    model: nn.Module, parameters: list[Tensor]
-) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Any, Any]], list[Any]]:
-    """Every buffer and tensor attribute with its contents, every container of attributes with its own, everything else.
+def _refill(container: Any, saved: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
 
-    Lists and dictionaries that are attributes are looked into. Aliases of parameters are left alone: the engines write
-    those, or do not.
-    """
-    aliases = {storage_pointer(local(parameter)) for parameter in parameters} - {None}
-    tensors: dict[int, Tensor] = {}
-    containers: list[tuple[Any, Any]] = []
-    others: list[Any] = []
-    for module in model.modules():
-        attributes = vars(module)
-        held = [attributes, *(value for value in attributes.values() if type(value) in _CONTAINERS)]
-        containers.extend((container, container.copy()) for container in held)
-        for container in held:
-            for value in container.values() if isinstance(container, dict) else container:
-                if not isinstance(value, Tensor):
-                    others.append(value)
-                elif not isinstance(value, nn.Parameter) and storage_pointer(local(value)) not in aliases:
-                    tensors.setdefault(id(value), value)
-    shards = [local(tensor) for tensor in tensors.values()]
-    return [(shard, shard.detach().clone()) for shard in shards], containers, others
+
+def _only_records(container: Any, saved: Any) -> bool:
+    """Whether all that is in one of the two and not in the other are numbers, text and the like."""
+    now, then = (one.values() if isinstance(one, dict) else one for one in (container, saved))
+    kept = {id(member) for member in then} & {id(member) for member in now}
+    return is_record(member for member in (*now, *then) if id(member) not in kept)
 
 
 def _same_members(container: Any, saved: Any) -> bool:
@@ -201,10 +205,22 @@ def _same_members(container: Any, saved: Any) -> bool:
     if len(container) != len(saved):
         return False
     if isinstance(container, dict):
-        return all(a is b and container[a] is saved[b] for a, b in zip(container, saved, strict=True))
+        return all(map(operator.is_, container, saved)) and all(map(operator.is_, container.values(), saved.values()))
     if isinstance(container, set):
         return {id(member) for member in container} == {id(member) for member in saved}
-    return all(a is b for a, b in zip(container, saved, strict=True))
+    return all(map(operator.is_, container, saved))
+
+
+def _lies_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are of the same memory, shape and layout; of what has no memory of its own, taken for so."""
+    if a.layout is not torch.strided:
+        return True
+    return (
+        (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+        and storage_pointer(a) == storage_pointer(b)
+    )
 
 
 def _restore_content(tensor: Tensor, content: Tensor) -> None:
@@ -218,20 +234,7 @@ def _restore_content(tensor: Tensor, content: Tensor) -> None:
         tensor.detach()[once].copy_(content[once])
 
 
-def _note_autocast() -> Undo:
-    cache = torch.is_autocast_cache_enabled()
-    states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_DEVICES]
-
-    def undo() -> None:
-        torch.set_autocast_cache_enabled(cache)
-        for kind, enabled, dtype in states:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-
-    return undo
-
-
-def _note_requires_grad(parameters: list[Tensor]) -> Undo:
+def _note_requires_grad(parameters: list[Tensor]) -> Step:
     flags = [parameter.requires_grad for parameter in parameters]
 
     def undo() -> None:

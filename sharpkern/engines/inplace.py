@@ -52,6 +52,7 @@ class InPlaceEngine:
         # None where a full-precision master stands in.
         self._copies = [_on_host(pair) for pair in pairs] if copies is None else copies
         self._alpha = 0.0
+        self._closed = False
 
     @property
     def rounded(self) -> set[int]:
@@ -64,9 +65,11 @@ class InPlaceEngine:
 
     def close(self) -> None:
         """Make the model's parameters θ again, bit for bit. May be called again after an interrupt."""
-        # Also where no step was taken: a compiled closure may have written them, as an embedding with max_norm does.
-        self._alpha = math.nan
-        self._write(0.0)
+        if not self._closed:
+            # Also where no step was taken: a compiled closure may have written it, as an embedding with max_norm does.
+            self._alpha = math.nan
+            self._write(0.0)
+            self._closed = True
 
     def _write(self, alpha: float) -> None:
         """Make the model's parameters θ + αΔθ, formed from the backup and not from the last step size."""

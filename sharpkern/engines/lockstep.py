@@ -5,15 +5,16 @@ Ranks whose pass goes well wait there for the one whose pass failed. That one go
 then all can be told.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharpkern._undo import Trace
 from sharpkern.shards import fsdp_modules, is_sharded
 
 
@@ -57,15 +58,16 @@ class Lockstep:
         # Of parts that are in their forward pass, the modules that have yet to end.
         self._open: dict[int, set[int]] = {}
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Note which module begins and what it leaves gathered, as long as the block lasts."""
-        with ExitStack() as hooks:
-            for _, module in self._members.values():
-                # After FSDP's own hooks, so that the gather is under way, or what was gathered is freed.
-                hooks.enter_context(module.register_forward_pre_hook(self._begins))
-                hooks.enter_context(module.register_forward_hook(self._ends))
-            yield
+    def watch(self, trace: Trace) -> None:
+        """Note which module begins and what it leaves gathered, until the trace is put back."""
+        for _, module in self._members.values():
+            # After FSDP's own hooks, so that the gather is under way, or what was gathered is freed.
+            for register, hook in (
+                (module.register_forward_pre_hook, self._begins),
+                (module.register_forward_hook, self._ends),
+            ):
+                trace.add(partial(_unhook, module, hook))
+                register(hook)
 
     def _begins(self, module: nn.Module, _args: Any) -> None:
         number, _ = self._members[id(module)]
@@ -112,6 +114,13 @@ class Lockstep:
         self._begun, self._open = [], {}
         for module in self._sharded.values():
             module.reshard()
+
+
+def _unhook(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Take a hook off a module, whose handle an interrupt may have kept from us."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, one in hooks.items() if one == hook]:
+            del hooks[number]
 
 
 def _own_parameters(module: Any) -> Iterator[nn.Parameter]:

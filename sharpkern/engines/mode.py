@@ -18,6 +18,7 @@ from sharpkern import ops
 from sharpkern.engines import calls
 from sharpkern.engines.batch_norms import statistics_left_alone
 from sharpkern.engines.deferred import tensors_in
+from sharpkern.engines.guards import Guard
 from sharpkern.engines.layers import HeadLoss, Kept, head_loss, linear_on_steps
 from sharpkern.engines.norms import moving_norm
 from sharpkern.engines.precision import LossPrecision, is_low
@@ -38,7 +39,7 @@ class VirtualParameters(TorchFunctionMode):
     Args:
         pairs: the parameters that move.
         precision: told about the loss functions that are called.
-        watched: parameters that the closure must not write, whether they move or not.
+        guard: whose parameters the closure must not write, whether they move or not; told of other writes.
         num_steps: step sizes that a pass may be for.
         kept: where formed weights may be, and stay.
 
@@ -51,13 +52,15 @@ class VirtualParameters(TorchFunctionMode):
         self,
         pairs: Iterable[Pair],
         precision: LossPrecision,
-        watched: Iterable[Tensor] = (),
+        guard: Guard | None = None,
         num_steps: int = 1,
         kept: Kept | None = None,
     ) -> None:
         super().__init__()
         # Quantised layers hand integers to and fro between their weight and its copies, and keep their values.
+        watched = guard.parameters if guard is not None else []
         self._watched = {id(parameter): parameter for parameter in watched if parameter.is_floating_point()}
+        self._guard = guard
         self._parameters = {id(pair.weight): pair for pair in pairs}
         self._table = dict(self._parameters)
         self._precision = precision
@@ -69,6 +72,8 @@ class VirtualParameters(TorchFunctionMode):
         self._outdated: dict[int, Tensor] = {}
         self.read: set[int] = set()
         self.rounded: set[int] = set()
+        # Once its engine is closed it does nothing, wherever an interrupt has left it.
+        self.ended = False
 
     def begin(self, alpha: float | Tensor) -> None:
         """Start a pass: forget the views of the last one.
@@ -85,15 +90,17 @@ class VirtualParameters(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.ended:
+            return func(*args, **kwargs)
         name = calls.name_of(func)
         if self.alpha.is_several and not torch.is_grad_enabled():
             self._watch_statistics(name, args, kwargs)
             func = STEPPED.get(func, func)
         if calls.writes(name) and args:
             self._refuse_write(name, args[0])
-            self.tail.before_write(args[0])
+            self._before_write(args[0])
         if "out" in kwargs:
-            self.tail.before_write(kwargs["out"])
+            self._before_write(kwargs["out"])
         if calls.renormalises(name, args, kwargs):
             args, kwargs = self._with_copies(name, args, kwargs)
         if self.tail.holds(args, kwargs):
@@ -338,6 +345,11 @@ class VirtualParameters(TorchFunctionMode):
                 raise EngineUnsupportedError("loss_fn updates running statistics of a norm, and then reads them")
         # They are held, so that no other tensor takes their place in memory.
         self._outdated |= {pointer: tensor for tensor in updated if (pointer := storage_pointer(tensor))}
+
+    def _before_write(self, written: Any) -> None:
+        self.tail.before_write(written)
+        if self._guard is not None:
+            self._guard.before_write(tensors_in(written))
 
     def _refuse_write(self, name: str, written: Any) -> None:
         tensors = written if isinstance(written, (list, tuple)) else [written]

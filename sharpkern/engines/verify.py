@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sharpkern.engines.checks import Checks
-from sharpkern.engines.choose import Engine
+from sharpkern.engines.session import Checks, Engine
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.errors import EngineUnsupportedError, SlopeMismatchWarning, UncheckedWarning, warn
 from sharpkern.search import SearchResult

@@ -36,7 +36,7 @@ class VirtualEngine:
         self._pairs = pairs
         self._closure = closure
         self._kept = kept or Kept(0)
-        self._mode = VirtualParameters(pairs, closure.precision, closure.guard.parameters, num_steps, self._kept)
+        self._mode = VirtualParameters(pairs, closure.precision, closure.guard, num_steps, self._kept)
         self.seconds: list[float] = []
         self._unused: set[int] = set()
         self._deferral_works = False
@@ -82,7 +82,8 @@ class VirtualEngine:
             precision.loss_dtype = seen
 
     def close(self) -> None:
-        """Nothing to put back: θ was not written."""
+        """End the mode; there is nothing to put back, as θ was not written."""
+        self._mode.ended = True
 
     def _loss(self, eta: float) -> float:
         loss = self._pass(eta)

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpkern.engines.choose import open_engine
-from sharpkern.engines.closure import evaluations
 from sharpkern.engines.inplace import Backup
-from sharpkern.engines.table import make_pairs
+from sharpkern.engines.session import Session, in_session
 from sharpkern.memory.counter import PeakBytes
 from sharpkern.memory.scene import ACTIVATIONS, BACKWARD, Scene
 from sharpkern.moves import Move, Stored
@@ -144,13 +142,33 @@ class _Engine:
 
         with _gradients(scene), counter, torch.no_grad():
             with counter.under(DIRECTION):
-                pairs = make_pairs(_moves(scene, resident=self.direction == "resident"))
-            with (
-                counter.under(COPIES),
-                evaluations(scene.model, scene.parameters, _no_number) as closure_of,
-                open_engine(self.name, pairs, closure_of(loss_fn), compiled=False, backup=self.backup) as engine,
-            ):
-                engine.losses([1e-3 * (k + 1) for k in range(self.num_steps)])
+                moves = _moves(scene, resident=self.direction == "resident")
+
+            def evaluate(session: Session) -> None:
+                with session.open(session.target(loss_fn), self.name, backup=self.backup) as engine:
+                    engine.losses([1e-3 * (k + 1) for k in range(self.num_steps)])
+
+            with counter.under(COPIES):
+                in_session(evaluate, scene.model, _Planned(scene.parameters, moves), [], reduce=_no_number)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What moves, in place of a direction, which would read numbers that fake tensors do not have."""
+
+    parameters: Sequence[nn.Parameter]
+    planned: Sequence[tuple[Tensor, Move]]
+    slope: float | None = None
+    norm_sq: float = 1.0
+    lr: float | None = None
+
+    def bind(self, model: nn.Module) -> "_Planned":
+        """It is the model's own."""
+        return self
+
+    def moves(self) -> Sequence[tuple[Tensor, Move]]:
+        """Every parameter with its move."""
+        return self.planned
 
 
 @contextmanager

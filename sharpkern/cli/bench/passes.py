@@ -15,7 +15,7 @@ from sharpkern.cli.bench.scene import USABLE
 from sharpkern.cli.bench.side_by_side import engines
 from sharpkern.cli.bench.suite import Bench, Case
 from sharpkern.engines.batched import NUM_PARALLEL, BatchedEngine
-from sharpkern.engines.choose import Engine
+from sharpkern.engines.session import Engine
 from sharpkern.errors import EngineUnsupportedError
 
 _REPEATS = 5

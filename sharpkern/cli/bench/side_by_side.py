@@ -6,11 +6,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from sharpkern.direction import Direction
-from sharpkern.engines.choose import Engine, open_engine
-from sharpkern.engines.closure import Closure
-from sharpkern.engines.guards import preserved
-from sharpkern.engines.precision import LossPrecision
-from sharpkern.engines.table import make_pairs
+from sharpkern.engines.session import Engine, open_session
 
 
 @contextmanager
@@ -28,9 +24,5 @@ def engines(
     Yields:
         list: the engines in the order of their names.
     """
-    with preserved(model, direction.parameters) as guard, ExitStack() as stack:
-        pairs = make_pairs(direction.moves())
-        yield [
-            stack.enter_context(open_engine(name, pairs, Closure(loss_fn, guard, LossPrecision()), compiled=False))
-            for name in names
-        ]
+    with open_session(model, direction, [loss_fn]) as session, ExitStack() as stack:
+        yield [stack.enter_context(session.open(session.target(loss_fn), name)) for name in names]

@@ -1,0 +1,220 @@
+"""What a closure reaches: the modules, tensors, generators and containers that a call of it may read or write.
+
+A closure reaches the variables it has closed over, the globals that its code names, the object that it is a method of,
+what a `functools.partial` holds, and everything that these hold in turn: containers, attributes of modules and of
+objects of the user's own classes, hooks. Libraries are not looked into, nor are attributes of Python modules, frames of
+generators, or arrays of NumPy.
+"""
+
+import os
+import random
+import sys
+import sysconfig
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from types import (
+    BuiltinFunctionType,
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sharpkern
+
+# They may be changed in place; a tuple may hold what can be.
+CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, BuiltinFunctionType, BuiltinMethodType)
+_LIBRARIES = (
+    *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")),
+    os.path.dirname(sharpkern.__file__),
+)
+# A longer list is a data set: its members are noted, and not looked into.
+_LONG = 4096
+# So much is looked at: what holds more than this is no state of a loss.
+_MOST = 100_000
+
+
+class Reached:
+    """Everything that some roots reach, each thing once.
+
+    Args:
+        roots: closures, models, or anything else.
+
+    Attributes:
+        modules: with those inside of them.
+        tensors: parameters among them, whether of the modules or not.
+        containers: dictionaries, lists, sets and deques; attributes of objects and of modules.
+        generators: of random numbers.
+        cells: variables that functions have closed over.
+        names: (globals, name) of the variables that functions name.
+    """
+
+    def __init__(self, *roots: object) -> None:
+        self.modules: list[nn.Module] = []
+        self.tensors: list[Tensor] = []
+        self.containers: list[Any] = []
+        self.generators: list[object] = []
+        self.cells: list[CellType] = []
+        self.names: list[tuple[dict[str, Any], str]] = []
+        # They are held, so that no other object takes the place of one that is gone.
+        self._seen: dict[int, object] = {}
+        self.add(*roots)
+
+    def add(self, *roots: object) -> None:
+        """Enter what more roots reach."""
+        waiting = deque(roots)
+        for root in roots:
+            # What is called is looked into, whatever library it is of; so is what it is a method of.
+            owner = getattr(root, "__self__", root)
+            if not isinstance(owner, _PLAIN):
+                waiting.append(getattr(owner, "__dict__", None))
+        while waiting and len(self._seen) < _MOST:
+            thing = waiting.popleft()
+            if not isinstance(thing, _PLAIN) and id(thing) not in self._seen:
+                self._seen[id(thing)] = thing
+                waiting.extend(self._inside(thing))
+
+    def _inside(self, thing: Any) -> Iterable[object]:
+        """Enter one thing, and return what it holds."""
+        if isinstance(thing, Tensor):
+            self.tensors.append(thing)
+            return ()
+        if isinstance(thing, nn.Module):
+            self.modules.append(thing)
+            return self._attributes(thing)
+        if isinstance(thing, CONTAINERS) and type(thing) in CONTAINERS:
+            self.containers.append(thing)
+            members = thing.values() if isinstance(thing, dict) else thing
+            return list(members) if len(thing) <= _LONG else ()
+        if isinstance(thing, tuple):
+            return thing if len(thing) <= _LONG else ()
+        if isinstance(thing, FunctionType):
+            return self._of_function(thing)
+        if isinstance(thing, MethodType):
+            return thing.__self__, thing.__func__
+        if isinstance(thing, partial):
+            return thing.func, thing.args, thing.keywords
+        if is_generator(thing):
+            self.generators.append(thing)
+            return ()
+        if isinstance(thing, SimpleNamespace) or not _of_library(type(thing)):
+            return self._attributes(thing)
+        return ()
+
+    def _attributes(self, thing: Any) -> Iterator[object]:
+        yield getattr(thing, "__dict__", None)
+        for kind in type(thing).__mro__:
+            if not _of_library(kind):
+                yield from (value for value in vars(kind).values() if isinstance(value, FunctionType))
+                slots = vars(kind).get("__slots__", ())
+                yield from (getattr(thing, name, None) for name in ([slots] if isinstance(slots, str) else slots))
+
+    def _of_function(self, function: FunctionType) -> Iterator[object]:
+        for cell in function.__closure__ or ():
+            self.cells.append(cell)
+            yield from contents_of(cell)
+        yield from function.__defaults__ or ()
+        yield from (function.__kwdefaults__ or {}).values()
+        if function.__dict__:
+            yield function.__dict__
+        if _is_library_file(function.__code__.co_filename):
+            return
+        scope = function.__globals__
+        for name in _names_in(function.__code__):
+            if name in scope:
+                self.names.append((scope, name))
+                yield scope[name]
+
+
+def contents_of(cell: CellType) -> tuple[Any, ...]:
+    """Return what a cell holds, nothing where it is empty yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
+
+
+def is_record(things: Iterable[object]) -> bool:
+    """Whether all things are numbers, text and the like, which nothing can be changed in."""
+    return all(isinstance(thing, _PLAIN) for thing in things)
+
+
+def is_generator(thing: object) -> bool:
+    """Whether a thing is a generator of random numbers: torch's, NumPy's or Python's."""
+    return isinstance(thing, (torch.Generator, random.Random)) or (
+        type(thing).__module__.startswith("numpy.random") and hasattr(thing, "bit_generator")
+    )
+
+
+def fingerprint(loss_fn: Callable[..., object]) -> object:
+    """Return what tells closures apart whose findings must not be shared: their code, and whose code they call.
+
+    Batches do not count: a new closure over the next batch is the same. Functions that it holds count by their code,
+    modules by identity, and flags and names, which may choose a branch, by value.
+    """
+    return _fingerprint(loss_fn, frozenset())
+
+
+def _fingerprint(thing: Any, above: frozenset[int]) -> object:
+    if id(thing) in above:
+        return "itself"
+    above |= {id(thing)}
+    if isinstance(thing, FunctionType):
+        held = [content for cell in thing.__closure__ or () for content in contents_of(cell)]
+        held += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        return thing.__code__, tuple(_fingerprint(one, above) for one in held)
+    if isinstance(thing, MethodType):
+        return _fingerprint(thing.__func__, above), _fingerprint(thing.__self__, above)
+    if isinstance(thing, partial):
+        held = [thing.func, *thing.args, *thing.keywords.values()]
+        return tuple(_fingerprint(one, above) for one in held)
+    if isinstance(thing, (bool, str, bytes, type(None))):
+        return thing
+    if isinstance(thing, (nn.Module, type, ModuleType)):
+        return id(thing)
+    call = type(thing).__call__ if callable(thing) else None
+    if isinstance(call, FunctionType):
+        # An object that is called; `functools.update_wrapper` and the like leave the function that counts in it.
+        held = [one for one in getattr(thing, "__dict__", {}).values() if callable(one)]
+        return type(thing), tuple(_fingerprint(one, above) for one in held)
+    return type(thing)
+
+
+@lru_cache(maxsize=4096)
+def _names_in(code: CodeType) -> tuple[str, ...]:
+    """Return the names that a function's code, and that of the functions inside of it, may look up as globals."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names.update(dict.fromkeys(_names_in(constant)))
+    return tuple(names)
+
+
+@lru_cache(maxsize=4096)
+def _is_library_file(path: str) -> bool:
+    return path.startswith(_LIBRARIES) or path.startswith("<frozen")
+
+
+def _of_library(kind: type) -> bool:
+    """Whether a class is of a library, and not of the user: what its objects hold is the library's own affair."""
+    return _looked_up(kind)
+
+
+@lru_cache(maxsize=4096)
+def _looked_up(kind: Any) -> bool:
+    module = sys.modules.get(kind.__module__)
+    path = getattr(module, "__file__", None)
+    return (
+        kind.__module__ == "builtins"
+        or (path is None and module is not sys.modules.get("__main__"))
+        or (path is not None and _is_library_file(path))
+    )

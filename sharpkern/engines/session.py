@@ -1,0 +1,386 @@
+"""The one way to losses along a direction: bind it, agree on it between ranks, choose an engine, open it, fall back."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sharpkern._undo import Trace, alone, undone
+from sharpkern.engines.batched import BatchedEngine
+from sharpkern.engines.closure import Closure, LossFn
+from sharpkern.engines.compiled import Eagerly, FromGraphs
+from sharpkern.engines.guards import Guard, evaluating
+from sharpkern.engines.inplace import Backup, InPlaceEngine
+from sharpkern.engines.layers import Kept
+from sharpkern.engines.lockstep import Lockstep
+from sharpkern.engines.mode import VirtualParameters
+from sharpkern.engines.precision import LossPrecision
+from sharpkern.engines.ranks import Ranks, as_one, ranks_for
+from sharpkern.engines.reach import fingerprint
+from sharpkern.engines.table import Pair, make_pairs
+from sharpkern.engines.virtual import VirtualEngine
+from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
+from sharpkern.moves import Move
+from sharpkern.shards import is_sharded
+
+Result = TypeVar("Result")
+
+# Reentrant checkpoints warn that no gradients will come of a pass, which has none.
+_FALSE_ALARM = (
+    "ignore",
+    re.compile("None of the inputs have requires_grad=True"),
+    UserWarning,
+    re.compile(r"torch\.utils\.checkpoint"),
+    0,
+)
+
+ENGINES = ("auto", "virtual", "batched", "inplace")
+
+# What takes the place of an engine that is unable, and how that measures.
+_NEXT = {
+    "batched": ("virtual", "one step size at a time"),
+    "virtual": ("inplace", "in place, θ is written and restored"),
+}
+
+
+class Engine(Protocol):
+    """Evaluates losses along the direction, from the same random state each time."""
+
+    name: str
+
+    @property
+    def rounded(self) -> set[int]:
+        """Indices of the pairs whose θ + αΔθ was rounded to the weight's dtype."""
+
+    def losses(self, step_sizes: Sequence[float]) -> list[float]:
+        """Losses at θ − ηΔθ for each step size η."""
+
+    def close(self) -> None:
+        """Leave the parameters as they were, bit for bit. May be called again, also after an interrupt."""
+
+
+class Moving(Protocol):
+    """What moves: a `sharpkern.Direction`, or what stands in for one."""
+
+    parameters: Any
+    slope: float | None
+    norm_sq: float
+    lr: float | None
+
+    def bind(self, model: nn.Module) -> "Moving":
+        """The same on the parameters of ``model``, once it is certain that it belongs to them."""
+
+    def moves(self) -> Iterable[tuple[Tensor, Move]]:
+        """Every parameter that moves, with its move."""
+
+
+@dataclass
+class Checks:
+    """What has been found out about one model and the code of one closure, so that it is found out once.
+
+    Attributes:
+        repeatable: the closure gives the same loss twice at θ.
+        base_agrees: a base loss that was handed in was the closure's, which draws no random numbers.
+        agrees: engines whose loss was confirmed by the storage oracle.
+        unsupported: why an engine cannot be used, by its name.
+        num_measurements: measurements made so far.
+    """
+
+    repeatable: bool = False
+    base_agrees: bool = False
+    agrees: set[str] = field(default_factory=set)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    num_measurements: int = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether this measurement is one of those that check again: 1, 2, 4, 8 and so on."""
+        return self.num_measurements & (self.num_measurements + 1) == 0
+
+
+_known: WeakKeyDictionary[nn.Module, dict[Any, Checks]] = WeakKeyDictionary()
+
+
+def checks_of(model: nn.Module, loss_fn: LossFn) -> Checks:
+    """The findings about ``model`` and what ``loss_fn`` calls; a new closure over the next batch shares them."""
+    return _known.setdefault(model, {}).setdefault((fingerprint(loss_fn), model.training), Checks())
+
+
+@dataclass(frozen=True)
+class Target:
+    """A closure that is evaluated in a session, and what is known of it.
+
+    Attributes:
+        loss_fn: the user's.
+        closure: evaluates it.
+        checks: what has been found out about it.
+        compiled: it, the model or one of its modules was compiled, so that no mode may look on.
+    """
+
+    loss_fn: LossFn
+    closure: Closure
+    checks: Checks
+    compiled: bool
+
+
+class Session:
+    """One model and one direction, while nothing of the run changes; made by `in_session`.
+
+    Attributes:
+        model: as given.
+        direction: bound to the model, with the numbers that all ranks agree on.
+        pairs: the parameters that move.
+        ranks: that decide alike.
+        base_loss: L(θ) that was handed in, the mean over the ranks; None where it was not.
+        guard: of everything else.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        direction: Any,
+        pairs: Sequence[Pair],
+        ranks: Ranks,
+        guard: Guard,
+        lockstep: Lockstep,
+        base_loss: float | None,
+    ) -> None:
+        self.model, self.direction, self.pairs, self.ranks, self.base_loss = model, direction, pairs, ranks, base_loss
+        self.guard, self._lockstep = guard, lockstep
+
+    def target(self, loss_fn: LossFn) -> Target:
+        """Enter a closure."""
+        closure = Closure(loss_fn, self.guard, LossPrecision(), self.ranks, self._lockstep)
+        return Target(loss_fn, closure, checks_of(self.model, loss_fn), is_compiled(self.model, loss_fn))
+
+    def run(
+        self, target: Target, use: Callable[[Engine], Result], *, engine: str = "auto", quickest: str = "virtual"
+    ) -> Result:
+        """Call ``use`` with an engine, and with the next one in its place if it turns out unable and none was named.
+
+        Args:
+            target: the closure.
+            use: handed the open engine.
+            engine: what the caller asked for, "auto" or a name.
+            quickest: as `choose` takes it.
+
+        Returns:
+            Result: what ``use`` returned.
+
+        Raises:
+            EngineUnsupportedError: the engine was named and is unable.
+        """
+        name = self.choose(target, engine, quickest)
+        found: dict[str, str] = {}
+        while True:
+            # One step size at a time takes less memory.
+            unable = (EngineUnsupportedError, torch.OutOfMemoryError) if name == "batched" else EngineUnsupportedError
+            try:
+                with self.open(target, name) as opened:
+                    result = use(opened)
+            except unable as reason:
+                if engine != "auto" or name not in _NEXT:
+                    raise
+                found[name] = str(reason)
+                name = _NEXT[name][0]
+            else:
+                # Where no engine is able, it is not the engines' fault.
+                for left, why in found.items():
+                    warn(f"measuring {_NEXT[left][1]}: {why}", EngineFallbackWarning)
+                target.checks.unsupported |= found
+                return result
+
+    def choose(self, target: Target, engine: str, quickest: str = "virtual") -> str:
+        """Name of the engine that ``engine`` stands for.
+
+        Args:
+            target: the closure.
+            engine: what the caller asked for, "auto" or a name.
+            quickest: the engine for ``"auto"`` where nothing speaks against it.
+
+        Returns:
+            str: ``"inplace"`` for ``"auto"`` where the model or the closure is compiled or scripted, or the parameters
+            are sharded; otherwise the first of ``quickest`` and what takes its place that was not found unable before.
+
+        Raises:
+            EngineUnsupportedError: an engine was named that a scripted or sharded model does not show its reads to.
+        """
+        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules())
+        if engine in ("virtual", "batched") and scripted:
+            raise EngineUnsupportedError(
+                "the model is scripted: its reads of parameters cannot be seen; use engine='auto'"
+            )
+        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
+        if engine in ("virtual", "batched") and sharded:
+            raise EngineUnsupportedError(
+                "the model's parameters are DTensors, of which the forward pass reads gathered copies; use "
+                "engine='auto', which writes and restores this rank's shards"
+            )
+        if engine != "auto":
+            return engine
+        name = "inplace" if sharded or target.compiled else quickest
+        while name in target.checks.unsupported:
+            name, _ = _NEXT[name]
+        return name
+
+    @contextmanager
+    def open(self, target: Target, name: str, *, kept: Kept | None = None, backup: Backup = "auto") -> Iterator[Engine]:
+        """Make an engine, and close it whatever happens: at the end of the session at the latest.
+
+        Args:
+            target: the closure that it evaluates.
+            name: ``"virtual"``, ``"batched"`` or ``"inplace"``.
+            kept: formed weights that engines of other closures share.
+            backup: where the in-place engine's copy is; see there.
+
+        Yields:
+            Engine: until the block ends.
+        """
+        engine: Engine
+        closure, trace = target.closure, self.guard.trace
+        if name == "virtual":
+            engine = VirtualEngine(self.pairs, closure, kept=kept)
+        elif name == "batched":
+            engine = BatchedEngine(self.pairs, closure, kept)
+        else:
+            # Without pairs the mode only takes losses to float32 and notes the products' precision.
+            watching = VirtualParameters((), closure.precision, closure.guard)
+            around = FromGraphs() if target.compiled else Eagerly(watching)
+            with as_one(self.ranks):
+                engine = InPlaceEngine(self.pairs, closure, around, backup)
+        trace.add(engine.close)
+        try:
+            yield engine
+        finally:
+            engine.close()
+            trace.drop(engine.close)
+
+
+def in_session(
+    use: Callable[[Session], Result],
+    model: nn.Module,
+    direction: Any,
+    loss_fns: Iterable[LossFn],
+    *,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    base_loss: float | None = None,
+    grad: bool = False,
+) -> Result:
+    """Call ``use`` for losses along a direction that leave no trace, on all ranks alike.
+
+    Args:
+        use: handed the open session.
+        model: the model that is evaluated.
+        direction: a `Moving`, or None where nothing moves.
+        loss_fns: the closures that will be evaluated.
+        reduce: the caller's own function of a loss, in place of the mean over the model's ranks.
+        base_loss: L(θ) of this rank where it is known.
+        grad: leave autograd on, for derivatives by `torch.autograd.grad`.
+
+    Returns:
+        Result: what ``use`` returned.
+
+    Raises:
+        ValueError: the ranks hold different directions.
+        RankError: another rank failed.
+        RuntimeError: a closure that is being evaluated asks for it.
+
+    Memory: see `Guard`.
+    """
+    begin = partial(_begin, model, direction, tuple(loss_fns), reduce=reduce, base_loss=base_loss, grad=grad)
+    with alone:
+        trace = Trace()
+        return undone(lambda: use(begin(trace)), trace)
+
+
+@contextmanager
+def open_session(model: nn.Module, direction: Any, loss_fns: Iterable[LossFn]) -> Iterator[Session]:
+    """A session as a context, for what holds engines open between other work; interrupts may leave traces of it."""
+    with alone:
+        trace = Trace()
+        try:
+            yield _begin(model, direction, tuple(loss_fns), trace)
+        finally:
+            trace.put_back()
+        trace.tell()
+
+
+def _begin(
+    model: nn.Module,
+    direction: Any,
+    loss_fns: Sequence[LossFn],
+    trace: Trace,
+    *,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    base_loss: float | None = None,
+    grad: bool = False,
+) -> Session:
+    """Bind and agree, note everything, and only then change what has to be."""
+    if evaluating:
+        raise RuntimeError("loss_fn must only return the loss, got one that measures; measure before or after it")
+    ranks = ranks_for(model, reduce)
+    pairs: Sequence[Pair] = ()
+    if direction is not None:
+        with as_one(ranks):
+            direction = direction.bind(model)
+            pairs = make_pairs(direction.moves())
+        direction, base_loss = _agreed(ranks, direction, base_loss)
+    lockstep = Lockstep(model)
+    lockstep.watch(trace)
+    trace.add(evaluating.clear)
+    guard = Guard(trace, model, () if direction is None else direction.parameters, loss_fns)
+    trace.add(guard.restore)
+    guard.hide_gradients()
+    torch.set_grad_enabled(grad)
+    # All that Python remembers of warnings already given stays as it is, unlike with catch_warnings.
+    warnings.filters.insert(0, _FALSE_ALARM)  # type: ignore[attr-defined]
+    return Session(model, direction, pairs, ranks, guard, lockstep, base_loss)
+
+
+def _agreed(ranks: Ranks, direction: Any, known_base: float | None) -> tuple[Any, float | None]:
+    """What steers the search, the same on every rank to the last bit.
+
+    Args:
+        ranks: that measure.
+        direction: of this rank.
+        known_base: the base loss that was given on this rank, or None.
+
+    Returns:
+        tuple: both, with the means over the ranks for numbers.
+
+    Raises:
+        ValueError: the ranks hold different directions.
+    """
+    own = [direction.slope, direction.norm_sq, direction.lr, known_base]
+    missing = [float(number is None) for number in own]
+    means = ranks.means([0.0 if number is None else number for number in own] + missing)
+    slope, _, lr, base = (None if number is None else mean for number, mean in zip(own, means, strict=False))
+    norm_sq = means[1]
+    unlike = means[len(own) :] != missing or not math.isclose(direction.norm_sq, norm_sq, rel_tol=1e-3)
+    if any(ranks.any_of([unlike])):
+        raise ValueError(
+            f"direction must be the same on every rank, got |Δθ|² = {direction.norm_sq:.6g} here and {norm_sq:.6g} on "
+            "average; measure where the gradients of all ranks have been averaged: not inside of no_sync(), and with "
+            "the same arguments on every rank"
+        )
+    return replace(direction, slope=slope, norm_sq=norm_sq, lr=lr), base
+
+
+def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:
+    """Whether the model, one of its modules or the closure was compiled by torch.compile or torch.jit."""
+    if hasattr(loss_fn, "_torchdynamo_orig_callable") or isinstance(loss_fn, torch.jit.ScriptFunction):
+        return True
+    return any(
+        isinstance(module, torch.jit.ScriptModule)
+        or hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
