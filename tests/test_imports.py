@@ -37,6 +37,7 @@ ROOMS = {
         "linear",
         "products",
         "moves",
+        "overlaps",
         "shards",
         "fakes",
         "sums",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern.engines.steps import Rule, on_steps
-from sharpkern.engines.table import storage_pointer
+from sharpkern.overlaps import storage_pointer
 
 NORMS_OF_BATCHES = ("batch_norm", "instance_norm")
 

@@ -17,8 +17,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from sharpkern._undo import Step, Trace, note_autocast
 from sharpkern.engines.reach import Reached, contents_of, is_record
-from sharpkern.engines.table import storage_pointer
 from sharpkern.fakes import is_fake
+from sharpkern.overlaps import Owners, storage_pointer
 from sharpkern.randomness import note_generators, note_streams, torch_states
 from sharpkern.shards import local
 
@@ -119,11 +119,11 @@ class Guard:
 
     def _kept_tensors(self, tensors: Sequence[Tensor], num_own: int) -> list["_Kept"]:
         """Note the tensors that are no parameters, nor aliases of one: the engines write those, or do not."""
-        aliases = {storage_pointer(local(parameter)) for parameter in self.parameters} - {None}
+        aliased = Owners((local(parameter), parameter) for parameter in self.parameters)
         return [
             _Kept(local(tensor), now=index < num_own or tensor.layout is not torch.strided or tensor.nbytes <= _LARGE)
             for index, tensor in enumerate(tensors)
-            if not isinstance(tensor, nn.Parameter) and storage_pointer(local(tensor)) not in aliases
+            if not isinstance(tensor, nn.Parameter) and not aliased.of(local(tensor))
         ]
 
     def _restore_gradients(self) -> None:

@@ -24,12 +24,13 @@ from sharpkern.engines.norms import moving_norm
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.stepped import STEPPED
 from sharpkern.engines.storage import StorageWatch
-from sharpkern.engines.table import Pair, Scratch, Step, storage_pointer
+from sharpkern.engines.table import Pair, Scratch, Step
 from sharpkern.engines.tail import Tail, cross_entropy_by_name, linear_operands
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.head import linear_cross_entropy
 from sharpkern.linear import choose as choose_way
 from sharpkern.moves import Stored
+from sharpkern.overlaps import share_memory, storage_pointer
 from sharpkern.products import product_dtype
 
 
@@ -69,7 +70,7 @@ class VirtualParameters(TorchFunctionMode):
         self.tail = Tail(precision, num_steps)
         self.alpha = Step(0.0)
         self.work = 0
-        self._outdated: dict[int, Tensor] = {}
+        self._outdated: dict[int | None, list[Tensor]] = {}
         self.read: set[int] = set()
         self.rounded: set[int] = set()
         # Once its engine is closed it does nothing, wherever an interrupt has left it.
@@ -324,10 +325,10 @@ class VirtualParameters(TorchFunctionMode):
 
     def _without_parameters(self, func: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
         """A higher-order operator whose functions, of which this mode sees nothing, must not read what moves."""
-        given = {pair.owner for pair in self._pairs_in((args, kwargs))}
+        given = {pair.memory for pair in self._pairs_in((args, kwargs))}
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with StorageWatch(pair for pair in self._parameters.values() if pair.owner not in given) as watch:
+            with StorageWatch(pair for pair in self._parameters.values() if pair.memory not in given) as watch:
                 result = func(*args, **kwargs)
             if watch.touched:
                 raise EngineUnsupportedError(f"{calls.name_of(func)} calls a function that reads a parameter")
@@ -340,11 +341,12 @@ class VirtualParameters(TorchFunctionMode):
         updated = statistics_left_alone(name, args, kwargs)
         if self._outdated and not updated:
             # By their memory, which aliases share.
-            read = {storage_pointer(tensor) for tensor in tensors_in((args, kwargs))}
-            if read & self._outdated.keys():
-                raise EngineUnsupportedError("loss_fn updates running statistics of a norm, and then reads them")
+            for read in tensors_in((args, kwargs)):
+                if any(share_memory(read, tensor) for tensor in self._outdated.get(storage_pointer(read), ())):
+                    raise EngineUnsupportedError("loss_fn updates running statistics of a norm, and then reads them")
         # They are held, so that no other tensor takes their place in memory.
-        self._outdated |= {pointer: tensor for tensor in updated if (pointer := storage_pointer(tensor))}
+        for tensor in updated:
+            self._outdated.setdefault(storage_pointer(tensor), []).append(tensor)
 
     def _before_write(self, written: Any) -> None:
         self.tail.before_write(written)

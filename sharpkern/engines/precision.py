@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpkern.engines.calls import map_tensors
-from sharpkern.engines.table import storage_pointer
+from sharpkern.overlaps import storage_pointer
 
 # Relative standard deviation of a float32 loss; measured on small networks.
 _FLOAT32_NOISE = 1e-6

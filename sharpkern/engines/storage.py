@@ -14,8 +14,12 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.engines.calls import map_tensors
-from sharpkern.engines.table import Pair, Step, storage_pointer
+from sharpkern.engines.table import Pair, Step
 from sharpkern.errors import EngineUnsupportedError
+from sharpkern.overlaps import Owners, byte_span
+
+# A multiple of every dtype's size.
+_ALIGNED = 16
 
 
 class _BelowPython(TorchDispatchMode):
@@ -38,24 +42,22 @@ class _BelowPython(TorchDispatchMode):
 
 
 class StorageWatch(_BelowPython):
-    """Notes which parameters of the table any operator reads.
+    """Notes which parameters' memory any operator reads.
 
     Attributes:
-        touched: indices of the parameters.
+        touched: what `Pair.memory` is of them.
     """
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owners: dict[int | None, set[int]] = {}
-        for pair in pairs:
-            self._owners.setdefault(storage_pointer(pair.weight), set()).add(pair.owner)
+        self._owners = Owners((pair.weight, pair.memory) for pair in pairs)
         self.touched: set[int] = set()
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator, having noted what it reads."""
 
         def note(tensor: Tensor) -> Tensor:
-            self.touched |= self._owners.get(storage_pointer(tensor), set())
+            self.touched.update(self._owners.of(tensor))
             return tensor
 
         if not func.is_view:
@@ -66,25 +68,45 @@ class StorageWatch(_BelowPython):
 class StorageOracle(_BelowPython):
     """Evaluates at θ + αΔθ by putting formed weights wherever an operator reads a parameter's memory.
 
-    Memory: formed copies of the parameters that one operator reads.
+    Memory: a formed copy of the parameters that one operator reads.
     """
 
     def __init__(self, pairs: Iterable[Pair], alpha: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._pairs = {storage_pointer(pair.weight): pair for pair in pairs}
+        self._pairs = Owners((pair.weight, pair) for pair in pairs)
         self._step = Step(alpha)
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator with formed weights."""
-
-        def replace(tensor: Tensor) -> Tensor:
-            pair = self._pairs.get(storage_pointer(tensor))
-            if pair is None:
-                return tensor
-            offset = tensor.storage_offset() - pair.weight.storage_offset()
-            return pair.form(self._step).as_strided(tensor.size(), tensor.stride(), offset)
-
         # Views keep the parameter's storage and are seen again by the operator that reads them.
         if not func.is_view:
-            args, kwargs = map_tensors(args, replace), map_tensors(kwargs, replace)
+            args, kwargs = map_tensors(args, self._moved), map_tensors(kwargs, self._moved)
         return func(*args, **kwargs)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """What a tensor would be, had the parameters in its memory moved; the tensor itself where there are none."""
+        pairs = self._pairs.of(tensor)
+        if not pairs:
+            return tensor
+        # It may hold several parameters, a part of one, or the bytes of one as another dtype.
+        spans = [span for one in (tensor, *(pair.weight for pair in pairs)) if (span := byte_span(one))]
+        first = min(start for _, start, _ in spans) // _ALIGNED * _ALIGNED
+        copy = _copied(tensor.untyped_storage(), first, max(stop for *_, stop in spans))
+
+        def there(like: Tensor) -> Tensor:
+            offset = like.storage_offset() - first // like.element_size()
+            return copy.view(like.dtype).as_strided(like.size(), like.stride(), offset)
+
+        for pair in pairs:
+            pair.form(self._step, out=there(pair.weight))
+        moved = there(tensor)
+        moved = moved.conj() if tensor.is_conj() else moved
+        return torch._neg_view(moved) if tensor.is_neg() else moved
+
+
+def _copied(storage: torch.UntypedStorage, first: int, stop: int) -> Tensor:
+    """A copy of some bytes of a storage, filled up to a length that every dtype divides."""
+    there = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, first, (stop - first,), (1,))
+    copy = there.new_zeros(-(-len(there) // _ALIGNED) * _ALIGNED)
+    copy[: len(there)] = there
+    return copy

@@ -7,19 +7,8 @@ import torch
 from torch import Tensor
 
 from sharpkern.moves import Move
+from sharpkern.overlaps import overlapping, storage_pointer
 from sharpkern.shards import local
-
-
-def storage_pointer(tensor: Tensor) -> int | None:
-    """Address of a tensor's memory, or None where it has none of its own: sparse tensors, wrappers of torch.func.
-
-    Fake tensors lie nowhere, and are told apart by what would hold their memory.
-    """
-    try:
-        storage = tensor.untyped_storage()
-        return storage._cdata if storage.device.type == "meta" else storage.data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def stream_of(device: torch.device) -> int:
@@ -70,18 +59,20 @@ class Pair:
         move: θ + αΔθ, from ``weight`` itself or from its full-precision master.
         owner: index of the parameter.
         parameter: the parameter itself.
+        memory: ``owner`` of the first parameter that it shares memory with: its own, where it has that to itself.
     """
 
     weight: Tensor
     move: Move
     owner: int
     parameter: Tensor
+    memory: int
 
     def view(self, func: Callable[[Tensor], Tensor]) -> "Pair":
         """The pair of a part: ``func`` is a view or a gather."""
         weight = func(self.weight)
         move = self.move.map(lambda tensor: weight if tensor is self.weight else func(tensor))
-        return Pair(weight, move, self.owner, self.parameter)
+        return Pair(weight, move, self.owner, self.parameter, self.memory)
 
     def form(self, step: Step, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ in the weight's dtype, or in ``dtype``.
@@ -101,7 +92,12 @@ class Pair:
 
 def make_pairs(moves: Iterable[tuple[Tensor, Move]]) -> list[Pair]:
     """Pairs of the parameters that move."""
-    return [Pair(local(parameter), move, owner, parameter) for owner, (parameter, move) in enumerate(moves)]
+    moving = [(local(parameter), move, parameter) for parameter, move in moves]
+    first = list(range(len(moving)))
+    for group in overlapping([weight for weight, *_ in moving]):
+        for index in group:
+            first[index] = group[0]
+    return [Pair(weight, move, owner, p, first[owner]) for owner, (weight, move, p) in enumerate(moving)]
 
 
 class Scratch:

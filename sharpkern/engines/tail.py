@@ -21,9 +21,9 @@ from sharpkern.engines import calls
 from sharpkern.engines.deferred import Deferred, Head, tensors_in, version_of
 from sharpkern.engines.layers import HeadLoss
 from sharpkern.engines.precision import LossPrecision
-from sharpkern.engines.table import storage_pointer
 from sharpkern.fakes import is_plain
 from sharpkern.head import check_operands
+from sharpkern.overlaps import storage_pointer
 from sharpkern.products import product_dtype
 
 # Logits are deferred where they in float32, and the formed weight of the head, take more bytes than this.

@@ -108,7 +108,10 @@ class VirtualEngine:
 
     def _hidden(self, watch: StorageWatch) -> set[int]:
         """Parameters that the last pass has read, and the mode has not seen it."""
-        return watch.touched & self._unread()
+        unread = self._unread()
+        # Of parameters that share memory, those that the mode has seen read explain why that was read.
+        explained = {pair.memory for pair in self._pairs if pair.owner in self._mode.read}
+        return {pair.owner for pair in self._pairs if pair.owner in unread and pair.memory in watch.touched - explained}
 
     def _read_by_nobody(self) -> set[int]:
         """Parameters with a gradient that the mode has seen no rank read.
