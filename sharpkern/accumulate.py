@@ -12,6 +12,7 @@ from sharpkern.direction import Direction
 from sharpkern.engines.ranks import ranks_of
 from sharpkern.engines.session import Session, in_session
 from sharpkern.shards import is_sharded, reshard
+from sharpkern.updates.one_memory import summed
 from sharpkern.updates.placement import checked_module
 
 LossFn = Callable[[], Tensor]
@@ -58,7 +59,7 @@ def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
                 sums[parameter] = sums[parameter].add_(wide) if parameter in sums else wide
         return {parameter: total.div_(num_batches) for parameter, total in sums.items()}
 
-    direction = Direction.from_tensors(in_session(mean, checked_module(model), None, _known(losses), grad=True), model)
+    direction = _direction(in_session(mean, checked_module(model), None, _known(losses), grad=True), model)
     return replace(direction, slope=direction.norm_sq)
 
 
@@ -119,7 +120,14 @@ def adamw_direction(
         with torch.no_grad():
             return {p: one.update(beta1, beta2, eps).add_(p, alpha=weight_decay) for p, one in moments.items()}
 
-    return Direction.from_tensors(in_session(updates, checked_module(model), None, _known(losses), grad=True), model)
+    return _direction(in_session(updates, checked_module(model), None, _known(losses), grad=True), model)
+
+
+def _direction(updates: dict[nn.Parameter, Tensor], model: nn.Module) -> Direction:
+    """Return the direction of each parameter's own update."""
+    labels = [f"the parameter of shape {list(parameter.shape)}" for parameter in updates]
+    moved = summed(list(updates), list(updates.values()), labels)
+    return Direction.from_tensors(dict(zip(updates, moved, strict=True)), model)
 
 
 class _Moments:

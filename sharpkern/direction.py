@@ -11,10 +11,12 @@ from torch.amp.grad_scaler import GradScaler
 
 from sharpkern.errors import NoUpdateError
 from sharpkern.moves import Move, OptimizerStep, Stored
+from sharpkern.reference import inner_product
 from sharpkern.shards import local, local_as, over_shards, reshard
 from sharpkern.sums import read, slopes_and_norms, total
 from sharpkern.updates.between import Weights, displacements
 from sharpkern.updates.names import NameTable
+from sharpkern.updates.one_memory import also_moved, norm_once, summed
 from sharpkern.updates.optimizer import optimizer_update
 from sharpkern.updates.placement import check_fit, checked_module, placed
 from sharpkern.updates.preconditioner import inverse_preconditioner
@@ -31,7 +33,8 @@ class Direction:
     """An update direction Δθ, made by one of the class methods.
 
     Parameters are known by identity, never by position; a tied weight stands once, and parameters that are not listed
-    do not move. Nothing here is ever written.
+    do not move. Parameters that share memory (``decoder.weight.data = encoder.weight.data.T``) move as one: an
+    optimizer's updates of them add up, and `bind` adds those that are not listed. Nothing here is ever written.
 
     Attributes:
         parameters: the parameters that move; empty as long as only their names are known, see `bind`.
@@ -164,19 +167,21 @@ class Direction:
             check_parameter(f"'{name}'", parameter)
             check_gradient(f"'{name}'", parameter.grad)
             gradients.append(parameter.grad.detach())
-        updates = gradients if inverse is None else [inverse[p] * g for (_, p), g in zip(named, gradients, strict=True)]
+        parameters = [parameter for _, parameter in named]
+        updates = gradients
+        if inverse is not None:
+            updates = [inverse[parameter] * g for parameter, g in zip(parameters, gradients, strict=True)]
+        labels = [f"'{name}'" for name, _ in named]
         direction = cls._checked(
-            updates,
-            labels=[f"'{name}'" for name, _ in named],
+            summed(parameters, updates, labels),
+            labels=labels,
             if_zero="check that the loss depends on the model",
-            parameters=[parameter for _, parameter in named],
+            parameters=parameters,
             lr=lr,
         )
         if inverse is None:
             return dataclasses.replace(direction, slope=direction.norm_sq)
-        return dataclasses.replace(
-            direction, slope=direction.slope_of(dict(zip(direction.parameters, gradients, strict=True)))
-        )
+        return dataclasses.replace(direction, slope=direction.slope_of(dict(zip(parameters, gradients, strict=True))))
 
     @classmethod
     @torch.no_grad()
@@ -187,7 +192,7 @@ class Direction:
 
         Args:
             tensors: Δθ by the parameter's name or by the parameter: its shape and device, any floating dtype.
-                Parameters that are left out do not move.
+                Parameters that are left out do not move; of those that share memory one is enough.
             model: the module that the names are of; prefixes of DDP, FSDP and torch.compile do not matter.
 
         Returns:
@@ -284,7 +289,7 @@ class Direction:
                 "its optimizer was made from"
             )
         self._refuse_what_has_changed()
-        return self
+        return self._with_all_that_move(model)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -392,6 +397,26 @@ class Direction:
             if_zero="only buffers differ between before and after",
             parameters=[parameter for _, parameter, _ in placements],
             lr=self.lr,
+        )._with_all_that_move(model)
+
+    def _with_all_that_move(self, model: nn.Module) -> "Direction":
+        """Return the direction with the parameters of ``model`` that move because they share memory with its own."""
+        own = {id(parameter) for parameter in self.parameters}
+        names = {id(parameter): f"'{name}'" for name, parameter in model.named_parameters()}
+        everything = [*self.parameters, *(p for p in model.parameters() if id(p) not in own)]
+        moved = also_moved(everything, self.sources, self.masters, labels=[names[id(p)] for p in everything])
+        if not moved:
+            return self
+        sources = (*self.sources, *moved.values())
+        return dataclasses.replace(
+            self,
+            parameters=(*self.parameters, *moved),
+            sources=sources,
+            masters=(*self.masters, *(None for _ in moved)),
+            # How fast the loss falls by these is not known.
+            slope=None,
+            _norms_sq=(*self._norms_sq, *read([inner_product(delta, delta) for delta in moved.values()])),
+            _versions=_state_of(sources),
         )
 
     @classmethod
@@ -418,21 +443,20 @@ class Direction:
             tensors = [source for source in sources if isinstance(source, Tensor)]
             shards = [local(tensor) for tensor in tensors]
             norms_sq = read([sums[1] for sums in over_shards(parameters or tensors, slopes_and_norms(shards, shards))])
-        norm_sq = sum(norms_sq)
-        if not math.isfinite(norm_sq):
+        if not math.isfinite(sum(norms_sq)):
             culprit = next(label for label, one in zip(labels, norms_sq, strict=True) if not math.isfinite(one))
             raise ValueError(
                 f"direction for {culprit} must be finite, got nan or inf; check the gradients, weights and optimizer "
                 "state it was made from"
             )
-        if norm_sq == 0:
+        if sum(norms_sq) == 0:
             raise NoUpdateError(f"direction must move some parameter, got all zeros; {if_zero}")
         return cls(
             parameters=tuple(parameters),
             sources=tuple(sources),
             masters=tuple(masters or [None] * len(sources)),
             slope=slope,
-            norm_sq=norm_sq,
+            norm_sq=norm_once(parameters, sources, norms_sq, labels) if parameters else sum(norms_sq),
             lr=lr,
             _names=tuple(names),
             _norms_sq=tuple(norms_sq),

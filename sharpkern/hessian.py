@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from sharpkern._extras import missing
 from sharpkern._hvp import GradientGraph, check_symmetry
 from sharpkern.engines.session import Session, in_session
+from sharpkern.overlaps import overlapping
+from sharpkern.shards import local
 from sharpkern.updates.preconditioner import inverse_preconditioner
 
 # Vectors that ARPACK holds at a time, and products before its first answer. More make a restart rarer.
@@ -105,6 +107,7 @@ def hessian_sharpness(
     if not scales:
         raise ValueError("model must have parameters that require gradients, got none; unfreeze some of them")
     parameters = tuple(scales)
+    _refuse_shared_memory(model, parameters)
     start = _start(parameters, v0)
 
     def measured(_: Session) -> HessianResult:
@@ -123,6 +126,18 @@ def hessian_sharpness(
         return result
 
     return in_session(measured, model, None, [loss_fn], grad=True)
+
+
+def _refuse_shared_memory(model: nn.Module, parameters: tuple[nn.Parameter, ...]) -> None:
+    """Refuse parameters that cannot move by themselves, as autograd, which H is of, takes them to."""
+    named = list(model.named_parameters())
+    mine = {id(parameter) for parameter in parameters}
+    for group in overlapping([local(parameter) for _, parameter in named]):
+        if any(id(named[i][1]) in mine for i in group):
+            raise ValueError(
+                f"{' and '.join(repr(named[i][0]) for i in group)} must not share memory, along which H is another; "
+                "use critical_sharpness or directional_sharpness, or one Parameter in both places"
+            )
 
 
 def _start(parameters: tuple[nn.Parameter, ...], v0: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ For what the virtual engine cannot see into: compiled models, CUDA graphs, scrip
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -79,6 +80,7 @@ class InPlaceEngine:
         self._alpha = math.nan
         step = Step(alpha)
         stored: dict[Tensor, list[tuple[Tensor, Stored]]] = {}
+        num_sharing = Counter(pair.memory for pair in self._pairs)
         for pair, copy in zip(self._pairs, self._copies, strict=True):
             # detach() shares the version counter, so autograd notices the write.
             weight, move = pair.weight.detach(), pair.move
@@ -91,9 +93,10 @@ class InPlaceEngine:
             move = move if copy is None else move.at(copy)
             if not step:
                 weight.copy_(move.base)
-            elif isinstance(move, Stored):
+            elif isinstance(move, Stored) and num_sharing[pair.memory] == 1:
                 stored.setdefault(step.of(move), []).append((weight, move))
             else:
+                # Memory that parameters share is written once for each of them, every time by the same values.
                 move.form(step.of(move), dtype=weight.dtype, out=weight.unsqueeze(0))
         for step_tensor, writes in stored.items():
             ops.axpy_(

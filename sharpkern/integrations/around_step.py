@@ -205,10 +205,11 @@ class _Start:
     @torch.no_grad()
     def return_(self) -> None:
         """Make the parameters θ′ again, however far `go_back` has come. May be called again after an interrupt."""
-        for parameter, value in islice(self._values.items(), self._num_exchanged):
-            _write(parameter, value)
+        # In the opposite order: parameters may share memory, and the first of them has noted what all of it was.
         if self._halfway is not None:
             _write(*self._halfway)
+        for parameter, value in reversed(list(islice(self._values.items(), self._num_exchanged))):
+            _write(parameter, value)
 
     @torch.no_grad()
     def rounding(self, direction: Direction) -> float:

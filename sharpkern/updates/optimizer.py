@@ -14,6 +14,7 @@ from sharpkern.moves import OptimizerStep
 from sharpkern.shards import local_as, over_shards, whole
 from sharpkern.sums import read, slopes_and_norms
 from sharpkern.updates.closed_form import CLOSED_FORMS, Formula
+from sharpkern.updates.one_memory import summed
 from sharpkern.updates.shadow_step import shadow_step
 from sharpkern.updates.slots import Slot, read_slots
 
@@ -26,7 +27,7 @@ class Update:
         slot: the parameter as the optimizer holds it.
         source: its Δθ, or the step that it can be worked out of.
         slope: its share of Δθᵀg, or None where it moves without a gradient.
-        norm_sq: its share of |Δθ|².
+        norm_sq: its |Δθ|².
     """
 
     slot: Slot
@@ -118,7 +119,13 @@ def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], ref
 
 
 def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | OptimizerStep]) -> list[Update]:
-    """Return the updates with their shares of slope and norm, read back at once."""
+    """Return the updates with their slopes and norms, read back at once; memory that parameters share moves as one."""
+    sources = summed(
+        [slot.parameter for slot in slots],
+        sources,
+        labels=[slot.label for slot in slots],
+        masters=[slot.master for slot in slots],
+    )
     stored = [(source, slot) for slot, source in zip(slots, sources, strict=True) if isinstance(source, Tensor)]
     # What moves without a gradient has no slope: any tensor of its shape will do.
     gradients = [
