@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Answered by θ itself: they tell nothing of its values.
@@ -85,6 +86,11 @@ def writes(name: str) -> bool:
 _HARMLESS = frozenset(["requires_grad_", "share_memory_"])
 
 _INPLACE_OPERATORS = frozenset("add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split())
+
+
+def reads_bits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call is a view of a tensor's bits as another dtype, as ``view(torch.complex64)`` is."""
+    return name == "view" and isinstance(args[1] if len(args) > 1 else kwargs.get("dtype"), torch.dtype)
 
 
 def renormalises(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -137,7 +137,8 @@ class VirtualParameters(TorchFunctionMode):
             return args[0]
         if self._holds([kwargs.get("out")]):
             self._refuse_write(name, kwargs["out"])
-        if first is not None and name in calls.LINEAR_IN_FIRST and not self._holds(args[1:]):
+        linear = name in calls.LINEAR_IN_FIRST and not calls.reads_bits(name, args, kwargs)
+        if first is not None and linear and not self._holds(args[1:]):
             return self._apply_to_both(func, first, args[1:], kwargs)
         if first is not None and name in calls.CASTS:
             return self._cast(func, first, args[1:], kwargs)
