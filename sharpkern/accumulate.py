@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sharpkern._hvp import check_differentiable, no_reducers
 from sharpkern.direction import Direction
+from sharpkern.engines.parametrizations import empty_cache
 from sharpkern.engines.ranks import ranks_of
 from sharpkern.engines.session import Session, in_session
 from sharpkern.shards import is_sharded, reshard
@@ -173,6 +174,7 @@ def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.P
         found = True
         # A data-parallel reducer would write the buckets that the run's own gradients may be views of.
         with no_reducers(model):
+            empty_cache()
             loss = loss_fn()
             check_differentiable(loss)
             loss.backward()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from sharpkern._undo import Step, Trace, note_autocast
+from sharpkern.engines.parametrizations import empty_cache, note_cache
 from sharpkern.engines.reach import Reached, contents_of, is_record
 from sharpkern.fakes import is_fake
 from sharpkern.overlaps import Owners, storage_pointer
@@ -76,7 +77,9 @@ class Guard:
             *(kept.restore for kept in self._tensors),
             self._restore_containers,
             self._restore_variables,
+            empty_cache,
         ]
+        self._put_cache_back = note_cache()
         self._generators = [one for one in reached.generators if isinstance(one, torch.Generator)]
         self._streams = self._stream_states()
         # So that a backward begun before still works.
@@ -95,7 +98,8 @@ class Guard:
 
     def restore(self) -> None:
         """As `rewind`, and put back every ``.grad``, the same tensor object as at entry, and the version counters."""
-        _each([self.rewind, self._restore_gradients, *(versions.__exit__ for versions in self._versions)])
+        versions = (versions.__exit__ for versions in self._versions)
+        _each([self.rewind, self._restore_gradients, self._put_cache_back, *versions])
 
     def before_write(self, written: Sequence[Tensor]) -> None:
         """Copy the large tensors whose memory is about to be written, unless that has been done."""

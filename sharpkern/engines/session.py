@@ -22,6 +22,7 @@ from sharpkern.engines.inplace import Backup, InPlaceEngine
 from sharpkern.engines.layers import Kept
 from sharpkern.engines.lockstep import Lockstep
 from sharpkern.engines.mode import VirtualParameters
+from sharpkern.engines.parametrizations import empty_cache
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.engines.ranks import Ranks, as_one, ranks_for
 from sharpkern.engines.reach import fingerprint
@@ -339,6 +340,7 @@ def _begin(
     guard = Guard(trace, model, () if direction is None else direction.parameters, loss_fns)
     trace.add(guard.restore)
     guard.hide_gradients()
+    empty_cache()
     torch.set_grad_enabled(grad)
     # All that Python remembers of warnings already given stays as it is, unlike with catch_warnings.
     warnings.filters.insert(0, _FALSE_ALARM)  # type: ignore[attr-defined]
