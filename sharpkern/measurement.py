@@ -59,6 +59,28 @@ class Measurement:
     seconds: float
 
 
+def check_values(status: Status, critical_lr: float, sharpness: float, base_loss: float) -> None:
+    """Refuse numbers that no measurement of this status has.
+
+    Args:
+        status: of the measurement.
+        critical_lr: η_c.
+        sharpness: λ_c.
+        base_loss: L(θ).
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    rules = {"ascent": critical_lr == 0, "nonfinite": math.isnan(critical_lr), "unresolved": math.isnan(critical_lr)}
+    if not rules.get(status, 0 < critical_lr < math.inf):
+        raise ValueError(f"critical_lr is {critical_lr} where the status is {status!r}")
+    expected = 2 / critical_lr if critical_lr else math.inf
+    if not (sharpness == expected or (math.isnan(sharpness) and math.isnan(expected))):
+        raise ValueError(f"sharpness is {sharpness} where critical_lr is {critical_lr}")
+    if math.isfinite(base_loss) == (status == "nonfinite"):
+        raise ValueError(f"the loss is {base_loss} where the status is {status!r}")
+
+
 @dataclass(frozen=True)
 class Options:
     """What can be chosen about a measurement; the meaning of each is told by `sharpkern.critical_sharpness`."""

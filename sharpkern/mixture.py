@@ -5,10 +5,11 @@ measured. Where a task's λ_c is small, the mix's update may be followed far bef
 infinite, it gets worse at once. The sweet spot is the mix with the longest step that no task's loss rises along.
 """
 
+import math
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -18,16 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from sharpkern._journal import Journal, Row
-from sharpkern._marks import mark_of, mark_of_model
+from sharpkern._journal import Journal, Row, restored
+from sharpkern._marks import mark_of, mark_of_function, mark_of_model
 from sharpkern._mix import Mix, Ratio, Shares, positive_int
 from sharpkern._progress import progress_bar
 from sharpkern.accumulate import gradient_direction
 from sharpkern.direction import Direction
+from sharpkern.engines.closure import check_loss
 from sharpkern.engines.guards import Guard
 from sharpkern.engines.session import Session, in_session
 from sharpkern.errors import NoUpdateError
-from sharpkern.measurement import Options
+from sharpkern.measurement import Options, check_values
 from sharpkern.randomness import seed_streams
 from sharpkern.relative import relative_critical_sharpness
 from sharpkern.sweep import MixturePoint, MixtureSweep
@@ -79,7 +81,8 @@ def mixture_sweep(
         collate: makes a batch of a list of samples, where they are not tensors.
         path: of a file to keep results in as they come. Called again with the same arguments, the sweep goes on where
             it was stopped, and gives the same numbers as one that was not; repeats and ratios may be added. A file of
-            other tensors, another model, mode or setting is refused; what closures and data sets give is not looked at.
+            another model, data or setting is refused. Of closures, data sets and ``batch_loss`` the losses at θ count,
+            of each task and of a first batch of each source, to a thousandth.
         progress: show a progress bar on the error stream, where that is a terminal.
         **options: of `critical_sharpness`, ``base_loss`` excepted. Without ``initial_lr`` a search starts from the
             smallest η_c of the measurement before; give a small one where losses are rough, and a later crossing might
@@ -123,24 +126,28 @@ def mixture_sweep(
         # A shuffled loader gives the same batches whenever the sweep goes on.
         seed_streams(str(seed), guard.devices)
         losses = _task_losses(tasks, batch_loss)
-        settings = {
-            "tasks": [
-                [name, mark_of(loss.args if isinstance(loss, partial) else loss)] for name, loss in losses.items()
-            ],
-            # In order, since shares are.
-            "sources": [[name, mark_of(source)] for name, source in mixer.sources.items()],
-            "model": mark_of_model(model),
-            "direction": _described(make_direction),
-            "batch_size": mixer.batch_size,
-            "num_batches": num_batches,
-            "seed": seed,
-            "options": {name: _described(value) for name, value in options.items()},
-        }
-        journal = Journal(path, settings)
+        at_start = _evaluated({f"task {name!r}": loss_fn for name, loss_fn in losses.items()}, guard, seed)
+        _refuse_without_value(at_start)
+        if path is None:
+            journal = Journal(None, {})
+        else:
+            settings = {
+                "tasks": [
+                    [name, mark_of(loss.args if isinstance(loss, partial) else loss)] for name, loss in losses.items()
+                ],
+                # In order, since shares are.
+                "sources": [[name, mark_of(source)] for name, source in mixer.sources.items()],
+                "model": mark_of_model(model),
+                "direction": _described(make_direction),
+                "batch_size": mixer.batch_size,
+                "num_batches": num_batches,
+                "seed": seed,
+                "options": {name: _described(value) for name, value in options.items()},
+            }
+            at_start |= _evaluated(_source_losses(mixer), guard, seed)
+            journal = Journal(path, settings, losses=at_start, check=partial(_points, mixer.sources, losses))
         done = {(tuple(row["shares"]), row["repeat"]) for row in journal.rows}
         left = [cell for cell in cells if cell not in done]
-        if left:
-            _refuse_without_value(losses, guard)
         with progress_bar(len(cells), done=len(cells) - len(left), shown=progress) as advance:
             for shares, repeat in left:
                 started = time.perf_counter()
@@ -163,8 +170,8 @@ def mixture_sweep(
     closures = [one for one in (batch_loss, *chain.from_iterable(groups)) if callable(one)]
     journal, names = in_session(swept, model, None, closures, grad=True)
     # The last row of a cell counts, should two processes have written the file.
-    rows = {(tuple(row["shares"]), row["repeat"]): row["points"] for row in journal.rows}
-    measured = tuple(_point(entry) for cell in cells for entry in rows[cell])
+    rows = {(tuple(row["shares"]), row["repeat"]): row for row in journal.rows}
+    measured = tuple(point for cell in cells for point in _points(mixer.sources, names, rows[cell]))
     return MixtureSweep(tuple(mixer.sources), tuple(names), tuple(mixes), measured)
 
 
@@ -203,16 +210,32 @@ def _versions(model: nn.Module) -> list[tuple[int, int]]:
     return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
 
 
-def _refuse_without_value(losses: Mapping[str, LossFn], guard: Guard) -> None:
-    """Evaluate every task once, so that what is wrong with one is told before any work."""
+def _evaluated(losses: Mapping[str, LossFn], guard: Guard, seed: int) -> dict[str, float]:
+    """Evaluate every loss once at θ, from the same buffers and random numbers whenever it is done."""
+    values = {}
     for name, loss_fn in losses.items():
         guard.rewind()
+        seed_streams(str(seed), guard.devices)
         with torch.no_grad():
             loss = loss_fn()
-        if isinstance(loss, Tensor) and not loss.isfinite().all():
+        check_loss(loss)
+        values[name] = float(loss)
+    return values
+
+
+def _source_losses(mixer: Mix) -> dict[str, LossFn]:
+    """Return the loss of a first batch of every source alone."""
+    names = list(mixer.sources)
+    alone = {name: tuple(float(other == name) for other in names) for name in names}
+    return {f"source {name!r}": partial(mixer.loss, shares, 0, 0) for name, shares in alone.items()}
+
+
+def _refuse_without_value(values: Mapping[str, float]) -> None:
+    """Tell what is wrong with a task before any work."""
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise ValueError(
-                f"the loss of task {name!r} must be finite, got {loss.tolist()}; check its data, and that the model is "
-                "not diverged"
+                f"the loss of {name} must be finite, got {value}; check its data, and that the model is not diverged"
             )
 
 
@@ -273,9 +296,22 @@ def _described(value: Any) -> Any:
         keywords = {name: _described(argument) for name, argument in sorted(value.keywords.items())}
         return f"{_described(value.func)}{[_described(argument) for argument in value.args]}{keywords}"
     if callable(value):
-        return getattr(value, "__qualname__", type(value).__qualname__)
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        own = str(getattr(value, "__module__", "")).startswith("sharpkern.")
+        return name if own else f"{name} {mark_of_function(value)}"
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
-def _point(entry: Row) -> MixturePoint:
-    return MixturePoint(**{**entry, "shares": tuple(entry["shares"]), "bracket": tuple(entry["bracket"])})
+def _points(sources: Collection[str], tasks: Collection[str], row: Row) -> list[MixturePoint]:
+    """Return what a row of the file holds; ValueError, TypeError or KeyError where it is no row of this sweep."""
+    points = [restored(MixturePoint, entry) for entry in row["points"]]
+    shares, repeat = tuple(row["shares"]), row["repeat"]
+    if len(shares) != len(sources) or not math.isclose(math.fsum(shares), 1, abs_tol=1e-5) or min(shares) < 0:
+        raise ValueError(f"shares are {shares}")
+    if [(p.shares, p.repeat, p.task) for p in points] != [(shares, repeat, task) for task in tasks]:
+        raise ValueError("it is not of the tasks in their order")
+    if type(repeat) is not int or repeat < 0:
+        raise ValueError(f"repeat is {repeat!r}")
+    for p in points:
+        check_values(p.status, p.critical_lr, p.sharpness, p.loss)
+    return points

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sharpkern"
 # From the outermost room inwards: a module imports its own room and rooms further in, never outwards.
 ROOMS = {
     "command line and frameworks": ["cli", "integrations"],
-    "loop": ["monitor", "mixture", "sweep", "mixture_plot", "plot", "memory"],
+    "loop": ["monitor", "mixture", "sweep", "_marks", "mixture_plot", "plot", "memory"],
     "quantities": [
         "critical",
         "accumulate",
@@ -53,7 +53,6 @@ ROOMS = {
         "_extras",
         "_files",
         "_journal",
-        "_marks",
         "_mix",
         "_progress",
     ],

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from sharpkern._journal import Journal
+from tests.test_files import full_disk
 
 SETTINGS = {"ratios": (0.0, 0.5), "seed": 0}
 
@@ -84,3 +85,49 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     with pytest.raises(ValueError, match=r"table\.csv must be a journal that this function wrote, got something else"):
         Journal(path, SETTINGS)
     assert path.read_bytes() == before
+
+
+def test_losses_may_differ_by_rounding_alone(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, SETTINGS, losses={"a": 2.0, "b": math.nan, "c": math.inf}).add({"value": 1})
+    assert Journal(path, SETTINGS, losses={"a": 2.001, "b": math.nan, "c": math.inf}).rows == [{"value": 1}]
+    with pytest.raises(ValueError, match=r"others: the loss of a was 2\.0, is 2\.1; the loss of d was None, is 0\.5"):
+        Journal(path, SETTINGS, losses={"a": 2.1, "b": math.nan, "c": math.inf, "d": 0.5})
+
+
+def refuse_other_rows(row):
+    if row["value"] < 0:
+        raise ValueError("value is negative")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"value": -1}', "value is negative"),
+        ('{"other": 1}', "'value'"),
+        ('{"value": "x"}', "not supported between"),
+        ("[1]", "it is a list"),
+        ('{"value": 1', "Expecting"),
+        ('{"settings": {}}', "'value'"),
+    ],
+)
+def test_a_row_that_was_not_written_so_is_refused_by_its_line(tmp_path, line, reason):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, SETTINGS).add({"value": 1})
+    path.write_text(path.read_text() + line + "\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"rows that this function wrote, got another in line 3 \(.*{reason}.*delete"):
+        Journal(path, SETTINGS, check=refuse_other_rows)
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, SETTINGS)
+    journal.add({"value": 1})
+    before = path.read_bytes()
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        journal.add({"value": "long " * 200})
+    assert path.read_bytes() == before
+    journal.add({"value": 2})
+    assert Journal(path, SETTINGS).rows == journal.rows == [{"value": 1}, {"value": 2}]

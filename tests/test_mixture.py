@@ -257,6 +257,105 @@ def test_the_file_of_other_data_is_refused(change, tmp_path) -> None:
         sweep(model=model, path=path, ratios=[0.25])
 
 
+class Samples(torch.utils.data.Dataset):
+    """Rows that nobody sees but by asking for each."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.data[index]
+
+
+class Twice(Point):
+    """The same parameters, and another loss."""
+
+    def loss(self, minima: torch.Tensor) -> torch.Tensor:
+        return 2 * super().loss(minima)
+
+
+MODEL = Point()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_loss": lambda batch: MODEL.loss(batch).square()}, "the loss of source 'old' was"),
+        ({"model": Twice()}, "the loss of task 'old' was 2.5, is 5.0"),
+        ({"mix": {"old": Samples(OLD), "new": Samples(2 * NEW)}}, "the loss of source 'new' was"),
+        ({"tasks": {"old": lambda: MODEL.loss(OLD), "new": lambda: MODEL.loss(2 * NEW)}}, "the loss of task 'new' was"),
+        ({"make_direction": lambda model, losses: of_first(model, losses[:1])}, "direction was"),
+    ],
+)
+def test_the_file_of_what_only_losses_and_code_tell_apart_is_refused(change, named, tmp_path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    arguments = {
+        "model": MODEL,
+        "batch_loss": MODEL.loss,
+        "tasks": {"old": lambda: MODEL.loss(OLD), "new": lambda: MODEL.loss(NEW)},
+        "mix": {"old": Samples(OLD), "new": Samples(NEW)},
+        "make_direction": lambda model, losses: of_first(model, losses),
+        "ratios": [0.5],
+        "path": path,
+    }
+    if "model" in change:
+        change = {**change, "batch_loss": change["model"].loss, "tasks": {"old": OLD, "new": NEW}}
+        arguments["tasks"] = {"old": OLD, "new": NEW}
+    first = sweep(**arguments)
+    assert numbers(sweep(**arguments)) == numbers(first)
+    with pytest.raises(ValueError, match=f"got others: {named}"):
+        sweep(**{**arguments, **change})
+
+
+def of_first(model, losses):
+    return sharpkern.gradient_direction(model, losses)
+
+
+def spoil(row, **changes):
+    row["points"][1].update(changes)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda row: spoil(row, critical_lr="0.5"), "critical_lr is '0.5'"),
+        (lambda row: spoil(row, critical_lr=math.nan), "critical_lr is nan where the status is 'converged'"),
+        (lambda row: spoil(row, critical_lr=-1.0), "critical_lr is -1.0 where the status is 'converged'"),
+        (lambda row: spoil(row, status="ascent"), "critical_lr is .* where the status is 'ascent'"),
+        (lambda row: spoil(row, sharpness=7.5), "sharpness is 7.5 where critical_lr is"),
+        (lambda row: spoil(row, loss=math.inf), "the loss is inf where the status is 'converged'"),
+        (lambda row: spoil(row, status="fine"), "status is 'fine'"),
+        (lambda row: spoil(row, bracket=[1.0]), r"bracket is \[1.0\]"),
+        (lambda row: spoil(row, forwards=2.5), "forwards is 2.5"),
+        (lambda row: spoil(row, repeat=True), "repeat is True"),
+        (lambda row: spoil(row, task="old"), "it is not of the tasks in their order"),
+        (lambda row: spoil(row, shares=[0.25, 0.75]), "it is not of the tasks in their order"),
+        (lambda row: spoil(row, more=1), "a MixturePoint has the fields shares, repeat, task"),
+        (lambda row: {**row, "points": row["points"][:1]}, "it is not of the tasks in their order"),
+        (lambda row: {**row, "shares": 0.5}, "not iterable"),
+        (lambda row: {name: row[name] for name in ("shares", "repeat")}, "'points'"),
+    ],
+)
+def test_a_row_that_no_sweep_wrote_is_refused_and_the_file_left_alone(damage, reason, tmp_path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    sweep(path=path, ratios=[0.5], repeats=1)
+    head, row = path.read_text().splitlines()
+    path.write_text(f"{head}\n{row}\n{json.dumps(damage(json.loads(row)))}\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"wrote, got another in line 3 \(.*{reason}"):
+        sweep(path=path, ratios=[0.5])
+    assert path.read_bytes() == before
+
+
+def test_without_a_file_nothing_is_marked(monkeypatch) -> None:
+    monkeypatch.setattr(mixture, "mark_of_model", None)
+    assert len(sweep(ratios=[0.5]).points) == 4
+
+
 def test_a_file_without_a_row_is_begun_anew(tmp_path, monkeypatch) -> None:
     path = tmp_path / "sweep.jsonl"
     with monkeypatch.context() as patch:
