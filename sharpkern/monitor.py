@@ -1,6 +1,7 @@
 """Critical sharpness beside the loss, every few steps of a training loop."""
 
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -284,18 +285,27 @@ class Monitor:
         """Go on where `state_dict` was taken.
 
         Args:
-            state: what `state_dict` returned.
+            state: what `state_dict` returned, of this version or an older one. Where its guess for the next search is
+                no possible one, such as nan, that search begins anew.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is something else; the Monitor stays as it was.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state must be what state_dict() returned, got {type(state).__name__}")
         missing = {"step", "memory", "heldout_memory"} - set(state)
         if missing:
             raise ValueError(f"state must be what state_dict() returned, got one without {sorted(missing)}")
-        self.step = state["step"]
-        self._memory = SearchMemory.from_dict(state["memory"]) if state["memory"] else None
-        self._heldout_memory = SearchMemory.from_dict(state["heldout_memory"]) if state["heldout_memory"] else None
-        self._is_below = state.get("is_below", False)
+        step, is_below = state["step"], state.get("is_below", False)
+        if isinstance(step, bool) or not hasattr(step, "__index__") or step < 0:
+            raise ValueError(f"state['step'] must be a count of calls, got {step!r}; load what state_dict() gave")
+        if not isinstance(is_below, bool):
+            raise ValueError(f"state['is_below'] must be True or False, got {is_below!r}; load what state_dict() gave")
+        saved = (state["memory"], state["heldout_memory"])
+        memories = [None if memory is None else SearchMemory.from_dict(memory) for memory in saved]
+        # Nothing changes before all of it is known to be good.
+        self.step, self._is_below = operator.index(step), is_below
+        self._memory, self._heldout_memory = memories
 
     def _warn(self, record: Record) -> None:
         """Warn where η_c/η has fallen below the ratio since the last measurement."""

@@ -5,8 +5,8 @@ stays in control; `find_critical_lr` drives it on a plain function. Nothing here
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from sharpkern._acceptance import Outcome
@@ -48,9 +48,37 @@ class SearchMemory:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, float | None]) -> "SearchMemory":
-        """Return the memory that `to_dict` wrote."""
-        return cls(**values)
+    def from_dict(cls, values: Mapping[str, float | None]) -> "SearchMemory":
+        """Return the memory that `to_dict` wrote, or an empty one where no search can have left its numbers.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or not set(values) <= set(names):
+            raise ValueError(
+                f"the memory of a search must be a dictionary with {', '.join(map(repr, names))}, got {values!r}; pass "
+                "what to_dict() returned"
+            )
+        for name, value in values.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(
+                    f"{name!r} of a search's memory must be a number or None, got {value!r}; pass what to_dict() "
+                    "returned"
+                )
+        memory = cls(**values)
+        return memory if memory._is_possible() else cls()
+
+    def _is_possible(self) -> bool:
+        """Whether a search may have left this: a guess of nan would leave every search after it unresolved."""
+        ranges = (
+            (self.eta, 1 / _LARGEST, _LARGEST),
+            (self.exponent, -_LARGEST, _LARGEST),
+            (self.slope, -_LARGEST, _LARGEST),
+            (self.norm_sq, 1 / _LARGEST, _LARGEST),
+            (self.half_width, *_WIDTHS),
+        )
+        return all(value is None or low <= value <= high for value, low, high in ranges)
 
 
 @dataclass(frozen=True)

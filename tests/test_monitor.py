@@ -79,6 +79,64 @@ def test_a_checkpoint_of_the_monitor_loads_without_pickled_classes(tmp_path: Pat
     loop.monitor.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
 
 
+GOOD = {"eta": 0.5, "exponent": 1.0, "slope": 0.1, "norm_sq": 2.0, "half_width": 0.7}
+STATE = {"step": 3, "memory": GOOD, "heldout_memory": GOOD, "is_below": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "x"}, "state\\['step'\\] must be a count of calls, got 'x'"),
+        ({"step": -1}, "state\\['step'\\] must be a count of calls, got -1"),
+        ({"step": 1.5}, "got 1.5"),
+        ({"step": True}, "got True"),
+        ({"step": None}, "got None"),
+        ({"is_below": 1}, "state\\['is_below'\\] must be True or False, got 1"),
+        ({"memory": [0.5]}, "memory of a search must be a dictionary with 'eta', .* got \\[0.5\\]"),
+        ({"memory": {**GOOD, "more": 1.0}}, "memory of a search must be a dictionary with 'eta', .*'half_width'"),
+        ({"memory": {**GOOD, "eta": "0.5"}}, "'eta' of a search's memory must be a number or None, got '0.5'"),
+        ({"heldout_memory": {**GOOD, "slope": [1.0]}}, "'slope' of a search's memory must be a number or None"),
+        ({"heldout_memory": {**GOOD, "eta": True}}, "'eta' of a search's memory .* got True"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_and_changes_nothing(change: dict[str, Any], message: str) -> None:
+    loop = Loop(warn_below=1e-9)
+    loop.run(2, heldout=lambda: loop.loss() * 1.0)
+    before = loop.monitor.state_dict()
+    with pytest.raises(ValueError, match=message):
+        loop.monitor.load_state_dict({**STATE, **change})
+    assert loop.monitor.state_dict() == before
+    loop.monitor.load_state_dict(STATE)
+    assert loop.monitor.state_dict() == STATE
+
+
+@pytest.mark.parametrize("state", [None, [1], "state", {"step": 1}])
+def test_what_is_no_state_at_all_is_refused(state: object) -> None:
+    with pytest.raises(ValueError, match="state must be what state_dict"):
+        Loop().monitor.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [{name: value} for name in GOOD for value in (math.nan, math.inf)]
+    + [{"eta": -0.5}, {"eta": 0.0}, {"norm_sq": -1.0}, {"half_width": 1e9}, {"half_width": -1.0}, {"eta": 1e-300}],
+)
+def test_a_guess_that_is_none_begins_a_search_anew(spoilt: dict[str, float]) -> None:
+    loop = Loop()
+    loop.monitor.load_state_dict({**STATE, "memory": {**GOOD, **spoilt}})
+    (m,) = loop.run(1)
+    (cold,) = Loop().run(1)
+    assert (m.status, m.critical_lr) == ("converged", cold.critical_lr)
+    assert loop.monitor.step == 4
+
+
+def test_a_state_of_before_there_was_an_alarm_loads() -> None:
+    loop = Loop()
+    state = {name: value for name, value in STATE.items() if name != "is_below"}
+    loop.monitor.load_state_dict(state)
+    assert loop.monitor.state_dict() == {**STATE, "is_below": False}
+
+
 def test_a_warm_start_takes_fewer_forwards_than_a_cold_one() -> None:
     loop = Loop()
     loop.run(12)

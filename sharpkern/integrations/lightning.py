@@ -112,10 +112,10 @@ class SharpnessCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self._state = state_dict
         # A search for the learning rate loads its checkpoint in the midst of training.
         if self._around is not None:
             self.monitor.load_state_dict(state_dict)
+        self._state = state_dict
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Refuse runs that cannot be measured.
