@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sharpkern.errors import SharpkernWarning as SharpkernWarning
     from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
     from sharpkern.errors import UncheckedWarning as UncheckedWarning
+    from sharpkern.errors import UnmovedWarning as UnmovedWarning
     from sharpkern.head import linear_cross_entropy as linear_cross_entropy
     from sharpkern.hessian import HessianResult as HessianResult
     from sharpkern.hessian import hessian_sharpness as hessian_sharpness
@@ -61,6 +62,7 @@ _HOME = {
     "SharpkernWarning": "errors",
     "SlopeMismatchWarning": "errors",
     "UncheckedWarning": "errors",
+    "UnmovedWarning": "errors",
     "linear_cross_entropy": "head",
     "HessianResult": "hessian",
     "hessian_sharpness": "hessian",

@@ -41,7 +41,8 @@ class Direction:
         sources: for each its Δθ, or this rank's shard of it, of its shape and on its device, in a floating dtype that
             may be wider than its own; or the optimizer step that Δθ is worked out of whenever it is needed.
         masters: for each the higher-precision copy that it is the rounding of, or None.
-        slope: Δθᵀg, accumulated in float64, in units of loss/learning-rate; None where no gradient belongs to Δθ.
+        slope: Δθᵀg, accumulated in float64, in units of loss/learning-rate; None where no gradient belongs to Δθ. Where
+            an optimizer maximizes, g is the gradient of what falls: minus the loss.
         norm_sq: |Δθ|², accumulated in float64.
         lr: learning rate of the reference group, whose unit Δθ is per; None where it comes from no optimizer.
 
@@ -70,7 +71,7 @@ class Direction:
     @torch.no_grad()
     def from_optimizer(
         cls,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         masters: Mapping[nn.Parameter, Tensor] | None = None,
         scaler: GradScaler | None = None,
@@ -79,11 +80,13 @@ class Direction:
         """Return the update that the next ``optimizer.step()`` would make.
 
         Call it between ``backward()`` (and clipping) and ``step()``. SGD, Adam and AdamW have a closed form; any other
-        optimizer takes one step on a copy of itself. The optimizer, its state, parameters and gradients are only read;
-        hooks of the step do not run, so what one of them changes is not seen.
+        optimizer, a wrapper of another one included, takes one step on a copy of itself. The optimizer, its state,
+        parameters and gradients are only read; hooks of the step do not run, so what one of them changes is not seen.
 
         Args:
-            optimizer: any torch optimizer whose parameters hold their gradients.
+            optimizer: any torch optimizer whose parameters hold their gradients. Where several step together, a list
+                of them, or a container that holds them as ``optimizers`` and steps each: Δθ is that of all, each
+                with its own learning rates. Accelerate's and Lightning's wrappers are looked through.
             masters: higher-precision copies of 16-bit weights, {parameter of the model: copy}, whether the optimizer
                 holds the parameters or the copies. Those an optimizer keeps as
                 ``state[parameter]["master_param"]`` are found without it.
@@ -95,13 +98,14 @@ class Direction:
         Returns:
             The direction per unit learning rate of the reference group, which is the first with a positive rate and a
             gradient: other groups move by their ratio to it. Parameters without gradient, and groups of rate 0, do not
-            move.
+            move. The slope is that of what falls: of minus the loss where the optimizer maximizes.
 
         Raises:
+            NoUpdateError: if no learning rate is positive, all gradients are zero or one is not finite, or the step
+                would move nothing, or not to finite weights.
             TypeError: if an argument or a parameter is of a kind that is not supported, or the optimizer needs a
-                closure or cannot step on a copy.
-            ValueError: if there is no gradient, no positive learning rate, a gradient that is sparse or not finite, or
-                nothing that would move.
+                closure or several gradients, steps inside of the backward pass, or cannot step on a copy.
+            ValueError: if there is no gradient or one that is sparse, or a parameter stands in two optimizers.
 
         Memory:
             One tensor of each parameter's size; none where it is not resident. While an optimizer other than SGD,
@@ -112,7 +116,8 @@ class Direction:
         return cls._checked(
             [update.source for update in updates],
             labels=[update.slot.label for update in updates],
-            if_zero="gradient and momentum are zero: check that the loss depends on the optimizer's parameters",
+            if_zero="the gradients are not zero, but this step moves nothing: some optimizers rest in their first "
+            "steps, so measure a later one",
             parameters=[update.slot.parameter for update in updates],
             masters=[update.slot.master for update in updates],
             norms_sq=[update.norm_sq for update in updates],
@@ -122,7 +127,11 @@ class Direction:
 
     @classmethod
     @torch.no_grad()
-    def from_gradients(cls, model: nn.Module, preconditioner: torch.optim.Optimizer | None = None) -> "Direction":
+    def from_gradients(
+        cls,
+        model: nn.Module,
+        preconditioner: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    ) -> "Direction":
         """Return the gradient g itself, the update of plain gradient descent, or P⁻¹g with Adam's preconditioner P.
 
         Along P⁻¹g directional sharpness is a Rayleigh quotient of P^-1/2 H P^-1/2, and so at most
@@ -130,8 +139,8 @@ class Direction:
 
         Args:
             model: a module whose parameters hold their gradients; those without do not move.
-            preconditioner: the Adam or AdamW that trains the model, after at least one step, whose P is taken;
-                parameters that it never moved do not move.
+            preconditioner: the Adam or AdamW that trains the model, or a list of several, after at least one step,
+                whose P is taken; parameters that it never moved do not move.
 
         Returns:
             The direction, with |g|² as its slope and no learning rate; or with gᵀP⁻¹g, per unit learning rate of the
@@ -243,6 +252,21 @@ class Direction:
 
         Memory:
             One tensor of each parameter's size, in the dtype of the two sides; the sides can be dropped afterwards.
+
+        Example:
+            >>> import copy
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = torch.optim.Adafactor(model.parameters(), lr=0.1)
+            >>> model(torch.ones(3, 2)).mean().backward()
+            >>> before = copy.deepcopy(model.state_dict())
+            >>> optimizer.step()
+            >>> after = copy.deepcopy(model.state_dict())
+            >>> direction = Direction.between(before, after, lr=0.1)
+
+            It is measured at before, and the run goes on at after:
+
+            >>> _ = model.load_state_dict(before)
+            >>> _ = model.load_state_dict(after)
         """
         if not 0 < float(lr) < math.inf:
             raise ValueError(f"lr must be a positive finite number, got {lr}; pass the learning rate of the step")
@@ -445,7 +469,7 @@ class Direction:
             norms_sq = read([sums[1] for sums in over_shards(parameters or tensors, slopes_and_norms(shards, shards))])
         if not math.isfinite(sum(norms_sq)):
             culprit = next(label for label, one in zip(labels, norms_sq, strict=True) if not math.isfinite(one))
-            raise ValueError(
+            raise NoUpdateError(
                 f"direction for {culprit} must be finite, got nan or inf; check the gradients, weights and optimizer "
                 "state it was made from"
             )

@@ -37,12 +37,16 @@ class HeadroomWarning(SharpkernWarning):
     """The critical learning rate has come closer to the learning rate than the ratio that was asked for."""
 
 
+class UnmovedWarning(SharpkernWarning):
+    """Parameters of the model hold gradients, and no optimizer that the monitor knows of moves them."""
+
+
 class RankError(RuntimeError):
     """The measurement failed on another rank of a distributed run, and so on all of them."""
 
 
 class NoUpdateError(ValueError):
-    """The optimizer's next step would not move anything, or be skipped: learning rate 0, gradients 0 or not finite."""
+    """The next step would move nothing, or not to finite weights: learning rate 0, gradients 0, nan or inf."""
 
 
 class EngineUnsupportedError(RuntimeError):

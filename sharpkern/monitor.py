@@ -3,7 +3,7 @@
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,11 @@ from sharpkern.critical import measure
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
 from sharpkern.engines.ranks import as_one, ranks_for
-from sharpkern.errors import HeadroomWarning, NoUpdateError, warn
+from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import SearchMemory
+from sharpkern.shards import local, reshard
+from sharpkern.updates.parts import parts_of
 
 LossFn = Callable[[], Tensor]
 
@@ -72,7 +74,8 @@ class Monitor:
 
     Args:
         model: the model that is trained.
-        optimizer: its optimizer; Δθ is the update that its next step would make.
+        optimizer: its optimizer, or a list or container of those that step together; Δθ is the update that their next
+            step would make. An `UnmovedWarning` tells, once, of parameters with gradients that none of them holds.
         every: measure on every so many calls, from the first on; or a function of the call's number that says whether.
         log: called with a flat dictionary and ``step=``, as ``wandb.log`` is; or an object with ``add_scalar``, such as
             TensorBoard's ``SummaryWriter``.
@@ -86,8 +89,8 @@ class Monitor:
 
     Attributes:
         history: one `Record` per measured step.
-        skipped: (step, reason) of steps that were due but whose update is none: learning rate 0, or gradients that are
-            0 or not finite.
+        skipped: (step, reason) of steps that were due but whose update is none: learning rate 0, gradients that are all
+            0 or not finite, a step that moves nothing or not to finite weights.
         step: number of the next call, from 0; may be set, where a run that is taken up knows its step.
 
     Raises:
@@ -115,7 +118,7 @@ class Monitor:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         every: int | Callable[[int], bool] = 1,
         log: Any = None,
@@ -138,10 +141,7 @@ class Monitor:
             raise TypeError(
                 f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that is trained"
             )
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the loop's own"
-            )
+        parts_of(optimizer)
         self._model = model
         self._optimizer = optimizer
         self._every = every
@@ -150,6 +150,7 @@ class Monitor:
         self._scaler = scaler
         self._warn_below = warn_below
         self._is_below = False
+        self._has_told_unmoved = False
         self._options = Options.of("Monitor", options)
         self.step = 0
         self._memory: SearchMemory | None = None
@@ -214,6 +215,7 @@ class Monitor:
             try:
                 if direction is None:
                     made = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+                    self._tell_unmoved()
                 else:
                     made = direction if isinstance(direction, Direction) else direction()
             except NoUpdateError as error:
@@ -223,6 +225,32 @@ class Monitor:
             self.skipped.append((step, reason or "another rank has no update"))
             return None
         return made
+
+    def _tell_unmoved(self) -> None:
+        """Warn once of parameters whose gradients belong to a step that another optimizer takes."""
+        if self._has_told_unmoved:
+            return
+        known = {
+            id(p)
+            for part in parts_of(self._optimizer)
+            for group in part.optimizer.param_groups
+            for p in group["params"]
+        }
+        known.update(id(p) for p, master in (self._masters or {}).items() if id(master) in known)
+        reshard(self._model)
+        unmoved = [
+            name
+            for name, p in self._model.named_parameters()
+            if id(p) not in known and p.requires_grad and p.grad is not None and local(p.grad).any()
+        ]
+        if unmoved:
+            self._has_told_unmoved = True
+            warn(
+                f"{len(unmoved)} parameters of the model hold gradients and stand in no optimizer of the monitor (the "
+                f"first is '{unmoved[0]}'), so the step that is measured leaves them where they are; where another "
+                "optimizer moves them in the same step, pass all of them, as Monitor(model, [optimizer, other])",
+                UnmovedWarning,
+            )
 
     def suggest_lr(self) -> float | None:
         """Half of the smallest η_c of the last 10 measured steps: the step that lowers the batch's loss the most.

@@ -21,13 +21,12 @@ two kinds of weight decay differ:
 import math
 from typing import Any
 
-import torch
 from torch.optim import SGD, Adam, AdamW
 
-from sharpkern.updates.slots import unwrapped
+from sharpkern.updates.parts import Optimizers, parts_of
 
 
-def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, float]:
+def stability_threshold(optimizer: Optimizers) -> float | dict[int, float]:
     """Return the sharpness above which the optimizer's steps grow: 2/η for plain gradient descent.
 
     Compare it with the largest Hessian eigenvalue (SGD) or with the preconditioned one (Adam, AdamW). The critical
@@ -36,12 +35,12 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, f
     ``maximize`` turns the loss upside down and leaves the threshold as it is.
 
     Args:
-        optimizer: A `torch.optim.SGD`, `Adam` or `AdamW`, or a wrapper that lends the groups of one, as Accelerate's
-            does. Only its parameter groups are read.
+        optimizer: A `torch.optim.SGD`, `Adam` or `AdamW`, or a list or container of several of one kind; Accelerate's
+            and Lightning's wrappers are looked through. Only parameter groups are read.
 
     Returns:
         The threshold in units of 1/learning-rate, inf for a learning rate of 0; where the groups differ, a dict from
-        the group's index to its threshold.
+        the group's index to its threshold, the groups of several optimizers counted on.
 
     Raises:
         TypeError: If the optimizer is of another type, a subclass included: its recursion is not known.
@@ -50,22 +49,29 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float | dict[int, f
     Source: Kalra et al. 2026, arXiv 2601.16979; the derivation is in this module's docstring.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> stability_threshold(torch.optim.SGD([weight], lr=0.5))
         4.0
         >>> round(stability_threshold(torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.1)), 6)
         37999.9
     """
-    optimizer = unwrapped(optimizer)
-    if type(optimizer) is SGD:
-        thresholds = [_sgd(group) for group in optimizer.param_groups]
-    elif type(optimizer) in (Adam, AdamW):
-        decoupled = type(optimizer) is AdamW
-        thresholds = [_adam(group, decoupled) for group in optimizer.param_groups]
-    else:
+    optimizers = [part.optimizer for part in parts_of(optimizer)]
+    kinds = {type(one) for one in optimizers}
+    if kinds == {SGD}:
+        thresholds = [_sgd(group) for one in optimizers for group in one.param_groups]
+    elif kinds <= {Adam, AdamW}:
+        thresholds = [_adam(group, type(one) is AdamW) for one in optimizers for group in one.param_groups]
+    elif kinds <= {SGD, Adam, AdamW}:
         raise TypeError(
-            "optimizer must be a torch.optim.SGD, Adam or AdamW (not a subclass, nor a wrapper with groups of its "
-            f"own), got {type(optimizer).__name__}; unwrap it, or compare the sharpness with 2/lr as a first guide"
+            "optimizers must all be SGD, or all Adam or AdamW, got both kinds, whose thresholds are of two different "
+            "matrices; ask for each by itself"
+        )
+    else:
+        other = next(kind.__name__ for kind in kinds if kind not in (SGD, Adam, AdamW))
+        raise TypeError(
+            "optimizer must be a torch.optim.SGD, Adam or AdamW (not a subclass, nor a wrapper, but for Accelerate's "
+            f"and Lightning's), got {other}; unwrap it, or compare the sharpness with 2/lr as a first guide"
         )
     if all(threshold == thresholds[0] for threshold in thresholds):
         return thresholds[0]

@@ -207,7 +207,7 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Scene], object]]] = {
     ),
     "monitor of a model": (
         TypeError,
-        "optimizer must be a torch.optim.Optimizer, got MLP",
+        "optimizer must be a torch.optim.Optimizer or a list of them, got MLP",
         lambda s: sharpkern.Monitor(s.model, s.model),
     ),
     "monitor logs to a name": (

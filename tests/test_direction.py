@@ -257,24 +257,15 @@ def test_the_scale_that_a_fused_step_finds_on_the_optimizer_is_the_whole_of_it(k
 
 
 @pytest.mark.parametrize("kind", [SGD, NADAM])
-def test_a_wrapper_that_lends_its_optimizers_groups_is_seen_through(kind):
-    class Wrapper(torch.optim.Optimizer):
-        def __init__(self, optimizer, scaler):
-            self.optimizer, self.scaler = optimizer, scaler
-
-        @property
-        def param_groups(self):
-            return self.optimizer.param_groups
-
-        def step(self, closure=None):
-            raise AssertionError("the wrapper must not step")
-
+def test_the_scaler_that_accelerates_wrapper_carries_is_found(kind):
+    accelerate = pytest.importorskip("accelerate", reason="an extra")
+    accelerate.Accelerator(cpu=True)
     layer = linear(8.0)
     inner = kind(layer.parameters(), lr=0.1)
-    assert_same(Direction.from_optimizer(Wrapper(inner, None)), Direction.from_optimizer(inner))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(()))
-    assert_same(Direction.from_optimizer(Wrapper(inner, scaler)), Direction.from_optimizer(inner, scaler=scaler))
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=scaler)
+    assert_same(Direction.from_optimizer(wrapped), Direction.from_optimizer(inner, scaler=scaler))
 
 
 # Gradients, tensors, two sets of weights.

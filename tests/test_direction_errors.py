@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sharpkern.direction import Direction
+from sharpkern.errors import NoUpdateError
 
 SGD, ADAM, ADAMW, NADAM = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam
 
@@ -22,6 +23,12 @@ def linear(value: float = 1.0) -> nn.Linear:
 
 def with_grad(value: float, kind=SGD, **options):
     return kind(linear(value).parameters(), **{"lr": 0.1} | options)
+
+
+def with_one_zero(kind, **options):
+    optimizer = with_grad(1.0, kind, **options)
+    optimizer.param_groups[0]["params"][0].grad[0, 0] = 0.0
+    return optimizer
 
 
 def sparse_optimizer():
@@ -74,7 +81,11 @@ def between(before, after, lr=1.0):
 
 
 OPTIMIZERS = {
-    "no optimizer": (lambda: "sgd", TypeError, "optimizer must be a torch.optim.Optimizer, got str; for anything else"),
+    "no optimizer": (
+        lambda: "sgd",
+        TypeError,
+        "optimizer must be a torch.optim.Optimizer or a list of them, got str; pass",
+    ),
     "no gradient": (
         lambda: SGD(nn.Linear(3, 2).parameters(), lr=0.1),
         ValueError,
@@ -105,29 +116,30 @@ OPTIMIZERS = {
     ),
     "inf gradient": (lambda: with_grad(math.inf, ADAMW), ValueError, "must be finite, got nan or inf"),
     "nan, other": (lambda: with_grad(math.nan, NADAM), ValueError, "the gradient of parameter 0 of group 0 (shape [2"),
-    "zeros": (lambda: with_grad(0.0), ValueError, "must move some parameter, got all zeros; gradient and momentum are"),
+    "zeros": (lambda: with_grad(0.0), NoUpdateError, "other than zero, got 1 and all gradients are zero: measure betw"),
     "zeros, other": (
         lambda: with_grad(0.0, NADAM),
-        ValueError,
-        "must move some parameter, got all zeros; gradient and",
+        NoUpdateError,
+        "optimizer must hold a gradient other than zero, got 1 and all gradients are zero: measure between backward()",
     ),
     "0/0": (
-        lambda: with_grad(0.0, ADAM, eps=0.0),
-        ValueError,
+        lambda: with_one_zero(ADAM, eps=0.0),
+        NoUpdateError,
         "direction for parameter 0 of group 0 (shape [2, 3]) must be finite, got nan or inf; check the gradients",
     ),
     "twice": (twice_optimizer, ValueError, "must stand in the optimizer once, got it twice; pass tied weights as"),
     "closure": (
         lambda: with_grad(1.0, torch.optim.LBFGS),
         TypeError,
-        "optimizer must step without a closure, got LBFGS, whose step needs one; take the direction around a real step "
-        "with Direction.between(before, after, lr)",
+        "optimizer must step without a closure, got LBFGS, whose step needs one; take the direction around the real "
+        "step, with sharpkern.integrations.around_step.AroundStep or by hand: before = {p: p.detach().clone() for p in "
+        "model.parameters()}; optimizer.step(); direction = Direction.between(before, model, lr), to be measured with",
     ),
     "fails": (
         lambda: Fails(linear().parameters(), {"lr": 0.1}),
         TypeError,
         "must be able to step on a copy of itself, got Fails, which fails with RuntimeError: no luck; take the "
-        "direction around a real step with Direction.between(before, after, lr)",
+        "direction around the real step, with sharpkern.integrations.around_step.AroundStep or by hand: before = {p:",
     ),
     "uncopyable": (
         lambda: with_grad(1.0, Uncopyable),
@@ -316,3 +328,26 @@ def test_bad_input_is_refused_with_its_remedy(case):
     make, error, words = OTHERS[case]
     with pytest.raises(error, match=re.escape(words)):
         make()
+
+
+def test_what_is_frozen_and_merely_stands_in_the_optimizer_may_be_of_any_kind():
+    """Torch's optimizers step past what has no gradient."""
+    layer = linear()
+    frozen = [nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False) for dtype in (torch.int8, torch.complex64)]
+    unused = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    for kind in (SGD, NADAM):
+        direction = Direction.from_optimizer(kind([*frozen, unused, *layer.parameters()], lr=0.1))
+        assert [id(p) for p in direction.parameters] == [id(layer.weight)]
+
+
+@pytest.mark.parametrize("kind", [SGD, ADAMW, NADAM])
+def test_weights_and_state_that_are_not_finite_leave_no_update(kind):
+    """The gradients are finite: clipped, for example, by a loop that goes on."""
+    layer = linear()
+    optimizer = kind(layer.parameters(), lr=0.1, weight_decay=0.1)
+    with torch.no_grad():
+        layer.weight[0, 0] = math.inf
+    with pytest.raises(NoUpdateError, match="must be finite, got nan or inf; check the gradients, weights and optim"):
+        Direction.from_optimizer(optimizer)
+    with pytest.raises(NoUpdateError, match="must be finite"):
+        Direction.from_optimizer(optimizer, resident=False)

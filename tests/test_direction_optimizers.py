@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import sharpkern
 from sharpkern.direction import Direction
+from sharpkern.errors import NoUpdateError
 from sharpkern.memory.counter import bytes_of, peak_bytes
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -384,3 +386,149 @@ def test_the_share_of_zero_gradients_is_zero_but_not_an_error():
     direction = Direction.from_optimizer(optimizer)
     assert float(direction.tensors[0].abs().sum()) == 0
     assert math.isfinite(direction.slope)
+
+
+@pytest.mark.parametrize("kind", [SGD, ADAMW, torch.optim.NAdam])
+def test_the_slope_of_what_maximizes_is_that_of_what_falls(kind):
+    """Climbing −L is descending L: the same update, the same slope, the same sharpness."""
+    found = []
+    for sign, options in ((1, {}), (-1, {"maximize": True})):
+        model = make_model()
+        optimizer = kind(model.parameters(), lr=0.01, **options)
+        x, y = torch.ones(4, 6), torch.zeros(4, 4)
+        loss_fn = lambda model=model, x=x, y=y: nn.functional.mse_loss(model(x), y)
+        (sign * loss_fn()).backward()
+        direction = Direction.from_optimizer(optimizer)
+        found.append((direction, sharpkern.critical_sharpness(model, loss_fn, direction)))
+    (descent, plain), (climb, same) = found
+    assert climb.slope == pytest.approx(descent.slope, rel=1e-6)
+    assert climb.slope > 0
+    assert (same.status, same.sharpness) == ("converged", pytest.approx(plain.sharpness, rel=1e-6))
+
+
+def test_an_attribute_says_as_well_that_an_optimizer_maximizes():
+    class Climber(Signum):
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                p.add_(p.grad, alpha=self.param_groups[0]["lr"])
+
+    model = make_model()
+    backward(model)
+    optimizer = Climber(model.parameters())
+    optimizer.maximize = True
+    assert Direction.from_optimizer(optimizer).slope > 0
+
+
+@pytest.mark.parametrize("name", ["sgd-momentum", "adamw", "nadam"])
+def test_gradients_that_are_all_zero_are_no_gradients(name):
+    """Moments still move the weights, but no slope says whether downhill; one gradient left is enough."""
+    model, optimizer = make_run(name)
+    backward(model)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    with pytest.raises(NoUpdateError, match=r"got 4 and all gradients are zero: measure between backward\(\) and zero"):
+        Direction.from_optimizer(optimizer)
+    model[2].bias.grad[0] = 1e-3
+    assert Direction.from_optimizer(optimizer).norm_sq > 0
+
+
+def test_an_optimizer_that_rests_in_its_first_steps_is_not_blamed_on_the_loss():
+    class Rests(Signum):
+        def step(self, closure: None = None) -> None:
+            self.num_calls += 1
+            if self.num_calls > 1:
+                super().step()
+
+    model = make_model()
+    optimizer = Rests(model.parameters())
+    backward(model)
+    with pytest.raises(NoUpdateError, match="got all zeros; the gradients are not zero, but this step moves nothing"):
+        Direction.from_optimizer(optimizer)
+    optimizer.step()
+    assert Direction.from_optimizer(optimizer).norm_sq > 0
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "adamw", "sgd-momentum"])
+def test_an_enclosing_autocast_does_not_reach_the_step(name):
+    if name not in ALL:
+        pytest.skip("torch.optim.Muon is of torch 2.9")
+    model, optimizer = make_run(name)
+    backward(model)
+    optimizer.step()
+    expected = Direction.from_optimizer(optimizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        direction = Direction.from_optimizer(optimizer)
+        assert torch.is_autocast_enabled("cpu")
+    assert equal(direction.tensors, expected.tensors)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError(), KeyboardInterrupt(), SystemExit(3)])
+def test_what_ends_a_step_on_a_copy_comes_out_as_itself_and_leaves_no_trace(error):
+    class Ends(Signum):
+        def step(self, closure: None = None) -> None:
+            super().step()
+            raise error
+
+    model = make_model()
+    optimizer = Ends(model.parameters())
+    backward(model)
+    seed_streams()
+    before = trace(model, optimizer)
+    with pytest.raises(type(error)) as caught:
+        Direction.from_optimizer(optimizer)
+    assert caught.value is error
+    assert equal(before, trace(model, optimizer))
+
+
+def test_a_cpu_without_memory_is_not_blamed_on_the_optimizer():
+    class Hungry(Signum):
+        def step(self, closure: None = None) -> None:
+            torch.empty(1 << 58)
+
+    model = make_model()
+    backward(model)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        Direction.from_optimizer(Hungry(model.parameters()))
+
+
+def test_a_hook_of_all_optimizers_may_ask():
+    """The registry is being read while its hooks must not run on the copy."""
+    model, optimizer = make_run("nadam")
+    backward(model)
+    asked: list[Direction] = []
+    handles = [register_optimizer_step_pre_hook(lambda *_: asked.append(Direction.from_optimizer(optimizer)))]
+    handles.append(register_optimizer_step_pre_hook(lambda *_: asked.append(None)))
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [direction is None for direction in asked] == [False, True]
+
+
+FLAGS = {
+    "tensor betas": lambda params: ADAM(params, lr=torch.tensor(0.01), betas=(torch.tensor(0.9), torch.tensor(0.99))),
+    "foreach": lambda params: torch.optim.NAdam(params, lr=0.01, foreach=True),
+    "tensor lr": lambda params: torch.optim.RMSprop(params, lr=torch.tensor(0.01), momentum=0.5),
+    "fused": lambda params: torch.optim.Adagrad(params, lr=0.01, fused=True),
+    "differentiable": lambda params: torch.optim.NAdam(params, lr=0.01, differentiable=True),
+    "differentiable, closed form": lambda params: ADAM(params, lr=0.01, differentiable=True),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_and_hyperparameters_in_tensors_make_no_difference(name):
+    # What steps with gradients takes no leaves.
+    weights = [w.detach().clone().requires_grad_().clone() for w in make_model().parameters()]
+    differentiable = name.startswith("differentiable")
+    params = weights if differentiable else [nn.Parameter(w.detach()) for w in weights]
+    optimizer = FLAGS[name](params)
+    for step in range(4):
+        for p in params:
+            p.retain_grad() if differentiable and p.requires_grad and not p.is_leaf else None
+            p.grad = torch.full_like(p, 0.1 * (step + 1)).detach()
+        direction = Direction.from_optimizer(optimizer)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        assert ulps(direction, before, [p.detach() for p in params]) < 3

@@ -389,6 +389,84 @@ def test_an_optimizer_without_a_learning_rate_is_refused() -> None:
         optimizer.step()
 
 
+class Several(torch.optim.Optimizer):
+    """A container, whose own group keeps the learning rate it was made with."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([p for o in optimizers for group in o.param_groups for p in group["params"]], {"lr": 7.0})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def test_the_steps_of_a_container_are_one_step_at_the_rate_in_use() -> None:
+    several = lambda model: Several([torch.optim.SGD(model[0].parameters(), lr=0.05), adamw(model[1:])])
+    before, around = train(several, "before")[0], train(several, "around")[0]
+    assert [record.lr for record in around] == [0.05] * 5
+    for one, other in zip(before, around, strict=True):
+        assert other.measurement.slope == pytest.approx(one.measurement.slope, rel=1e-6)
+        assert other.measurement.sharpness == pytest.approx(one.measurement.sharpness, rel=2e-2)
+
+
+def test_the_slope_of_a_step_that_climbs_is_that_of_what_falls() -> None:
+    def climb(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.01, maximize=True)
+
+    with pytest.warns(sharpkern.SlopeMismatchWarning):
+        (record, *_), _ = train(climb, "around", steps=1)
+    assert record.measurement.slope > 0
+
+
+class Climbing(torch.optim.SGD):
+    """Moves before it evaluates, and tells by no name that it does."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
+        here = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        for p in self.param_groups[0]["params"]:
+            p.add_(0.1)
+        with torch.enable_grad():
+            closure()
+        for p, value in zip(self.param_groups[0]["params"], here, strict=True):
+            p.copy_(value)
+        super().step()
+
+
+def test_an_optimizer_that_evaluates_elsewhere_is_refused_once_its_step_is_done() -> None:
+    model = network()
+    optimizer = Climbing(model.parameters(), lr=0.1)
+    AroundStep(optimizer, lambda: True, lambda direction: pytest.fail("the weights of before are not known"))
+    with pytest.raises(TypeError, match="must call its closure at the weights that its step starts from, got Climbing"):
+        optimizer.step(lambda: model(torch.ones(1, 64)).sum().backward())
+
+
+class Hookless(torch.optim.Optimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+
+
+class Perturbed(torch.optim.SGD):
+    def first_step(self) -> None: ...
+
+    def second_step(self) -> None: ...
+
+
+def test_steps_that_cannot_be_stood_around_are_refused() -> None:
+    sgd = lambda: torch.optim.SGD(network().parameters(), lr=0.1)
+    for optimizer, words in {
+        "a list": ([sgd(), sgd()], "whose step runs its hooks, got list; take the direction by hand: before ="),
+        "no hooks": (Hookless(sgd()), "whose step runs its hooks, got Hookless; take the direction by hand"),
+        "two gradients": (Perturbed(network().parameters(), lr=0.1), "got Perturbed, which is sharpness-aware"),
+    }.values():
+        with pytest.raises(TypeError, match=words):
+            AroundStep(optimizer, lambda: True, lambda direction: None)
+
+
 # In the Trainer.
 
 

@@ -369,3 +369,79 @@ def test_the_alarm_never_suggests_a_rate_above_the_ratio() -> None:
     m = loop.monitor.history[0].measurement
     assert suggested == pytest.approx(m.critical_lr / (4 * headrooms(calm)[0]), rel=1e-2)
     assert suggested < 0.1
+
+
+def test_the_learning_rate_may_grow_until_nothing_is_finite() -> None:
+    """A range test that clips its gradients: weights overflow, and the monitor looks on."""
+    loop = Loop()
+    loop.monitor = sharpkern.Monitor(loop.model, torch.optim.SGD(loop.model.parameters(), lr=0.1, weight_decay=0.1))
+    loop.run(1)
+    with torch.no_grad():
+        next(loop.model.parameters()).fill_(math.inf)
+    for p in loop.model.parameters():
+        p.grad.fill_(1.0)
+    assert loop.monitor(loop.loss) is None
+    assert "must be finite" in loop.monitor.skipped[0][1]
+
+
+def test_gradients_that_were_zeroed_too_early_are_skipped_with_the_reason() -> None:
+    loop = Loop()
+    optimizer = torch.optim.AdamW(loop.model.parameters(), lr=1e-3)
+    monitor = sharpkern.Monitor(loop.model, optimizer)
+    loop.loss().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    assert monitor(loop.loss) is None
+    assert "all gradients are zero: measure between backward() and zero_grad()" in monitor.skipped[0][1]
+
+
+def two_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    first, *others = model.parameters()
+    return [torch.optim.RMSprop([first], lr=1e-3), torch.optim.AdamW(others, lr=1e-2)]
+
+
+def test_several_optimizers_are_measured_as_the_one_step_they_take() -> None:
+    loop = Loop()
+    made = two_optimizers(loop.model)
+    monitor = sharpkern.Monitor(loop.model, made, rtol=1e-3)
+    loop.loss().backward()
+    measured = monitor(loop.loss)
+    before = {p: p.detach().clone() for p in loop.model.parameters()}
+    for optimizer in made:
+        optimizer.step()
+    step = sharpkern.Direction.between(before, {p: p.detach().clone() for p in before}, lr=1e-3)
+    with torch.no_grad():
+        for p, value in before.items():
+            p.copy_(value)
+    expected = sharpkern.critical_sharpness(loop.model, loop.loss, step, rtol=1e-3)
+    assert monitor.history[0].lr == 1e-3
+    assert measured.critical_lr == pytest.approx(expected.critical_lr, rel=3e-3)
+
+
+def test_parameters_that_another_optimizer_moves_are_told_of_once() -> None:
+    loop = Loop()
+    first, _ = two_optimizers(loop.model)
+    monitor = sharpkern.Monitor(loop.model, first)
+    loop.loss().backward()
+    with pytest.warns(
+        sharpkern.UnmovedWarning, match=r"^\d parameters of the model hold gradients and stand in no"
+    ) as told:
+        monitor(loop.loss)
+    assert told[0].filename == __file__
+    monitor(loop.loss)
+    assert len(told) == 1
+
+
+def test_what_no_optimizer_would_move_anyway_is_not_told_of() -> None:
+    """Frozen ones with an old gradient, gradients of zero, none, a rate of 0, and masters in their place."""
+    loop = Loop()
+    weight, frozen, zero, none, resting, moving = loop.model.parameters()
+    loop.loss().backward()
+    frozen.requires_grad_(False)
+    zero.grad.zero_()
+    none.grad = None
+    master = weight.detach().clone()
+    master.grad = weight.grad
+    optimizer = torch.optim.SGD([{"params": [master, moving]}, {"params": [resting], "lr": 0.0}], lr=0.1)
+    monitor = sharpkern.Monitor(loop.model, optimizer, masters={weight: master})
+    assert monitor(loop.loss) is not None

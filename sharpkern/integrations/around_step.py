@@ -17,6 +17,7 @@ from sharpkern.direction import Direction
 from sharpkern.errors import NoUpdateError, RetainedWarning, warn
 from sharpkern.shards import local
 from sharpkern.sums import read
+from sharpkern.updates.parts import BETWEEN, Place, check_steps, parts_of
 
 # Root mean square of what rounding to the nearest adds to x, over eps·|x|, for x of any binary digits.
 _ROUNDING = 0.21
@@ -36,11 +37,15 @@ class AroundStep:
     `RetainedWarning` tells of it, once.
 
     Args:
-        optimizer: any torch optimizer that moves parameters of the model.
+        optimizer: any torch optimizer that moves parameters of the model, or a container whose step takes those of
+            several.
         is_due: asked before each step whether it is to be measured.
         measure: called after a step that was due, and handed the function that makes its direction, as
             `sharpkern.Monitor` takes it. From the call of that function until ``measure`` returns or raises the
             parameters hold θ. It raises `NoUpdateError` where nothing moved, or not to finite weights.
+
+    Raises:
+        TypeError: if the optimizer's step runs no hooks, or is not one step from one gradient.
 
     Memory: a copy of the parameters, from just before the update until the end of the measurement, and then Δθ.
 
@@ -71,10 +76,22 @@ class AroundStep:
         self._measure = measure
         self._step: FrameType | None = None
         self._start: _Start | None = None
+        self._versions: list[int] = []
+        self._moves_first = False
         self._has_warned = False
+        parts = parts_of(optimizer)
+        check_steps(parts)
+        # What only hands its step on may have no hooks.
+        hooked = parts[0].optimizer if len(parts) == 1 else optimizer
+        if not isinstance(hooked, Optimizer) or not getattr(type(hooked).step, "hooked", False):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer whose step runs its hooks, got {type(optimizer).__name__}; "
+                f"take the direction by hand: {BETWEEN}"
+            )
+        self._optimizer = hooked
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            hooked.register_step_pre_hook(self._before),
+            hooked.register_step_post_hook(self._after),
         ]
 
     def remove(self) -> None:
@@ -91,9 +108,10 @@ class AroundStep:
             # The step of a base class, which has the same hooks, and is a part of this one.
             return None
         # What a step that raised has left goes with it.
-        self._step, self._start = step, None
+        self._step, self._start, self._moves_first = step, None, False
         if not self._is_due():
             return None
+        self._versions = _versions(optimizer)
         itself, *others = args
         if not any(map(callable, (*others, *kwargs.values()))):
             self._start = _Start(optimizer)
@@ -108,6 +126,9 @@ class AroundStep:
         """The closure, after whose first call the weights are those that the step starts from."""
 
         def noting(*args: Any, **kwargs: Any) -> Any:
+            if self._start is None and _versions(optimizer) != self._versions:
+                # Told when the step is done: here it may have taken the weights elsewhere.
+                self._moves_first = True
             result = closure(*args, **kwargs)
             if self._start is None:
                 self._start = _Start(optimizer)
@@ -121,6 +142,11 @@ class AroundStep:
         start, self._step, self._start = self._start, None, None
         if start is None:
             return
+        if self._moves_first:
+            raise TypeError(
+                f"optimizer must call its closure at the weights that its step starts from, got "
+                f"{type(optimizer).__name__}, which moves them before; take the direction by hand: {BETWEEN}"
+            )
 
         def go_back() -> Direction:
             direction = start.go_back()
@@ -157,7 +183,8 @@ class _Start:
 
     @torch.no_grad()
     def __init__(self, optimizer: Optimizer) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        places = _places(optimizer)
+        parameters = [place.parameter for place in places]
         # Θ at first; once it was exchanged with the parameters, θ′.
         self._values: dict[nn.Parameter, Tensor] = {
             parameter: parameter.detach().clone()
@@ -166,7 +193,9 @@ class _Start:
         }
         self._num_exchanged = 0
         self._halfway: tuple[nn.Parameter, Tensor] | None = None
-        self._lr = _reference_lr(optimizer)
+        rates = [place.lr() for place in places if place.parameter.grad is not None]
+        self._lr = next((lr for lr in rates if lr > 0), None)
+        self._climbing = {place.parameter for place in places if place.climbs}
         self._gradients = {p: (p.grad, p.grad._version) for p in parameters if p.grad is not None}
         # A fused step takes the loss scale out of the gradients by itself, at some time.
         self._is_scaled = getattr(optimizer, "grad_scale", None) is not None
@@ -187,12 +216,12 @@ class _Start:
         try:
             direction = Direction.between(self._values, after, self._lr)
         except NoUpdateError:
+            # A run that overflows goes on, and so does what looks on.
+            if any(not torch.equal(local(value), local(after[p])) for p, value in self._values.items()):
+                raise
             raise NoUpdateError(
                 "the step must move some parameter, got the same weights before and after it; check the gradients"
             ) from None
-        except ValueError as reason:
-            # A run that overflows goes on, and so does what looks on.
-            raise NoUpdateError(str(reason)) from reason
         direction = dataclasses.replace(direction, slope=self._slope(direction))
         for parameter, value in self._values.items():
             self._halfway = parameter, parameter.detach().clone()
@@ -223,33 +252,28 @@ class _Start:
         return _ROUNDING * rounded / moved if moved > 0 else 0.0
 
     def _slope(self, direction: Direction) -> float | None:
-        """Δθᵀg; None where the gradients are no longer what they were, or not everything that moved has one."""
+        """Δθᵀg, g being the gradient of what falls.
+
+        None where the gradients are no longer what they were or all zero, or not everything that moved has one.
+        """
         gradients = {parameter: gradient for parameter, (gradient, _) in self._gradients.items()}
         # Some optimizers use them as their scratch paper.
         written = any(gradient._version != version for gradient, version in self._gradients.values())
         sparse = any(gradient.layout is not torch.strided for gradient in gradients.values())
         if written or sparse or self._is_scaled or any(p not in gradients for p, _ in direction.moves()):
             return None
-        slope = direction.slope_of(gradients)
-        return slope if math.isfinite(slope) else None
+        falling = {p: gradient for p, gradient in gradients.items() if p not in self._climbing}
+        rising = {p: gradient for p, gradient in gradients.items() if p in self._climbing}
+        slope = direction.slope_of(falling) - direction.slope_of(rising)
+        return slope if math.isfinite(slope) and slope != 0 else None
 
 
-def _reference_lr(optimizer: Optimizer) -> float | None:
-    """The learning rate of the first group that has a positive one and a gradient, None where there is no such group.
+def _places(optimizer: Optimizer) -> list[Place]:
+    return [place for part in parts_of(optimizer) for place in part.places()]
 
-    Raises:
-        ValueError: a group has no learning rate.
-    """
-    for index, group in enumerate(optimizer.param_groups):
-        lr = group.get("lr")
-        if lr is None or not 0 <= float(lr) < math.inf:
-            raise ValueError(
-                f"lr of group {index} must be a finite number >= 0, got {lr}; where the optimizer finds its own step, "
-                "use Direction.between(before, after, lr) with the rate it took"
-            )
-        if float(lr) > 0 and any(parameter.grad is not None for parameter in group["params"]):
-            return float(lr)
-    return None
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    return [place.parameter._version for place in _places(optimizer)]
 
 
 def _is_called_from(frame: FrameType, caller: FrameType) -> bool:

@@ -18,7 +18,8 @@ from sharpkern.moves import Move, Stored
 from sharpkern.shards import local, local_as
 from sharpkern.updates.closed_form import CLOSED_FORMS
 from sharpkern.updates.optimizer import steps_by_formula
-from sharpkern.updates.shadow_step import shadow_step
+from sharpkern.updates.parts import parts_of
+from sharpkern.updates.shadow_step import shadow_step, undisturbed
 from sharpkern.updates.slots import read_slots
 
 COPIES, DIRECTION = "copies", "direction"
@@ -187,12 +188,13 @@ def _moves(scene: Scene, *, resident: bool) -> list[tuple[Tensor, Move]]:
     if scene.optimizer is None:
         shards = [(p, local(p)) for p in scene.parameters]
         return [(p, Stored(mine, torch.zeros_like(mine))) for p, mine in shards]
-    optimizer, slots = read_slots(scene.optimizer, None, None)
+    optimizer = scene.optimizer
+    (slots,) = read_slots(parts_of(optimizer), None, None)
     formula = CLOSED_FORMS.get(type(optimizer))
     moves: list[Move]
     if formula is None:
         with _copies_of_fakes():
-            deltas = shadow_step(optimizer, slots)
+            deltas = undisturbed((slot.held.device for slot in slots), lambda: shadow_step(optimizer, slots))
         moves = [
             Stored(local(slot.theta), local_as(delta, slot.held)) for slot, delta in zip(slots, deltas, strict=True)
         ]

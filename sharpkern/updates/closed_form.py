@@ -69,11 +69,11 @@ def adam_step(
         The update rules that ``torch.optim.Adam`` and ``torch.optim.AdamW`` document.
     """
     group = slot.group
-    beta1, beta2 = (float(beta) for beta in group["betas"])
+    beta1, beta2 = group["betas"]
     correction1, correction2 = _bias_corrections(step, beta1, beta2, group)
     numbers = {
-        "beta1": beta1,
-        "beta2": beta2,
+        "beta1": float(beta1),
+        "beta2": float(beta2),
         "correction1": correction1,
         "correction2": correction2,
         "eps": float(group["eps"]),
@@ -127,13 +127,15 @@ def _shards(slot: Slot, *state: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _grad_factor(slot: Slot) -> float:
     """Return what undoes the loss scale, negative where the optimizer ascends."""
-    return (-1 if slot.group["maximize"] else 1) / slot.scale
+    return (-1 if slot.climbs else 1) / slot.scale
 
 
-def _bias_corrections(step: float, beta1: float, beta2: float, group: Mapping[str, Any]) -> tuple[float, float]:
+def _bias_corrections(
+    step: float, beta1: float | Tensor, beta2: float | Tensor, group: Mapping[str, Any]
+) -> tuple[float, float]:
     """Return 1 − β₁ᵗ and 1 − β₂ᵗ for the step about to be taken, in the precision in which torch computes them."""
-    if group["capturable"] and not group["fused"]:
-        # This variant keeps the step on the device, in float32, where 1 − β₂ᵗ loses up to four digits early on.
+    count: float | Tensor = step + 1
+    if (group["capturable"] and not group["fused"]) or group.get("differentiable"):
+        # These variants compute with the step as a tensor, in float32, where 1 − β₂ᵗ loses up to four digits early on.
         count = torch.tensor(step, dtype=torch.float32) + 1
-        return float(1 - beta1**count), float(1 - beta2**count)
-    return 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
+    return float(1 - beta1**count), float(1 - beta2**count)

@@ -15,7 +15,8 @@ from sharpkern.shards import local_as, over_shards, whole
 from sharpkern.sums import read, slopes_and_norms
 from sharpkern.updates.closed_form import CLOSED_FORMS, Formula
 from sharpkern.updates.one_memory import summed
-from sharpkern.updates.shadow_step import shadow_step
+from sharpkern.updates.parts import Optimizers, check_steps, parts_of
+from sharpkern.updates.shadow_step import shadow_step, undisturbed
 from sharpkern.updates.slots import Slot, read_slots
 
 
@@ -26,7 +27,7 @@ class Update:
     Attributes:
         slot: the parameter as the optimizer holds it.
         source: its Δθ, or the step that it can be worked out of.
-        slope: its share of Δθᵀg, or None where it moves without a gradient.
+        slope: its share of Δθᵀg, g being the gradient of what falls; or None where it moves without a gradient.
         norm_sq: its |Δθ|².
     """
 
@@ -36,8 +37,12 @@ class Update:
     norm_sq: float
 
 
+# A parameter, and its Δθ or the step that it can be worked out of.
+Moving = tuple[Slot, Tensor | OptimizerStep]
+
+
 def optimizer_update(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     masters: Mapping[nn.Parameter, Tensor] | None,
     scaler: GradScaler | None,
     resident: bool | None,
@@ -45,7 +50,7 @@ def optimizer_update(
     """Return the update that the next step would make, per unit learning rate of the reference group.
 
     Args:
-        optimizer: any torch optimizer whose parameters hold their gradients.
+        optimizer: whatever `parts_of` takes, with parameters that hold their gradients.
         masters: higher-precision copies by model parameter, or None.
         scaler: the loss scaler, or None.
         resident: whether Δθ is to be in memory; None for where that is the better choice.
@@ -56,24 +61,37 @@ def optimizer_update(
 
     Raises:
         TypeError: if an argument or a parameter is of a kind that is not supported, or the step cannot run on a copy.
-        ValueError: if there is no gradient, no positive learning rate, or a gradient that is sparse or not finite.
+        ValueError: if there is no gradient, none other than zero, no positive learning rate, or a gradient that is
+            sparse or not finite.
 
     Memory:
         SGD, Adam and AdamW: one tensor of each parameter's size if resident, otherwise what `ops.adam_sums` needs on
         the way; see `shadow_step` for the others.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; "
-            "for anything else use Direction.between(before, after, lr)"
-        )
-    optimizer, slots = read_slots(optimizer, masters, scaler)
+    parts = parts_of(optimizer)
+    check_steps(parts)
+    slots_of = read_slots(parts, masters, scaler)
+    slots = [slot for each in slots_of for slot in each]
     lr = _reference_lr(slots)
-    formula = CLOSED_FORMS.get(type(optimizer))
-    updates = _by_formula(formula, optimizer, slots, lr, resident) if formula else _by_shadow_step(optimizer, slots, lr)
-    # A gradient that is not finite leaves no slope finite, whatever the update makes of it.
-    if not math.isfinite(sum(update.slope for update in updates if update.slope is not None)):
+    formulas = [CLOSED_FORMS.get(type(part.optimizer)) for part in parts]
+
+    def steps() -> list[Moving]:
+        moving: list[Moving] = []
+        for part, formula, own in zip(parts, formulas, slots_of, strict=True):
+            if formula is None:
+                moving += _by_shadow_step(part.optimizer, own, lr)
+            else:
+                moving += _by_formula(formula, part.optimizer, own, lr, resident)
+        return moving
+
+    moving = undisturbed((slot.held.device for slot in slots), steps) if None in formulas else steps()
+    updates = _with_sums([slot for slot, _ in moving], [source for _, source in moving])
+    slopes = [update.slope for update in updates if update.slope is not None]
+    # A gradient that is not finite leaves no slope finite, whatever the update makes of it; zeros leave none but zero.
+    if not math.isfinite(sum(slopes)):
         _refuse_nonfinite_gradients(slots)
+    elif not any(slopes):
+        _refuse_zero_gradients(slots)
     return updates, lr
 
 
@@ -83,16 +101,15 @@ def _by_formula(
     slots: Sequence[Slot],
     reference_lr: float,
     resident: bool | None,
-) -> list[Update]:
+) -> list[Moving]:
     """Return the closed-form update of every parameter that has a gradient and a positive learning rate."""
     slots = [slot for slot in slots if slot.held.grad is not None and slot.lr > 0]
     steps = steps_by_formula(formula, optimizer, slots, reference_lr)
     # On a GPU working Δθ out anew takes little time beside a forward pass, and memory is short.
-    sources = [
-        step.update() if resident or (resident is None and not ops.has_kernels(step.base.device)) else step
-        for step in steps
+    return [
+        (slot, step.update() if resident or (resident is None and not ops.has_kernels(step.base.device)) else step)
+        for slot, step in zip(slots, steps, strict=True)
     ]
-    return _with_sums(slots, sources)
 
 
 def steps_by_formula(
@@ -108,14 +125,13 @@ def steps_by_formula(
     ]
 
 
-def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> list[Update]:
+def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> list[Moving]:
     """Return the update of every parameter that a step on a copy of everything moves."""
-    moved = [
+    return [
         (slot, local_as(displacement, slot.held).div_(reference_lr))
         for slot, displacement in zip(slots, shadow_step(optimizer, slots), strict=True)
         if whole(displacement.any())
     ]
-    return _with_sums([slot for slot, _ in moved], [tensor for _, tensor in moved])
 
 
 def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | OptimizerStep]) -> list[Update]:
@@ -135,9 +151,11 @@ def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | OptimizerStep])
     each = [source.slope_and_norm() if isinstance(source, OptimizerStep) else next(sums) for source in sources]
     each = over_shards([slot.held for slot in slots], each)
     slopes, norms = read([one[0] for one in each]), read([one[1] for one in each])
+    # Of what falls: the gradient as it is stored may be scaled, and of what the optimizer climbs.
+    factors = [None if slot.held.grad is None else (-1 if slot.climbs else 1) / slot.scale for slot in slots]
     return [
-        Update(slot, source, None if slot.held.grad is None else slope / slot.scale, norm_sq)
-        for slot, source, slope, norm_sq in zip(slots, sources, slopes, norms, strict=True)
+        Update(slot, source, None if factor is None else slope * factor, norm_sq)
+        for slot, source, factor, slope, norm_sq in zip(slots, sources, factors, slopes, norms, strict=True)
     ]
 
 
@@ -147,7 +165,8 @@ def _reference_lr(slots: Sequence[Slot]) -> float:
     if not rates:
         raise ValueError(
             f"optimizer must hold a gradient, got none in {len(slots)} parameters; call Direction.from_optimizer after "
-            "loss.backward() and before zero_grad() (where it holds masters: after the gradients were copied to them)"
+            "loss.backward() and before zero_grad() (where it holds masters: after the gradients were copied to them; "
+            "where hooks step inside of backward(): use Direction.between around it)"
         )
     reference = next((lr for lr in rates if lr > 0), None)
     if reference is None:
@@ -166,3 +185,13 @@ def _refuse_nonfinite_gradients(slots: Sequence[Slot]) -> None:
             if slot.scale == 1:
                 remedy = "find what overflowed, or skip this measurement where a GradScaler will skip the step"
             raise NoUpdateError(f"the gradient of {slot.label} must be finite, got nan or inf; {remedy}")
+
+
+def _refuse_zero_gradients(slots: Sequence[Slot]) -> None:
+    """Raise if no gradient has an element other than zero: momentum may still move the weights, but by no slope."""
+    gradients = [slot.held.grad for slot in slots if slot.held.grad is not None]
+    if not any(bool(whole(gradient.any())) for gradient in gradients):
+        raise NoUpdateError(
+            f"optimizer must hold a gradient other than zero, got {len(gradients)} and all gradients are zero: measure "
+            "between backward() and zero_grad(), and check that the loss depends on the optimizer's parameters"
+        )

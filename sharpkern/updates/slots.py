@@ -1,7 +1,6 @@
 """What an optimizer holds for each parameter: gradient, loss scale, master copy, group. Everything is only read."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from sharpkern.shards import is_sharded, partial_placement
+from sharpkern.updates.parts import Part, optimizers_within
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,7 @@ class Slot:
         group: its parameter group.
         lr: the group's learning rate.
         scale: what the loss was multiplied by when the gradient was taken.
+        climbs: whether the optimizer maximizes, so that what falls is minus the loss.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Slot:
     group: Mapping[str, Any]
     lr: float
     scale: float
+    climbs: bool
 
     @property
     def theta(self) -> Tensor:
@@ -51,26 +53,43 @@ class Slot:
 
 
 def read_slots(
-    optimizer: torch.optim.Optimizer, masters: Mapping[nn.Parameter, Tensor] | None, scaler: GradScaler | None
-) -> tuple[torch.optim.Optimizer, list[Slot]]:
-    """Return every parameter of the optimizer with what belongs to it.
+    parts: Sequence[Part], masters: Mapping[nn.Parameter, Tensor] | None, scaler: GradScaler | None
+) -> list[list[Slot]]:
+    """Return every parameter of some optimizers with what belongs to it.
 
     Args:
-        optimizer: any torch optimizer, or a wrapper that lends the groups of the one it holds, as Accelerate's does.
-        masters: higher-precision copies by model parameter; the optimizer may hold either. None to look for
+        parts: the optimizers that make an update together.
+        masters: higher-precision copies by model parameter; an optimizer may hold either. None to look for
             ``optimizer.state[parameter]["master_param"]`` only.
         scaler: the loss scaler, or None.
 
     Returns:
-        The innermost optimizer, and its slots in the order of its groups.
+        The slots of each optimizer, in the order of its groups. What is neither floating-point nor has a gradient, as
+        frozen quantised weights, is left out: optimizers step past it.
 
     Raises:
         TypeError: if an argument or a parameter is of a kind that is not supported.
-        ValueError: if a gradient is sparse, a group has no learning rate, or the masters belong to something else.
+        ValueError: if a gradient is sparse, a group has no learning rate, a parameter stands there twice, or the
+            masters belong to something else.
     """
-    inner = unwrapped(optimizer)
-    scale = _loss_scale(optimizer, inner, scaler)
-    return inner, list(_slots(inner, _checked_masters(masters or {}), scale))
+    masters = _checked_masters(masters or {})
+    seen: dict[int, int] = {}
+    slots = []
+    for k, part in enumerate(parts):
+        where = f" of optimizer {k}" if len(parts) > 1 else ""
+        slots.append(list(_slots(part, where, masters, scaler)))
+        for slot in slots[-1]:
+            if seen.setdefault(id(slot.held), k) != k:
+                raise ValueError(
+                    f"{slot.label} must stand in one optimizer, got it in optimizer {seen[id(slot.held)]} too; give "
+                    "each parameter to the one that steps it"
+                )
+    if masters and not seen.keys() & {id(tensor) for pair in masters.items() for tensor in pair}:
+        raise ValueError(
+            "masters must belong to parameters that the optimizer holds, or be what it holds, got neither; "
+            "build the optimizer and the mapping from the same tensors"
+        )
+    return slots
 
 
 def check_parameter(label: str, parameter: Tensor) -> None:
@@ -114,60 +133,34 @@ def check_gradient(label: str, gradient: Tensor) -> None:
         )
 
 
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer inside wrappers that lend its groups, such as Accelerate's.
-
-    Args:
-        optimizer: an optimizer or a wrapper of one.
-
-    Returns:
-        The innermost optimizer, whose type and state count.
-    """
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, torch.optim.Optimizer) and inner.param_groups is optimizer.param_groups:
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
-    return optimizer
-
-
-def _slots(optimizer: torch.optim.Optimizer, masters: Mapping[nn.Parameter, Tensor], scale: float) -> Iterator[Slot]:
+def _slots(part: Part, where: str, masters: Mapping[nn.Parameter, Tensor], scaler: GradScaler | None) -> Iterator[Slot]:
     """Yield a slot for each parameter, its master found by the mapping either way, or in the state."""
+    scale = _loss_scale(part, scaler)
     parameter_of = {id(master): parameter for parameter, master in masters.items()}
     seen: set[int] = set()
-    for g, group in enumerate(optimizer.param_groups):
-        lr = _group_lr(g, group)
-        for i, held in enumerate(group["params"]):
-            label = f"parameter {i} of group {g} (shape {list(held.shape)})"
-            check_parameter(label, held)
-            if held.grad is not None:
-                check_gradient(label, held.grad)
-            if id(held) in seen:
-                raise ValueError(
-                    f"{label} must stand in the optimizer once, got it twice; pass tied weights as "
-                    "model.parameters() gives them"
-                )
-            seen.add(id(held))
-            if id(held) in parameter_of:
-                parameter, master = parameter_of[id(held)], held
-            else:
-                # .get: the state is a defaultdict, and indexing it would create an entry.
-                parameter, master = held, masters.get(held, optimizer.state.get(held, {}).get("master_param"))
-            yield Slot(label, held, parameter, master, group, lr, scale)
-    if masters and not seen & {id(tensor) for pair in masters.items() for tensor in pair}:
-        raise ValueError(
-            "masters must belong to parameters that the optimizer holds, or be what it holds, got neither; "
-            "build the optimizer and the mapping from the same tensors"
-        )
-
-
-def _group_lr(index: int, group: Mapping[str, Any]) -> float:
-    """Return the learning rate of a group."""
-    lr = group.get("lr")
-    if lr is None or not 0 <= float(lr) < math.inf:
-        raise ValueError(
-            f"lr of group {index} must be a finite number >= 0, got {lr}; where the optimizer finds its own step, "
-            "use Direction.between(before, after, lr) with the rate it took"
-        )
-    return float(lr)
+    parameter: nn.Parameter
+    master: Tensor | None
+    for place in part.places():
+        held, mover = place.parameter, place.mover
+        lr = place.lr(where)
+        label = f"parameter {place.number} of group {place.group_number}{where} (shape {list(held.shape)})"
+        if id(held) in seen:
+            raise ValueError(
+                f"{label} must stand in the optimizer once, got it twice; pass tied weights as "
+                "model.parameters() gives them"
+            )
+        seen.add(id(held))
+        if held.grad is not None:
+            check_gradient(label, held.grad)
+        elif not held.is_floating_point():
+            continue
+        check_parameter(label, held)
+        if id(held) in parameter_of:
+            parameter, master = parameter_of[id(held)], held
+        else:
+            # .get: the state is a defaultdict, and indexing it would create an entry.
+            parameter, master = held, masters.get(held, mover.state.get(held, {}).get("master_param"))
+        yield Slot(label, held, parameter, master, place.group, lr, scale, place.climbs)
 
 
 def _checked_masters(masters: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:
@@ -192,15 +185,16 @@ def _checked_masters(masters: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Param
     return masters
 
 
-def _loss_scale(optimizer: torch.optim.Optimizer, inner: torch.optim.Optimizer, scaler: GradScaler | None) -> float:
+def _loss_scale(part: Part, scaler: GradScaler | None) -> float:
     """Return what the gradients are still multiplied by, from what the scaler and the optimizer say of each other."""
+    ours = (*part.holders, part.optimizer, *optimizers_within(part.optimizer))
     # A fused step divides by this attribute itself. Inside scaler.step() it holds the whole scale, beside found_inf.
-    own_scale = getattr(inner, "grad_scale", None)
+    own_scale = getattr(part.optimizer, "grad_scale", None)
     scale = 1.0 if own_scale is None else float(own_scale)
     if scaler is None:
         # Accelerate's wrapper carries the scaler of the run.
-        carried = getattr(optimizer, "scaler", None)
-        scaler = carried if isinstance(carried, GradScaler) else None
+        carried = (getattr(holder, "scaler", None) for holder in part.holders)
+        scaler = next((one for one in carried if isinstance(one, GradScaler)), None)
     if scaler is None:
         return scale
     if not isinstance(scaler, GradScaler):
@@ -208,10 +202,10 @@ def _loss_scale(optimizer: torch.optim.Optimizer, inner: torch.optim.Optimizer, 
             f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}; "
             "with another loss scaler unscale the gradients first and leave scaler out"
         )
-    if not scaler.is_enabled() or hasattr(inner, "found_inf"):
+    if not scaler.is_enabled() or hasattr(part.optimizer, "found_inf"):
         return scale
     states = scaler._per_optimizer_states  # there is no public way to ask
-    stages = {states[id(one)]["stage"] for one in (optimizer, inner) if id(one) in states}
+    stages = {states[id(one)]["stage"] for one in ours if id(one) in states}
     if OptState.STEPPED in stages:
         raise ValueError(
             "scaler must not have stepped this optimizer since its last update, got one that has; "

@@ -1,0 +1,235 @@
+"""Which optimizers make one update together: those of lists and containers, and what stands behind a wrapper."""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+
+Optimizers = Optimizer | Sequence[Optimizer]
+"""What stands for one step: an optimizer, a container of several, or a list of them."""
+
+BETWEEN = (
+    "before = {p: p.detach().clone() for p in model.parameters()}; optimizer.step(); "
+    "direction = Direction.between(before, model, lr), to be measured with the weights of before"
+)
+"""The way out where a step cannot be foreseen."""
+
+AROUND_STEP = (
+    "take the direction around the real step, with sharpkern.integrations.around_step.AroundStep or by hand: " + BETWEEN
+)
+"""The same where the step has torch's hooks."""
+
+# Wrappers whose step is that of the optimizer inside. Their packages are looked up where they are loaded already.
+_ADD_NOTHING = (
+    ("accelerate.optimizer", "AcceleratedOptimizer"),
+    ("lightning.pytorch.core.optimizer", "LightningOptimizer"),
+    ("pytorch_lightning.core.optimizer", "LightningOptimizer"),
+    ("lightning.fabric.wrappers", "_FabricOptimizer"),
+    ("lightning_fabric.wrappers", "_FabricOptimizer"),
+)
+# Pairs of methods of optimizers that climb to θ + e for a second gradient: the way there and the way back.
+_CLIMBS = frozenset({"first_step", "ascent_step", "perturb", "perturb_weights"})
+_DESCENDS = frozenset({"second_step", "descent_step", "restore", "unperturb", "unperturb_weights"})
+
+
+class Place(NamedTuple):
+    """A parameter where an optimizer holds it.
+
+    Attributes:
+        group_number: of its group, from 0.
+        number: of the parameter in that group, from 0.
+        mover: the optimizer that moves it: the innermost one where several are wrapped.
+        group: of the mover.
+        parameter: the parameter.
+    """
+
+    group_number: int
+    number: int
+    mover: Optimizer
+    group: Mapping[str, Any]
+    parameter: nn.Parameter
+
+    @property
+    def climbs(self) -> bool:
+        """Whether it is moved to where the loss rises: what falls is then minus the loss."""
+        return bool(self.group.get("maximize", getattr(self.mover, "maximize", False)))
+
+    def lr(self, where: str = "") -> float:
+        """Return the learning rate.
+
+        Args:
+            where: what an error says after the group's number.
+
+        Raises:
+            ValueError: there is none.
+        """
+        lr = self.group.get("lr")
+        if lr is None or not 0 <= float(lr) < math.inf:
+            raise ValueError(
+                f"lr of group {self.group_number}{where} must be a finite number >= 0, got {lr}; where the optimizer "
+                f"finds its own step, take the direction around it: {BETWEEN}; lr is the rate that it took, or 1.0 to "
+                "count in steps"
+            )
+        return float(lr)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One of the optimizers that make an update together.
+
+    Attributes:
+        optimizer: whose step counts.
+        holders: wrappers and containers around it: a loss scaler may know one of these in its place.
+    """
+
+    optimizer: Optimizer
+    holders: tuple[Any, ...] = ()
+
+    def places(self) -> Iterator[Place]:
+        """Yield every parameter, in the order of the groups.
+
+        Where the optimizer wraps another, the learning rate in use is in a group of that one: the wrapper's own groups
+        may be the same, or copies that no scheduler knows of.
+        """
+        movers = {
+            id(parameter): (inner, group)
+            for inner in optimizers_within(self.optimizer)
+            for group in getattr(inner, "param_groups", ())
+            for parameter in group["params"]
+        }
+        for g, group in enumerate(self.optimizer.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                mover, its_group = movers.get(id(parameter), (self.optimizer, group))
+                yield Place(g, i, mover, its_group, parameter)
+
+
+def parts_of(optimizers: object) -> list[Part]:
+    """Return the optimizers whose steps make up one update.
+
+    Args:
+        optimizers: an optimizer; a list or tuple; a container, which holds several as ``optimizers`` or
+            ``chained_optimizers``, and whose step is taken for theirs; or a wrapper that is known to add nothing. Any
+            other wrapper is an optimizer of its own.
+
+    Returns:
+        One part for each, in their order.
+
+    Raises:
+        TypeError: if something else is among them.
+        ValueError: if there are none.
+    """
+    parts = list(_parts(optimizers, ()))
+    if not parts:
+        raise ValueError("optimizer must hold at least one optimizer, got an empty list; pass those of the loop")
+    return parts
+
+
+def check_steps(parts: Sequence[Part]) -> None:
+    """Refuse optimizers whose step is not one step from one gradient at θ.
+
+    Raises:
+        TypeError: one is such.
+    """
+    for part in parts:
+        for one in (*part.holders, part.optimizer, *optimizers_within(part.optimizer)):
+            _refuse_several_gradients(one)
+            _refuse_step_in_backward(one)
+
+
+def optimizers_within(optimizer: object) -> list[Optimizer]:
+    """Return the optimizers that an optimizer holds, and those that these hold: the outermost first."""
+    found: dict[int, Optimizer] = {}
+    waiting = [optimizer]
+    while waiting:
+        for value in contents(getattr(waiting.pop(), "__dict__", None)):
+            if isinstance(value, Optimizer) and value is not optimizer and id(value) not in found:
+                found[id(value)] = value
+                waiting.append(value)
+    return list(found.values())
+
+
+def contents(value: object) -> Iterator[Any]:
+    """Yield a value, and what stands in it where it is a list, a tuple or a dictionary."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            waiting.extend(reversed(value.values()))
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(reversed(value))
+        else:
+            yield value
+
+
+def _parts(optimizers: object, holders: tuple[Any, ...]) -> Iterator[Part]:
+    members = optimizers if isinstance(optimizers, (list, tuple)) else _members(optimizers)
+    if members is not None:
+        for member in members:
+            yield from _parts(member, (*holders, optimizers))
+        return
+    if not isinstance(optimizers, Optimizer):
+        _refuse_several_gradients(optimizers)
+        _refuse_step_in_backward(optimizers)
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(optimizers).__name__}; pass the "
+            f"one inside of it if that does the whole step, otherwise take the direction around it: {BETWEEN}"
+        )
+    yield Part(optimizers, holders)
+
+
+def _members(optimizer: object) -> Sequence[object] | None:
+    """Return what a container or a wrapper that adds nothing holds; None of anything else."""
+    for module, name in _ADD_NOTHING:
+        kind = getattr(sys.modules.get(module), name, None)
+        # A subclass with a step of its own may do anything in it.
+        if kind is not None and isinstance(optimizer, kind) and type(optimizer).step is kind.step:
+            return (optimizer.optimizer,)
+    for name in ("optimizers", "chained_optimizers"):
+        held = getattr(optimizer, name, None)
+        members = list(held.values()) if isinstance(held, dict) else held
+        if not isinstance(members, (list, tuple)) or not members or not callable(getattr(optimizer, "step", None)):
+            continue
+        if all(isinstance(member, Optimizer) or _members(member) for member in members):
+            return members
+    return None
+
+
+def _refuse_several_gradients(optimizer: object) -> None:
+    """Raise if an optimizer takes its gradient at θ + e and its step from θ."""
+    methods = {name for name in _CLIMBS | _DESCENDS if callable(getattr(optimizer, name, None))}
+    inside = optimizers_within(optimizer)
+    groups = getattr(optimizer, "param_groups", ())
+    # The radius of the climb. Adadelta and SophiaG have a rho of another meaning, also inside of a wrapper.
+    has_radius = (_has_rho(optimizer) or any("rho" in group for group in groups)) and (
+        (bool(inside) and not any(map(_has_rho, inside))) or "sam" in type(optimizer).__name__.lower()
+    )
+    if has_radius or (methods & _CLIMBS and methods & _DESCENDS):
+        raise TypeError(
+            f"optimizer must take one gradient a step, got {type(optimizer).__name__}, which is sharpness-aware: its "
+            "step starts at θ, and its second gradient is of θ + e; take the direction around the whole step: before = "
+            "{p: p.detach().clone() for p in model.parameters()} ahead of the first gradient, direction = "
+            "Direction.between(before, model, lr) after the second step, to be measured with the weights of before"
+        )
+
+
+def _refuse_step_in_backward(optimizer: object) -> None:
+    """Raise if an optimizer steps while gradients are computed."""
+    if any("InBackward" in kind.__name__ for kind in type(optimizer).__mro__):
+        raise TypeError(
+            f"optimizer must step after the backward pass, got {type(optimizer).__name__}, which steps inside of it; "
+            "take the direction around the backward pass: before = {p: p.detach().clone() for p in "
+            "model.parameters()}; loss.backward(); direction = Direction.between(before, model, lr), which is measured "
+            "with the weights of before"
+        )
+
+
+def _has_rho(optimizer: object) -> bool:
+    return hasattr(optimizer, "rho") or "rho" in (getattr(optimizer, "defaults", None) or {})
