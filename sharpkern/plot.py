@@ -26,7 +26,6 @@ MARKS = {
     "unresolved": (0.03, "x", "unresolved"),
     "nonfinite": (0.03, "*", "loss not finite"),
 }
-BOUND = "no rise found: upper bound"
 
 
 def plot_history(
@@ -40,8 +39,7 @@ def plot_history(
     """Draw λ_c and 2/η against the step, and the loss below, into an image file.
 
     No measurement is dropped: one that goes uphill at once stands at the upper edge, one that is unresolved at the
-    lower, and an "unbounded" one is an open triangle at its bound, below which the true value lies; at the lower edge
-    where the bound lies far below all else.
+    lower, and an "unbounded" one is an open triangle at its bound, below which the true value lies.
 
     Args:
         history: The records of a `Monitor`.
@@ -163,23 +161,11 @@ def draw_measurements(
     marks = {"marker": "o", "markersize": 4, "markevery": lonely}
     axes.plot(*columns(line), color=color, linewidth=1.4, label=label, zorder=3, **marks)
     bounds = [(step, m.sharpness) for step, m in taken if m.status == "unbounded"]
-    least = least_beside(axes.dataLim.minposy)
-    near = [(step, bound) for step, bound in bounds if bound >= least]
-    if near:
-        axes.plot(*columns(near), "v", color=color, fillstyle="none", label=BOUND, zorder=3)
-    draw_at_edge(axes, [step for step, bound in bounds if bound < least], 0.03, "v", color, BOUND, fillstyle="none")
+    if bounds:
+        axes.plot(*columns(bounds), "v", color=color, fillstyle="none", label="no rise found: upper bound", zorder=3)
     for status, (height, marker, meaning) in MARKS.items():
         steps = [step for step, m in taken if m.status == status]
         draw_at_edge(axes, steps, height, marker, color, meaning)
-
-
-def least_beside(lowest: float) -> float:
-    """Return the least bound that is drawn at its value: from one far below the curves nothing could be seen of them.
-
-    Args:
-        lowest: Of the values; inf where there are none, and bounds all that there is to see.
-    """
-    return lowest / 10 if lowest < math.inf else 0.0
 
 
 def _draw_extra(axes: Any, label: str, points: Sequence[tuple[int, float]], color: str, marker: str) -> None:
@@ -191,16 +177,11 @@ def _draw_extra(axes: Any, label: str, points: Sequence[tuple[int, float]], colo
 
 
 def draw_at_edge(
-    axes: Any,
-    places: Sequence[float],
-    height: float,
-    marker: str,
-    color: str,
-    label: str | None,
-    size: float = 5.0,
-    fillstyle: str = "full",
+    axes: Any, places: Sequence[float], height: float, marker: str, color: str, label: str, size: float = 5.0
 ) -> None:
     """Mark places on the x axis at a height of the axes instead of at a value."""
     if places:
-        style = {"color": color, "markersize": size, "fillstyle": fillstyle}
-        axes.plot(places, [height] * len(places), marker, transform=axes.get_xaxis_transform(), label=label, **style)
+        transform = axes.get_xaxis_transform()
+        axes.plot(
+            places, [height] * len(places), marker, color=color, markersize=size, transform=transform, label=label
+        )

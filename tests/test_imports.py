@@ -53,7 +53,6 @@ ROOMS = {
         "_extras",
         "_files",
         "_journal",
-        "_logs",
         "_mix",
         "_progress",
     ],
