@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sharpkern
 from sharpkern import Direction
+from sharpkern.engines.session import Session, in_session
 from sharpkern.integrations import around_step
 from tests.oracle import engine_losses
 
@@ -96,6 +97,31 @@ def test_losses_are_those_of_real_steps(make: Callable, layout: Layout, engine: 
     losses = engine_losses(engine, model, model, direction, STEP_SIZES)
     assert losses == pytest.approx(after_real_steps(model, optimizer, STEP_SIZES), rel=1e-9)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@by_layout
+def test_the_copy_on_the_host_is_put_back_bit_for_bit(layout: Layout) -> None:
+    model = Sharing(layout)
+    optimizer = in_training(model)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def evaluate(session: Session) -> list[float]:
+        with session.open(session.target(model), "inplace", backup="host") as engine:
+            return engine.losses(STEP_SIZES)
+
+    losses = in_session(evaluate, model, Direction.from_optimizer(optimizer), [model])
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert losses == pytest.approx(after_real_steps(model, optimizer, STEP_SIZES), rel=1e-9)
+
+
+def test_two_optimizers_on_one_memory_move_it_together() -> None:
+    model = Sharing()
+    optimizer = in_training(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.05))
+    both = [torch.optim.SGD([model.a, model.c], lr=0.05), torch.optim.SGD([model.b], lr=0.05)]
+    joint, one = Direction.from_optimizer(both), Direction.from_optimizer(optimizer)
+    assert (joint.slope, joint.norm_sq) == pytest.approx((one.slope, one.norm_sq))
+    losses = [engine_losses("virtual", model, model, direction, STEP_SIZES) for direction in (joint, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
 @by_layout
