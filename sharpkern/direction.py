@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -310,7 +311,7 @@ class Direction:
             raise ValueError(
                 f"direction must belong to the model's own parameters, got {len(foreign)} of {len(self.parameters)} "
                 f"that are not (the first of shape {list(foreign[0].shape)}); measure the model that the direction or "
-                "its optimizer was made from"
+                "its optimizer was made from, and copy it together with that model: copies hold parameters of their own"
             )
         self._refuse_what_has_changed()
         return self._with_all_that_move(model)
@@ -377,6 +378,22 @@ class Direction:
             f"{name} = {value:.3g}" for name, value in (("slope", self.slope), ("lr", self.lr)) if value is not None
         ]
         return f"Direction({', '.join(facts)}{', by name' if self._names else ''})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of; whether it is still true goes with it."""
+        return {**self.__dict__, "_versions": self._versions == _state_of(self.sources)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of another: writes to copies are counted anew, and θ is what the copies of parameters hold."""
+        self.__dict__.update(state)
+        thetas = [p if master is None else master for p, master in zip(self.parameters, self.masters, strict=False)]
+        steps = {
+            i: source.at(local(thetas[i]).detach())
+            for i, source in enumerate(self.sources)
+            if isinstance(source, OptimizerStep)
+        }
+        self.__dict__["sources"] = tuple(steps.get(i, source) for i, source in enumerate(self.sources))
+        self.__dict__["_versions"] = _state_of(self.sources) if state["_versions"] else ()
 
     def _refuse_what_has_changed(self) -> None:
         """Raise where Δθ is no longer what it was made as."""

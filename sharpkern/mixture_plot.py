@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sharpkern.plot import COLORS, draw_at_edge, legend_below, light_grid, new_figure, save_figure
+from sharpkern.plot import BOUND, COLORS, draw_at_edge, least_beside, legend_below, light_grid, new_figure, save_figure
 
 if TYPE_CHECKING:
     from sharpkern.sweep import MixturePoint, MixtureSweep
@@ -41,8 +41,11 @@ def draw_mixture(axes: Any, sweep: "MixtureSweep") -> None:
     two = len(sweep.sources) == 2
     place = {shares: shares[0] if two else i for i, shares in enumerate(sweep.mixes)}
     axes.set_yscale("log")
-    finite = [2 / step for point in sweep.points if 0 < (step := _drawn(point)) < math.inf] or [1.0]
-    axes.set_ylim(min(finite) / 2, 2 * max(finite))
+    known = [2 / step for p in sweep.points if p.status != "unbounded" and 0 < (step := _drawn(p)) < math.inf]
+    least = least_beside(min(known, default=math.inf))
+    bounds = [p.sharpness for p in sweep.points if p.status == "unbounded" and p.sharpness >= least]
+    shown = [*known, *bounds] or [1.0]
+    axes.set_ylim(min(shown) / 2, 2 * max(shown))
     for i, task in enumerate(sweep.tasks):
         _draw_task(axes, sweep, task, place, COLORS[i % len(COLORS)], shift=0.02 * i)
     spot = sweep.sweet_spot
@@ -76,13 +79,16 @@ def _draw_task(
     axes.fill_between(places, *edges, color=color, alpha=0.18, linewidth=0, zorder=1)
     for status, marker, label in (
         ("converged", ".", None),
-        ("unbounded", "v", "no rise found: upper bound"),
+        ("unbounded", "v", BOUND),
         ("unresolved", "2", "rises at some smaller step: lower bound"),
     ):
         points = [p for p in sweep.points if p.task == task and p.status == status and 0 < _drawn(p) < math.inf]
-        if points:
-            values = [place[p.shares] for p in points], [2 / _drawn(p) for p in points]
+        inside = [p for p in points if 2 / _drawn(p) > axes.get_ylim()[0]]
+        if inside:
+            values = [place[p.shares] for p in inside], [2 / _drawn(p) for p in inside]
             axes.plot(*values, marker, color=color, markersize=4, alpha=0.5, label=label, zorder=2)
+        far = [place[p.shares] for p in points if p not in inside]
+        draw_at_edge(axes, far, 0.03 + shift, marker, color, label, 4.0)
     for where, one in zip(places, found, strict=True):
         if one.ascent:
             size = 2 + 6 * one.ascent / one.repeats

@@ -5,13 +5,14 @@ import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpkern._files import write_rows
+from sharpkern._logs import sender
 from sharpkern.critical import measure
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
@@ -53,8 +54,8 @@ class Record:
             "loss": m.base_loss,
             "lambda_c": m.sharpness,
             "critical_lr": m.critical_lr,
-            # How many times the learning rate could be taken before the loss rises.
-            "headroom": m.critical_lr / self.lr if self.lr else None,
+            # How many times the learning rate could be taken before the loss rises; a bound on it says nothing.
+            "headroom": m.critical_lr / self.lr if self.lr and m.status != "unbounded" else None,
             "status": m.status,
             "error": m.error,
             "directional_sharpness": m.directional_sharpness,
@@ -77,8 +78,10 @@ class Monitor:
         optimizer: its optimizer, or a list or container of those that step together; Δθ is the update that their next
             step would make. An `UnmovedWarning` tells, once, of parameters with gradients that none of them holds.
         every: measure on every so many calls, from the first on; or a function of the call's number that says whether.
-        log: called with a flat dictionary and ``step=``, as ``wandb.log`` is; or an object with ``add_scalar``, such as
-            TensorBoard's ``SummaryWriter``.
+        log: called with a flat dictionary, and with ``step=`` where it takes that; or an object with ``add_scalar``,
+            such as TensorBoard's ``SummaryWriter``. ``wandb.log`` is called so that nothing of the loop's own is
+            dropped, and the curves stand against ``sharpness/step``. Where no rise was found there is
+            ``sharpness/critical_lr_bound`` in place of λ_c and η_c.
         masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
         scaler: the loop's ``GradScaler``, if it has one: scaled gradients cannot be told from others without it.
         warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, once for each time that it is fallen below:
@@ -145,7 +148,7 @@ class Monitor:
         self._model = model
         self._optimizer = optimizer
         self._every = every
-        self._log = log
+        self._send_to = None if log is None else sender(log)
         self._masters = masters
         self._scaler = scaler
         self._warn_below = warn_below
@@ -357,19 +360,21 @@ class Monitor:
             )
 
     def _send(self, record: Record) -> None:
-        if self._log is None:
+        if self._send_to is None:
             return
-        names = ("lambda_c", "critical_lr", "headroom", "forwards", "directional_sharpness", "heldout_lambda_c")
+        status, bounded = record.measurement.status, record.heldout and record.heldout.status == "unbounded"
+        names = ["forwards", "directional_sharpness"]
+        # A bound is no value: it would leave nothing of a curve but itself.
+        names += [] if status == "unbounded" else ["lambda_c", "critical_lr", "headroom"]
+        names += [] if bounded else ["heldout_lambda_c"]
         row = record.row()
-        # What is not a number stays out of the curves; whether there is one is told beside.
-        values = {f"sharpness/{name}": row[name] for name in names if _is_finite(row[name])}
-        values["sharpness/converged"] = float(record.measurement.status == "converged")
-        if hasattr(self._log, "add_scalar"):
-            for name, value in values.items():
-                self._log.add_scalar(name, value, record.step)
-        else:
-            self._log(values, step=record.step)
+        # What is not a number stays out of the curves; what came of the measurement is told beside.
+        values = {f"sharpness/{name}": value for name in names if _is_finite(value := row[name])}
+        values |= {"sharpness/converged": 0.0, f"sharpness/{status}": 1.0}
+        if status == "unbounded":
+            values["sharpness/critical_lr_bound"] = record.measurement.critical_lr
+        self._send_to(values, record.step)
 
 
-def _is_finite(value: float | int | str | None) -> bool:
+def _is_finite(value: float | int | str | None) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)

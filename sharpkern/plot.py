@@ -26,6 +26,7 @@ MARKS = {
     "unresolved": (0.03, "x", "unresolved"),
     "nonfinite": (0.03, "*", "loss not finite"),
 }
+BOUND = "no rise found: upper bound"
 
 
 def plot_history(
@@ -39,7 +40,8 @@ def plot_history(
     """Draw λ_c and 2/η against the step, and the loss below, into an image file.
 
     No measurement is dropped: one that goes uphill at once stands at the upper edge, one that is unresolved at the
-    lower, and an "unbounded" one is an open triangle at its bound, below which the true value lies.
+    lower, and an "unbounded" one is an open triangle at its bound, below which the true value lies; at the lower edge
+    where the bound lies far below all else.
 
     Args:
         history: The records of a `Monitor`.
@@ -161,11 +163,23 @@ def draw_measurements(
     marks = {"marker": "o", "markersize": 4, "markevery": lonely}
     axes.plot(*columns(line), color=color, linewidth=1.4, label=label, zorder=3, **marks)
     bounds = [(step, m.sharpness) for step, m in taken if m.status == "unbounded"]
-    if bounds:
-        axes.plot(*columns(bounds), "v", color=color, fillstyle="none", label="no rise found: upper bound", zorder=3)
+    least = least_beside(axes.dataLim.minposy)
+    near = [(step, bound) for step, bound in bounds if bound >= least]
+    if near:
+        axes.plot(*columns(near), "v", color=color, fillstyle="none", label=BOUND, zorder=3)
+    draw_at_edge(axes, [step for step, bound in bounds if bound < least], 0.03, "v", color, BOUND, fillstyle="none")
     for status, (height, marker, meaning) in MARKS.items():
         steps = [step for step, m in taken if m.status == status]
         draw_at_edge(axes, steps, height, marker, color, meaning)
+
+
+def least_beside(lowest: float) -> float:
+    """Return the least bound that is drawn at its value: from one far below the curves nothing could be seen of them.
+
+    Args:
+        lowest: Of the values; inf where there are none, and bounds all that there is to see.
+    """
+    return lowest / 10 if lowest < math.inf else 0.0
 
 
 def _draw_extra(axes: Any, label: str, points: Sequence[tuple[int, float]], color: str, marker: str) -> None:
@@ -177,11 +191,16 @@ def _draw_extra(axes: Any, label: str, points: Sequence[tuple[int, float]], colo
 
 
 def draw_at_edge(
-    axes: Any, places: Sequence[float], height: float, marker: str, color: str, label: str, size: float = 5.0
+    axes: Any,
+    places: Sequence[float],
+    height: float,
+    marker: str,
+    color: str,
+    label: str | None,
+    size: float = 5.0,
+    fillstyle: str = "full",
 ) -> None:
     """Mark places on the x axis at a height of the axes instead of at a value."""
     if places:
-        transform = axes.get_xaxis_transform()
-        axes.plot(
-            places, [height] * len(places), marker, color=color, markersize=size, transform=transform, label=label
-        )
+        style = {"color": color, "markersize": size, "fillstyle": fillstyle}
+        axes.plot(places, [height] * len(places), marker, transform=axes.get_xaxis_transform(), label=label, **style)

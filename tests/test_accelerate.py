@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sharpkern
 from sharpkern.integrations.accelerate import SharpnessMonitor
 from tests.processes import on_ranks
+from tests.test_logs import Run
 
 NUM_STEPS = 4
 NUM_RANKS = 2
@@ -317,6 +318,40 @@ class Recorder(GeneralTracker):
     @on_main_process
     def log(self, values: dict[str, float], step: int, **_: Any) -> None:
         self.logged.append((step, values))
+
+
+class WandB(Recorder):
+    """A tracker with a run of wandb."""
+
+    name = "wandb"
+
+    @on_main_process
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = Run()
+
+    @property
+    def tracker(self) -> Run:
+        return self.run
+
+    @on_main_process
+    def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+        self.run.log(values, step=step)
+
+
+def test_a_run_of_wandb_that_counts_otherwise_loses_nothing() -> None:
+    tracker, recorder = WandB(), Recorder()
+    loop = Loop(plain_model(), log_with=[tracker, recorder], options={"every": 2})
+    loop.accelerator.init_trackers("run")
+    for i in range(4):
+        # Micro-batches are counted here.
+        loop.accelerator.log({"loss": i}, step=100 * i)
+        loop.run(1)
+    tracker.run.finish()
+    assert tracker.run.curve("sharpness/lambda_c") == sharpnesses(loop)
+    assert tracker.run.curve("sharpness/step") == [0, 2]
+    assert tracker.run.curve("loss") == [0, 1, 2, 3]
+    assert [step for step, values in recorder.logged if "sharpness/lambda_c" in values] == [0, 2]
 
 
 def test_trackers_are_told_the_optimizers_step() -> None:

@@ -53,6 +53,7 @@ ROOMS = {
         "_extras",
         "_files",
         "_journal",
+        "_logs",
         "_mix",
         "_progress",
     ],

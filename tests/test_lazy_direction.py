@@ -1,5 +1,7 @@
 """Directions worked out of the optimizer's state wherever a weight is needed: the same numbers without the memory."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +138,10 @@ def scene() -> tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer]:
     return model, loss_fn, optimizer
 
 
+def loss_of(model: nn.Module) -> Tensor:
+    return F.mse_loss(model(torch.eye(6)), torch.ones(6, 4))
+
+
 def peak_of_a_measurement(resident: bool) -> tuple[int, nn.Module]:
     """Bytes at the peak of direction and measurement, above those of a plain forward pass."""
     model, loss_fn, optimizer = scene()
@@ -243,6 +249,39 @@ def test_it_is_refused_once_the_gradient_is_zeroed_in_place() -> None:
     optimizer.zero_grad(set_to_none=False)
     with pytest.raises(ValueError, match="written since"):
         sharpkern.critical_sharpness(model, loss_fn, lazy)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("how", ["deep copy", "pickle", "copy"])
+def test_a_copy_is_as_true_as_what_it_was_made_of(how: str, resident: bool) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    loss_of(model).backward()
+    direction = Direction.from_optimizer(optimizer, resident=resident)
+    copied: Callable[[Any], Any] = {
+        "deep copy": copy.deepcopy,
+        "pickle": lambda both: pickle.loads(pickle.dumps(both)),
+        "copy": lambda both: (both[0], copy.copy(both[1])),
+    }[how]
+    other_model, other = copied((model, direction))
+    assert other.bind(other_model) is other
+    assert all(map(torch.equal, other.tensors, direction.tensors))
+    measured = sharpkern.critical_sharpness(other_model, lambda: loss_of(other_model), other)
+    assert measured.sharpness == sharpkern.critical_sharpness(model, lambda: loss_of(model), direction).sharpness
+    if how != "copy":
+        with pytest.raises(ValueError, match="copies hold parameters of their own"):
+            other.bind(model)
+    if not resident:
+        optimizer.zero_grad(set_to_none=False)
+        stale_model, stale = copied((model, direction))
+        with pytest.raises(ValueError, match="must hold what it was made with, got tensors written since"):
+            stale.bind(stale_model)
+
+
+def test_a_copy_by_name_is_as_true_as_what_it_was_made_of() -> None:
+    before = {"weight": torch.ones(2, 3)}
+    direction = pickle.loads(pickle.dumps(Direction.between(before, {"weight": torch.zeros(2, 3)}, 1.0)))
+    assert direction.bind(nn.Linear(3, 2)).norm_sq == 6
 
 
 def test_measuring_in_place_does_not_spoil_it() -> None:

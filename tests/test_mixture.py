@@ -668,6 +668,19 @@ def test_ascent_is_drawn_at_the_upper_edge_and_the_sweet_spot_as_a_line(tmp_path
     assert len(axes.collections) == 2
 
 
+def test_a_bound_far_below_the_curves_leaves_the_axis_alone(tmp_path, drawn) -> None:
+    found = [(2.0, "converged"), (1e9, "unbounded"), (1.0, "unbounded")]
+    points = [
+        MixturePoint((i / 2, 1 - i / 2), 0, "a", eta, 2 / eta, status, 0.01, (0.0, math.inf), 1.0, 3, "virtual")
+        for i, (eta, status) in enumerate(found)
+    ]
+    MixtureSweep(("old", "new"), ("a",), tuple(p.shares for p in points), tuple(points)).plot(tmp_path / "sweep.png")
+    (axes,) = drawn
+    assert axes.get_ylim()[0] > 0.1
+    bounds = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_marker() == "v"]
+    assert bounds == [([1.0], [2.0]), ([0.5], [0.03])]
+
+
 def test_three_sources_are_drawn_mix_by_mix(tmp_path, drawn) -> None:
     mix = {"old": OLD, "new": NEW, "third": NEW}
     sweep(mix=mix, ratios=[(0.5, 0.5, 0), (0.25, 0.25, 0.5)]).plot(tmp_path / "sweep.png")

@@ -2,13 +2,16 @@
 
 import copy
 import re
+import weakref
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import sharpkern
 from sharpkern import Direction
@@ -144,6 +147,27 @@ class GroupsOfItsOwn(Optimizer):
                     p.mul_(0.99)
 
 
+class Remembering(SGD):
+    """Knows its parameters by their ids, weakly, and in an object of its own; in sets too."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self.by_id: dict[int, dict[str, Tensor]] = {}
+        self.weakly = WeakTensorKeyDictionary({p: torch.zeros_like(p) for p in everything})
+        self.holder = SimpleNamespace(sums={id(p): torch.zeros_like(p) for p in everything})
+        self.large = {id(p) for p in everything if p.numel() > 10}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.by_id.setdefault(id(p), {"average": torch.zeros_like(p)})["average"]
+                for memory in (average, self.weakly[p], self.holder.sums[id(p)]):
+                    memory.lerp_(p.grad, 0.3)
+                    p.sub_(memory, alpha=group["lr"] * (2 if id(p) in self.large else 1))
+
+
 def tuned(base: type[Optimizer]) -> type[Optimizer]:
     """A class made of another, that scales the way from where the run began."""
 
@@ -169,6 +193,7 @@ WRAPPERS: dict[str, Callable[[Any], Optimizer]] = {
     "gradient centralisation": lambda params: Centralised(params, lr=0.1, momentum=0.9),
     "groups of its own": lambda params: GroupsOfItsOwn(SGD(params, lr=0.1)),
     "a class made of another": lambda params: tuned(ADAMW)(params, lr=1e-2),
+    "parameters by id": lambda params: Remembering(params, lr=0.1),
     "wrapper of a wrapper": lambda params: SlowByParameter(Orthogonal(params, ADAMW, lr=1e-2)),
 }
 
@@ -442,6 +467,12 @@ def calls_the_loss(model: nn.Module) -> Optimizer:
     return optimizer
 
 
+def points_back(model: nn.Module) -> Optimizer:
+    optimizer = Centralised(model.parameters(), lr=0.1)
+    optimizer.model = weakref.ref(model)
+    return optimizer
+
+
 def sgd(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=0.1)
 
@@ -474,6 +505,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
         TypeError,
         "got CallsTheLoss, which fails with ValueError: 'forward_backward' holds a function of the run's own tensors",
     ),
+    "points back": (points_back, TypeError, "which fails with ValueError: 'model' holds a reference of the run's own"),
 }
 
 
@@ -539,7 +571,7 @@ class Minimizer:
 SHARPNESS_AWARE: dict[str, Callable[[nn.Module], Any]] = {
     "first and second": lambda model: climbing("first_step", "second_step")(model.parameters(), lr=0.1),
     "ascent and descent": lambda model: climbing("ascent_step", "descent_step")(model.parameters(), lr=0.1),
-    "perturb and restore": lambda model: climbing("perturb", "restore")(model.parameters(), lr=0.1),
+    "perturb and back": lambda model: climbing("perturb_weights", "un_perturb")(model.parameters(), lr=0.1),
     "shared groups": lambda model: Rho(model.parameters(), SGD, shares=True, lr=0.1),
     "groups of its own": lambda model: Rho(model.parameters(), SGD, shares=False, lr=0.1),
     "radius in groups": lambda model: RhoInGroups(model.parameters(), SGD, lr=0.1),

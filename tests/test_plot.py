@@ -94,6 +94,18 @@ def test_no_measurement_is_dropped(tmp_path, drawn):
     assert len(named) == len(set(named))
 
 
+def test_a_bound_far_below_the_curve_stands_at_the_edge_and_leaves_the_axis_alone(tmp_path, drawn):
+    history = [record(0, 1.0), record(1, 2e-9, "unbounded"), record(2, 0.5, "unbounded"), record(3, 2.0)]
+    plot_history(history, tmp_path / "run.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_ylim()[0] > 0.1
+    bounds = [line for line in axes.lines if line.get_label() == "no rise found: upper bound"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in bounds] == [([2], [0.5]), ([1], [0.03])]
+    # Where there is nothing but bounds they are all there is to see.
+    plot_history([record(0, 2e-9, "unbounded", lr=None)], tmp_path / "run.png")
+    assert lines(drawn[1])["no rise found: upper bound"] == ([0], [2e-9])
+
+
 def test_held_out_and_extra_curves(tmp_path, drawn):
     held = record(0, 15.0).measurement
     history = [record(0, 5.0, heldout=held), record(2, 6.0, heldout=held)]

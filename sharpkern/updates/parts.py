@@ -33,7 +33,7 @@ _ADD_NOTHING = (
 )
 # Pairs of methods of optimizers that climb to θ + e for a second gradient: the way there and the way back.
 _CLIMBS = frozenset({"first_step", "ascent_step", "perturb", "perturb_weights"})
-_DESCENDS = frozenset({"second_step", "descent_step", "restore", "unperturb", "unperturb_weights"})
+_DESCENDS = frozenset({"second_step", "descent_step", "restore", "unperturb", "un_perturb", "unperturb_weights"})
 
 
 class Place(NamedTuple):

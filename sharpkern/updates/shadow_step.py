@@ -1,21 +1,19 @@
 """The update of any optimizer, with no formula for it: one step on a copy of everything that it holds."""
 
-import contextlib
-import copy
 import functools
 import inspect
 import sys
-import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sharpkern._undo import Trace, alone, undone
 from sharpkern.randomness import note_streams
-from sharpkern.updates.parts import AROUND_STEP, contents, optimizers_within
+from sharpkern.updates.copies import copy_on
+from sharpkern.updates.parts import AROUND_STEP
 from sharpkern.updates.slots import Slot
 
 Result = TypeVar("Result")
@@ -56,13 +54,13 @@ def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot]) -> list
         )
     try:
         stand_ins = [_stand_in(slot) for slot in slots]
-        shadow, inside = _copy_of(optimizer, slots, stand_ins)
+        shadows = copy_on(optimizer, [slot.held for slot in slots], stand_ins)
         with torch.no_grad():
-            kind.step(shadow)
+            kind.step(shadows[0])
             return [
                 # Into the stand-in's own memory, which nothing else needs any more.
                 after.detach().neg_().add_(slot.theta)
-                for slot, after in zip(slots, _after([shadow, *inside], stand_ins), strict=True)
+                for slot, after in zip(slots, _after(shadows, stand_ins), strict=True)
             ]
     except Exception as error:
         if _is_out_of_memory(error):
@@ -119,86 +117,6 @@ def _stand_in(slot: Slot) -> nn.Parameter:
     if slot.held.grad is not None:
         stand_in.grad = slot.gradient().to(dtype, copy=True)
     return stand_in
-
-
-def _copy_of(
-    optimizer: torch.optim.Optimizer, slots: Sequence[Slot], stand_ins: Sequence[nn.Parameter]
-) -> tuple[torch.optim.Optimizer, list[torch.optim.Optimizer]]:
-    """Return a copy of the optimizer, and of those it wraps, with stand-ins wherever they hold their parameters."""
-    originals = [optimizer, *optimizers_within(optimizer)]
-    for one in originals:
-        _refuse_functions_of_the_run(one)
-    # Torch's own way to copy an optimizer keeps nothing but groups and state.
-    shadows: list[torch.optim.Optimizer] = [object.__new__(type(one)) for one in originals]
-    memo: dict[int, Any] = {id(one): shadow for one, shadow in zip(originals, shadows, strict=True)}
-    memo.update({id(slot.held): stand_in for slot, stand_in in zip(slots, stand_ins, strict=True)})
-    for slot, stand_in in zip(slots, stand_ins, strict=True):
-        # Marks that some optimizers read, such as muP's shapes.
-        stand_in.__dict__.update(copy.deepcopy(slot.held.__dict__, memo))
-    # What a differentiable step has left is part of a graph, which nothing else than a step can copy.
-    memo.update(
-        (id(value), value.detach().clone())
-        for one in originals
-        for value in contents(vars(one))
-        if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo
-    )
-    # The gradients' scale is already gone from the stand-ins.
-    left_behind = {"step", "grad_scale", "found_inf"}
-    for one, shadow in zip(originals, shadows, strict=True):
-        for name, value in one.__dict__.items():
-            if name.endswith("_hooks"):
-                shadow.__dict__[name] = OrderedDict()
-            elif name not in left_behind:
-                shadow.__dict__[name] = copy.deepcopy(value, memo)
-        # The numbers are the same without a graph, which parameters of their own cannot be part of.
-        for settings in (shadow.__dict__.get("defaults", {}), *shadow.__dict__.get("param_groups", ())):
-            if "differentiable" in settings:
-                settings["differentiable"] = False
-    dtypes = {
-        stand_in: slot.held.dtype
-        for slot, stand_in in zip(slots, stand_ins, strict=True)
-        if stand_in.dtype != slot.held.dtype
-    }
-    if dtypes:
-        for shadow in shadows:
-            for value in shadow.__dict__.values():
-                if isinstance(value, MutableMapping):
-                    _widen(value, dtypes)
-    return shadows[0], shadows[1:]
-
-
-def _refuse_functions_of_the_run(optimizer: torch.optim.Optimizer) -> None:
-    """Raise if an optimizer holds a function that reaches tensors by itself: a copy would call it on the run's own."""
-    for name, attribute in vars(optimizer).items():
-        if name == "step" or name.endswith("_hooks"):
-            continue
-        for value in contents(attribute):
-            function = value.func if isinstance(value, functools.partial) else value
-            if isinstance(function, types.FunctionType) and any(
-                isinstance(thing, (Tensor, nn.Module, torch.optim.Optimizer)) for thing in _reached(function)
-            ):
-                raise ValueError(f"'{name}' holds a function of the run's own tensors, which no copy of it can replace")
-
-
-def _reached(function: types.FunctionType) -> Iterator[object]:
-    """Yield what a function refers to: what it closes over, its defaults, and globals by name."""
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):
-            yield from contents(cell.cell_contents)
-    yield from contents([function.__defaults__, function.__kwdefaults__])
-    for name in function.__code__.co_names:
-        yield from contents(function.__globals__.get(name))
-
-
-def _widen(states: MutableMapping[Any, Any], dtypes: Mapping[nn.Parameter, torch.dtype]) -> None:
-    """Cast state tensors of a parameter's own dtype to that of its stand-in, in a mapping from stand-ins."""
-    for stand_in, narrow in dtypes.items():
-        state = states.get(stand_in)
-        holder: MutableMapping[Any, Any] = state if isinstance(state, MutableMapping) else states
-        names: list[Any] = list(state) if isinstance(state, MutableMapping) else [stand_in] * (state is not None)
-        for name in names:
-            if isinstance(holder[name], Tensor) and holder[name].dtype is narrow:
-                holder[name] = holder[name].to(stand_in.dtype)
 
 
 def _after(shadows: Sequence[torch.optim.Optimizer], stand_ins: Sequence[nn.Parameter]) -> Iterator[Tensor]:
