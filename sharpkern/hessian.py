@@ -6,7 +6,7 @@ initialization has −19).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ def hessian_sharpness(
     model: nn.Module,
     loss_fn: Callable[[], Tensor],
     *,
-    preconditioner: torch.optim.Optimizer | None = None,
+    preconditioner: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     tol: float = 1e-2,
     max_iter: int = 100,
     v0: Tensor | None = None,
@@ -59,8 +59,8 @@ def hessian_sharpness(
         model: The model; its parameters with ``requires_grad`` are θ. Under `DistributedDataParallel` the loss is the
             mean over the ranks, each of which gets its sharpness.
         loss_fn: Returns the scalar loss of the model's current parameters, with its graph. Called once.
-        preconditioner: The Adam or AdamW that trains the model, after at least one step:
-            P = (1 − β₁ᵗ)(√(v/(1 − β₂ᵗ)) + ε) of its last step. θ is then what this optimizer moves. A group whose
+        preconditioner: The Adam or AdamW that trains the model, or a list of several, after at least one step:
+            P = (1 − β₁ᵗ)(√(v/(1 − β₂ᵗ)) + ε) of its last step. θ is then what they move. A group whose
             learning rate differs from that of the first moving group has its P divided by the ratio.
         tol: Relative residual to stop at. The error of the value is of the order of its square.
         max_iter: Most Hessian-vector products to compute.

@@ -591,6 +591,39 @@ def test_sharpness_aware_optimizers_are_refused_with_the_way_to_measure_them(nam
         Direction.from_optimizer(optimizer)
 
 
+class Perturbing(SGD):
+    """Takes its gradient at θ + e, and its step from θ."""
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["at"] = p.detach().clone()
+            p.add_(p.grad.sign(), alpha=0.05)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.copy_(self.state[p]["at"])
+        self.step()
+
+
+def test_the_lines_that_the_error_gives_measure_a_sharpness_aware_step() -> None:
+    model = make_model()
+    optimizer = Perturbing(model.parameters(), lr=0.1)
+    monitor = sharpkern.Monitor(model, optimizer)
+    before = {p: p.detach().clone() for p in model.parameters()}
+    loss_fn = backward(model)
+    optimizer.first_step()
+    backward(model)
+    optimizer.second_step()
+    direction = Direction.between(before, model, 0.1)
+    with torch.no_grad():
+        for p, value in before.items():
+            p.copy_(value)
+    assert monitor(loss_fn, direction=direction).status == "converged"
+    assert direction.tensors[0].norm() == pytest.approx(float(model[0].weight.grad.norm()), rel=1e-6)
+
+
 class Sophia(SGD):
     """Its rho is no radius."""
 

@@ -203,6 +203,37 @@ def whole_matrices(rank: int) -> tuple[float, float, float]:
     return direction.norm_sq, direction.slope, step.norm_sq
 
 
+def zeros_on_one_rank(rank: int) -> tuple[str, float | None, float]:
+    """What is said of gradients of zero on all ranks, and the slope where one rank has another, along which it is 0."""
+    model = shard(gpt(dtype=torch.float32))
+    loss_fn = partial(loss_of, model, mine(tokens()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    train(model, optimizer, loss_fn, steps=1)
+    optimizer.zero_grad(set_to_none=False)
+    try:
+        sharpkern.Direction.from_optimizer(optimizer)
+        told = "nothing"
+    except sharpkern.NoUpdateError as error:
+        told = str(error)
+    if rank == 1:
+        weight = model.blocks[0].qkv.weight
+        weight.grad.to_local()[0, 0] = 0.5
+        optimizer.state[weight]["momentum_buffer"].to_local()[0, 0] = -1.0
+    direction = sharpkern.Direction.from_optimizer(optimizer)
+    return told, direction.slope, direction.norm_sq
+
+
+def halves(rank: int) -> list[float]:
+    """|Δθ|² and slope of one optimizer, and of two that have one half of the parameters each."""
+    model = shard(gpt(dtype=torch.float32))
+    parameters = list(model.parameters())
+    train(model, torch.optim.SGD(parameters, lr=0.1), partial(loss_of, model, mine(tokens())), steps=0)
+    middle = len(parameters) // 2
+    both = [torch.optim.NAdam(half, lr=1e-2) for half in (parameters[:middle], parameters[middle:])]
+    directions = [sharpkern.Direction.from_optimizer(one) for one in (torch.optim.NAdam(parameters, lr=1e-2), both)]
+    return [number for direction in directions for number in (direction.norm_sq, direction.slope)]
+
+
 def mixed_precision(rank: int) -> tuple[sharpkern.Measurement, list[float], int]:
     """A measurement of fp32 shards that compute in bf16, and the losses of whole copies at its step sizes."""
     model = shard(gpt(dtype=torch.float32), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -571,6 +602,8 @@ def refusals(rank: int) -> list[str]:
 
 OTHERS = {
     "whole matrices": whole_matrices,
+    "zeros": zeros_on_one_rank,
+    "halves": halves,
     "mixed precision": mixed_precision,
     "stale gathers": stale_gathers,
     "experts": experts_of_their_own,
@@ -624,6 +657,18 @@ def test_an_optimizer_of_whole_matrices_takes_the_step_that_its_copy_took(two) -
     assert norm_sq == pytest.approx(norm_sq_of_step, rel=1e-4)
     assert slope > 0
     assert found[1] == found[0]
+
+
+def test_gradients_are_zero_only_where_they_are_on_all_ranks(two) -> None:
+    (told, slope, norm_sq), other = (results["others: zeros"] for results in two)
+    assert "all gradients are zero" in told
+    assert (slope, norm_sq > 0) == (0, True)
+    assert other == (told, slope, norm_sq)
+
+
+def test_two_optimizers_of_shards_are_one_that_holds_the_parameters_of_both(two) -> None:
+    norm_sq, slope, *of_both = two[0]["others: halves"]
+    assert of_both == pytest.approx([norm_sq, slope], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,6 +1,6 @@
 """Critical sharpness in loops that run on Hugging Face's Accelerate, gradient accumulation included."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from typing import Any
 
@@ -32,7 +32,7 @@ class SharpnessMonitor(Monitor):
     Args:
         accelerator: that the run was prepared by.
         model: as ``accelerator.prepare`` returned it.
-        optimizer: likewise.
+        optimizer: likewise; a list of them where several step together.
         **options: of `sharpkern.Monitor`, such as ``every``, and of `sharpkern.critical_sharpness`. ``log`` is
             ``accelerator.log`` by default, which writes where trackers were initialised; None writes nothing.
 
@@ -68,7 +68,9 @@ class SharpnessMonitor(Monitor):
         [0, 3]
     """
 
-    def __init__(self, accelerator: Any, model: nn.Module, optimizer: Optimizer, **options: Any) -> None:
+    def __init__(
+        self, accelerator: Any, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], **options: Any
+    ) -> None:
         try:
             from accelerate import Accelerator
         except ImportError:

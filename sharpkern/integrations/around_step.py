@@ -88,7 +88,6 @@ class AroundStep:
                 f"optimizer must be a torch.optim.Optimizer whose step runs its hooks, got {type(optimizer).__name__}; "
                 f"take the direction by hand: {BETWEEN}"
             )
-        self._optimizer = hooked
         self._handles = [
             hooked.register_step_pre_hook(self._before),
             hooked.register_step_post_hook(self._after),

@@ -165,8 +165,8 @@ def _reference_lr(slots: Sequence[Slot]) -> float:
     if not rates:
         raise ValueError(
             f"optimizer must hold a gradient, got none in {len(slots)} parameters; call Direction.from_optimizer after "
-            "loss.backward() and before zero_grad() (where it holds masters: after the gradients were copied to them; "
-            "where hooks step inside of backward(): use Direction.between around it)"
+            "loss.backward() and before zero_grad(), and not inside of a loss_fn (where it holds masters: after the "
+            "gradients were copied to them; where hooks step inside of backward(): use Direction.between around it)"
         )
     reference = next((lr for lr in rates if lr > 0), None)
     if reference is None:
