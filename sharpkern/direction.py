@@ -99,7 +99,8 @@ class Direction:
         Returns:
             The direction per unit learning rate of the reference group, which is the first with a positive rate and a
             gradient: other groups move by their ratio to it. Parameters without gradient, and groups of rate 0, do not
-            move. The slope is that of what falls: of minus the loss where the optimizer maximizes.
+            move. The slope is that of what falls: of minus the loss where the optimizer maximizes, and None where some
+            groups do and others do not.
 
         Raises:
             NoUpdateError: if no learning rate is positive, all gradients are zero or one is not finite, or the step
@@ -114,6 +115,8 @@ class Direction:
         """
         updates, lr = optimizer_update(optimizer, masters, scaler, resident)
         slopes = [update.slope for update in updates if update.slope is not None]
+        # Where some climb what others descend, no loss is known to fall.
+        has_slope = len(slopes) == len(updates) and len({update.slot.climbs for update in updates}) == 1
         return cls._checked(
             [update.source for update in updates],
             labels=[update.slot.label for update in updates],
@@ -122,7 +125,7 @@ class Direction:
             parameters=[update.slot.parameter for update in updates],
             masters=[update.slot.master for update in updates],
             norms_sq=[update.norm_sq for update in updates],
-            slope=sum(slopes) if len(slopes) == len(updates) else None,
+            slope=sum(slopes) if has_slope else None,
             lr=lr,
         )
 

@@ -406,6 +406,13 @@ def test_the_slope_of_what_maximizes_is_that_of_what_falls(kind):
     assert (same.status, same.sharpness) == ("converged", pytest.approx(plain.sharpness, rel=1e-6))
 
 
+def test_where_some_groups_climb_what_others_descend_no_slope_is_known():
+    model = make_model()
+    backward(model)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "maximize": True}]
+    assert Direction.from_optimizer(SGD(groups, lr=0.1)).slope is None
+
+
 def test_an_attribute_says_as_well_that_an_optimizer_maximizes():
     class Climber(Signum):
         @torch.no_grad()

@@ -214,6 +214,27 @@ class Container(Optimizer):
             optimizer.step()
 
 
+class HandsOn(Container):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for _, optimizer in enumerate(list(self.optimizers)):
+            optimizer.step()
+        return loss
+
+
+class Clipping(Container):
+    """A container whose step does more than those of its parts."""
+
+    def step(self, closure: None = None) -> None:
+        for optimizer in self.optimizers:
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.01)
+        super().step()
+
+
 class Chained:
     """No optimizer for torch."""
 
@@ -262,6 +283,7 @@ SEVERAL: dict[str, Callable[[list[Optimizer]], Any]] = {
     "container": lambda made: Container(made, lr=0.7),
     "container without learning rate": lambda made: Container(made),
     "containers in a list": lambda made: [Container(made[:2], lr=0.7), made[2]],
+    "hands closures on": lambda made: HandsOn(made, lr=0.7),
     "no optimizer for torch": lambda made: Chained(a=made[0], b=made[1], c=made[2]),
 }
 
@@ -337,6 +359,23 @@ def test_several_optimizers_make_one_direction(name: str) -> None:
     optimizer = SEVERAL[name](made)
     assert Direction.from_optimizer(optimizer).lr == pytest.approx(3e-4)
     assert largest_miss(model, optimizer, step) < 1e-10
+
+
+def test_a_container_that_only_hands_its_step_on_needs_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharpkern.updates.optimizer.shadow_step", lambda *_: pytest.fail("stepped on a copy"))
+    model = make_model()
+    backward(model)
+    made = [SGD(model[0].parameters(), lr=0.1), ADAMW(model[2:].parameters(), lr=1e-2)]
+    for container in (Container(made), HandsOn(made), Chained(a=made[0], b=made[1])):
+        assert len(Direction.from_optimizer(container).parameters) == 5
+
+
+def test_a_container_that_does_more_is_stepped_as_a_whole() -> None:
+    model = make_model()
+    optimizer = Clipping(parts(model), lr=0.7)
+    backward(model)
+    assert Direction.from_optimizer(optimizer).lr == 3e-3
+    assert largest_miss(model, optimizer, optimizer.step) < 1e-10
 
 
 def test_wrappers_that_add_nothing_are_looked_through_by_their_own_type() -> None:
@@ -551,7 +590,6 @@ class SAM(SGD):
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
-        self.defaults["rho"] = 0.05
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is not None
@@ -575,6 +613,7 @@ SHARPNESS_AWARE: dict[str, Callable[[nn.Module], Any]] = {
     "shared groups": lambda model: Rho(model.parameters(), SGD, shares=True, lr=0.1),
     "groups of its own": lambda model: Rho(model.parameters(), SGD, shares=False, lr=0.1),
     "radius in groups": lambda model: RhoInGroups(model.parameters(), SGD, lr=0.1),
+    "climb and descend": lambda model: climbing("climb", "descend")(model.parameters(), lr=0.1),
     "by name": lambda model: SAM(model.parameters(), lr=0.1),
     "no optimizer": lambda model: Minimizer(sgd(model)),
     "inside of a wrapper": lambda model: SlowByParameter(SAM(model.parameters(), lr=0.1)),

@@ -261,9 +261,10 @@ class _Start:
         sparse = any(gradient.layout is not torch.strided for gradient in gradients.values())
         if written or sparse or self._is_scaled or any(p not in gradients for p, _ in direction.moves()):
             return None
-        falling = {p: gradient for p, gradient in gradients.items() if p not in self._climbing}
-        rising = {p: gradient for p, gradient in gradients.items() if p in self._climbing}
-        slope = direction.slope_of(falling) - direction.slope_of(rising)
+        climbs = {p in self._climbing for p, _ in direction.moves()}
+        if len(climbs) > 1:
+            return None
+        slope = direction.slope_of(gradients) * (-1 if climbs == {True} else 1)
         return slope if math.isfinite(slope) and slope != 0 else None
 
 

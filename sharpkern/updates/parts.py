@@ -1,9 +1,12 @@
 """Which optimizers make one update together: those of lists and containers, and what stands behind a wrapper."""
 
+import inspect
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -31,9 +34,16 @@ _ADD_NOTHING = (
     ("lightning.fabric.wrappers", "_FabricOptimizer"),
     ("lightning_fabric.wrappers", "_FabricOptimizer"),
 )
-# Pairs of methods of optimizers that climb to θ + e for a second gradient: the way there and the way back.
-_CLIMBS = frozenset({"first_step", "ascent_step", "perturb", "perturb_weights"})
-_DESCENDS = frozenset({"second_step", "descent_step", "restore", "unperturb", "un_perturb", "unperturb_weights"})
+# What the step of a container mentions that does nothing but hand it on, evaluating a closure before at most.
+_HANDING_ON = frozenset(
+    "step optimizers chained_optimizers values items torch enable_grad no_grad super list enumerate zip".split()
+)
+# Methods of optimizers that climb to θ + e for a second gradient, the way there and the way back, and their names.
+_CLIMBS = frozenset("first_step ascent_step ascent ascend climb perturb perturb_weights".split())
+_DESCENDS = frozenset(
+    "second_step descent_step descent descend restore restore_weights unperturb un_perturb unperturb_weights".split()
+)
+_SHARPNESS_AWARE = re.compile("SAM(?![a-z])|[Ss]harpness_?[Aa]ware")
 
 
 class Place(NamedTuple):
@@ -112,7 +122,7 @@ def parts_of(optimizers: object) -> list[Part]:
 
     Args:
         optimizers: an optimizer; a list or tuple; a container, which holds several as ``optimizers`` or
-            ``chained_optimizers``, and whose step is taken for theirs; or a wrapper that is known to add nothing. Any
+            ``chained_optimizers`` and only hands its step on to them; or a wrapper that is known to add nothing. Any
             other wrapper is an optimizer of its own.
 
     Returns:
@@ -197,9 +207,26 @@ def _members(optimizer: object) -> Sequence[object] | None:
         members = list(held.values()) if isinstance(held, dict) else held
         if not isinstance(members, (list, tuple)) or not members or not callable(getattr(optimizer, "step", None)):
             continue
+        # One whose step does more takes it on a copy of all, as any other wrapper.
+        if isinstance(optimizer, Optimizer) and not _hands_on(type(optimizer)):
+            continue
         if all(isinstance(member, Optimizer) or _members(member) for member in members):
             return members
     return None
+
+
+def _hands_on(kind: type) -> bool:
+    """Whether the step of a container, and of the classes that it is derived from, only steps what it holds."""
+    steps = [
+        inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if base is not Optimizer and "step" in vars(base)
+    ]
+    return all(isinstance(step, FunctionType) and _names(step.__code__) <= _HANDING_ON for step in steps)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the globals and attributes that a function mentions, and those inside of it."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def _refuse_several_gradients(optimizer: object) -> None:
@@ -208,10 +235,10 @@ def _refuse_several_gradients(optimizer: object) -> None:
     inside = optimizers_within(optimizer)
     groups = getattr(optimizer, "param_groups", ())
     # The radius of the climb. Adadelta and SophiaG have a rho of another meaning, also inside of a wrapper.
-    has_radius = (_has_rho(optimizer) or any("rho" in group for group in groups)) and (
-        (bool(inside) and not any(map(_has_rho, inside))) or "sam" in type(optimizer).__name__.lower()
-    )
-    if has_radius or (methods & _CLIMBS and methods & _DESCENDS):
+    has_rho = _has_rho(optimizer) or any("rho" in group for group in groups)
+    has_radius = has_rho and bool(inside) and not any(map(_has_rho, inside))
+    is_named_so = _SHARPNESS_AWARE.search(type(optimizer).__name__)
+    if is_named_so or has_radius or (methods & _CLIMBS and methods & _DESCENDS):
         raise TypeError(
             f"optimizer must take one gradient a step, got {type(optimizer).__name__}, which is sharpness-aware: its "
             "step starts at θ, and its second gradient is of θ + e; take the direction around the whole step: before = "
