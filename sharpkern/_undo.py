@@ -42,13 +42,15 @@ def undone(body: Callable[[], Result], trace: "Trace") -> Result:
     try:
         try:
             result = body()
+        except BaseException as raised:
+            trace.let_go(raised)
+            raise
         finally:
             trace.put_back()
     except BaseException as raised:
-        hidden = trace.interrupt_in(raised)
-        if not isinstance(raised, Exception) or hidden is not None:
-            trace.let_go(raised)
+        trace.let_go(raised)
         trace.put_back()
+        hidden = trace.interrupt_in(raised)
         if hidden is not None:
             raise hidden from None
         raise
@@ -113,8 +115,10 @@ class Trace:
         """Forget what frames of libraries hold that an interrupt has ended.
 
         A context that it has left half-way is a generator, which closes, and changes what it was there for, when the
-        last one forgets it.
+        last one forgets it: that must be before everything is put back.
         """
+        if isinstance(error, Exception) and self.interrupt_in(error) is None:
+            return
         context: BaseException | None = error
         while context is not None and context is not self._handled:
             for frame, _ in walk_tb(context.__traceback__):

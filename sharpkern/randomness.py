@@ -1,9 +1,11 @@
 """The random streams a computation may draw from, noted so that they can be put back."""
 
+import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +62,32 @@ def torch_states(devices: Iterable[torch.device]) -> list[Tensor]:
     """
     accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
     return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in accelerators)]
+
+
+def stream_states(devices: Iterable[torch.device], generators: Iterable[Any] = ()) -> list[object]:
+    """State of all random streams that `note_streams` notes, and of some generators.
+
+    Args:
+        devices: whose streams are asked besides the CPU's.
+        generators: of torch, NumPy or Python.
+
+    Returns:
+        One object per stream, to be compared by ``==``; equal ones mean that no number was drawn in between.
+    """
+    states: list[object] = [state.numpy().tobytes() for state in torch_states(devices)]
+    states.append(random.getstate())
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, key, *position = numpy.random.get_state()
+        states.append((kind, key.tobytes(), position))
+    for generator in generators:
+        if isinstance(generator, torch.Generator):
+            states.append(generator.get_state().numpy().tobytes())
+        elif isinstance(generator, random.Random):
+            states.append(generator.getstate())
+        else:
+            states.append(pickle.dumps(generator.bit_generator.state))
+    return states
 
 
 def note_generators(objects: Iterable[object]) -> list[Callable[[], object]]:

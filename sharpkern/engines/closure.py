@@ -1,5 +1,6 @@
 """One evaluation of the user's loss: from the same state each time, checked, reduced over ranks, as a Python float."""
 
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,9 @@ from sharpkern.shards import whole
 
 LossFn = Callable[[], Tensor]
 
+# How often a call is made again that another thread has disturbed.
+_REPEATS = 3
+
 
 class Closure:
     """The user's ``loss_fn``, called unchanged.
@@ -29,7 +33,8 @@ class Closure:
 
     Attributes:
         calls: evaluations so far.
-        random: whether the last call drew numbers from torch's random streams.
+        random: whether the last call drew random numbers.
+        redone: whether a call was made again, as another thread drew from them meanwhile; so it may have before.
         asked: whether ``ask`` of the last call was true on any rank.
         precision: as given.
         guard: as given.
@@ -51,7 +56,9 @@ class Closure:
         self.precision = precision
         self.calls = 0
         self.random = False
+        self.redone = False
         self.asked = False
+        self._ends: list[object] = []
 
     def __call__(
         self,
@@ -70,17 +77,10 @@ class Closure:
         Returns:
             float: the loss, nan and inf included.
         """
-        self.calls += 1
         loss, failure, asks = None, None, False
         evaluating.append(self)
         try:
-            self.guard.rewind()
-            if prepare is not None:
-                prepare()
-            with around:
-                loss = self._called()
-            self.random = self.guard.drew_random_numbers()
-            check_loss(loss)
+            loss = self._undisturbed(lambda: self._pass(around, prepare))
             asks = ask is not None and ask()
             loss = self._wide(loss)[0]
         except BaseException as raised:
@@ -93,6 +93,33 @@ class Closure:
         finally:
             # What was raised holds this frame, which must not hold it; see ranks.py.
             del failure
+
+    def _pass(self, around: AbstractContextManager[object], prepare: Callable[[], object] | None) -> Tensor:
+        self.calls += 1
+        if prepare is not None:
+            prepare()
+        with around:
+            loss = self._called()
+        check_loss(loss)
+        return loss
+
+    def _undisturbed(self, evaluate: Callable[[], Tensor]) -> Tensor:
+        """Evaluate from the state at entry, and again where another thread drew random numbers meanwhile."""
+        for _ in range(1 + _REPEATS):
+            self.guard.rewind()
+            losses = evaluate()
+            self.random = self.guard.drew_random_numbers()
+            if not self._ends_elsewhere():
+                break
+            self.redone = True
+        return losses
+
+    def _ends_elsewhere(self) -> bool:
+        """Whether the random streams end elsewhere than after the last call, as where another thread drew from them."""
+        if not self.random or threading.active_count() == 1 or not isinstance(self.ranks, Alone):
+            return False
+        before, self._ends = self._ends, self.guard.stream_states()
+        return bool(before) and before != self._ends
 
     def several(
         self,
@@ -121,14 +148,17 @@ class Closure:
             check_loss(loss)
             return loss
 
+        def at_once() -> Tensor:
+            alpha = torch.tensor(values, dtype=torch.float64, device="cpu")
+            losses = torch.func.vmap(one, randomness="same")(alpha)
+            self.calls += len(values)
+            return losses
+
         losses: Sequence[Tensor | None] = [None] * len(values)
         failure, asks = None, False
         evaluating.append(self)
         try:
-            self.guard.rewind()
-            several = torch.func.vmap(one, randomness="same")(torch.tensor(values, dtype=torch.float64, device="cpu"))
-            self.calls += len(values)
-            self.random = self.guard.drew_random_numbers()
+            several = self._undisturbed(at_once)
             asks = ask is not None and ask()
             losses = self._wide(several).unbind()
         except BaseException as raised:

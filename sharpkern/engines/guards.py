@@ -20,7 +20,7 @@ from sharpkern.engines.parametrizations import empty_cache, note_cache
 from sharpkern.engines.reach import Reached, contents_of, is_record
 from sharpkern.fakes import is_fake
 from sharpkern.overlaps import Owners, storage_pointer
-from sharpkern.randomness import note_generators, note_streams, torch_states
+from sharpkern.randomness import note_generators, note_streams, stream_states
 from sharpkern.shards import local
 
 # The closure that is being evaluated, if one is.
@@ -80,8 +80,8 @@ class Guard:
             empty_cache,
         ]
         self._put_cache_back = note_cache()
-        self._generators = [one for one in reached.generators if isinstance(one, torch.Generator)]
-        self._streams = self._stream_states()
+        self._generators = reached.generators
+        self._streams = self.stream_states()
         # So that a backward begun before still works.
         self._versions = [
             _unsafe_preserve_version_counter(kept.tensor) for kept in self._tensors if not kept.tensor.is_inference()
@@ -115,11 +115,12 @@ class Guard:
         return gradient is not None and not is_fake(gradient) and bool(gradient.any())
 
     def drew_random_numbers(self) -> bool:
-        """Whether torch's random streams, or generators in reach, have moved since the last rewind, as with dropout."""
-        return not all(map(torch.equal, self._stream_states(), self._streams))
+        """Whether random streams, or generators in reach, have moved since the last rewind, as with dropout."""
+        return self.stream_states() != self._streams
 
-    def _stream_states(self) -> list[Tensor]:
-        return [*torch_states(self.devices), *(generator.get_state() for generator in self._generators)]
+    def stream_states(self) -> list[object]:
+        """State of the random streams, and of the generators in reach."""
+        return stream_states(self.devices, self._generators)
 
     def _kept_tensors(self, tensors: Sequence[Tensor], num_own: int) -> list["_Kept"]:
         """Note the tensors that are no parameters, nor aliases of one: the engines write those, or do not."""
@@ -140,9 +141,8 @@ class Guard:
             if (container or saved) and not _same_members(container, saved):
                 _refill(container, saved)
         for container, saved in self._other_containers:
-            # What a closure counts, or notes as numbers and text, is the user's own record and stays.
-            if not _same_members(container, saved) and not _only_records(container, saved):
-                _refill(container, saved)
+            if not _same_members(container, saved):
+                _refill(container, _with_records(container, saved))
 
     def _restore_variables(self) -> None:
         for cell, saved in self._cells:
@@ -197,11 +197,14 @@ def _refill(container: Any, saved: Any) -> None:
     (container.extend if isinstance(container, (list, deque)) else container.update)(saved)
 
 
-def _only_records(container: Any, saved: Any) -> bool:
-    """Whether all that is in one of the two and not in the other are numbers, text and the like."""
-    now, then = (one.values() if isinstance(one, dict) else one for one in (container, saved))
-    kept = {id(member) for member in then} & {id(member) for member in now}
-    return is_record(member for member in (*now, *then) if id(member) not in kept)
+def _with_records(container: Any, saved: Any) -> Any:
+    """What a container goes back to: numbers and text that a closure has noted are the user's own record and stay."""
+    if isinstance(container, dict):
+        records = {key: now for key, now in container.items() if is_record((now, saved.get(key)))}
+        return {**{key: then for key, then in saved.items() if key in container or not is_record((then,))}, **records}
+    kept = {id(member) for member in saved} & {id(member) for member in container}
+    changed = [member for member in (*container, *saved) if id(member) not in kept]
+    return container.copy() if is_record(changed) else saved
 
 
 def _same_members(container: Any, saved: Any) -> bool:
