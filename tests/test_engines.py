@@ -1,7 +1,10 @@
 """The engines against deep copies, on the models people train."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.cases import CASES, Case
 from tests.models import MLP
@@ -87,6 +90,16 @@ def test_the_storage_oracle_agrees_with_the_virtual_engine(case: Case) -> None:
     with engine_on("virtual", model, case.closure(model), random_direction(model)) as (engine, _):
         (loss,) = engine.losses([0.05])
         assert engine.oracle_loss(0.05) == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("read", [Tensor.float, lambda w: w.t().reshape(-1), lambda w: w.t().contiguous()])
+def test_the_storage_oracle_sees_copies_in_inference_mode(read: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Linear(8, 8).bfloat16()
+    loss_fn = lambda: read(model.weight).float().square().sum()
+    with torch.inference_mode(), engine_on("virtual", model, loss_fn, random_direction(model)) as (engine, _):
+        base, moved = engine.losses([0.0, 2.0])
+        assert engine.oracle_loss(2.0) == pytest.approx(moved, rel=1e-2)
+        assert moved != pytest.approx(base, rel=0.5)
 
 
 @pytest.mark.parametrize("engine", ["virtual", "inplace"])

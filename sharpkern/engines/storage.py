@@ -29,6 +29,12 @@ class _BelowPython(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not isinstance(func, HigherOrderOperator):
+            if func.is_view and torch.is_inference_mode_enabled():
+                # What is a view or a copy, such as `to` and `reshape`, arrives whole there: its parts tell.
+                with self:
+                    parts = func.decompose(*args, **(kwargs or {}))
+                if parts is not NotImplemented:
+                    return parts
             return self.see(func, args, kwargs or {})
         plainly = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
         if plainly is None:
