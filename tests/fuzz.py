@@ -35,8 +35,6 @@ from tests.random_runs import LossFn, RandomRun, context_of
 Measured = sharpkern.Measurement | str
 # Relative roundings of one loss.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 4e-3}
-# Optimizers whose Δθ sharpkern knows by a formula.
-FORMULAS = optim.SGD, optim.Adam, optim.AdamW
 # What may be, rarely: the error is a statistical one, and a rise that no probe came near is not seen.
 UNLIKELY = "converged further off than its error", "converged at a later crossing"
 # Between a step size and the next of a scan for rises before the critical one.
@@ -223,17 +221,24 @@ class Moved:
 
     Args:
         seed: of the run.
-        double: whether they are in float64.
+        dtype: of copies and step: the run's, or a wider one.
+
+    Attributes:
+        delta: Δθ of each parameter.
+        by_formula: whether its optimizer is one whose Δθ sharpkern has a formula for.
     """
 
-    def __init__(self, seed: int, *, double: bool) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.run, _ = arrive(seed)
         self.streams = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self.double = double
-        if double:
-            self.run.widen()
+        self.exact = dtype == torch.float64
+        if dtype != self.run.dtype:
+            self.run.cast(dtype)
         parameters = list(self.run.model.parameters())
         groups = [group for optimizer in self.run.optimizers for group in optimizer.param_groups]
+        known = [one for one in self.run.optimizers if type(one) in (optim.SGD, optim.Adam, optim.AdamW)]
+        held = {id(p) for optimizer in known for group in optimizer.param_groups for p in group["params"]}
+        self.by_formula = [id(parameter) in held for parameter in parameters]
         moving = [group["lr"] for group in groups if any(parameter.grad is not None for parameter in group["params"])]
         self.lr = next((float(lr) for lr in moving if lr > 0), 0.0)
         self.theta = [parameter.detach().double().clone() for parameter in parameters]
@@ -248,7 +253,7 @@ class Moved:
         if self.keeps_state:
             self.copied = copy.deepcopy(self.start)
         model, outside = self.copied
-        with torch.no_grad(), nullcontext() if self.double else self.run.autocast():
+        with torch.no_grad(), nullcontext() if self.exact else self.run.autocast():
             for parameter, theta, delta in zip(model.parameters(), self.theta, self.delta, strict=True):
                 parameter.copy_(theta - eta * delta if eta else theta)
             random.setstate(self.streams[0]), np.random.set_state(self.streams[1]), torch.set_rng_state(self.streams[2])
@@ -270,12 +275,12 @@ def check(seed: int) -> str:
         Differs: something is not as it has to be.
     """
     run, result = measured(seed)
-    exact, same = Moved(seed, double=True), Moved(seed, double=False)
-    if run.dtype == torch.float32 and not all(type(optimizer) in FORMULAS for optimizer in run.optimizers):
-        # A step that is taken on a copy carries the roundings of θ − θ′.
-        exact.delta = same.delta
-    else:
-        same.delta = exact.delta
+    exact, same = Moved(seed, torch.float64), Moved(seed, run.dtype)
+    if run.dtype != torch.float64 and not all(exact.by_formula):
+        # Other steps are taken in float32, and carry the roundings of θ − θ′.
+        stepped = (same if run.dtype == torch.float32 else Moved(seed, torch.float32)).delta
+        exact.delta = [deltas[not known] for *deltas, known in zip(exact.delta, stepped, exact.by_formula, strict=True)]
+    same.delta = exact.delta
     if isinstance(result, str):
         moves = exact.lr > 0 and any(delta.any() for delta in exact.delta)
         several = run.options["engine"] == "batched" and "cannot be had from one call of loss_fn" in result

@@ -399,18 +399,18 @@ class RandomRun:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def widen(self) -> None:
-        """Go on in float64 from the same values."""
+    def cast(self, dtype: torch.dtype) -> None:
+        """Go on in a wider dtype from the same values."""
         modules = [self.model, *(thing for thing in self.outside.values() if isinstance(thing, nn.Module))]
-        for module in (part.double() for one in modules for part in one.modules()):
+        for module in (part.to(dtype) for one in modules for part in one.modules()):
             for name, value in vars(module).items():
                 if isinstance(value, Tensor):
-                    setattr(module, name, value.double())
+                    setattr(module, name, value.to(dtype))
         for state in (state for optimizer in self.optimizers for state in optimizer.state.values()):
             for name, value in state.items():
                 if isinstance(value, Tensor) and name not in ("step", "mu_product", "eta", "mu"):
-                    state[name] = value.double()
-        self.x = self.x.double() if self.x.is_floating_point() else self.x
+                    state[name] = value.to(dtype)
+        self.x = self.x.to(dtype) if self.x.is_floating_point() else self.x
         self.on_one_memory(self.model)
 
 
