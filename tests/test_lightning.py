@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import sharpkern
+from sharpkern.integrations import around_step
 from sharpkern.integrations.around_step import AroundStep
 from sharpkern.integrations.lightning import _REFUSED, SharpnessCallback
 from sharpkern.memory.counter import bytes_of, peak_bytes
@@ -314,25 +315,35 @@ class Interrupting(TorchDispatchMode):
 
 def interrupted(*numbers: int) -> tuple[int, int]:
     """Copies that the way to θ takes, and all until the weights are back."""
-    with stepped() as (_, optimizer):
+    with stepped() as (_, optimizer), pytest.MonkeyPatch.context() as patch:
         mode = Interrupting(*numbers)
         counts = []
 
         def measure(direction: Callable[[], sharpkern.Direction]) -> None:
-            mode.__enter__()
-            direction()
+            with mode:
+                direction()
             counts.append(mode.count)
 
         AroundStep(optimizer, lambda: True, measure)
+        # On the way back no mode looks on.
+        write = around_step._write
+        patch.setattr(
+            around_step,
+            "_write",
+            lambda *pair: write(*pair) if torch._C._len_torch_dispatch_stack() else interrupting(write, mode, *pair),
+        )
         try:
             optimizer.step()
         except KeyboardInterrupt:
             assert numbers
         else:
             assert not numbers
-        finally:
-            mode.__exit__(None, None, None)
     return counts[0] if counts else 0, mode.count
+
+
+def interrupting(write: Callable[..., None], mode: Interrupting, *pair: torch.Tensor) -> None:
+    with mode:
+        write(*pair)
 
 
 def test_an_interrupt_at_any_copy_and_another_one_on_the_way_back_lose_nothing() -> None:

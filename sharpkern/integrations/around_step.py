@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
+from sharpkern._undo import Trace, alone, undone
 from sharpkern.direction import Direction
 from sharpkern.errors import NoUpdateError, RetainedWarning, warn
 from sharpkern.shards import local
@@ -152,15 +153,10 @@ class AroundStep:
             self._warn(start.rounding(direction))
             return direction
 
-        try:
-            self._measure(go_back)
-        finally:
-            try:
-                start.return_()
-            except KeyboardInterrupt:
-                # To the end, also when the user interrupts it a second time.
-                start.return_()
-                raise
+        with alone:
+            trace = Trace()
+            trace.add(start.return_)
+            undone(lambda: self._measure(go_back), trace)
 
     def _warn(self, rounding: float) -> None:
         if rounding > _MOST_ROUNDING and not self._has_warned:
