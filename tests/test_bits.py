@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from tests.oracle import LossFn, deep_copy_losses, engine_losses, engine_on, random_direction
+from tests.oracle import LossFn, deep_copy_losses, engine_losses, engine_on
 
 STEP_SIZES = (0.0, 0.01, 0.1)
 
@@ -51,7 +51,7 @@ def test_complex_weights_that_are_kept_as_real_ones(how: str, dtype: torch.dtype
     loss_fn().backward()
     direction = sharpkern.Direction.from_gradients(model)
     expected = deep_copy_losses(model, fitted, direction, STEP_SIZES)
-    for engine in ("virtual", "inplace"):
+    for engine in ("virtual", "batched", "inplace"):
         assert engine_losses(engine, model, loss_fn, direction, STEP_SIZES) == pytest.approx(expected, rel=1e-5)
     with engine_on("virtual", model, loss_fn, direction) as (opened, _):
         assert opened.oracle_loss(0.1) == pytest.approx(expected[2], rel=1e-5)
@@ -59,18 +59,6 @@ def test_complex_weights_that_are_kept_as_real_ones(how: str, dtype: torch.dtype
     assert (measured.status, measured.engine) == ("converged", "virtual")
     found = [sharpkern.directional_sharpness(model, loss_fn, direction, method=m) for m in ("forward", "hvp")]
     assert found[0] == pytest.approx(found[1], rel=0.02)
-
-
-@pytest.mark.parametrize("how", ["view_as_complex", "view", "conjugate"])
-def test_several_step_sizes_at_once_are_right_or_left_to_one_at_a_time(how: str) -> None:
-    model = Spectral(how, torch.float32)
-    direction = random_direction(model)
-    expected = deep_copy_losses(model, fitted, direction, STEP_SIZES)
-    try:
-        losses = engine_losses("batched", model, fitted(model), direction, STEP_SIZES)
-    except sharpkern.EngineUnsupportedError:
-        return
-    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 class Signs(nn.Module):
@@ -85,7 +73,7 @@ class Signs(nn.Module):
         return (self.weight.square() * torch.where(negative, 3.0, 1.0)).sum()
 
 
-@pytest.mark.parametrize("engine", ["auto", "virtual", "inplace"])
+@pytest.mark.parametrize("engine", ["auto", "virtual", "batched", "inplace"])
 def test_bits_are_those_of_the_weight_that_moved(engine: str) -> None:
     model = Signs()
     direction = sharpkern.Direction.from_tensors({"weight": torch.tensor([1.0, -1.0, 0.5, -0.5])}, model)
