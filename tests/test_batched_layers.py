@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -257,6 +258,13 @@ def max_norm() -> tuple[nn.Module, LossFn]:
 
 
 def aliased() -> tuple[nn.Module, LossFn]:
+    """An alias where nobody looks for one: variables of Python modules are not followed."""
+    model, elsewhere = nn.Linear(16, 4), ModuleType("elsewhere")
+    elsewhere.weight = model.weight.detach()
+    return model, lambda: F.linear(X, elsewhere.weight, model.bias).square().mean()
+
+
+def aliased_in_reach() -> tuple[nn.Module, LossFn]:
     model = nn.Linear(16, 4)
     alias = model.weight.detach()
     return model, lambda: F.linear(X, alias, model.bias).square().mean()
@@ -303,6 +311,7 @@ def statistics_by_an_alias() -> tuple[nn.Module, LossFn]:
     [
         (max_norm, "max_norm writes its weight"),
         (aliased, "aliases of weights"),
+        (aliased_in_reach, "linear reads parameters through a tensor that shares their memory"),
         (read_by_numpy, r"memory by numpy\(\)"),
         (read_in_another_thread, "other threads"),
         (statistics_of_what_is_shared, "updates running statistics"),

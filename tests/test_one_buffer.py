@@ -90,10 +90,10 @@ def test_a_read_of_all_parameters_at_once() -> None:
 
     with engine_on("virtual", model, loss_fn, direction) as (engine, _):
         assert engine.oracle_loss(0.1) == pytest.approx(expected(0.1))
-    with pytest.warns(sharpkern.EngineFallbackWarning, match="an independent evaluation"):
-        found = sharpkern.critical_sharpness(model, loss_fn, direction)
-    assert found.engine == "inplace"
-    assert dict(found.probes) == pytest.approx({eta: expected(eta) for eta, _ in found.probes})
+    for engine in ("auto", "inplace"):
+        found = sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine)
+        assert found.engine == ("virtual" if engine == "auto" else engine)
+        assert dict(found.probes) == pytest.approx({eta: expected(eta) for eta, _ in found.probes})
     assert torch.equal(model.vector, before)
 
 

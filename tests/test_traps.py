@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -201,10 +202,11 @@ def scripted() -> Made:
 
 
 def aliased() -> Made:
-    model = nn.Linear(16, 10)
-    weight = model.weight.detach()
+    """An alias where nobody looks for one: variables of Python modules are not followed."""
+    model, elsewhere = nn.Linear(16, 10), ModuleType("elsewhere")
+    elsewhere.weight = model.weight.detach()
     x, y = torch.randn(32, 16), torch.randint(0, 10, (32,))
-    return model, lambda: F.cross_entropy(F.linear(x, weight, model.bias), y)
+    return model, lambda: F.cross_entropy(F.linear(x, elsewhere.weight, model.bias), y)
 
 
 def partly_aliased() -> Made:

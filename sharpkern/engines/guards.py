@@ -42,7 +42,8 @@ class Guard:
     Attributes:
         trace: as given; whatever else is changed in the block is added to it.
         parameters: the model's, those given and those of other modules that are reached, each once.
-        devices: of these and of the tensors that are noted.
+        aliases: other tensors in reach that lie in their memory.
+        devices: of the parameters and of the tensors that are noted.
 
     Memory: one copy of the buffers, of tensors kept as plain attributes, and of those that the closures reach, except
         tensors of more than 64 MiB outside of the model: these are copied only where a call is seen to write them.
@@ -125,10 +126,12 @@ class Guard:
     def _kept_tensors(self, tensors: Sequence[Tensor], num_own: int) -> list["_Kept"]:
         """Note the tensors that are no parameters, nor aliases of one: the engines write those, or do not."""
         aliased = Owners((local(parameter), parameter) for parameter in self.parameters)
+        self.aliases = [one for one in tensors if not isinstance(one, nn.Parameter) and aliased.of(local(one))]
+        aliases = set(map(id, self.aliases))
         return [
             _Kept(local(tensor), now=index < num_own or tensor.layout is not torch.strided or tensor.nbytes <= _LARGE)
             for index, tensor in enumerate(tensors)
-            if not isinstance(tensor, nn.Parameter) and not aliased.of(local(tensor))
+            if not isinstance(tensor, nn.Parameter) and id(tensor) not in aliases
         ]
 
     def _restore_gradients(self) -> None:

@@ -23,14 +23,14 @@ from sharpkern.engines.layers import HeadLoss, Kept, head_loss, linear_on_steps
 from sharpkern.engines.norms import moving_norm
 from sharpkern.engines.precision import LossPrecision, is_low
 from sharpkern.engines.stepped import STEPPED
-from sharpkern.engines.storage import StorageWatch
+from sharpkern.engines.storage import StorageWatch, moved
 from sharpkern.engines.table import Pair, Scratch, Step
 from sharpkern.engines.tail import Tail, cross_entropy_by_name, linear_operands
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.head import linear_cross_entropy
 from sharpkern.linear import choose as choose_way
 from sharpkern.moves import Stored
-from sharpkern.overlaps import share_memory, storage_pointer
+from sharpkern.overlaps import Owners, share_memory, storage_pointer
 from sharpkern.products import product_dtype
 
 
@@ -45,8 +45,9 @@ class VirtualParameters(TorchFunctionMode):
         kept: where formed weights may be, and stay.
 
     Memory: the largest weight matrix (shared scratch); one row block for embeddings; a copy of the weights that a call
-    takes several of at once (an LSTM layer, `nn.MultiheadAttention`). Of a language model's head that would take more
-    than `tail.HEAD_THRESHOLD` with its logits: 4096 rows of both, if the logits only go into a cross-entropy.
+    takes several of at once (an LSTM layer, `nn.MultiheadAttention`), or that it reads through another tensor. Of a
+    language model's head that would take more than `tail.HEAD_THRESHOLD` with its logits: 4096 rows of both, if the
+    logits only go into a cross-entropy.
     """
 
     def __init__(
@@ -64,6 +65,12 @@ class VirtualParameters(TorchFunctionMode):
         self._guard = guard
         self._parameters = {id(pair.weight): pair for pair in pairs}
         self._table = dict(self._parameters)
+        owners = Owners((pair.weight, pair) for pair in self._parameters.values())
+        others = [*guard.aliases, *guard.parameters] if guard is not None else []
+        # Other tensors in reach that move, since they lie in the memory of what does.
+        self._aliases = {
+            id(one): (one, found) for one in others if id(one) not in self._parameters and (found := owners.of(one))
+        }
         self._precision = precision
         self._scratch = Scratch()
         self._kept = kept or Kept(0)
@@ -109,6 +116,8 @@ class VirtualParameters(TorchFunctionMode):
             if answer is not NotImplemented:
                 return answer
             args, kwargs = self.tail.materialised((args, kwargs))
+        if self._aliases and not calls.is_metadata(name):
+            args, kwargs = self._with_moved_aliases(name, args, kwargs)
         if name in calls.LOSSES:
             args, kwargs = self._precision.widen_loss(args, kwargs)
         if isinstance(func, HigherOrderOperator) and self._parameters:
@@ -314,6 +323,22 @@ class VirtualParameters(TorchFunctionMode):
         self._precision.widen_loss((None, labels), {})
         self._precision.note_product("linear", torch.empty(0, dtype=product_dtype(hidden), device=hidden.device))
 
+    def _with_moved_aliases(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments of a call, with copies that have moved of tensors that lie in the memory of parameters."""
+
+        def replace(tensor: Tensor) -> Tensor:
+            _, pairs = self._aliases.get(id(tensor), (None, ()))
+            if not pairs:
+                return tensor
+            if name in calls.OPAQUE or self.alpha.is_several or (tensor.requires_grad and torch.is_grad_enabled()):
+                raise EngineUnsupportedError(f"{name} reads parameters through a tensor that shares their memory")
+            owners = {pair.owner for pair in pairs}
+            self.read |= owners
+            self.rounded |= owners
+            return moved(tensor, pairs, self.alpha) if self.alpha else tensor
+
+        return calls.map_tensors(args, replace), calls.map_tensors(kwargs, replace)
+
     def _with_copies(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments of a call that writes its weight, the parameters among them copied."""
         if self._pairs_in((args, kwargs)):
@@ -356,7 +381,7 @@ class VirtualParameters(TorchFunctionMode):
 
     def _refuse_write(self, name: str, written: Any) -> None:
         tensors = written if isinstance(written, (list, tuple)) else [written]
-        if any(id(tensor) in self._table or id(tensor) in self._watched for tensor in tensors):
+        if any(id(tensor) in known for tensor in tensors for known in (self._table, self._watched, self._aliases)):
             raise ValueError(
                 f"loss_fn must only evaluate the loss, got a write to a parameter by {name}; take training steps, "
                 "weight clipping and momentum encoders out of the closure"

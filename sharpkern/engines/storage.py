@@ -5,7 +5,7 @@ lower, where every operator of an eager pass goes by. They are slow and need a w
 they check single passes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,30 +84,36 @@ class StorageOracle(_BelowPython):
 
     def see(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator with formed weights."""
+
+        def replace(tensor: Tensor) -> Tensor:
+            pairs = self._pairs.of(tensor)
+            return moved(tensor, pairs, self._step) if pairs else tensor
+
         # Views keep the parameter's storage and are seen again by the operator that reads them.
         if not func.is_view:
-            args, kwargs = map_tensors(args, self._moved), map_tensors(kwargs, self._moved)
+            args, kwargs = map_tensors(args, replace), map_tensors(kwargs, replace)
         return func(*args, **kwargs)
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """What a tensor would be, had the parameters in its memory moved; the tensor itself where there are none."""
-        pairs = self._pairs.of(tensor)
-        if not pairs:
-            return tensor
-        # It may hold several parameters, a part of one, or the bytes of one as another dtype.
-        spans = [span for one in (tensor, *(pair.weight for pair in pairs)) if (span := byte_span(one))]
-        first = min(start for _, start, _ in spans) // _ALIGNED * _ALIGNED
-        copy = _copied(tensor.untyped_storage(), first, max(stop for *_, stop in spans))
 
-        def there(like: Tensor) -> Tensor:
-            offset = like.storage_offset() - first // like.element_size()
-            return copy.view(like.dtype).as_strided(like.size(), like.stride(), offset)
+@torch.no_grad()
+def moved(tensor: Tensor, pairs: Sequence[Pair], step: Step) -> Tensor:
+    """A copy of a tensor as it would be, had the parameters in its memory moved.
 
-        for pair in pairs:
-            pair.form(self._step, out=there(pair.weight))
-        moved = there(tensor)
-        moved = moved.conj() if tensor.is_conj() else moved
-        return torch._neg_view(moved) if tensor.is_neg() else moved
+    It may hold several parameters, a part of one, or the bytes of one as another dtype.
+    """
+    spans = [span for one in (tensor, *(pair.weight for pair in pairs)) if (span := byte_span(one))]
+    first = min(start for _, start, _ in spans) // _ALIGNED * _ALIGNED
+    copy = _copied(tensor.untyped_storage(), first, max(stop for *_, stop in spans))
+
+    def there(like: Tensor) -> Tensor:
+        offset = like.storage_offset() - first // like.element_size()
+        return copy.view(like.dtype).as_strided(like.size(), like.stride(), offset)
+
+    for pair in pairs:
+        pair.form(step, out=there(pair.weight))
+    result = there(tensor)
+    result = result.conj() if tensor.is_conj() else result
+    return torch._neg_view(result) if tensor.is_neg() else result
 
 
 def _copied(storage: torch.UntypedStorage, first: int, stop: int) -> Tensor:
