@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import sharpkern
-from sharpkern.cli import app
+from sharpkern.cli import app, demo
 from sharpkern.cli.digits import DemoRun, HessianPoint, digits, network, train
 from sharpkern.cli.summary import summary
 from sharpkern.measurement import Measurement
@@ -134,6 +134,16 @@ def test_demo_refuses_settings_out_of_range(arguments):
     result = invoke("demo", *arguments)
     assert result.exit_code == 2
     assert f"'{arguments[0]}'" in words(result)
+
+
+def test_demo_trains_only_what_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "demo.png").mkdir()
+    (tmp_path / "file").touch()
+    for output, reason in ((tmp_path, "demo.png is a folder"), (tmp_path / "file" / "out", "file is no folder")):
+        result = CliRunner(env={"COLUMNS": "1000"}).invoke(app, ["demo", "--output", str(output)])
+        assert result.exit_code == 2, result.exception
+        assert re.search(rf"--output must be a folder that can be written, got .*{reason}", words(result))
 
 
 def made_run(critical, hessian, statuses=None, **changes):

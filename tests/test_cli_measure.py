@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import sharpkern
-from sharpkern.cli import app, revisions
+from sharpkern import _marks
+from sharpkern.cli import app, checkpoint, revisions
 from sharpkern.cli.corpus import read_text, row_loss, rows_of, spread
 from tests import checkpoints
 from tests.checkpoints import ENGLISH, REVISIONS
@@ -194,6 +197,46 @@ def empty(olmo: Path, folder: Path) -> Path:
     return path
 
 
+def cut(name: str, size: int | None, as_bin: bool = False):
+    """A checkpoint with a file that was not copied to its end."""
+
+    def make(olmo: Path, folder: Path) -> Path:
+        model = shutil.copytree(olmo / REVISIONS[0], folder / "cut")
+        if as_bin:
+            weights = load_file(model / "model.safetensors")
+            torch.save(weights, model / "pytorch_model.bin")
+            (model / "model.safetensors").unlink()
+        (model / name).write_bytes((model / name).read_bytes()[:size])
+        return model
+
+    return make
+
+
+def with_config(content: str):
+    def make(olmo: Path, folder: Path) -> Path:
+        model = shutil.copytree(olmo / REVISIONS[0], folder / "odd")
+        (model / "config.json").write_text(content, encoding="utf-8")
+        return model
+
+    return make
+
+
+def of_own_code(olmo: Path, folder: Path) -> Path:
+    """A checkpoint whose model is Python code beside its weights."""
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    model = with_config(json.dumps({"model_type": "mine", "auto_map": classes}))(olmo, folder)
+    (model / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')", encoding="utf-8")
+    return model
+
+
+def lacks_a_shard(olmo: Path, folder: Path) -> Path:
+    model = shutil.copytree(olmo / REVISIONS[0], folder / "shards")
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return model
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -215,6 +258,22 @@ def empty(olmo: Path, folder: Path) -> Path:
         ({"text": lambda olmo, folder: folder / "nowhere"}, "nowhere must be a file or a folder of text, got"),
         ({"device": "cuda:7"}, "--device must be a device of this machine, got 'cuda:7'"),
         ({"direction": "adam"}, "'adam' is not one of 'adamw', 'sgd'"),
+        ({"model": cut("model.safetensors", 0)}, r"cut must hold whole files of weights, got model\.safetensors, which "
+         "cannot be read: .*header too small"),
+        ({"model": cut("model.safetensors", 100)}, r"got model\.safetensors, which cannot be read: .*header"),
+        ({"model": cut("model.safetensors", -1)}, r"got model\.safetensors, which cannot be read: .*not fully covered"),
+        ({"model": cut("pytorch_model.bin", 0, as_bin=True)}, r"got pytorch_model\.bin, which cannot be read: "),
+        ({"model": cut("pytorch_model.bin", -10, as_bin=True)}, r"got pytorch_model\.bin, which cannot be read: "),
+        ({"model": lacks_a_shard}, r"got model-00002-of-00002\.safetensors, which cannot be read: .*No such file"),
+        ({"model": cut("config.json", 0)}, r"got '.*cut': .*not a valid JSON"),
+        ({"model": with_config("null")}, "--model must be a folder with a saved model .* got '.*odd': .*NoneType"),
+        ({"model": with_config('{"model_type": "olmo2", "hidden_size": "x"}')}, "got '.*odd': Validation error for"),
+        ({"model": cut("tokenizer.json", 100)}, "must have a tokenizer that can be read, got one that cannot"),
+        ({"model": of_own_code}, "--model must be of an architecture of transformers, got one with code of its own, "
+         "which sharpkern does not run; "),
+        ({"model": "./models/nowhere"}, r"got '\./models/nowhere', where there is no folder; check the path"),
+        ({"model": "/models/nowhere"}, "got '/models/nowhere', where there is no folder"),
+        ({"model": "models/of/mine"}, "got 'models/of/mine', where there is no folder"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_before_any_checkpoint_is_loaded(changes, message, olmo, text, tmp_path, monkeypatch) -> None:
@@ -224,9 +283,106 @@ def test_bad_input_is_told_before_any_checkpoint_is_loaded(changes, message, olm
     if model is not olmo:
         given["revisions"] = None
     result = invoke(*arguments(model, words_of, tmp_path / "out", **given))
-    assert result.exit_code == 2
+    assert result.exit_code == 2, result.exception
     assert re.search(message, words(result)), words(result)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "ran").exists()
+
+
+def file_above(folder: Path) -> Path:
+    (folder / "file").touch()
+    return folder / "file" / "out"
+
+
+def folder_in_place_of(name: str):
+    def make(folder: Path) -> Path:
+        (folder / "out" / name).mkdir(parents=True)
+        return folder / "out"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            file_above,
+            r"--output must be a folder that can be written, got .*out \(.*file is no folder\); choose another",
+        ),
+        (lambda folder: Path("/proc/out"), r"got /proc/out \("),
+        (folder_in_place_of("measure.csv"), r"got .*out \(.*measure\.csv is a folder\)"),
+        (folder_in_place_of("measure.png"), r"got .*out \(.*measure\.png is a folder\)"),
+        (folder_in_place_of("measure.jsonl"), r"got .*out \(.*measure\.jsonl is a folder\)"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_before_any_work(
+    make, message, olmo, text, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "checkpoints", lambda *_: pytest.fail("looked for"))
+    monkeypatch.setattr(revisions.Checkpoint, "config", lambda *_: pytest.fail("read"))
+    result = invoke(*arguments(olmo, text, make(tmp_path)))
+    assert result.exit_code == 2, result.exception
+    assert re.search(message, words(result)), words(result)
+
+
+def test_a_disk_that_is_full_in_the_end_is_one_message_and_nothing_is_lost(olmo, text, tmp_path, monkeypatch) -> None:
+    assert invoke(*arguments(olmo, text, tmp_path)).exit_code == 0
+    before = (tmp_path / "measure.csv").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(revisions, "write_rows", full)
+    result = invoke(*arguments(olmo, text, tmp_path))
+    assert result.exit_code == 2, result.exception
+    assert "No space left on device" in words(result)
+    assert (tmp_path / "measure.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [{"revision": 1}, {"mark": None}, {"measurement": {}}, {"more": 1}])
+def test_a_row_that_no_measure_wrote_is_refused(damage, olmo, text, tmp_path) -> None:
+    assert invoke(*arguments(olmo, text, tmp_path, revisions=REVISIONS[0])).exit_code == 0
+    path = tmp_path / "measure.jsonl"
+    head, row = path.read_text(encoding="utf-8").splitlines()
+    path.write_text(f"{head}\n{json.dumps({**json.loads(row), **damage})}\n", encoding="utf-8")
+    result = invoke(*arguments(olmo, text, tmp_path, revisions=REVISIONS[0]))
+    assert result.exit_code == 2, result.exception
+    assert re.search("rows that this function wrote, got another in line 2", words(result))
+
+
+def test_a_checkpoint_is_known_by_its_bytes_and_not_by_its_times(olmo, text, tmp_path) -> None:
+    model, other = (shutil.copytree(olmo / REVISIONS[i], tmp_path / str(i)) for i in (0, 2))
+    once = arguments(model, text, tmp_path / "out", revisions=None)
+    assert invoke(*once).exit_code == 0
+    # Copied to another machine.
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert invoke(*once).exit_code == 0
+    # Other weights of the same size and time.
+    shutil.copy(other / "model.safetensors", model / "model.safetensors")
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    result = invoke(*once)
+    assert result.exit_code == 2
+    assert "must be what was measured before, got other weights by now" in words(result)
+
+
+def test_of_a_large_file_blocks_all_over_it_count(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "weights"
+    content = bytearray(range(256)) * 40
+    monkeypatch.setattr(_marks, "_BLOCK", 16)
+    monkeypatch.setattr(_marks, "_BLOCKS", 8)
+
+    def mark(changed: int | None = None, more: bytes = b"") -> int:
+        one = bytearray(content)
+        if changed is not None:
+            one[changed] ^= 1
+        path.write_bytes(one + more)
+        return _marks.mark_of_file(path)
+
+    marks = [mark(), mark(0), mark(len(content) - 1), mark(more=b"x")]
+    assert len(set(marks)) == 4
+    # Each byte of a small one.
+    content = content[:128]
+    assert len({mark(), *(mark(i) for i in range(128))}) == 129
 
 
 def test_a_checkpoint_that_was_trained_on_is_not_what_was_measured(olmo, text, tmp_path) -> None:
@@ -240,7 +396,7 @@ def test_a_checkpoint_that_was_trained_on_is_not_what_was_measured(olmo, text, t
 
 
 def test_a_checkpoint_that_lacks_weights_is_not_measured_with_random_ones(olmo, text, tmp_path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     model = tmp_path / "model"
     shutil.copytree(olmo / REVISIONS[0], model)

@@ -120,6 +120,7 @@ def test_a_revision_is_a_folder_in_the_models_folder(files, tmp_path) -> None:
         ),
         ({"revision": "stage3"}, "revision 'stage3' must be a folder with a saved model in"),
         ({"tokens": 100}, "--tokens must be at most the model's context of 64, got 100; lower it"),
+        ({"model": "./nowhere"}, r"got '\./nowhere', where there is no folder; check the path"),
     ],
 )
 def test_bad_input_is_one_message_before_any_long_work(changes, message, files, tmp_path, monkeypatch) -> None:
@@ -128,6 +129,18 @@ def test_bad_input_is_one_message_before_any_long_work(changes, message, files, 
     assert result.exit_code == 2
     assert re.search(message, checkpoints.words(result.output)), result.output
     assert not (tmp_path / "out" / "mix.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["mix.jsonl", "mix.csv", "mix.png"])
+def test_an_output_that_cannot_be_written_is_told_before_any_work(name, files, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint.Checkpoint, "config", lambda *_: pytest.fail("read"))
+    (tmp_path / "out" / name).mkdir(parents=True)
+    result = invoke(files, tmp_path / "out")
+    assert result.exit_code == 2, result.exception
+    assert re.search(
+        rf"--output must be a folder that can be written, got .*out \(.*{name} is a folder\); choose another",
+        checkpoints.words(result.output),
+    )
 
 
 def test_text_that_is_too_short_is_told_before_the_model_is_loaded(files, tmp_path, monkeypatch) -> None:

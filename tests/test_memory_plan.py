@@ -1,6 +1,7 @@
 """Memory plans: fake tensors take what real ones do, by every method, and the figures that a plan is asked for."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import sharpkern
-from sharpkern.cli import app
+from sharpkern.cli import app, memory
 from sharpkern.cli.memory import Head, Optimizer
 from sharpkern.fakes import planned_for
 from sharpkern.memory import architectures, planning
@@ -401,9 +402,11 @@ def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
     transformers.ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model must be a causal language model, got a ViTConfig"):
         sharpkern.memory_plan(tmp_path, progress=False)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="model must be a configuration of transformers"):
-        sharpkern.memory_plan(tmp_path, progress=False)
+    own_code = '{"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}'
+    for content in ("{}", "null", '{"model_ty', '{"model_type": "olmo2", "hidden_size": "x"}', own_code):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="model must be a configuration of transformers"):
+            sharpkern.memory_plan(tmp_path, progress=False)
 
 
 def test_the_command_line_offers_what_there_is() -> None:
@@ -412,3 +415,15 @@ def test_the_command_line_offers_what_there_is() -> None:
     refused = CliRunner().invoke(app, ["memory", "olmo3-1t"], env={"COLUMNS": "1000"})
     assert refused.exit_code == 2
     assert "model must be one of olmo2-1b" in refused.output
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "memory_plan", lambda *_, **__: pytest.fail("counted"))
+    (tmp_path / "file").touch()
+    for option in ("--json", "--plot"):
+        arguments = ["memory", "olmo2-1b", option, str(tmp_path / "file" / "plan")]
+        refused = CliRunner().invoke(app, arguments, env={"COLUMNS": "1000"})
+        assert refused.exit_code == 2, refused.exception
+        assert re.search(rf"{option} must be a file that can be written, got .*file is no folder", refused.output)

@@ -3,8 +3,11 @@
 The revisions of a hub's model are its own. Those of a folder are folders in it, as training runs leave them.
 """
 
-import zlib
-from collections.abc import Sequence
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,12 @@ import torch
 from torch import nn
 
 from sharpkern._extras import missing
+from sharpkern._marks import mark_of, mark_of_file
 
-_WEIGHTS = ("*.safetensors", "*.bin")
+# transformers takes the first that is there, or its shards.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Names of models on the hub, with their owner or without.
+_ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _ANY_TEXT = "def f(x): return x  # The quick brown fox."
 
 
@@ -39,14 +46,12 @@ class Checkpoint:
             ValueError: there is none, it cannot be reached, or it is of no causal language model.
         """
         transformers = _transformers()
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.source, revision=self.revision)
-        except (OSError, ValueError) as error:
-            at = f" at revision {self.revision!r}" if self.revision else ""
-            raise ValueError(
-                f"--model must be a folder with a saved model or the name of one on the hub, got {self.source!r}{at}: "
-                f"{_first_line(error)}"
-            ) from None
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        rule = f"--model must be a folder with a saved model or the name of one on the hub, got {self.source!r}{at}"
+        with _told(rule):
+            config = transformers.AutoConfig.from_pretrained(
+                self.source, revision=self.revision, trust_remote_code=False
+            )
         if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(
                 f"the checkpoint {self.label!r} must be of a causal language model, got {type(config).__name__}; name "
@@ -55,18 +60,28 @@ class Checkpoint:
         return config
 
     def mark(self) -> str:
-        """Tell this state of the checkpoint from others: by its files' sizes and times, or the hub's commit.
-
-        Raises:
-            ValueError: there are no weights in the folder.
-        """
+        """Tell this state of the checkpoint from others: by the bytes of its files, or the hub's commit."""
         folder = Path(self.source)
         if not folder.is_dir():
             return str(getattr(self.config(), "_commit_hash", None))
-        weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+        return str(mark_of([(path.name, mark_of_file(path)) for path in (folder / "config.json", *_weights(folder))]))
+
+    def check_weights(self) -> None:
+        """Refuse a folder without weights, and files of weights that were not written or copied to their end.
+
+        Raises:
+            ValueError: it is one.
+        """
+        folder = Path(self.source)
+        if not folder.is_dir():
+            return
+        with _told(f"{self.source} must hold an index of its weights that can be read"):
+            weights = _weights(folder)
         if not weights:
             raise ValueError(f"{self.source} must hold the model's weights, got none; save the model there again")
-        return str(zlib.crc32(repr([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights]).encode()))
+        for path in weights:
+            with _told(f"{self.source} must hold whole files of weights, got {path.name}, which cannot be read"):
+                _read_ends(path)
 
     def tokenizer(self) -> Any:
         """Load its tokenizer.
@@ -74,17 +89,24 @@ class Checkpoint:
         Raises:
             ValueError: it has none.
         """
+        remedy = "save it there with tokenizer.save_pretrained, or pass --bytes for a model of bytes"
+        found = None
         try:
-            tokenizer = _transformers().AutoTokenizer.from_pretrained(self.source, revision=self.revision)
-            # For some architectures a tokenizer without a vocabulary comes where none was saved.
-            found = bool(tokenizer(_ANY_TEXT, add_special_tokens=False)["input_ids"])
-        except (OSError, ValueError):
-            found = False
-        if not found:
-            raise ValueError(
-                f"the checkpoint {self.source!r} must have a tokenizer, got none; save it there with "
-                "tokenizer.save_pretrained, or pass --bytes for a model of bytes"
+            tokenizer = _transformers().AutoTokenizer.from_pretrained(
+                self.source, revision=self.revision, trust_remote_code=False
             )
+            # For some architectures a tokenizer without a vocabulary comes where none was saved.
+            found = tokenizer(_ANY_TEXT, add_special_tokens=False)["input_ids"]
+        except ImportError:
+            raise
+        except Exception as error:
+            if any(Path(self.source).glob("tokenizer*")):
+                raise ValueError(
+                    f"the checkpoint {self.source!r} must have a tokenizer that can be read, got one that cannot "
+                    f"({_first_line(error)}); {remedy}"
+                ) from None
+        if not found:
+            raise ValueError(f"the checkpoint {self.source!r} must have a tokenizer, got none; {remedy}")
         return tokenizer
 
     def load(self, device: torch.device, dtype: str) -> nn.Module:
@@ -100,14 +122,10 @@ class Checkpoint:
         Raises:
             ValueError: it is no causal language model, or not complete.
         """
-        try:
+        with _told(f"the checkpoint {self.label!r} must hold a causal language model"):
             model, found = _transformers().AutoModelForCausalLM.from_pretrained(
-                self.source, revision=self.revision, dtype=dtype, output_loading_info=True
+                self.source, revision=self.revision, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the checkpoint {self.label!r} must hold a causal language model: {_first_line(error)}"
-            ) from None
         lacking = sorted([*found["missing_keys"], *found["mismatched_keys"]], key=str)
         if lacking:
             raise ValueError(
@@ -149,10 +167,61 @@ def checkpoints(name: str, revisions: Sequence[str]) -> list[Checkpoint]:
         found = [Checkpoint(revision, str(folder / revision), None) for revision in revisions]
     else:
         found = [Checkpoint(revision, name, revision) for revision in revisions]
+    if not folder.is_dir() and not _ON_THE_HUB.fullmatch(name):
+        raise ValueError(
+            f"--model must be a folder with a saved model or the name of one on the hub, got {name!r}, where there is "
+            "no folder; check the path"
+        )
     for checkpoint in found:
         checkpoint.config()
-        checkpoint.mark()
+        checkpoint.check_weights()
     return found
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Return the files of a folder that its weights are in, those that an index names and that may be missing too."""
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return sorted({folder / shard for shard in shards})
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+
+
+def _read_ends(path: Path) -> None:
+    """Read what a file of weights says of itself at its beginning or end, which one that was cut off contradicts."""
+    with path.open("rb") as file:
+        beginning = file.read(2)
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt"):
+            return
+    # What torch saved before it saved archives has no end to look at.
+    if beginning != b"\x80\x02":
+        zipfile.ZipFile(path).close()
+
+
+@contextmanager
+def _told(rule: str) -> Iterator[None]:
+    """Tell in one line what a library cannot read; a file that is cut off has it raise anything.
+
+    Args:
+        rule: what must be, and what it is of.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{rule.split(' must ')[0]} must be of an architecture of transformers, got one with code of its own, "
+                "which sharpkern does not run; measure it in Python by sharpkern.critical_sharpness"
+            ) from None
+        raise ValueError(f"{rule}: {_first_line(error)}") from None
 
 
 def _transformers() -> Any:
@@ -165,4 +234,4 @@ def _transformers() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -17,6 +17,7 @@ from sharpkern._extras import missing
 from sharpkern._files import write_rows
 from sharpkern._progress import progress_bar
 from sharpkern.cli.digits import DemoRun, train
+from sharpkern.cli.refusals import check_output, refusals
 from sharpkern.cli.summary import summary
 from sharpkern.plot import plot_history
 
@@ -89,11 +90,13 @@ def command(
         if find_spec(package) is None:
             typer.echo(str(missing(package, "demo", "sharpkern demo")), err=True)
             raise typer.Exit(1)
-    output.mkdir(parents=True, exist_ok=True)
-    with _one_thread(), progress_bar(steps) as advance:
-        run = train(steps, lr, samples, seed, lambda monitor: advance(str(monitor)))
-    write_csv(run, output / "demo.csv")
-    draw(run, output / "demo.png")
+    with refusals():
+        check_output(output, "demo.csv", "demo.png")
+        with _one_thread(), progress_bar(steps) as advance:
+            run = train(steps, lr, samples, seed, lambda monitor: advance(str(monitor)))
+        output.mkdir(parents=True, exist_ok=True)
+        write_csv(run, output / "demo.csv")
+        draw(run, output / "demo.png")
     from rich.console import Console
 
     console = Console(highlight=False)

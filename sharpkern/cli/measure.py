@@ -1,17 +1,17 @@
 """``sharpkern measure``: λ_c of the checkpoints of a language model on a text."""
 
-import zlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sharpkern._journal import Journal
+from sharpkern._marks import mark_of
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, rows_of, spread
 from sharpkern.cli.lm import Dtype, Kind, device_of, listed, maker
-from sharpkern.cli.refusals import refusals
-from sharpkern.cli.revisions import measure_all, show, write
+from sharpkern.cli.refusals import check_output, refusals
+from sharpkern.cli.revisions import check_row, measure_all, show, write
 from sharpkern.plot import new_figure
 
 HELP = (
@@ -56,6 +56,7 @@ def command(
     """
     with refusals():
         new_figure(1, 1)
+        check_output(output, "measure.jsonl", "measure.csv", "measure.png")
         place = device_of(device)
         found = checkpoints(model, listed("--revisions", revisions))
         for checkpoint in found:
@@ -65,7 +66,7 @@ def command(
         rows = rows[spread(len(rows), num_rows)]
         settings = {
             "model": model,
-            "rows": zlib.crc32(rows.numpy().tobytes()),
+            "rows": mark_of(rows),
             "direction": direction.value,
             "batches": batches,
             "batch_size": batch_size,
@@ -74,9 +75,9 @@ def command(
             "weight_decay": weight_decay,
             "dtype": dtype.value,
         }
-        journal = Journal(output / "measure.jsonl", settings)
+        journal = Journal(output / "measure.jsonl", settings, check=check_row)
         make_direction = maker(direction, beta2, weight_decay)
         measured = measure_all(found, rows.split(batch_size), make_direction, journal, device=place, dtype=dtype.value)
-    show(measured)
-    write(measured, output, "measure")
+        show(measured)
+        write(measured, output, "measure")
     typer.echo(f"Wrote {output / 'measure.csv'} and {output / 'measure.png'}.")

@@ -8,7 +8,7 @@ import torch
 import typer
 
 from sharpkern.cli.lm import Dtype
-from sharpkern.cli.refusals import refusals
+from sharpkern.cli.refusals import check_file, refusals
 from sharpkern.memory.architectures import ARCHITECTURES
 from sharpkern.memory.optimizers import OPTIMIZERS
 from sharpkern.memory.planning import memory_plan
@@ -71,6 +71,9 @@ def command(
     from rich.console import Console
 
     with refusals():
+        for option, path in (("--json", json), ("--plot", plot)):
+            if path is not None:
+                check_file(option, path)
         plan = memory_plan(
             model,
             tokens=tokens,
@@ -82,6 +85,8 @@ def command(
             head=head.value,
         )
         Console().print(plan)
+        for path in filter(None, (json, plot)):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if json is not None:
             plan.save(json)
             typer.echo(f"Wrote {json}.")

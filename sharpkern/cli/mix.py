@@ -12,7 +12,7 @@ from torch import Tensor
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, row_loss, rows_of, spread
 from sharpkern.cli.lm import Dtype, Kind, device_of, listed, maker
-from sharpkern.cli.refusals import refusals
+from sharpkern.cli.refusals import check_output, refusals
 from sharpkern.mixture import mixture_sweep
 from sharpkern.plot import new_figure
 from sharpkern.sweep import MixtureSweep, Summary
@@ -68,6 +68,7 @@ def command(
     """
     with refusals():
         new_figure(1, 1)
+        check_output(output, "mix.jsonl", "mix.csv", "mix.png")
         place, shares = device_of(device), _shares(ratios)
         (checkpoint,) = checkpoints(model, [revision] if revision else [])
         check_context(checkpoint, tokens)
@@ -91,9 +92,9 @@ def command(
             seed=seed,
             path=output / "mix.jsonl",
         )
-    _show(sweep)
-    sweep.to_csv(output / "mix.csv")
-    sweep.plot(output / "mix.png")
+        _show(sweep)
+        sweep.to_csv(output / "mix.csv")
+        sweep.plot(output / "mix.png")
     typer.echo(f"Wrote {output / 'mix.csv'} and {output / 'mix.png'}.")
 
 

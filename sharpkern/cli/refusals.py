@@ -1,26 +1,78 @@
 """Bad input on the command line: one message and an exit code, no traceback."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import typer
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Tell what is wrong with the input and stop.
+    """Tell what is wrong with the input, or with a file, and stop.
 
     Yields:
         None: until the block ends.
 
     Raises:
-        BadParameter: for a value that was refused; exit code 2.
+        BadParameter: for a value that was refused, or a file that cannot be read or written; exit code 2.
         Exit: with code 1 where an optional package is missing.
     """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     except ImportError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
+
+
+def check_output(folder: Path, *names: str) -> None:
+    """Refuse a folder for results that could not be written in the end.
+
+    Args:
+        folder: made later, if it is not there.
+        names: of the files that will be written in it.
+
+    Raises:
+        ValueError: it cannot be made, or something is in the way.
+    """
+    for name in names:
+        reason = _hindrance(folder / name)
+        if reason:
+            raise ValueError(
+                f"--output must be a folder that can be written, got {folder} ({reason}); choose another, or mend that"
+            )
+
+
+def check_file(option: str, path: Path) -> None:
+    """Refuse a file for results that could not be written in the end.
+
+    Args:
+        option: of the command line that names it.
+        path: of the file; the folders above it are made later.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    reason = _hindrance(path)
+    if reason:
+        raise ValueError(f"{option} must be a file that can be written, got {path} ({reason}); choose another")
+
+
+def _hindrance(path: Path) -> str | None:
+    """Say what keeps a file from being written, None where nothing does."""
+    if path.is_dir():
+        return f"{path} is a folder"
+    if path.exists():
+        return None if os.access(path, os.W_OK) else f"{path} must not be written"
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        return f"{above} is no folder"
+    try:
+        with TemporaryFile(dir=above):
+            return None
+    except OSError as error:
+        return f"nothing can be written into {above}: {error.strerror}"

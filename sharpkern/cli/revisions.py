@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._files import write_rows
-from sharpkern._journal import Journal, Row
+from sharpkern._journal import Journal, Row, restored
 from sharpkern._progress import progress_bar
 from sharpkern.cli.checkpoint import Checkpoint
 from sharpkern.cli.corpus import row_loss
 from sharpkern.critical import critical_sharpness
-from sharpkern.measurement import Measurement
+from sharpkern.measurement import Measurement, check_values
 from sharpkern.mixture import MakeDirection
 from sharpkern.monitor import Record
 from sharpkern.plot import plot_history
@@ -65,8 +65,25 @@ def measure_all(
             del model
             journal.add({"revision": checkpoint.label, "mark": marks[checkpoint.label], "measurement": asdict(m)})
             advance(f"{checkpoint.label}: λ_c {m.sharpness:.4g} ({m.status})")
-    by_label = {row["revision"]: _measurement(row["measurement"]) for row in journal.rows}
+    by_label = {row["revision"]: restored(Measurement, row["measurement"]) for row in journal.rows}
     return [(checkpoint.label, by_label[checkpoint.label]) for checkpoint in found]
+
+
+def check_row(row: Row) -> None:
+    """Refuse a row of the journal that `measure_all` has not written.
+
+    Args:
+        row: of the file.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if row.keys() != {"revision", "mark", "measurement"}:
+        raise ValueError(f"it holds {', '.join(row)}")
+    if not isinstance(row["revision"], str) or not isinstance(row["mark"], str):
+        raise ValueError(f"revision and mark are {row['revision']!r} and {row['mark']!r}")
+    m = restored(Measurement, row["measurement"])
+    check_values(m.status, m.critical_lr, m.sharpness, m.base_loss)
 
 
 def steps_of(labels: Sequence[str]) -> list[int] | None:
@@ -140,8 +157,3 @@ def _last_found(rows: Sequence[Row]) -> float | None:
         (row["measurement"]["critical_lr"] for row in reversed(rows) if row["measurement"]["status"] == "converged"),
         None,
     )
-
-
-def _measurement(entry: Row) -> Measurement:
-    probes = tuple((eta, loss) for eta, loss in entry["probes"])
-    return Measurement(**{**entry, "bracket": tuple(entry["bracket"]), "probes": probes})

@@ -73,11 +73,13 @@ def configuration(name: str) -> Any:
             f"got {name!r}; pass the path of a config.json for any other model"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model must be a configuration of transformers, got {name!r}: {str(error).strip().splitlines()[0]}"
-        ) from None
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except ImportError:
+        raise
+    except Exception as error:
+        # A file that is cut off has it raise anything.
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"model must be a configuration of transformers, got {name!r}: {said}") from None
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"model must be a causal language model, got a {type(config).__name__} in {name!r}; build any other model "
