@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -95,11 +96,11 @@ class Options:
     reduce: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
-    def of(cls, caller: str, options: Mapping[str, Any]) -> "Options":
+    def of(cls, caller: Callable[..., Any], options: Mapping[str, Any]) -> "Options":
         """Options given by name.
 
         Args:
-            caller: what the error calls the function that was given them.
+            caller: the function or class that was given them; its own may have been meant too.
             options: by name.
 
         Returns:
@@ -112,8 +113,11 @@ class Options:
         names = [field.name for field in fields(cls)]
         for name in options:
             if name not in names:
-                close = get_close_matches(name, names, 1) or names
-                raise TypeError(f"{caller} has no option {name!r}; did you mean {' or '.join(map(repr, close))}?")
+                own = [one.name for one in signature(caller).parameters.values() if one.default is not one.empty]
+                close = get_close_matches(name, known := [*own, *names], 1) or known
+                raise TypeError(
+                    f"{caller.__name__} has no option {name!r}; did you mean {' or '.join(map(repr, close))}?"
+                )
         return cls(**options)
 
     def __post_init__(self) -> None:

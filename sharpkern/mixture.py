@@ -114,7 +114,7 @@ def mixture_sweep(
     """
     _check_arguments(model, make_direction, batch_loss)
     num_batches, repeats = positive_int("num_batches", num_batches), positive_int("repeats", repeats)
-    Options.of("mixture_sweep", options)
+    Options.of(mixture_sweep, options)
     seed = operator.index(seed)
     mixer = Mix(mix, batch_loss, batch_size, seed, collate)
     mixes = _mixes(mixer, ratios)

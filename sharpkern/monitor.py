@@ -154,7 +154,7 @@ class Monitor:
         self._warn_below = warn_below
         self._is_below = False
         self._has_told_unmoved = False
-        self._options = Options.of("Monitor", options)
+        self._options = Options.of(Monitor, options)
         self.step = 0
         self._memory: SearchMemory | None = None
         self._heldout_memory: SearchMemory | None = None

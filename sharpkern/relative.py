@@ -64,7 +64,7 @@ def relative_critical_sharpness(
         raise TypeError(f"tasks must map names to closures, got {type(tasks).__name__}; pass {{'name': loss_fn}}")
     if not tasks:
         raise ValueError("tasks must hold at least one closure, got none; pass {'name': loss_fn}")
-    chosen = Options.of("relative_critical_sharpness", options)
+    chosen = Options.of(relative_critical_sharpness, options)
     for loss_fn in tasks.values():
         check_arguments(model, loss_fn, direction)
     without_slope = replace(direction, slope=None)

@@ -442,6 +442,8 @@ def test_arguments_of_the_wrong_kind_are_named() -> None:
         SharpnessMonitor(loop.model, loop.model, loop.optimizer)
     with pytest.raises(TypeError, match="Monitor has no option 'rtoll'; did you mean 'rtol'"):
         SharpnessMonitor(loop.accelerator, loop.model, loop.optimizer, rtoll=0.1)
+    with pytest.raises(TypeError, match="Monitor has no option 'warn_bellow'; did you mean 'warn_below'"):
+        SharpnessMonitor(loop.accelerator, loop.model, loop.optimizer, warn_bellow=1.5)
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "XLA"])

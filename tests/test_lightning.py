@@ -661,6 +661,10 @@ def test_options_are_the_monitors(recwarn: pytest.WarningsRecorder) -> None:
     before = torch.get_rng_state()
     with pytest.raises(TypeError, match="has no option 'rtoll'; did you mean 'rtol'"):
         SharpnessCallback(rtoll=0.1)
+    with pytest.raises(TypeError, match="SharpnessCallback has no option 'warn_bellow'; did you mean 'warn_below'"):
+        SharpnessCallback(warn_bellow=1.5)
+    with pytest.raises(TypeError, match="SharpnessCallback has no option 'log'"):
+        SharpnessCallback(log=print)
     with pytest.raises(ValueError, match="every must be at least 1"):
         SharpnessCallback(every=0)
     callback = SharpnessCallback(every=2, warn_below=1e6, rtol=0.1, engine="inplace")

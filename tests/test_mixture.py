@@ -560,6 +560,7 @@ def test_shares_become_whole_samples(share: float, count: int) -> None:
         ({"repeats": 0}, ValueError, "repeats must be a positive int, got 0"),
         ({"num_batches": 1.5}, ValueError, "num_batches must be a positive int, got 1.5"),
         ({"rtoll": 0.1}, TypeError, "mixture_sweep has no option 'rtoll'; did you mean 'rtol'"),
+        ({"repeat": 3}, TypeError, "mixture_sweep has no option 'repeat'; did you mean 'repeats'"),
         ({"model": OLD}, TypeError, r"model must be a torch\.nn\.Module, got Tensor"),
     ],
 )

@@ -258,6 +258,16 @@ def test_misspelt_options_and_foreign_states_are_named() -> None:
     loop = Loop()
     with pytest.raises(TypeError, match="Monitor has no option 'rtoll'; did you mean 'rtol'"):
         sharpkern.Monitor(loop.model, loop.optimizer, rtoll=0.1)
+    for wrong, right in (
+        ("warn_bellow", "warn_below"),
+        ("evry", "every"),
+        ("logs", "log"),
+        ("max_forward", "max_forwards"),
+    ):
+        with pytest.raises(TypeError, match=f"Monitor has no option '{wrong}'; did you mean '{right}'"):
+            sharpkern.Monitor(loop.model, loop.optimizer, **{wrong: 1.5})
+    with pytest.raises(TypeError, match=r"no option 'xyz'; did you mean 'every' or 'log' or .* or 'rtol' or"):
+        sharpkern.Monitor(loop.model, loop.optimizer, xyz=1.5)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
         sharpkern.Monitor(None, loop.optimizer)
     with pytest.raises(ValueError, match="state must be what state_dict"):

@@ -635,6 +635,8 @@ def test_scaled_gradients_are_unscaled(tmp_path: Path, max_grad_norm: float) -> 
 def test_misuse_is_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="SharpnessCallback has no option 'rtoll'; did you mean 'rtol'"):
         SharpnessCallback(rtoll=0.1)
+    with pytest.raises(TypeError, match="SharpnessCallback has no option 'warn_bellow'; did you mean 'warn_below'"):
+        SharpnessCallback(warn_bellow=1.5)
     with pytest.raises(TypeError, match="SharpnessCallback has no option 'log'"):
         SharpnessCallback(log=print)
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):

@@ -15,6 +15,7 @@ from sharpkern._extras import missing
 from sharpkern.direction import Direction
 from sharpkern.errors import NoUpdateError
 from sharpkern.integrations.around_step import AroundStep
+from sharpkern.measurement import Options
 from sharpkern.monitor import Monitor
 
 
@@ -82,6 +83,7 @@ class SharpnessCallback(Callback):
     ) -> None:
         self._options = {"every": every, "warn_below": warn_below, **options}
         # What is wrong with them is told here, and not when training begins. No random number is drawn for that.
+        Options.of(SharpnessCallback, options)
         stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
         Monitor(stand_in, torch.optim.SGD(stand_in.parameters()), **self._options)
         self._monitor: Monitor | None = None

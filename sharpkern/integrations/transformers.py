@@ -84,7 +84,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         self._options = {"every": every, "warn_below": warn_below, **options}
         # What is wrong with them is told here, and not when the data have been prepared and training begins. No random
         # number is drawn for that.
-        Options.of("SharpnessCallback", options)
+        Options.of(SharpnessCallback, options)
         stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
         Monitor(stand_in, torch.optim.SGD(stand_in.parameters()), **self._options)
         self._monitor: Monitor | None = None
