@@ -107,7 +107,9 @@ class Direction:
                 would move nothing, or not to finite weights.
             TypeError: if an argument or a parameter is of a kind that is not supported, or the optimizer needs a
                 closure or several gradients, steps inside of the backward pass, or cannot step on a copy.
-            ValueError: if there is no gradient or one that is sparse, or a parameter stands in two optimizers.
+            ValueError: if there is no gradient or one that is sparse, a parameter stands in two optimizers, or
+                parameters share memory in a way in which their updates have no sum (other dtypes, masters, expanded
+                tensors).
 
         Memory:
             One tensor of each parameter's size; none where it is not resident. While an optimizer other than SGD,
@@ -213,7 +215,8 @@ class Direction:
 
         Raises:
             TypeError: if an argument, a key, or a dtype is of a kind that is not supported.
-            ValueError: if a name is unknown, a shape or device differs, or values are not finite or all zeros.
+            ValueError: if a name is unknown, a shape or device differs, values are not finite or all zeros, or
+                parameters that share memory are given different displacements of it.
 
         Memory:
             None: it holds the tensors themselves, and refuses to be measured once they have changed.
@@ -297,11 +300,13 @@ class Direction:
 
         Raises:
             TypeError: if ``model`` is no module.
-            ValueError: if a parameter is not of this model, a name is unknown, a shape differs, or the tensors were
-                changed since the direction was made.
+            ValueError: if a parameter is not of this model, a name is unknown, a shape differs, the tensors were
+                changed since the direction was made, or another parameter shares memory with one of these as another
+                dtype.
 
         Memory:
-            None, unless tensors have to go to another device.
+            None, unless tensors have to go to another device, or parameters that are not listed share memory with
+            these: then as much as those.
         """
         reshard(checked_module(model))
         parameters = {id(parameter) for parameter in model.parameters()}

@@ -72,8 +72,8 @@ def hessian_sharpness(
 
     Raises:
         TypeError: If the preconditioner is not a `torch.optim.Adam` or `AdamW`.
-        ValueError: If ``tol``, ``max_iter`` or ``v0`` is out of range, the preconditioner is another model's, or there
-            is nothing to differentiate.
+        ValueError: If ``tol``, ``max_iter`` or ``v0`` is out of range, the preconditioner is another model's,
+            parameters share memory, or there is nothing to differentiate.
         RuntimeError: If the loss cannot be differentiated twice. Where that cannot be told of an operator, because its
             gradient is not torch's own, a warning says so.
         ImportError: If scipy, the extra ``hessian``, is missing.
