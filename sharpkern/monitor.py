@@ -233,12 +233,7 @@ class Monitor:
         """Warn once of parameters whose gradients belong to a step that another optimizer takes."""
         if self._has_told_unmoved:
             return
-        known = {
-            id(p)
-            for part in parts_of(self._optimizer)
-            for group in part.optimizer.param_groups
-            for p in group["params"]
-        }
+        known = {id(place.parameter) for part in parts_of(self._optimizer) for place in part.places()}
         known.update(id(p) for p, master in (self._masters or {}).items() if id(master) in known)
         reshard(self._model)
         unmoved = [
@@ -246,7 +241,7 @@ class Monitor:
             for name, p in self._model.named_parameters()
             if id(p) not in known and p.requires_grad and p.grad is not None and local(p.grad).any()
         ]
-        if unmoved:
+        if unmoved and _is_first_rank():
             self._has_told_unmoved = True
             warn(
                 f"{len(unmoved)} parameters of the model hold gradients and stand in no optimizer of the monitor (the "
@@ -345,9 +340,7 @@ class Monitor:
             return
         headroom = m.critical_lr / record.lr
         fell, self._is_below = headroom < self._warn_below and not self._is_below, headroom < self._warn_below
-        distributed = torch.distributed
-        first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-        if fell and first:
+        if fell and _is_first_rank():
             # What it is to be below, and what the last measurements ask for.
             suggested = min(m.critical_lr / self._warn_below, self.suggest_lr() or math.inf)
             uphill = m.status == "ascent"
@@ -378,3 +371,8 @@ class Monitor:
 
 def _is_finite(value: float | int | str | None) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
