@@ -6,7 +6,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -42,12 +42,13 @@ def copy_on(optimizer: Optimizer, parameters: Iterable[Tensor], stand_ins: Itera
     originals = [optimizer, *optimizers_within(optimizer)]
     for one in originals:
         _refuse_ways_back(one)
-    stand_in_of = {id(p): (p, stand_in) for p, stand_in in zip(parameters, stand_ins, strict=True)}
+    pairs = list(zip(parameters, stand_ins, strict=True))
+    stand_in_of = {id(parameter): stand_in for parameter, stand_in in pairs}
     # Torch's own way to copy an optimizer keeps nothing but groups and state.
     shadows: list[Optimizer] = [object.__new__(type(one)) for one in originals]
     memo: dict[int, Any] = {id(one): shadow for one, shadow in zip(originals, shadows, strict=True)}
-    memo.update({key: stand_in for key, (_, stand_in) in stand_in_of.items()})
-    for parameter, stand_in in stand_in_of.values():
+    memo.update(stand_in_of)
+    for parameter, stand_in in pairs:
         # Marks that some optimizers read, such as muP's shapes.
         stand_in.__dict__.update(copy.deepcopy(parameter.__dict__, memo))
     # What a differentiable step has left is part of a graph, which nothing else than a step can copy.
@@ -60,13 +61,13 @@ def copy_on(optimizer: Optimizer, parameters: Iterable[Tensor], stand_ins: Itera
                 shadow.__dict__[name] = OrderedDict()
             elif name not in _LEFT_BEHIND:
                 shadow.__dict__[name] = copy.deepcopy(value, memo)
-    names = {key: id(stand_in) for key, (_, stand_in) in stand_in_of.items()}
-    dtypes = {id(stand_in): (parameter.dtype, stand_in.dtype) for parameter, stand_in in stand_in_of.values()}
+    dtypes = {id(new): (old.dtype, new.dtype) for old, new in pairs if old.dtype != new.dtype}
     # All that was copied stands there, however deep; under its own number what the copies are of.
     for thing in [thing for key, thing in memo.items() if key != id(memo)]:
-        _rename(thing, names, lambda key: memo[id(key)] if id(key) in stand_in_of else key)
+        _rename(thing, stand_in_of)
         if isinstance(thing, MutableMapping):
-            _widen(thing, dtypes)
+            if dtypes:
+                _widen(thing, dtypes)
             # The numbers are the same without a graph, which parameters of their own cannot be part of.
             if isinstance(thing, dict) and "differentiable" in thing:
                 thing["differentiable"] = False
@@ -98,29 +99,25 @@ def _reached(value: object) -> Iterator[object]:
             yield from contents(function.__globals__.get(name))
 
 
-def _rename(thing: Any, names: Mapping[int, int], key_of: Callable[[Any], Any]) -> None:
-    """Replace parameters by their stand-ins in what knows them by ``id``, or weakly.
-
-    Args:
-        thing: that was copied; only containers matter.
-        names: ids of stand-ins by ids of parameters.
-        key_of: returns what takes the place of a key.
-    """
+def _rename(thing: Any, stand_ins: Mapping[int, nn.Parameter]) -> None:
+    """Replace parameters by their stand-ins in a container that knows them by ``id``, or weakly."""
 
     def new(value: Any) -> Any:
-        return names.get(value, value) if type(value) is int else value
+        if type(value) is int:
+            return id(stand_ins[value]) if value in stand_ins else value
+        return stand_ins.get(id(value), value)
 
     if isinstance(thing, MutableMapping):
-        items = [(key, new(key_of(key)), value, new(value)) for key, value in thing.items()]
-        if any(key is not other or value is not another for key, other, value, another in items):
+        items = [(new(key), new(value)) for key, value in thing.items()]
+        if any(new(key) is not key or new(value) is not value for key, value in thing.items()):
             thing.clear()
-            thing.update((key, value) for _, key, _, value in items)
+            thing.update(items)
     elif isinstance(thing, list):
         thing[:] = map(new, thing)
-    elif isinstance(thing, set) and thing & names.keys():
-        renamed = set(map(new, thing))
+    elif isinstance(thing, set):
+        members = set(map(new, thing))
         thing.clear()
-        thing.update(renamed)
+        thing.update(members)
 
 
 def _widen(states: MutableMapping[Any, Any], dtypes: Mapping[int, tuple[torch.dtype, torch.dtype]]) -> None:
@@ -129,5 +126,5 @@ def _widen(states: MutableMapping[Any, Any], dtypes: Mapping[int, tuple[torch.dt
         narrow, wide = dtypes.get(key if type(key) is int else id(key), (None, None))
         holder: MutableMapping[Any, Any] = state if isinstance(state, MutableMapping) else states
         for name in list(state) if isinstance(state, MutableMapping) else [key]:
-            if narrow != wide and isinstance(holder[name], Tensor) and holder[name].dtype is narrow:
+            if wide and isinstance(holder[name], Tensor) and holder[name].dtype is narrow:
                 holder[name] = holder[name].to(wide)

@@ -155,7 +155,9 @@ def optimizers_within(optimizer: object) -> list[Optimizer]:
     found: dict[int, Optimizer] = {}
     waiting = [optimizer]
     while waiting:
-        for value in contents(getattr(waiting.pop(), "__dict__", None)):
+        attributes = getattr(waiting.pop(), "__dict__", {})
+        # Not among the tensors of its state, of which there are many.
+        for value in contents([value for name, value in attributes.items() if name not in ("state", "param_groups")]):
             if isinstance(value, Optimizer) and value is not optimizer and id(value) not in found:
                 found[id(value)] = value
                 waiting.append(value)
