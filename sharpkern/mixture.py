@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from sharpkern.accumulate import gradient_direction
 from sharpkern.direction import Direction
 from sharpkern.engines.closure import check_loss
 from sharpkern.engines.guards import Guard
+from sharpkern.engines.ranks import Ranks, Together, as_one
 from sharpkern.engines.session import Session, in_session
 from sharpkern.errors import NoUpdateError
 from sharpkern.measurement import Options, check_values
@@ -82,7 +84,8 @@ def mixture_sweep(
         path: of a file to keep results in as they come. Called again with the same arguments, the sweep goes on where
             it was stopped, and gives the same numbers as one that was not; repeats and ratios may be added. A file of
             another model, data or setting is refused. Of closures, data sets and ``batch_loss`` the losses at θ count,
-            of each task and of a first batch of each source, to a thousandth.
+            of each task and of a first batch of each source, to a thousandth. On several ranks each has a file of its
+            own, but for the first with its number in the name.
         progress: show a progress bar on the error stream, where that is a terminal.
         **options: of `critical_sharpness`, ``base_loss`` excepted. Without ``initial_lr`` a search starts from the
             smallest η_c of the measurement before; give a small one where losses are rough, and a later crossing might
@@ -121,33 +124,38 @@ def mixture_sweep(
     # All mixes of a repeat before the next repeat: what is there when the sweep is stopped covers all of them.
     cells = [(shares, repeat) for repeat in range(repeats) for shares in mixes]
 
+    def described(losses: Mapping[str, LossFn]) -> Row:
+        return {
+            "tasks": [
+                [name, mark_of(loss.args if isinstance(loss, partial) else loss)] for name, loss in losses.items()
+            ],
+            # In order, since shares are.
+            "sources": [[name, mark_of(source)] for name, source in mixer.sources.items()],
+            "model": mark_of_model(model),
+            "direction": _described(make_direction),
+            "batch_size": mixer.batch_size,
+            "num_batches": num_batches,
+            "seed": seed,
+            "options": {name: _described(value) for name, value in options.items()},
+        }
+
     def swept(session: Session) -> tuple[Journal, list[str]]:
         guard = session.guard
         # A shuffled loader gives the same batches whenever the sweep goes on.
         seed_streams(str(seed), guard.devices)
         losses = _task_losses(tasks, batch_loss)
-        at_start = _evaluated({f"task {name!r}": loss_fn for name, loss_fn in losses.items()}, guard, seed)
-        _refuse_without_value(at_start)
-        if path is None:
-            journal = Journal(None, {})
-        else:
-            settings = {
-                "tasks": [
-                    [name, mark_of(loss.args if isinstance(loss, partial) else loss)] for name, loss in losses.items()
-                ],
-                # In order, since shares are.
-                "sources": [[name, mark_of(source)] for name, source in mixer.sources.items()],
-                "model": mark_of_model(model),
-                "direction": _described(make_direction),
-                "batch_size": mixer.batch_size,
-                "num_batches": num_batches,
-                "seed": seed,
-                "options": {name: _described(value) for name, value in options.items()},
-            }
-            at_start |= _evaluated(_source_losses(mixer), guard, seed)
-            journal = Journal(path, settings, losses=at_start, check=partial(_points, mixer.sources, losses))
-        done = {(tuple(row["shares"]), row["repeat"]) for row in journal.rows}
-        left = [cell for cell in cells if cell not in done]
+        of_tasks = _evaluated({f"task {name!r}": loss_fn for name, loss_fn in losses.items()}, guard, seed)
+        of_sources = {} if path is None else _evaluated(_source_losses(mixer), guard, seed)
+        with as_one(session.ranks):
+            _refuse_without_value(of_tasks)
+            settings = {} if path is None else described(losses)
+            check = partial(_points, mixer.sources, losses)
+            journal = Journal(_file_of(path, session.ranks), settings, losses=of_tasks | of_sources, check=check)
+        done = {_cell(row) for row in journal.rows}
+        # One rank may have been stopped before it wrote what the others did.
+        lacking = session.ranks.any_of([cell not in done for cell in cells])
+        left = list(compress(cells, lacking))
+        journal.rows = [row for row in journal.rows if _cell(row) not in left]
         with progress_bar(len(cells), done=len(cells) - len(left), shown=progress) as advance:
             for shares, repeat in left:
                 started = time.perf_counter()
@@ -170,7 +178,7 @@ def mixture_sweep(
     closures = [one for one in (batch_loss, *chain.from_iterable(groups)) if callable(one)]
     journal, names = in_session(swept, model, None, closures, grad=True)
     # The last row of a cell counts, should two processes have written the file.
-    rows = {(tuple(row["shares"]), row["repeat"]): row for row in journal.rows}
+    rows = {_cell(row): row for row in journal.rows}
     measured = tuple(point for cell in cells for point in _points(mixer.sources, names, rows[cell]))
     return MixtureSweep(tuple(mixer.sources), tuple(names), tuple(mixes), measured)
 
@@ -300,6 +308,19 @@ def _described(value: Any) -> Any:
         own = str(getattr(value, "__module__", "")).startswith("sharpkern.")
         return name if own else f"{name} {mark_of_function(value)}"
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def _file_of(path: str | os.PathLike[str] | None, ranks: Ranks) -> Path | None:
+    """Return the file of this rank: the one that was named, or beside it where others measure along."""
+    if path is None:
+        return None
+    rank = torch.distributed.get_rank() if isinstance(ranks, Together) else 0
+    named = Path(path)
+    return named.with_name(f"{named.stem}.rank{rank}{named.suffix}") if rank else named
+
+
+def _cell(row: Row) -> tuple[Shares, int]:
+    return tuple(row["shares"]), row["repeat"]
 
 
 def _points(sources: Collection[str], tasks: Collection[str], row: Row) -> list[MixturePoint]:

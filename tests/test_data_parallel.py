@@ -1,10 +1,11 @@
 """Two processes under DistributedDataParallel: both give the whole batch's answer, and the run is not touched."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -118,6 +119,27 @@ def untouched(rank: int, kind: str, set_to_none: bool) -> bool:
     return len(with_it) == len(without) and all(map(torch.equal, with_it, without))
 
 
+def stopped_and_taken_up(rank: int, folder: Path) -> tuple[list[float], list[float]]:
+    """A sweep over each rank's own data in one go, and one that was stopped where one rank was a row ahead."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(6, 3).double())
+    old, new = shard(rank)[0].split(8)
+    loss = lambda x: (model(x) - x[:, :3].sin()).square().mean()
+
+    def sweep(path: Path | None) -> list[float]:
+        tasks, mix = {"old": old[:4], "new": new[:4]}, {"old": old[4:], "new": new[4:]}
+        ratios, options = [0.0, 0.5, 1.0], {"batch_size": 4, "repeats": 1, "progress": False}
+        found = sharpkern.mixture_sweep(model, tasks, mix, ratios, batch_loss=loss, path=path, **options)
+        return [point.critical_lr for point in found.points]
+
+    path = folder / "sweep.jsonl"
+    through = sweep(path)
+    own = path if rank == 0 else folder / "sweep.rank1.jsonl"
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[: 2 + rank]))
+    distributed.barrier()
+    return through, sweep(path)
+
+
 JOBS = {
     "values": values,
     **{
@@ -131,7 +153,9 @@ JOBS = {
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """What each rank found."""
-    return on_ranks(JOBS, NUM_RANKS, tmp_path_factory.mktemp("ranks"))
+    folders = [tmp_path_factory.mktemp(name) for name in ("ranks", "sweep")]
+    sweep = partial(stopped_and_taken_up, folder=folders[1])
+    return on_ranks({**JOBS, "sweep": sweep}, NUM_RANKS, folders[0])
 
 
 def test_all_ranks_agree_with_the_whole_batch(ranks) -> None:
@@ -146,3 +170,10 @@ def test_all_ranks_agree_with_the_whole_batch(ranks) -> None:
 @pytest.mark.parametrize("name", [name for name in JOBS if name.endswith("gradients")])
 def test_the_run_is_bit_for_bit_what_it_would_have_been(ranks, name) -> None:
     assert [rank[name] for rank in ranks] == [True] * NUM_RANKS, ranks[0][name]
+
+
+def test_a_sweep_goes_on_where_all_ranks_were(ranks) -> None:
+    here, other = (rank["sweep"] for rank in ranks)
+    assert isinstance(here, tuple), here
+    through, taken_up = here
+    assert through == taken_up == other[0] == other[1]
