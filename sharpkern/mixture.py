@@ -145,7 +145,9 @@ def mixture_sweep(
         seed_streams(str(seed), guard.devices)
         losses = _task_losses(tasks, batch_loss)
         of_tasks = _evaluated({f"task {name!r}": loss_fn for name, loss_fn in losses.items()}, guard, seed)
-        of_sources = {} if path is None else _evaluated(_source_losses(mixer), guard, seed)
+        # A source that draws another batch each time shows nothing by the loss of one.
+        once, again = ({} if path is None else _evaluated(_source_losses(mixer), guard, seed) for _ in range(2))
+        of_sources = {name: loss for name, loss in once.items() if repr(loss) == repr(again[name])}
         with as_one(session.ranks):
             _refuse_without_value(of_tasks)
             settings = {} if path is None else described(losses)

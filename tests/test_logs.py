@@ -1,6 +1,7 @@
 """Logs: every value arrives, whatever the logger's rule about steps and however often the loop logs itself."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -93,11 +94,11 @@ def test_wandb_log_of_before_the_run_began_finds_the_run(monkeypatch: pytest.Mon
         raise RuntimeError("You must call wandb.init() before wandb.log()")
 
     log.__module__ = "wandb.sdk.lib.preinit"
-    monkeypatch.setitem(__import__("sys").modules, "wandb", type("wandb", (), {"run": run}))
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"run": run}))
     Loop(log=log).run(1)
     run.finish()
     assert run.curve("sharpness/step") == [0]
-    monkeypatch.setitem(__import__("sys").modules, "wandb", type("wandb", (), {"run": None}))
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"run": None}))
     with pytest.raises(RuntimeError, match=r"call wandb\.init"):
         Loop(log=log).run(1)
 

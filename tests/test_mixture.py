@@ -310,6 +310,18 @@ def test_the_file_of_what_only_losses_and_code_tell_apart_is_refused(change, nam
         sweep(**{**arguments, **change})
 
 
+def test_sources_that_give_another_batch_each_time_are_gone_on_with(tmp_path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    batches = itertools.count(1)
+    mix = {"old": lambda: MODEL.loss(OLD * next(batches)), "new": lambda: MODEL.loss(NEW)}
+    arguments = {"model": MODEL, "mix": mix, "path": path}
+    first = sweep(**arguments, ratios=[0.5])
+    again = sweep(**arguments, ratios=[0.5, 1.0])
+    assert set(numbers(first)) < set(numbers(again))
+    with pytest.raises(ValueError, match="the loss of source 'new' was"):
+        sweep(**{**arguments, "mix": {**mix, "new": lambda: MODEL.loss(2 * NEW)}}, ratios=[0.5])
+
+
 def of_first(model, losses):
     return sharpkern.gradient_direction(model, losses)
 
