@@ -274,10 +274,13 @@ def lacks_a_shard(olmo: Path, folder: Path) -> Path:
         ({"model": "./models/nowhere"}, r"got '\./models/nowhere', where there is no folder; check the path"),
         ({"model": "/models/nowhere"}, "got '/models/nowhere', where there is no folder"),
         ({"model": "models/of/mine"}, "got 'models/of/mine', where there is no folder"),
+        ({"model": "runs/misspelt"}, "got 'runs/misspelt', where there is no folder"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_before_any_checkpoint_is_loaded(changes, message, olmo, text, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(revisions.Checkpoint, "load", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
     given = {name: value(olmo, tmp_path) if callable(value) else value for name, value in changes.items()}
     model, words_of = given.pop("model", olmo), given.pop("text", text)
     if model is not olmo:

@@ -167,7 +167,9 @@ def checkpoints(name: str, revisions: Sequence[str]) -> list[Checkpoint]:
         found = [Checkpoint(revision, str(folder / revision), None) for revision in revisions]
     else:
         found = [Checkpoint(revision, name, revision) for revision in revisions]
-    if not folder.is_dir() and not _ON_THE_HUB.fullmatch(name):
+    # A folder that was misspelt would be looked for on the hub, which takes its time to say no.
+    beside = "/" in name and folder.parent.is_dir()
+    if not folder.is_dir() and (beside or not _ON_THE_HUB.fullmatch(name)):
         raise ValueError(
             f"--model must be a folder with a saved model or the name of one on the hub, got {name!r}, where there is "
             "no folder; check the path"
