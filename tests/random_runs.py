@@ -228,6 +228,7 @@ CONTEXTS = {
     "deterministic": 2,
 }
 DTYPES = {torch.float32: 6, torch.float64: 3, torch.bfloat16: 1}
+OTHERS = ["relative", "forward", "hvp"]
 ENGINES = {"auto": 3, "virtual": 2, "batched": 2, "inplace": 3}
 FORMS = ["cells", "partial", "method", "object"]
 
@@ -258,8 +259,9 @@ class RandomRun:
         self._draw_loss(rng)
         self._draw_optimizers(rng)
         self._draw_measurement(rng)
-        # The compiler takes seconds; by it reentrant checkpoints have other gradients.
-        self.is_compiled = rng.random() < 0.01 and compiled and "reentrant" not in str(self)
+        # The compiler takes seconds, and has other gradients of these.
+        unlike = any(name in str(self) for name in ("reentrant", "remembers", "functional_call"))
+        self.is_compiled = rng.random() < 0.01 and compiled and not unlike
         self.called = torch.compile(self.model, backend="eager") if self.is_compiled else self.model
 
     def _draw_model(self, rng: random.Random) -> None:
@@ -297,7 +299,10 @@ class RandomRun:
         self.about += ["penalty" * (self.penalty > 0), f"micro={self.num_micro}"]
 
     def _draw_optimizers(self, rng: random.Random) -> None:
-        name = rng.choice(list(OPTIMIZERS))
+        # Adafactor's steps are relative to θ: of two on one memory the second reads what the first has moved; and it
+        # divides by the size of parameters.
+        adafactor = self.independent and all(parameter.numel() for parameter in self.model.parameters())
+        name = rng.choice([name for name in OPTIMIZERS if adafactor or name != "Adafactor"])
         variants, flags = OPTIMIZERS[name]
         options = {**rng.choice(variants), **{flag: FLAGS[flag] for flag in flags if rng.random() < 0.15}}
         if self.dtype == torch.bfloat16:
@@ -305,11 +310,9 @@ class RandomRun:
             options.pop("fused", None)
         if "fused" in options:
             options.pop("foreach", None)
-        if not self.independent:
+        if not self.independent and "weight_decay" in flags:
             # The second of two on one memory decays what the first has moved, which is of second order.
             options["weight_decay"] = 0.0
-        if name == "Rprop":
-            options.pop("weight_decay", None)
         self.sign = -1 if options.get("maximize") else 1
         rate = lr = 10 ** rng.uniform(-4, -0.5)
         if rng.random() < 0.05 and name in ("SGD", "Adam", "AdamW") and "foreach" not in options:
@@ -340,9 +343,10 @@ class RandomRun:
     def _draw_measurement(self, rng: random.Random) -> None:
         self.warm_up, self.monitored, self.resident = rng.randrange(4), rng.random() < 0.3, rng.choice([None, False])
         more = [{"certify": True}, {"method": "bisection"}, {"max_forwards": 12}, *[{}] * 9]
-        self.breaks_at = rng.choice([0, 0, 0, rng.randint(1, 6)])
+        self.breaks_at, self.also = rng.choice([0, 0, 0, rng.randint(1, 6)]), rng.choice([*OTHERS, *[""] * 12])
         self.options: dict[str, Any] = {"engine": drawn(rng, ENGINES), **rng.choice(more)}
         self.about += ["Monitor" * self.monitored, f"warm-up={self.warm_up}", *map(str, self.options.values())]
+        self.about += [f"breaks at {self.breaks_at}" * (self.breaks_at > 0), f"also {self.also}" * bool(self.also)]
 
     def __str__(self) -> str:
         return " · ".join(filter(None, self.about))

@@ -7,18 +7,15 @@ from sharpkern.engines.inplace import InPlaceEngine
 from sharpkern.engines.virtual import VirtualEngine
 from tests.fuzz import outcome
 
-# Cases of faults that are known and not mended yet.
-KNOWN = {4}
 
-
-@pytest.mark.parametrize("seed", sorted(set(range(40)) - KNOWN))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_case(seed: int) -> None:
     how, wrong = outcome(seed)
     assert wrong == ""
     assert not how.startswith("cannot be trained")
 
 
-@pytest.mark.parametrize(("engine", "seed"), [(InPlaceEngine, 5), (VirtualEngine, 22)])
+@pytest.mark.parametrize(("engine", "seed"), [(InPlaceEngine, 1), (VirtualEngine, 3)])
 def test_an_engine_that_is_off_is_noticed(engine: type, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = engine.losses
     monkeypatch.setattr(engine, "losses", lambda self, step_sizes: losses(self, [1.01 * eta for eta in step_sizes]))
@@ -28,4 +25,4 @@ def test_an_engine_that_is_off_is_noticed(engine: type, seed: int, monkeypatch: 
 @pytest.mark.parametrize("part", ["_restore_gradients", "rewind"])
 def test_a_restore_left_out_is_noticed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guard, part, lambda self: None)
-    assert outcome(8)[0] == "DIFFERS, state"
+    assert outcome(1)[0] == "DIFFERS, state"
