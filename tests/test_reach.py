@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -109,6 +110,18 @@ def test_a_list_that_a_hook_fills_is_put_back(engine: str, record: Callable[[Ten
     sharpkern.critical_sharpness(model, loss_fn, sharpkern.Direction.from_gradients(model), engine=engine)
     assert len(seen) == len(before) == 1
     assert seen[0] is before[0]
+
+
+def test_what_a_hook_counts_stays() -> None:
+    """By such counts tests and profilers go; were they put back, a hook that acts at its third call never would."""
+    model, counter = net(), SimpleNamespace(calls=0)
+
+    def count(*_: object) -> None:
+        counter.calls += 1
+
+    model[0].register_forward_hook(count)
+    found = measured(model, lambda: model(X).square().mean(), "virtual")
+    assert counter.calls >= 1 + found.forwards
 
 
 @pytest.mark.parametrize("engine", ["virtual", "inplace"])
@@ -310,5 +323,7 @@ def test_an_unrepeatable_closure_is_refused_after_another_of_the_same_helper() -
 def test_the_reach_of_a_closure_is_bounded_by_libraries() -> None:
     model, optimizer = net(), torch.optim.SGD(net().parameters(), lr=0.1)
     reached = Reached(lambda: (model(X), optimizer))
+    assert reached.modules == []
+    reached.follow()
     assert model in reached.modules
     assert not any(container is optimizer.state for container in reached.containers)

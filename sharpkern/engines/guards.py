@@ -58,8 +58,11 @@ class Guard:
     ) -> None:
         self.trace = trace
         reached = Reached(model)
-        num_tensors, num_containers = len(reached.tensors), len(reached.containers)
+        num_attributes = len(reached.containers)
+        reached.follow()
+        num_tensors, num_hooks = len(reached.tensors), len(reached.containers)
         reached.add(*closures)
+        reached.follow()
         others = [p for module in reached.modules for p in module.parameters(recurse=False)]
         self.parameters = list({id(p): p for p in (*model.parameters(), *parameters, *others)}.values())
         self._gradients = {id(p): p.grad for p in self.parameters}
@@ -67,7 +70,10 @@ class Guard:
         self._uncopied = [kept for kept in self._tensors if kept.content is None]
         self.devices = {tensor.device for tensor in (*self.parameters, *(kept.tensor for kept in self._tensors))}
         containers = [(container, container.copy()) for container in reached.containers]
-        self._own_containers, self._other_containers = containers[:num_containers], containers[num_containers:]
+        # Lists that a hook fills are the model's, as its attributes are; what hooks count is as of closures.
+        hooks = containers[num_attributes:num_hooks]
+        self._own_containers = containers[:num_attributes] + [kept for kept in hooks if not isinstance(kept[0], dict)]
+        self._other_containers = [kept for kept in hooks if isinstance(kept[0], dict)] + containers[num_hooks:]
         self._cells = [(cell, contents_of(cell)) for cell in reached.cells]
         self._names = [(scope, name, scope[name]) for scope, name in reached.names]
         self._undo: list[Step] = [

@@ -67,21 +67,33 @@ class Reached:
         self.names: list[tuple[dict[str, Any], str]] = []
         # They are held, so that no other object takes the place of one that is gone.
         self._seen: dict[int, object] = {}
+        self._functions: list[object] = []
         self.add(*roots)
 
     def add(self, *roots: object) -> None:
-        """Enter what more roots reach."""
-        waiting = deque(roots)
-        for root in roots:
-            # What is called is looked into, whatever library it is of; so is what it is a method of.
-            owner = getattr(root, "__self__", root)
-            if not isinstance(owner, _PLAIN):
-                waiting.append(getattr(owner, "__dict__", None))
+        """Enter what more roots reach, but for what the functions among it reach."""
+        # What is called is looked into, whatever library it is of; so is what it is a method of.
+        owners = [getattr(root, "__self__", root) for root in roots]
+        self._walk([*roots, *(getattr(owner, "__dict__", None) for owner in owners if not isinstance(owner, _PLAIN))])
+
+    def _walk(self, things: Iterable[object]) -> None:
+        waiting = deque(things)
         while waiting and len(self._seen) < _MOST:
             thing = waiting.popleft()
-            if not isinstance(thing, _PLAIN) and id(thing) not in self._seen:
-                self._seen[id(thing)] = thing
+            if isinstance(thing, _PLAIN) or id(thing) in self._seen:
+                continue
+            self._seen[id(thing)] = thing
+            if isinstance(thing, (FunctionType, MethodType, partial)):
+                self._functions.append(thing)
+            else:
                 waiting.extend(self._inside(thing))
+
+    def follow(self) -> None:
+        """Enter what the functions reach that have been found."""
+        while self._functions:
+            functions, self._functions = self._functions, []
+            for function in functions:
+                self._walk(self._inside(function))
 
     def _inside(self, thing: Any) -> Iterable[object]:
         """Enter one thing, and return what it holds."""
