@@ -82,8 +82,6 @@ class Guard:
             note_autocast(),
             _note_requires_grad(self.parameters),
             *(kept.restore for kept in self._tensors),
-            self._restore_containers,
-            self._restore_variables,
             empty_cache,
         ]
         self._put_cache_back = note_cache()
@@ -101,7 +99,8 @@ class Guard:
 
     def rewind(self) -> None:
         """Put random streams, buffers, attributes, variables and flags back to where they were at entry."""
-        _each(self._undo)
+        # Not among the others: a guard that holds its own methods would live until the garbage collector comes by.
+        _each([*self._undo, self._restore_containers, self._restore_variables])
 
     def restore(self) -> None:
         """As `rewind`, and put back every ``.grad``, the same tensor object as at entry, and the version counters."""
