@@ -355,11 +355,11 @@ class Monitor:
     def _send(self, record: Record) -> None:
         if self._send_to is None:
             return
-        status, bounded = record.measurement.status, record.heldout and record.heldout.status == "unbounded"
-        names = ["forwards", "directional_sharpness"]
-        # A bound is no value: it would leave nothing of a curve but itself.
-        names += [] if status == "unbounded" else ["lambda_c", "critical_lr", "headroom"]
-        names += [] if bounded else ["heldout_lambda_c"]
+        status, heldout = record.measurement.status, record.heldout
+        # A bound is no value: of a curve it would leave nothing to see but itself.
+        names = [] if status == "unbounded" else ["lambda_c", "critical_lr", "headroom"]
+        names += ["forwards", "directional_sharpness"]
+        names += [] if heldout is None or heldout.status == "unbounded" else ["heldout_lambda_c"]
         row = record.row()
         # What is not a number stays out of the curves; what came of the measurement is told beside.
         values = {f"sharpness/{name}": value for name in names if _is_finite(value := row[name])}
