@@ -29,8 +29,8 @@ _DISPATCH_FLAGS = [name for name in vars(_python_dispatch) if name.startswith("_
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
-# How often a step is tried that raises: once more after a fault, and after every interrupt.
-_TRIES = 3
+# How often a step is tried that fails, and how often one that is interrupted.
+_TRIES, _INTERRUPTS = 3, 100
 
 # What is noted, changed and put back belongs to the process: one thread at a time.
 alone = threading.RLock()
@@ -81,7 +81,7 @@ class Trace:
 
         An interrupt is raised at the end; a step that failed is told of by `tell`.
         """
-        tries = 0
+        faults = interrupts = 0
         while self._steps:
             try:
                 # First, so that no mode looks on, and after each step, which may have been interrupted in a context.
@@ -89,14 +89,15 @@ class Trace:
                 self._steps[-1]()
                 self._process.put_back()
                 self._steps.pop()
-                tries = 0
+                faults = interrupts = 0
             except BaseException as failure:
                 if self._failure is None or not isinstance(failure, Exception):
                     self._failure = failure
-                tries += isinstance(failure, Exception)
-                if tries == _TRIES:
+                faults += isinstance(failure, Exception)
+                interrupts += not isinstance(failure, Exception)
+                if faults == _TRIES or interrupts == _INTERRUPTS:
                     self._steps.pop()
-                    tries = 0
+                    faults = interrupts = 0
         self._process.put_back()
         if self._failure is not None and not isinstance(self._failure, Exception):
             interrupt, self._failure = self._failure, None

@@ -311,6 +311,17 @@ def test_closures_of_one_helper_share_findings_only_if_they_call_the_same() -> N
     assert fingerprint(Criterion(model)) == fingerprint(Criterion(model))
 
 
+def test_a_global_that_is_bound_to_another_function_makes_another_closure() -> None:
+    scope: dict[str, Any] = {"model": net(), "X": X}
+    exec("loss_fn = lambda: task(model)", scope)
+    scope["task"] = lambda m: m(X).sum()
+    before = fingerprint(scope["loss_fn"])
+    scope["X"] = 2 * X
+    assert fingerprint(scope["loss_fn"]) == before
+    scope["task"] = lambda m: m(X).mean()
+    assert fingerprint(scope["loss_fn"]) != before
+
+
 def test_an_unrepeatable_closure_is_refused_after_another_of_the_same_helper() -> None:
     model, batches = net(), itertools.cycle([X, 3 * X])
     wrapped = lambda task: lambda: task(model)

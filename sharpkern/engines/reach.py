@@ -25,6 +25,7 @@ from types import (
 )
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,10 @@ import sharpkern
 
 # They may be changed in place; a tuple may hold what can be.
 CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, BuiltinFunctionType, BuiltinMethodType)
+_RECORDS = (type(None), bool, int, float, complex, str, bytes, np.generic)
+_PLAIN = (*_RECORDS, type, ModuleType, BuiltinFunctionType, BuiltinMethodType)
+# How far the globals that functions name are followed to tell closures apart.
+_DEEP = 3
 _LIBRARIES = (
     *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")),
     os.path.dirname(sharpkern.__file__),
@@ -156,8 +160,8 @@ def contents_of(cell: CellType) -> tuple[Any, ...]:
 
 
 def is_record(things: Iterable[object]) -> bool:
-    """Whether all things are numbers, text and the like, which nothing can be changed in."""
-    return all(isinstance(thing, _PLAIN) for thing in things)
+    """Whether all things are numbers or text, which nothing can be changed in."""
+    return all(isinstance(thing, _RECORDS) for thing in things)
 
 
 def is_generator(thing: object) -> bool:
@@ -165,6 +169,9 @@ def is_generator(thing: object) -> bool:
     return isinstance(thing, (torch.Generator, random.Random)) or (
         type(thing).__module__.startswith("numpy.random") and hasattr(thing, "bit_generator")
     )
+
+
+_TELLING = (FunctionType, MethodType, partial, nn.Module, bool, str)
 
 
 def fingerprint(loss_fn: Callable[..., object]) -> object:
@@ -183,6 +190,9 @@ def _fingerprint(thing: Any, above: frozenset[int]) -> object:
     if isinstance(thing, FunctionType):
         held = [content for cell in thing.__closure__ or () for content in contents_of(cell)]
         held += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        if len(above) <= _DEEP and not _is_library_file(thing.__code__.co_filename):
+            named = [thing.__globals__.get(name) for name in _names_in(thing.__code__)]
+            held += [one for one in named if isinstance(one, _TELLING)]
         return thing.__code__, tuple(_fingerprint(one, above) for one in held)
     if isinstance(thing, MethodType):
         return _fingerprint(thing.__func__, above), _fingerprint(thing.__self__, above)
