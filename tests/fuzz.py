@@ -299,7 +299,9 @@ def check(seed: int) -> str:
         exact.delta = [deltas[not known] for *deltas, known in zip(exact.delta, stepped, exact.by_formula, strict=True)]
     same.delta = exact.delta
     if isinstance(result, str):
-        moves = exact.lr > 0 and any(delta.any() for delta in exact.delta)
+        moves = exact.lr > 0 and all(
+            any(tensor is not None and tensor.any() for tensor in tensors) for tensors in (exact.delta, exact.gradients)
+        )
         several = run.options["engine"] == "batched" and "cannot be had from one call of loss_fn" in result
         if moves if result.startswith("NoUpdate") else not (several or run.is_compiled):
             raise Differs(f"refusal: {result}")

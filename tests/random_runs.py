@@ -299,10 +299,11 @@ class RandomRun:
         self.about += ["penalty" * (self.penalty > 0), f"micro={self.num_micro}"]
 
     def _draw_optimizers(self, rng: random.Random) -> None:
-        # Adafactor's steps are relative to θ: of two on one memory the second reads what the first has moved; and it
-        # divides by the size of parameters.
-        adafactor = self.independent and all(parameter.numel() for parameter in self.model.parameters())
-        name = rng.choice([name for name in OPTIMIZERS if adafactor or name != "Adafactor"])
+        # Of two parameters on one memory the second reads what the first has moved, which is of second order.
+        left_out = set() if self.independent else {"Adafactor", "ASGD"}
+        # It divides by the size of parameters.
+        left_out |= {"Adafactor"} if not all(parameter.numel() for parameter in self.model.parameters()) else set()
+        name = rng.choice([name for name in OPTIMIZERS if name not in left_out])
         variants, flags = OPTIMIZERS[name]
         options = {**rng.choice(variants), **{flag: FLAGS[flag] for flag in flags if rng.random() < 0.15}}
         if self.dtype == torch.bfloat16:
@@ -311,7 +312,6 @@ class RandomRun:
         if "fused" in options:
             options.pop("foreach", None)
         if not self.independent and "weight_decay" in flags:
-            # The second of two on one memory decays what the first has moved, which is of second order.
             options["weight_decay"] = 0.0
         self.sign = -1 if options.get("maximize") else 1
         rate = lr = 10 ** rng.uniform(-4, -0.5)
