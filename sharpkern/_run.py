@@ -1,23 +1,33 @@
 """One measurement from its base loss to its result: what is evaluated, what is checked, what is warned of."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
+from statistics import median
 
 import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.engines.precision import is_low
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.session import Engine, Session, Target
 from sharpkern.engines.verify import check_repeatable, check_slope, confirm
-from sharpkern.errors import EngineUnsupportedError, LossPrecisionWarning, RetainedWarning, warn
+from sharpkern.errors import (
+    EngineUnsupportedError,
+    LossPrecisionWarning,
+    RetainedWarning,
+    SlopeMismatchWarning,
+    warn,
+)
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, warm_grid
 
 _RETAINED_FLOOR = 0.9
-# Relative difference of two losses that are the same but for float32 roundings.
-_SAME_LOSS = 2e-6
-
+# Relative difference of two losses that are the same but for float32 roundings, and of two that may be the same but for
+# how they were computed: by other kernels, or compiled.
+_SAME_LOSS, _SAME_ARITHMETIC = 5e-7, 1e-4
 # Evaluations that a search with several at a time may need.
 ENOUGH_FORWARDS = 3 * NUM_PARALLEL
 
@@ -33,20 +43,30 @@ class Run:
         target: the closure.
         engine: evaluates the losses.
         options: of the measurement.
+        must_agree: a loss that was handed in and is not the closure's is an error at once.
 
     Attributes:
         engine: as given.
     """
 
-    def __init__(self, session: Session, target: Target, engine: Engine, options: Options) -> None:
+    def __init__(
+        self, session: Session, target: Target, engine: Engine, options: Options, *, must_agree: bool = False
+    ) -> None:
         self.engine = engine
         self._closure = target.closure
         self._direction = session.direction
         self._pairs = session.pairs
         self._options = options
         self._checks = target.checks
-        self._known_base = session.base_loss
+        session.begin(target.checks)
+        self._trained = session.base_loss
+        self._must_agree = must_agree
         self._retained = math.nan
+        self._model = session.model
+        self._in_eval_mode = False
+        self._compared: Callable[..., None] | None = None
+        self._slope_ratio: float | None = None
+        self._slope_warning: str | None = None
 
     def search(self, memory: SearchMemory | None) -> Search:
         """Base loss, line search, and the checks that are due, the engine being asked by somebody else.
@@ -65,29 +85,17 @@ class Run:
         several = engine.name == "batched" and options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
         num_parallel = NUM_PARALLEL if several else 1
         first: list[tuple[float, float]] = []
-        if self._known_base is not None:
-            self._base = self._known_base
+        if self._trained is not None and math.isfinite(self._trained) and self._checks.trained_loss.is_known:
+            # Of a pass that was not made nothing was seen.
+            self._base, noise = self._trained, self._checks.noise
         else:
             step_sizes: tuple[float, ...] = ()
             if num_parallel > 1:
                 step_sizes = warm_grid(memory, slope=slope, norm_sq=self._direction.norm_sq, num=num_parallel - 1)
             self._base, *losses = yield (0.0, *step_sizes)
             first = list(zip(step_sizes, losses, strict=True))
-        given = self._known_base is not None
-        # A loss with dropout that is handed in is of other masks, each time anew.
-        known = self._checks.base_agrees if given else self._checks.repeatable
-        if not known and self._spare_forwards() > 2 and math.isfinite(self._base):
-            (again,) = yield (0.0,)
-            if self._closure.redone and not given:
-                # Another thread drew from the random streams: the first time too, perhaps.
-                self._base = again
-            check_repeatable(self._base, again, self._noise(), given=given)
-            self._checks.repeatable = True
-            if given:
-                # In 16 bits the engine computes more exactly than a training step: then its own base loss is needed.
-                same = abs(again - self._base) <= _SAME_LOSS * abs(again)
-                self._checks.base_agrees = same and not any(self._closure.ranks.any_of([self._closure.random]))
-                self._base = again
+            yield from self._check_base()
+            noise = self._noise()
         search = LineSearch(
             self._base,
             slope=slope,
@@ -97,7 +105,7 @@ class Run:
             rtol=options.rtol,
             method="bisection" if options.method == "bisection" else "auto",
             certify=options.certify,
-            noise=self._noise(),
+            noise=noise,
             max_evaluations=max(1, self._spare_forwards() + len(first)),
             num_parallel=num_parallel,
             probes=first,
@@ -111,9 +119,48 @@ class Run:
             self._retained = self._kept(result.critical_lr)
         return result
 
+    def _check_base(self) -> Generator[tuple[float, ...], list[float], None]:
+        """Evaluate the base loss again where that is due, and compare it with the one that was trained."""
+        if not math.isfinite(self._base):
+            return
+        random = self._trained is not None and self._draws_random_numbers()
+        self._in_eval_mode = not self._model.training or (not random and _has_dropout(self._model))
+        # More would be more than the noise of the losses that it is compared with.
+        same = not random and self._is_near(min(_SAME_LOSS, 2 * self._noise()))
+        if not (self._checks.repeatable or same) and self._spare_forwards() > 2:
+            (again,) = yield (0.0,)
+            check_repeatable(self._base, again, self._noise())
+            self._checks.repeatable = True
+            if self._closure.redone:
+                # Another thread drew from the random streams: the first time too, perhaps.
+                self._base = again
+        if self._trained is None:
+            return
+        # The engine computes in float32 what training rounded.
+        tolerance = max(_SAME_ARITHMETIC, 20 * self._noise(), 4 * self._closure.precision.widened_roundoff)
+        if self._must_agree and not random and not self._is_near(tolerance):
+            raise ValueError(
+                f"base_loss must be what loss_fn returns at the current parameters, got {self._trained} and loss_fn "
+                f"returned {self._base}; leave base_loss out"
+            )
+        evidence = self._checks.trained_loss
+        other = None if random else self._base
+        if random and evidence.needs_other_masks and self._spare_forwards() > 2:
+            self._closure.other_masks = 1 + evidence.num
+            (other,) = yield (0.0,)
+            self._closure.other_masks = 0
+            # Of a closure that seeds itself it cannot be told how far masks take its loss.
+            other = None if other == self._base else other
+        self._compared = partial(evidence.note, self._trained, self._base, other, tolerance, same=same)
+
+    def _is_near(self, tolerance: float) -> bool:
+        """Whether the loss that was trained was handed in, and is the evaluated one but for a relative difference."""
+        return self._trained is not None and abs(self._trained - self._base) <= tolerance * abs(self._base)
+
     def measurement(self, result: SearchResult, seconds: float) -> Measurement:
         """The result as users see it, with the warnings it calls for."""
-        self._checks.num_measurements += 1
+        self._note(result)
+        self._checks.noise = self._noise()
         if is_low(self._closure.precision.loss_dtype):
             warn(
                 f"loss_fn returned its loss in {self._closure.precision.loss_dtype}, too coarse to compare nearby step "
@@ -143,6 +190,30 @@ class Run:
             seconds=seconds,
         )
 
+    def _note(self, result: SearchResult) -> None:
+        """Enter what this measurement says of the loss that was trained, and warn of what several say together."""
+        slope, evidence, slopes = self._direction.slope, self._checks.trained_loss, self._checks.slopes
+        if self._compared is not None:
+            # A loss that cancels to nearly 0, as in policy gradients, is told apart by how much it changes.
+            changes = [abs(loss - self._base) for _, loss in result.probes if math.isfinite(loss)]
+            self._compared(max(abs(self._trained or 0.0), abs(self._base), median(changes or [0.0])))
+        if self._trained is not None:
+            evidence.num += 1
+        if evidence.differs and not evidence.told:
+            warn(evidence.told_as(in_eval_mode=self._in_eval_mode), SlopeMismatchWarning)
+        if slope is not None and slope > 0:
+            slopes.note(self._slope_ratio)
+            slopes.told |= evidence.told
+        if slopes.differ and not slopes.told:
+            warn(slopes.told_as(), SlopeMismatchWarning)
+        elif self._slope_warning is not None:
+            warn(self._slope_warning, SlopeMismatchWarning)
+
+    def _draws_random_numbers(self) -> bool:
+        """Whether the closure did in its last call on any rank, by the way that losses take."""
+        flag = torch.tensor(float(self._closure.random), device=self._pairs[0].weight.device)
+        return self._closure.ranks.agree(flag)[0] > 0
+
     def _kept(self, eta: float) -> float:
         return retained_share(self._pairs, self.engine.rounded, -eta)
 
@@ -158,16 +229,16 @@ class Run:
         return self._closure.precision.noise(low_and_unseen=low)
 
     def _verify(self, result: SearchResult) -> None:
-        """Compare the engine with the oracle once, and the slope with the gradient's now and then."""
+        """Compare the engine with the oracle, and the slope with the gradient's, now and then."""
         if not math.isfinite(self._base):
             return
         if self._spare_forwards() > 0:
             reach = 1.5 * result.critical_lr if result.status == "converged" else math.inf
             confirm(self.engine, self._checks, self._base, result.probes, self._noise(), reach)
-        # On measurements 1, 2, 4, 8, ...: a loop that mixes up its batches does so all the time.
+        # Now and then: a loop that mixes up its batches does so all the time.
         slope = self._direction.slope
-        if self._checks.due and slope is not None and slope > 0 and self._spare_forwards() > 0:
-            check_slope(
+        if slope is not None and slope > 0 and self._checks.slopes.is_due and self._spare_forwards() > 0:
+            self._slope_ratio, self._slope_warning = check_slope(
                 self.engine,
                 self._base,
                 slope,
@@ -188,6 +259,10 @@ class Run:
                 f"loss_fn must depend on the parameters that the direction moves, got {self._base} at every step size "
                 f"up to {max(eta for eta, _ in result.probes):.3g}; compute the loss anew from the model in every call"
             )
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    return any(isinstance(module, _DropoutNd) and module.training and module.p > 0 for module in model.modules())
 
 
 def finish(run: Run, search: Search) -> SearchResult:

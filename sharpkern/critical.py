@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import SearchMemory, SearchResult
+from sharpkern.shards import whole
 
 
 def critical_sharpness(
@@ -50,8 +52,10 @@ def critical_sharpness(
             sizes in one call of ``loss_fn``, which pays for small models and few tokens on a GPU; "inplace" writes and
             restores θ. An engine that is named is used or raises; "auto" begins with the virtual one, and warns when it
             has to leave it.
-        base_loss: L(θ), if it is known already, each rank's own; saves one evaluation, except where 16-bit arithmetic
-            makes it differ from what the engine, which computes losses in float32, compares the other losses with.
+        base_loss: L(θ), if it is known already, each rank's own: the loss that was trained. It is compared with what
+            ``loss_fn`` returns in the first three calls for a model and closure and every twentieth, and used in its
+            place in the others, which saves one evaluation. Where ``loss_fn`` draws random numbers (dropout), or 16-bit
+            arithmetic makes it differ from what the engine computes in float32, it is compared and never used.
         certify: evaluate further until a fall and a rise beyond the noise enclose η_c, within 2.5·rtol of each other,
             or, where noise hides all signs in so narrow a bracket, within a ratio of 1.5; ``error`` then covers all of
             it. A bracket that stays open is "unresolved". A rise further down that no evaluation came near, or that
@@ -103,6 +107,7 @@ def measure(
     options: Options,
     *,
     base_loss: float | Tensor | None = None,
+    trained_loss: float | Tensor | None = None,
     memory: SearchMemory | None = None,
     pace: Pace | None = None,
 ) -> tuple[Measurement, SearchMemory]:
@@ -114,6 +119,7 @@ def measure(
         direction: as there.
         options: as there.
         base_loss: as there.
+        trained_loss: the same, of a loop that goes on where it is another loss than the closure's.
         memory: what the last search left.
         pace: what passes took in the loop that this is a measurement of; engine="auto" then takes the quicker one.
 
@@ -128,13 +134,13 @@ def measure(
     """
     started = time.perf_counter()
     check_arguments(model, loss_fn, direction)
-    known_base = None if base_loss is None else _as_number(base_loss)
+    known_base = _as_number("base_loss", base_loss) if trained_loss is None else _as_number("loss", trained_loss)
 
     def measured(session: Session) -> tuple[Run, SearchResult]:
         target = session.target(loss_fn)
 
         def search(engine: Engine) -> tuple[Run, SearchResult]:
-            run = Run(session, target, engine, options)
+            run = Run(session, target, engine, options, must_agree=base_loss is not None)
             result = finish(run, run.search(memory))
             if pace is not None and isinstance(engine, VirtualEngine):
                 pace.note(engine.name, engine.work, engine.seconds)
@@ -179,9 +185,9 @@ def check_arguments(model: object, loss_fn: object, direction: object) -> None:
         )
 
 
-def _as_number(base_loss: object) -> float:
-    if isinstance(base_loss, Tensor) and base_loss.numel() == 1:
-        return float(base_loss.detach())
-    if isinstance(base_loss, bool) or not isinstance(base_loss, (int, float)):
-        raise TypeError(f"base_loss must be a number, got {base_loss!r}; leave it out to have it evaluated")
-    return float(base_loss)
+def _as_number(name: str, loss: object) -> float | None:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(whole(loss.detach()))
+    if loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float, np.number))):
+        raise TypeError(f"{name} must be a number, got {loss!r}; leave it out to have it evaluated")
+    return None if loss is None else float(loss)

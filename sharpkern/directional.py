@@ -193,7 +193,7 @@ def _by_engine(engine: Engine, target: Target, step_size: float | None, directio
     (base,) = engine.losses([0.0])
     noise = noise_of()
     if not checks.repeatable and math.isfinite(base):
-        check_repeatable(base, engine.losses([0.0])[0], noise, given=False)
+        check_repeatable(base, engine.losses([0.0])[0], noise)
         checks.repeatable = True
     probes: list[tuple[float, float]] = []
 

@@ -10,7 +10,7 @@ class SharpkernWarning(UserWarning):
 
 
 class SlopeMismatchWarning(SharpkernWarning):
-    """The loss does not fall as the gradient says: the closure and the gradient are of different batches or scales."""
+    """The closure's loss is not the one that was trained: of another batch, mode or scale than the gradient's."""
 
 
 class RetainedWarning(SharpkernWarning):

@@ -111,8 +111,9 @@ class Monitor:
         >>> for step in range(20):
         ...     loss_fn = lambda: torch.nn.functional.mse_loss(model(x), y)
         ...     optimizer.zero_grad()
-        ...     loss_fn().backward()
-        ...     _ = monitor(loss_fn)
+        ...     loss = loss_fn()
+        ...     loss.backward()
+        ...     _ = monitor(loss_fn, loss=loss)
         ...     optimizer.step()
         >>> [record.step for record in monitor.history]
         [0, 10]
@@ -172,6 +173,7 @@ class Monitor:
         loss_fn: LossFn,
         heldout: LossFn | None = None,
         *,
+        loss: float | Tensor | None = None,
         direction: Direction | Callable[[], Direction] | None = None,
     ) -> Measurement | None:
         """Measure if this step is due.
@@ -180,6 +182,12 @@ class Monitor:
             loss_fn: the scalar loss of the batch whose gradient the parameters hold.
             heldout: the loss of another batch, measured along the same direction: in many runs it is this one whose λ_c
                 sits at 2/lr, while that of the gradient's own batch lies below.
+            loss: the loss that was trained, a number or a tensor of one: what ``backward()`` was called on, with
+                gradient accumulation the sum of that over the micro-batches. It saves one evaluation of ``loss_fn`` in
+                most measurements, unless ``loss_fn`` draws random numbers (dropout). And it shows mistakes of the loop,
+                such as a ``loss_fn`` of the next batch or in eval mode: where it differs from what ``loss_fn`` returns
+                by more than rounding and dropout masks explain, again and again, a `SlopeMismatchWarning` says so.
+                Both are compared in the first three measurements and every twentieth.
             direction: Δθ where it is not the optimizer's next step, or a function that makes it on steps that are due,
                 such as one that calls `Direction.between` around a step that was taken.
 
@@ -195,7 +203,13 @@ class Monitor:
             return None
         direction = made
         measurement, self._memory = measure(
-            self._model, loss_fn, direction, self._options, memory=self._memory, pace=self._pace
+            self._model,
+            loss_fn,
+            direction,
+            self._options,
+            trained_loss=loss,
+            memory=self._memory,
+            pace=self._pace,
         )
         other = None
         if heldout is not None:

@@ -31,12 +31,13 @@ def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
     return undo
 
 
-def seed_streams(seed: str, devices: Iterable[torch.device]) -> None:
-    """Seed the streams that `note_streams` notes, and no other.
+def seed_streams(seed: str, devices: Iterable[torch.device], generators: Iterable[Any] = ()) -> None:
+    """Seed the streams that `note_streams` notes and some generators, and no other.
 
     Args:
         seed: any text; the same one gives the same numbers in every process.
         devices: whose streams are seeded besides the CPU's.
+        generators: of torch, NumPy or Python.
     """
     random.seed(seed)
     number = random.Random(seed).getrandbits(32)
@@ -49,6 +50,13 @@ def seed_streams(seed: str, devices: Iterable[torch.device]) -> None:
             accelerator = torch.get_device_module(device)
             with accelerator.device(device):
                 accelerator.manual_seed(number)
+    for generator in generators:
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(number)
+        elif isinstance(generator, random.Random):
+            generator.seed(seed)
+        else:
+            generator.bit_generator.state = type(generator.bit_generator)(number).state
 
 
 def torch_states(devices: Iterable[torch.device]) -> list[Tensor]:

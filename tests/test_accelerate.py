@@ -257,6 +257,45 @@ def assert_within_their_errors(loop: Loop, expected: list[sharpkern.Measurement]
     assert all(abs(a.sharpness / b.sharpness - 1) <= a.error + b.error + 1e-3 for a, b in resolved)
 
 
+def test_what_backward_was_called_on_saves_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, evaluated = Loop(plain_model()), Loop(plain_model())
+    given.run(7)
+    call = sharpkern.Monitor.__call__
+    monkeypatch.setattr(
+        sharpkern.Monitor, "__call__", lambda self, loss_fn, heldout, loss, direction: call(self, loss_fn)
+    )
+    evaluated.run(7)
+    pairs = [
+        (one.measurement, other.measurement)
+        for one, other in zip(given.monitor.history, evaluated.monitor.history, strict=True)
+    ]
+    # The first three are compared, the 1st, 2nd and 4th check that the closure is repeatable.
+    assert [other.forwards - one.forwards for one, other in pairs] == [1, 1, 0, 2, 1, 1, 1]
+    assert all(one.base_loss == pytest.approx(other.base_loss, rel=1e-6) for one, other in pairs)
+
+
+def test_a_loss_is_handed_over_where_backward_was_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr(
+        sharpkern.Monitor, "__call__", lambda self, loss_fn, heldout, loss, direction: handed.append(loss)
+    )
+    accelerator = Accelerator(cpu=True)
+    model = plain_model()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    monitor = SharpnessMonitor(accelerator, model, optimizer)
+    batch = data(8).tensors
+    loss_fn = lambda inputs, labels: F.cross_entropy(model(inputs), labels)
+    for num_calls in (1, 2, 0):
+        with accelerator.accumulate(model):
+            for _ in range(num_calls):
+                accelerator.backward(loss_fn(*batch))
+            monitor(loss_fn, *batch)
+            monitor(loss_fn, *batch, loss=0.5)
+    assert handed[0].item() == loss_fn(*batch).item()
+    assert not handed[0].requires_grad
+    assert handed[1:] == [0.5, None, 0.5, None, 0.5]
+
+
 def test_mixed_precision_is_that_of_the_training_step() -> None:
     sizes = [4, 4, 2] * 2
     loop = Loop(plain_model(), mixed_precision="bf16")

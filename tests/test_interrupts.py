@@ -118,6 +118,8 @@ def test_an_error_at_any_instruction_leaves_nothing(engine: str) -> None:
 def test_a_fault_inside_of_the_restore_is_made_good() -> None:
     scene = Scene("inplace")
     counting = fault_at(-1, MemoryError)
+    # Without the checks of the first two, which most of those that follow do not make.
+    scene.measure()
     traced(counting, scene.measure)
     total = counting.count()
     # The last instructions are those that put everything back.

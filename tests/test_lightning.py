@@ -696,6 +696,33 @@ def test_training_steps_of_all_shapes(kind: str) -> None:
     assert sharpness(callback) == sharpness(expected)
 
 
+def test_the_loss_before_backward_saves_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, evaluated = SharpnessCallback(), SharpnessCallback()
+    fitted(given, max_steps=7, accumulate_grad_batches=2)
+    call = sharpkern.Monitor.__call__
+    monkeypatch.setattr(
+        sharpkern.Monitor,
+        "__call__",
+        lambda self, loss_fn, *, loss, direction: call(self, loss_fn, direction=direction),
+    )
+    fitted(evaluated, max_steps=7, accumulate_grad_batches=2)
+    pairs = list(zip(*([r.measurement for r in one.monitor.history] for one in (given, evaluated)), strict=True))
+    # The first three are compared, the 1st, 2nd and 4th check that the closure is repeatable.
+    assert [other.forwards - one.forwards for one, other in pairs] == [1, 1, 0, 2, 1, 1, 1]
+    assert all(one.base_loss == pytest.approx(other.base_loss, rel=1e-6) for one, other in pairs)
+
+
+def test_the_loss_before_backward_is_handed_over_without_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[Any] = []
+    monkeypatch.setattr(sharpkern.Monitor, "__call__", lambda self, loss_fn, *, loss, direction: losses.append(loss))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = Digits()
+    fitted(SharpnessCallback(), model, max_steps=1, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    inputs, labels = next(iter(loader()))
+    expected = F.cross_entropy(Digits().net(inputs), labels).item()
+    assert losses[0].item() == pytest.approx(expected, rel=1e-2)
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_batches_that_training_step_skips_are_not_measured() -> None:
     class Choosy(Digits):

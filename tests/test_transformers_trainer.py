@@ -218,6 +218,21 @@ def test_the_base_loss_is_the_one_that_the_trainer_reports(tmp_path: Path, name:
     assert all(measurement.status == "converged" for measurement in measured(callback).values())
 
 
+def test_the_loss_that_was_trained_saves_an_evaluation_with_its_dropout_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 7, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    given, evaluated = SharpnessCallback(), SharpnessCallback()
+    train(tmp_path, given, **settings)
+    call = sharpkern.Monitor.__call__
+    monkeypatch.setattr(sharpkern.Monitor, "__call__", lambda self, loss_fn, loss: call(self, loss_fn))
+    train(tmp_path, evaluated, **settings)
+    pairs = list(zip(measured(given).values(), measured(evaluated).values(), strict=True))
+    # The first three are compared, the 1st, 2nd and 4th check that the closure is repeatable.
+    assert [other.forwards - one.forwards for one, other in pairs] == [1, 1, 0, 2, 1, 1, 1]
+    assert all(one.base_loss == other.base_loss for one, other in pairs)
+
+
 def plain_loop(batches: list[torch.Tensor], accumulation: int, num_steps: int) -> sharpkern.Monitor:
     """What the Trainer does, written out."""
     model = llama()

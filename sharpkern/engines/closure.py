@@ -35,6 +35,7 @@ class Closure:
         calls: evaluations so far.
         random: whether the last call drew random numbers.
         redone: whether a call was made again, as another thread drew from them meanwhile; so it may have before.
+        other_masks: seed of other random numbers than those at entry, 0 for these; to be set, and set back.
         asked: whether ``ask`` of the last call was true on any rank.
         precision: as given.
         guard: as given.
@@ -57,6 +58,7 @@ class Closure:
         self.calls = 0
         self.random = False
         self.redone = False
+        self.other_masks = 0
         self.asked = False
         self._ends: list[object] = []
 
@@ -107,6 +109,8 @@ class Closure:
         """Evaluate from the state at entry, and again where another thread drew random numbers meanwhile."""
         for _ in range(1 + _REPEATS):
             self.guard.rewind()
+            if self.other_masks:
+                self.guard.reseed(self.other_masks)
             losses = evaluate()
             self.random = self.guard.drew_random_numbers()
             if not self._ends_elsewhere():
@@ -116,7 +120,7 @@ class Closure:
 
     def _ends_elsewhere(self) -> bool:
         """Whether the random streams end elsewhere than after the last call, as where another thread drew from them."""
-        if not self.random or threading.active_count() == 1 or not isinstance(self.ranks, Alone):
+        if not self.random or self.other_masks or threading.active_count() == 1 or not isinstance(self.ranks, Alone):
             return False
         before, self._ends = self._ends, self.guard.stream_states()
         return bool(before) and before != self._ends

@@ -20,7 +20,7 @@ from sharpkern.engines.parametrizations import empty_cache, note_cache
 from sharpkern.engines.reach import Reached, contents_of, is_record
 from sharpkern.fakes import is_fake
 from sharpkern.overlaps import Owners, storage_pointer
-from sharpkern.randomness import note_generators, note_streams, stream_states
+from sharpkern.randomness import note_generators, note_streams, seed_streams, stream_states
 from sharpkern.shards import local
 
 # The closure that is being evaluated, if one is.
@@ -101,6 +101,10 @@ class Guard:
         """Put random streams, buffers, attributes, variables and flags back to where they were at entry."""
         # Not among the others: a guard that holds its own methods would live until the garbage collector comes by.
         _each([*self._undo, self._restore_containers, self._restore_variables])
+
+    def reseed(self, seed: int) -> None:
+        """Give the random streams other numbers than they had at entry, until `rewind`: dropout draws other masks."""
+        seed_streams(f"other masks {seed}", self.devices, self._generators)
 
     def restore(self) -> None:
         """As `rewind`, and put back every ``.grad``, the same tensor object as at entry, and the version counters."""

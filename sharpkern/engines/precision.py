@@ -25,11 +25,13 @@ class LossPrecision:
 
     Attributes:
         unit_roundoff: of the coarsest dtype a product was rounded to; None while all were float32 or wider.
+        widened_roundoff: of the coarsest dtype that a loss function would have been computed in; 0 while none was.
         loss_dtype: of the loss that the closure returned.
     """
 
     def __init__(self) -> None:
         self.unit_roundoff: float | None = None
+        self.widened_roundoff = 0.0
         self.loss_dtype = torch.float32
         self._num_targets: Tensor | None = None
 
@@ -38,9 +40,15 @@ class LossPrecision:
         target = args[1] if len(args) > 1 else kwargs.get("target")
         if isinstance(target, Tensor):
             self._note_targets(target.detach())
-        args = map_tensors(args, _widen)
-        kwargs = map_tensors(kwargs, _widen)
+        args = map_tensors(args, self._widen)
+        kwargs = map_tensors(kwargs, self._widen)
         return args, kwargs
+
+    def _widen(self, tensor: Tensor) -> Tensor:
+        if not is_low(tensor.dtype):
+            return tensor
+        self.widened_roundoff = max(self.widened_roundoff, torch.finfo(tensor.dtype).eps / 2)
+        return tensor.float()
 
     @property
     def num_targets(self) -> int | None:
@@ -108,7 +116,3 @@ def _is_tf32(name: str) -> bool:
         # Where this is there, the questions below may raise.
         return bool(precision == "tf32")
     return torch.backends.cudnn.allow_tf32 if is_convolution else torch.get_float32_matmul_precision() != "highest"
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if is_low(tensor.dtype) else tensor

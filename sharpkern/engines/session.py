@@ -17,6 +17,7 @@ from sharpkern._undo import Trace, alone, undone
 from sharpkern.engines.batched import BatchedEngine
 from sharpkern.engines.closure import Closure, LossFn
 from sharpkern.engines.compiled import Eagerly, FromGraphs
+from sharpkern.engines.evidence import Slopes, TrainedLoss, is_power
 from sharpkern.engines.guards import Guard, evaluating
 from sharpkern.engines.inplace import Backup, InPlaceEngine
 from sharpkern.engines.layers import Kept
@@ -85,26 +86,34 @@ class Moving(Protocol):
 
 @dataclass
 class Checks:
-    """What has been found out about one model and the code of one closure, so that it is found out once.
+    """What has been found out about one model and the code of one closure.
 
     Attributes:
-        repeatable: the closure gives the same loss twice at θ.
-        base_agrees: a base loss that was handed in was the closure's, which draws no random numbers.
-        agrees: engines whose loss was confirmed by the storage oracle.
+        repeatable: the closure gives the same loss twice at θ; not to be checked now.
+        agrees: engines whose loss was confirmed by the storage oracle; not to be checked now.
+        unchecked: engines that the storage oracle has no memory for.
         unsupported: why an engine cannot be used, by its name.
-        num_measurements: measurements made so far.
+        num_measurements: measurements begun so far.
+        noise: relative standard error of one loss, as it was seen last.
+        trained_loss: how the loss that was trained compares with the closure's.
+        slopes: how the loss falls, beside what the gradient says.
     """
 
     repeatable: bool = False
-    base_agrees: bool = False
     agrees: set[str] = field(default_factory=set)
+    unchecked: set[str] = field(default_factory=set)
     unsupported: dict[str, str] = field(default_factory=dict)
     num_measurements: int = 0
+    noise: float = 0.0
+    trained_loss: TrainedLoss = field(default_factory=TrainedLoss)
+    slopes: Slopes = field(default_factory=Slopes)
 
-    @property
-    def due(self) -> bool:
-        """Whether this measurement is one of those that check again: 1, 2, 4, 8 and so on."""
-        return self.num_measurements & (self.num_measurements + 1) == 0
+    def begin(self) -> None:
+        """Count a measurement; the 2nd, 4th, 8th and so on check again what was checked before."""
+        self.num_measurements += 1
+        if is_power(self.num_measurements):
+            self.repeatable = False
+            self.agrees.clear()
 
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, Checks]] = WeakKeyDictionary()
@@ -156,11 +165,18 @@ class Session:
     ) -> None:
         self.model, self.direction, self.pairs, self.ranks, self.base_loss = model, direction, pairs, ranks, base_loss
         self.guard, self._lockstep = guard, lockstep
+        self._begun: list[Checks] = []
 
     def target(self, loss_fn: LossFn) -> Target:
         """Enter a closure."""
         closure = Closure(loss_fn, self.guard, LossPrecision(), self.ranks, self._lockstep)
         return Target(loss_fn, closure, checks_of(self.model, loss_fn), is_compiled(self.model, loss_fn))
+
+    def begin(self, checks: Checks) -> None:
+        """Count a measurement, once for all closures of the same code, which check for one another."""
+        if not any(checks is begun for begun in self._begun):
+            self._begun.append(checks)
+            checks.begin()
 
     def run(
         self, target: Target, use: Callable[[Engine], Result], *, engine: str = "auto", quickest: str = "virtual"
@@ -364,7 +380,7 @@ def _agreed(ranks: Ranks, direction: Any, known_base: float | None) -> tuple[Any
     own = [direction.slope, direction.norm_sq, direction.lr, known_base]
     missing = [float(number is None) for number in own]
     means = ranks.means([0.0 if number is None else number for number in own] + missing)
-    slope, _, lr, base = (None if number is None else mean for number, mean in zip(own, means, strict=False))
+    slope, _, lr, _ = (None if number is None else mean for number, mean in zip(own, means, strict=False))
     norm_sq = means[1]
     unlike = means[len(own) :] != missing or not math.isclose(direction.norm_sq, norm_sq, rel_tol=1e-3)
     if any(ranks.any_of([unlike])):
@@ -373,6 +389,9 @@ def _agreed(ranks: Ranks, direction: Any, known_base: float | None) -> tuple[Any
             "average; measure where the gradients of all ranks have been averaged: not inside of no_sync(), and with "
             "the same arguments on every rank"
         )
+    # By the way that losses take, which may be the caller's own.
+    device = direction.parameters[0].device
+    base = None if known_base is None else ranks.agree(torch.tensor(known_base, dtype=torch.float64, device=device))[0]
     return replace(direction, slope=slope, norm_sq=norm_sq, lr=lr), base
 
 

@@ -5,44 +5,45 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sharpkern.engines.evidence import LEAST_CERTAIN_RATIO
 from sharpkern.engines.session import Checks, Engine
 from sharpkern.engines.virtual import VirtualEngine
-from sharpkern.errors import EngineUnsupportedError, SlopeMismatchWarning, UncheckedWarning, warn
+from sharpkern.errors import EngineUnsupportedError, UncheckedWarning, warn
 from sharpkern.search import SearchResult
 
 # The loss falls by less than this share of what the gradient says: another batch, or another scale.
-_LEAST_SLOPE_RATIO = 0.8
+_LEAST_RATIO = 0.8
 # The same where curvature may have bent the loss already, at the smallest step that stands out of the noise.
 _LEAST_BENT_RATIO = 0.2
 # With dropout the gradient is of other masks than the probes, and its slope is only near theirs; a loss scale is far.
 _LEAST_RANDOM_RATIO = 0.02
-# Share of the displacement below which rounding of the weights hides the slope.
-_LEAST_RETAINED = 0.9
+# Share of the displacement below which rounding of the weights hides the slope, and above which it plays no part.
+_LEAST_RETAINED, _ALL = 0.9, 0.999
+# A fall of so many standard errors of one loss stands out of the noise; it is wrong by at most so many of its own.
+_RESOLVED, _CERTAIN = 20, 4
+# A slope that grows by at most this share of itself at a smaller step is nearly that at 0.
+_STRAIGHT = 0.1
+# Relative standard error of losses that tell slopes to a few hundredths, and by how much larger than the smallest step
+# that stands out of the noise those steps are.
+_EXACT, _FINE = 1e-5, 20.0
 
 
-def check_repeatable(first: float, second: float, noise: float, *, given: bool) -> None:
+def check_repeatable(first: float, second: float, noise: float) -> None:
     """Refuse a closure that gives another loss at the same parameters.
 
     Args:
         first: the loss at θ.
         second: the same, evaluated again.
         noise: relative standard error of one loss.
-        given: ``first`` is the caller's ``base_loss``.
 
     Raises:
         ValueError: they differ by more than rounding.
     """
-    if abs(first - second) <= max(1e-5, 20 * noise) * max(abs(first), abs(second)):
-        return
-    if given:
+    if abs(first - second) > max(1e-5, 20 * noise) * max(abs(first), abs(second)):
         raise ValueError(
-            f"base_loss must be what loss_fn returns at the current parameters, got {first} and loss_fn returned "
-            f"{second}; leave base_loss out"
+            f"loss_fn must return the same loss whenever it is called, got {first} and then {second} at the same "
+            "parameters; fetch the batch once, outside of the closure"
         )
-    raise ValueError(
-        f"loss_fn must return the same loss whenever it is called, got {first} and then {second} at the same "
-        "parameters; fetch the batch once, outside of the closure"
-    )
 
 
 def confirm(
@@ -53,7 +54,7 @@ def confirm(
     noise: float,
     reach: float = math.inf,
 ) -> None:
-    """Compare an engine that does not write θ with the storage oracle, once, where a probe shows the largest effect.
+    """Compare an engine that does not write θ with the storage oracle, if due, where a probe shows the largest effect.
 
     Where no probe stands out of the noise, that is left to the next measurement.
 
@@ -73,7 +74,7 @@ def confirm(
     near = {probe: effect for probe, effect in effects.items() if probe[0] <= reach}
     if near and max(near.values()) >= 50 * floor:
         effects = near
-    if not effects or not isinstance(engine, VirtualEngine) or engine.name in checks.agrees:
+    if not effects or not isinstance(engine, VirtualEngine) or engine.name in checks.agrees | checks.unchecked:
         return
     (eta, loss), effect = max(effects.items(), key=lambda item: item[1])
     if effect < 50 * floor:
@@ -87,7 +88,7 @@ def confirm(
             "model; measure it once with fewer tokens to have it made",
             UncheckedWarning,
         )
-        checks.agrees.add(engine.name)
+        checks.unchecked.add(engine.name)
         return
     if abs(oracle - loss) > 0.02 * effect + 20 * floor:
         raise EngineUnsupportedError(
@@ -107,8 +108,8 @@ def check_slope(
     kept: Callable[[float], float],
     random: bool,
     spare_forwards: int,
-) -> None:
-    """Warn when the loss does not fall along the direction as fast as the gradient says.
+) -> tuple[float | None, str | None]:
+    """Look whether the loss falls along the direction as fast as the gradient says.
 
     Args:
         engine: evaluates one small step, unless a probe was small already.
@@ -119,11 +120,15 @@ def check_slope(
         kept: share of the displacement at a step size that survives rounding of the weights.
         random: the closure draws random numbers, so that its losses are not exactly the gradient's.
         spare_forwards: evaluations that may still be made, at least 1.
+
+    Returns:
+        tuple: how fast it falls over what the gradient says, at most, None where masks, noise or rounding may be the
+        reason, or the loss bends down to the smallest step; and what is to be warned of at once, or None.
     """
     upper = result.critical_lr if result.status == "converged" else min((eta for eta, _ in result.probes), default=0.0)
     if result.status not in ("converged", "ascent") or upper <= 0:
-        return
-    resolved = 20 * noise * abs(base) / slope
+        return None, None
+    resolved = _RESOLVED * noise * abs(base) / slope
     small = [(eta, loss) for eta, loss in result.probes if resolved <= eta <= 0.1 * upper and math.isfinite(loss)]
     finite = [(eta, loss) for eta, loss in result.probes if math.isfinite(loss)]
     if small or (result.status == "ascent" and finite):
@@ -132,26 +137,37 @@ def check_slope(
         eta = max(resolved, 0.02 * upper)
         loss = engine.losses([eta])[0]
     else:
-        return
+        return None, None
     ratio = (base - loss) / (eta * slope)
-    least = _LEAST_RANDOM_RATIO if random else _LEAST_SLOPE_RATIO
+    least = _LEAST_RANDOM_RATIO if random else _LEAST_RATIO
+    enough = least if random or noise > _EXACT else LEAST_CERTAIN_RATIO
+    certain = ratio if ratio >= enough else math.inf
     closer = False
-    while ratio < least and eta / 10 > resolved and spare_forwards > 1:
+    while ratio < enough <= certain and eta / 10 > resolved and spare_forwards > 1:
         # Then a smaller step agrees with the slope: early in training the loss may bend at a ten thousandth of η_c.
-        eta = max(resolved, eta / 100)
+        before, larger = ratio, eta
+        # No closer than noise lets see small differences, as long as that is close enough.
+        eta = max(_FINE * resolved if _FINE * resolved < eta / 10 else resolved, eta / 100)
         ratio = (base - engine.losses([eta])[0]) / (eta * slope)
         spare_forwards -= 1
         closer = True
-    if not closer or eta / 10 > resolved:
+        # What still bends may go on bending, a little as the root of the step, and every loss has its noise.
+        bent = max(0.0, ratio - before)
+        straight = bent <= _STRAIGHT * abs(ratio)
+        most = ratio + bent / (math.sqrt(larger / eta) - 1) + _CERTAIN * math.sqrt(2) / _RESOLVED * resolved / eta
+        certain = most if straight else math.inf
+    if certain >= least and (not closer or eta / 10 > resolved):
         least = min(least, _LEAST_BENT_RATIO)
     share = kept(eta)
     if share < _LEAST_RETAINED:
         # Of the slope another part may be lost than of the displacement.
         least = min(least, _LEAST_BENT_RATIO)
+    warning = None
     if ratio < least * share:
-        warn(
+        warning = (
             f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: "
             "loss_fn must evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that "
-            "prefetches holds the next batch already",
-            SlopeMismatchWarning,
+            "prefetches holds the next batch already"
         )
+    unsure = random or noise > _EXACT or share < _ALL or certain == math.inf
+    return None if unsure else certain, warning

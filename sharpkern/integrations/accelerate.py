@@ -1,7 +1,9 @@
 """Critical sharpness in loops that run on Hugging Face's Accelerate, gradient accumulation included."""
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from functools import update_wrapper
+from functools import update_wrapper, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,12 +91,18 @@ class SharpnessMonitor(Monitor):
         super().__init__(model, optimizer, **{"log": accelerator.log, **options})
         self._accelerator = accelerator
         self._batches: list[tuple[Any, ...]] = []
+        # What each of them was trained on, None where that is not known.
+        self._trained: list[float | Tensor | None] = []
+        # What backward() was called on since the last micro-batch; two are as good as more.
+        self._losses: deque[Tensor] = deque(maxlen=2)
+        _watch_backward(accelerator, self)
 
     def __call__(
         self,
         loss_fn: Callable[..., Tensor],
         *batch: Any,
         heldout: LossFn | None = None,
+        loss: float | Tensor | None = None,
         direction: Direction | Callable[[], Direction] | None = None,
     ) -> Measurement | None:
         """Take a micro-batch, and measure after the last one of a step that is due.
@@ -104,6 +112,8 @@ class SharpnessMonitor(Monitor):
             *batch: of this micro-batch alone. It is kept for the step: a closure over the loop's variable would see the
                 last batch in place of all.
             heldout: as for `sharpkern.Monitor`.
+            loss: likewise, of this micro-batch. By default what ``accelerator.backward`` was given, if that was called
+                once since the last micro-batch.
             direction: likewise.
 
         Returns:
@@ -121,13 +131,34 @@ class SharpnessMonitor(Monitor):
         num_steps = accelerator.gradient_accumulation_steps
         if accelerator.step % num_steps == 1 % num_steps:
             # The first of a step: what a step that the loop broke off has left is of no gradient.
-            self._batches = []
+            self._batches, self._trained = [], []
+        if loss is None and len(self._losses) == 1:
+            loss = self._losses[0]
+        self._losses.clear()
         if self.is_due:
             self._batches.append(batch)
+            self._trained.append(loss)
         if not accelerator.sync_gradients:
             return None
         batches, self._batches = self._batches, []
-        return super().__call__(_StepLoss(loss_fn, batches, num_steps), heldout, direction=direction)
+        trained, self._trained = self._trained, []
+        known = [one for one in trained if one is not None]
+        total = sum(known) / num_steps if len(known) == len(batches) else None
+        return super().__call__(_StepLoss(loss_fn, batches, num_steps), heldout, loss=total, direction=direction)
+
+
+def _watch_backward(accelerator: Any, monitor: SharpnessMonitor) -> None:
+    """Have the monitor note what ``backward`` is called on, as long as there is one."""
+    backward, watching = accelerator.backward, weakref.ref(monitor)
+
+    @wraps(backward)
+    def noted(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        monitor = watching()
+        if monitor is not None:
+            monitor._losses.append(loss.detach())
+        return backward(loss, *args, **kwargs)
+
+    accelerator.backward = noted
 
 
 class _StepLoss:

@@ -93,6 +93,8 @@ class SharpnessCallback(Callback):
         # What is given to training_step: of the batch that is trained on, and of those that have added to the gradient.
         self._batch: tuple[Any, ...] | None = None
         self._batches: list[tuple[Any, ...]] = []
+        # What they were trained on.
+        self._losses: list[Tensor] = []
         self._measured: tuple[dict[str, float], int] | None = None
 
     @property
@@ -179,8 +181,10 @@ class SharpnessCallback(Callback):
             self._batch = (_shallow(batch), batch_idx) if takes_index else (_shallow(batch),)
 
     def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
-        """Count the batch in, whose ``training_step`` did not skip it."""
+        """Count the batch in, whose ``training_step`` did not skip it, and note its loss."""
         if self._batch is not None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._losses.append(loss.detach() / (1.0 if scaler is None else scaler.get_scale()))
             self._batches.append(self._batch)
             self._batch = None
 
@@ -210,7 +214,7 @@ class SharpnessCallback(Callback):
         self._leave()
 
     def _measure(self, trainer: "Trainer", pl_module: "LightningModule", step: Callable[[], Direction]) -> None:
-        batches = self._batches
+        batches, losses = self._batches, self._losses
         self._forget()
 
         def direction() -> Direction:
@@ -219,14 +223,15 @@ class SharpnessCallback(Callback):
             return step()
 
         with _logging_off(trainer, pl_module):
-            self.monitor(partial(_loss, trainer, batches), direction=direction)
+            loss = torch.stack(losses).sum() if losses else None
+            self.monitor(partial(_loss, trainer, batches), loss=loss, direction=direction)
 
     def _keep(self, values: dict[str, float], step: int) -> None:
         self._measured = values, step
 
     def _forget(self) -> None:
         """Drop the batches of a step."""
-        self._is_due, self._batch, self._batches = False, None, []
+        self._is_due, self._batch, self._batches, self._losses = False, None, [], []
 
     def _leave(self) -> None:
         if self._around is not None:

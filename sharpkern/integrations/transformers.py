@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._extras import missing
+from sharpkern.engines.session import is_compiled
 from sharpkern.measurement import Options
 from sharpkern.monitor import Monitor
 from sharpkern.randomness import note_streams
@@ -158,7 +159,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         """Measure, if the step is due."""
         step, self._step = self._step, None
         if step is not None:
-            self.monitor(step.loss)
+            self.monitor(step.loss, loss=step.trained)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let go of the Trainer."""
@@ -201,6 +202,7 @@ class _Step:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._batches: list[_MicroBatch] = []
+        self._losses: list[Tensor] = []
         self.watch()
 
     def watch(self) -> None:
@@ -217,9 +219,15 @@ class _Step:
         else:
             self._trainer.training_step = self._before
 
+    @property
+    def trained(self) -> Tensor | None:
+        """The loss that was trained on, None where there was none."""
+        return sum(self._losses[1:], self._losses[0]) if self._losses else None
+
     def loss(self) -> Tensor:
-        """The loss that was trained on, at the parameters as they are: the sum that the Trainer reports."""
+        """The same at the parameters as they are: the sum that the Trainer reports."""
         trainer = self._trainer
+        streams = note_streams({p.device for batch in self._batches for p in batch.model.parameters()})
         total: Tensor | None = None
         with _unchanged(trainer, trainer.state, trainer.control, trainer.accelerator):
             trainer.accelerator.backward = _nothing
@@ -231,6 +239,10 @@ class _Step:
                 # Label smoothing takes the labels out of them.
                 loss = trainer.training_step(batch.model, copy.copy(batch.inputs), *batch.args, **batch.kwargs)
                 total = loss if total is None else total + loss
+            if self._batches and not is_compiled(self._batches[0].model, self.loss):
+                # The random numbers were those of the gradient, and none of the streams that they were put into.
+                for stream in streams:
+                    stream()
         if total is None:
             raise RuntimeError(
                 f"{type(trainer).__name__} must call self.training_step for every micro-batch, got a step without; "
@@ -244,6 +256,7 @@ class _Step:
         streams = note_streams({parameter.device for parameter in model.parameters()})
         self._batches.append(_MicroBatch(model, copy.copy(inputs), args, kwargs, streams))
         loss: Tensor = self._trainer.training_step(model, inputs, *args, **kwargs)
+        self._losses.append(loss.detach())
         return loss
 
 
