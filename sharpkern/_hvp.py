@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 from sharpkern.engines.closure import check_loss
-from sharpkern.engines.ranks import ranks_of
+from sharpkern.engines.lockstep import reducers_of, replicate_state
+from sharpkern.engines.session import Session
 from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.reference import inner_product
 from sharpkern.shards import is_sharded
@@ -37,12 +37,12 @@ _HIDDEN = (
 class GradientGraph:
     """The gradient of a loss at θ, kept differentiable, so that H·v costs one backward pass through it.
 
-    The closure is called once: every product sees the same batch and the same dropout masks. Where the model is a
-    `DistributedDataParallel`, gradient and products are means over its ranks, which all have to ask for the same
-    products; its reducer takes no part.
+    The closure is called once: every product sees the same batch and the same dropout masks. Gradient and products are
+    means over the ranks of the session, which all have to ask for the same products; a data-parallel reducer takes no
+    part.
 
     Args:
-        model: The model that the closure calls.
+        session: Of the model that the closure calls.
         loss_fn: The closure; returns the scalar loss with its graph.
         parameters: The parameters θ, each with ``requires_grad``.
 
@@ -57,7 +57,7 @@ class GradientGraph:
 
     gradient: tuple[Tensor, ...]
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, session: Session, loss_fn: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         self._parameters = tuple(parameters)
         if any(is_sharded(parameter) for parameter in self._parameters):
             raise TypeError(
@@ -65,24 +65,25 @@ class GradientGraph:
                 "parallelism); use critical_sharpness, or directional_sharpness(method='forward'), which need forward "
                 "passes only"
             )
-        self._ranks = ranks_of(model)
-        # The fused attention kernels have no second derivative; plain matrix products do.
-        with sdpa_kernel(SDPBackend.MATH), no_reducers(model):
-            loss = loss_fn()
-        check_differentiable(loss)
+        self._session = session
+        with session.in_step():
+            # The fused attention kernels have no second derivative; plain matrix products do.
+            with sdpa_kernel(SDPBackend.MATH), no_reducers(session.outer):
+                loss = loss_fn()
+            check_differentiable(loss)
+            self._foreign = _foreign_operators(loss)
+            self._seed = torch.ones_like(loss, requires_grad=True)
+            with _named_errors():
+                self._local = torch.autograd.grad(
+                    loss,
+                    self._parameters,
+                    grad_outputs=self._seed,
+                    create_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
         (mean,) = self._mean([loss.detach()])
         self.loss = float(mean)
-        self._foreign = _foreign_operators(loss)
-        self._seed = torch.ones_like(loss, requires_grad=True)
-        with _named_errors():
-            self._local = torch.autograd.grad(
-                loss,
-                self._parameters,
-                grad_outputs=self._seed,
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
         self.gradient = self._mean([gradient.detach() for gradient in self._local])
         self.length = math.sqrt(total(inner_product(g, g) for g in self.gradient))
         self.rounding = max(torch.finfo(parameter.dtype).eps for parameter in self._parameters)
@@ -116,16 +117,16 @@ class GradientGraph:
 
     def _mean(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the means over the ranks."""
-        return tuple(tensors) if self._ranks is None else tuple(map(self._ranks.mean, tensors))
+        return tuple(map(self._session.ranks.mean, tensors))
 
     def _derivative(self, vectors: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return this rank's ∂(vᵀg)/∂input."""
-        curved = [(g, v.to(g)) for g, v in zip(self._local, vectors, strict=True) if g.requires_grad]
-        if not curved:
-            # Other ranks wait for this one's share, even where it is nothing.
-            return tuple(torch.zeros_like(tensor) for tensor in inputs)
-        outputs, weights = zip(*curved, strict=True)
-        with _named_errors():
+        with self._session.in_step(), _named_errors():
+            curved = [(g, v.to(g)) for g, v in zip(self._local, vectors, strict=True) if g.requires_grad]
+            if not curved:
+                # Other ranks wait for this one's share, even where it is nothing.
+                return tuple(torch.zeros_like(tensor) for tensor in inputs)
+            outputs, weights = zip(*curved, strict=True)
             return torch.autograd.grad(
                 outputs,
                 inputs,
@@ -170,13 +171,16 @@ def no_reducers(model: nn.Module) -> Iterator[None]:
         None: until the block ends.
     """
     with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, DistributedDataParallel):
-                stack.enter_context(module.no_sync())
-                # Either flag hangs a node behind the output that starts a reduction.
-                for flag in ("find_unused_parameters", "static_graph"):
-                    stack.callback(setattr, module, flag, getattr(module, flag))
-                    setattr(module, flag, False)
+        for module, reducer in reducers_of(model):
+            # Which tells its reducer anew in every pass.
+            if (state := replicate_state(module)) is not None:
+                stack.callback(setattr, state, "_no_sync", state._no_sync)
+                state._no_sync = True
+            stack.enter_context(reducer.no_sync())
+            # Either flag hangs a node behind the output that starts a reduction.
+            for flag in ("find_unused_parameters", "static_graph"):
+                stack.callback(setattr, reducer, flag, getattr(reducer, flag))
+                setattr(reducer, flag, False)
         yield
 
 

@@ -1,7 +1,9 @@
 """Directions from batches alone, where no training loop holds a gradient: of a checkpoint, or of a mix of data."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -10,9 +12,8 @@ from torch import Tensor, nn
 from sharpkern._hvp import check_differentiable, no_reducers
 from sharpkern.direction import Direction
 from sharpkern.engines.parametrizations import empty_cache
-from sharpkern.engines.ranks import ranks_of
 from sharpkern.engines.session import Session, in_session
-from sharpkern.shards import is_sharded, reshard
+from sharpkern.shards import fsdp_modules, is_sharded, reshard
 from sharpkern.updates.one_memory import summed
 from sharpkern.updates.placement import checked_module
 
@@ -50,10 +51,10 @@ def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
         (tensor([[3., 3.]]),)
     """
 
-    def mean(_: Session) -> dict[nn.Parameter, Tensor]:
+    def mean(session: Session) -> dict[nn.Parameter, Tensor]:
         sums: dict[nn.Parameter, Tensor] = {}
         num_batches = 0
-        for gradients in _gradients(model, losses):
+        for gradients in _gradients(session, losses):
             num_batches += 1
             for parameter, gradient in gradients.items():
                 wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -113,9 +114,9 @@ def adamw_direction(
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {value}; leave it out for the default")
 
-    def updates(_: Session) -> dict[nn.Parameter, Tensor]:
+    def updates(session: Session) -> dict[nn.Parameter, Tensor]:
         moments: dict[nn.Parameter, _Moments] = {}
-        for gradients in _gradients(model, losses):
+        for gradients in _gradients(session, losses):
             for parameter, gradient in gradients.items():
                 moments.setdefault(parameter, _Moments(parameter)).enter(gradient, beta1, beta2)
         with torch.no_grad():
@@ -158,8 +159,9 @@ def _known(losses: Iterable[LossFn]) -> Sequence[LossFn]:
     return losses if isinstance(losses, Sequence) else ()
 
 
-def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.Parameter, Tensor]]:
+def _gradients(session: Session, losses: Iterable[LossFn]) -> Iterator[dict[nn.Parameter, Tensor]]:
     """Yield the gradients of one loss after the other, of parameters that have one, and leave no ``.grad`` behind."""
+    model, ranks = session.model, session.ranks
     hooked = next((p for p in model.parameters() if p._post_accumulate_grad_hooks), None)
     if hooked is not None:
         raise ValueError(
@@ -168,12 +170,13 @@ def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.P
             "by Direction.between"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ranks = ranks_of(model)
+    # FSDP2 communicates in its backward pass, where a rank that fails leaves the others behind.
+    step = nullcontext if fsdp_modules(model) else session.in_step
     found = False
     for loss_fn in losses:
         found = True
         # A data-parallel reducer would write the buckets that the run's own gradients may be views of.
-        with no_reducers(model):
+        with step(), no_reducers(session.outer):
             empty_cache()
             loss = loss_fn()
             check_differentiable(loss)
@@ -182,16 +185,12 @@ def _gradients(model: nn.Module, losses: Iterable[LossFn]) -> Iterator[dict[nn.P
         for parameter in parameters:
             parameter.grad = None
         reshard(model)
-        # FSDP2 takes the mean of its gradients itself; of the others on every rank, used there or not.
-        means = (
-            {}
-            if ranks is None
-            else {
-                p: ranks.mean(torch.zeros_like(p) if g is None else g)
-                for p, g in gradients.items()
-                if not is_sharded(p)
-            }
-        )
-        yield {p: g for p, g in (gradients | means).items() if g is not None}
+        # FSDP2 takes the mean of its gradients itself; of the others those used on any rank.
+        plain = [parameter for parameter in parameters if not is_sharded(parameter)]
+        used = ranks.any_of([gradients[parameter] is not None for parameter in plain])
+        for parameter in itertools.compress(plain, used):
+            gradient = gradients[parameter]
+            gradients[parameter] = ranks.mean(torch.zeros_like(parameter) if gradient is None else gradient)
+        yield {parameter: gradient for parameter, gradient in gradients.items() if gradient is not None}
     if not found:
         raise ValueError("losses must hold at least one closure, got none; pass one for each batch")

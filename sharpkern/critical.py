@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,7 +65,8 @@ def critical_sharpness(
         max_forwards: most evaluations of ``loss_fn``, the base loss included.
         reduce: applied to the loss tensor before it is read, such as an all-reduce; every rank then decides alike. By
             default the mean over the ranks of a `DistributedDataParallel` model or of the mesh of DTensor parameters
-            (FSDP2, tensor parallelism); ranks then also fail alike, where one of them fails.
+            (FSDP2, tensor parallelism), or over all ranks where they are found to hold the same weights and update at
+            the first measurement, by one more evaluation; ranks then also fail alike, where one of them fails.
 
     Returns:
         Measurement: with ``sharpness`` in 1/learning-rate, and a ``status`` that says whether there is one.
@@ -74,7 +76,8 @@ def critical_sharpness(
         RankError: the measurement failed on another rank.
         TypeError: an argument is of the wrong kind, or ``loss_fn`` does not return a floating-point tensor.
         ValueError: an argument is out of range, the direction moves none of the model's parameters, or ``loss_fn`` is
-            not repeatable or does not depend on the parameters.
+            not repeatable or does not depend on the parameters; on several ranks, they hold different directions or
+            parts of a model.
 
     Memory: virtual: the largest weight matrix and the buffers; batched: 8 times the activations besides; inplace: a
     copy of the parameters that move.
@@ -149,7 +152,15 @@ def measure(
         quickest = "virtual" if pace is None or not _may_batch(session.pairs, options) else pace.engine()
         return session.run(target, search, engine=options.engine, quickest=quickest)
 
-    run, result = in_session(measured, model, direction, [loss_fn], reduce=options.reduce, base_loss=known_base)
+    run, result = in_session(
+        measured,
+        model,
+        direction,
+        [loss_fn],
+        reduce=options.reduce,
+        base_loss=known_base,
+        plan=replace(options, reduce=None),
+    )
     return run.measurement(result, time.perf_counter() - started), result.memory
 
 

@@ -132,11 +132,12 @@ def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Dire
         for parameter in direction.parameters:
             # A frozen parameter moves too if the direction says so.
             parameter.requires_grad_()
-        graph = GradientGraph(model, loss_fn, direction.parameters)
+        graph = GradientGraph(session, loss_fn, direction.parameters)
+        forwards = 1 if session.settled_by is None else 2
         delta = direction.tensors
         curved = graph.product(delta)
         if not math.isfinite(graph.loss):
-            return DirectionalSharpness(math.nan, forwards=1)
+            return DirectionalSharpness(math.nan, forwards=forwards)
         others = [torch.randn(t.shape, generator=generator).to(t) for t in delta]
         length, size = math.sqrt(_dot(curved, curved)), math.sqrt(direction.norm_sq)
         other = graph.product(others)
@@ -148,12 +149,12 @@ def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Dire
         graph.tell_unchecked()
         slope, curvature = _dot(delta, graph.gradient), _dot(delta, curved)
         if not slope:
-            return DirectionalSharpness(math.nan, forwards=1)
+            return DirectionalSharpness(math.nan, forwards=forwards)
         # What cancels in the inner products enlarges the share of rounding.
         shares = size * length / abs(curvature) + size * graph.length / abs(slope) if curvature else math.inf
-        return DirectionalSharpness(curvature / slope, _ROUNDINGS * graph.rounding * shares, forwards=1)
+        return DirectionalSharpness(curvature / slope, _ROUNDINGS * graph.rounding * shares, forwards=forwards)
 
-    return in_session(measured, model, direction, [loss_fn], grad=True)
+    return in_session(measured, model, direction, [loss_fn], grad=True, plan=())
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -175,7 +176,7 @@ def _by_differences(
 
         return *session.run(target, measure), target.closure.calls
 
-    estimate, kept, forwards = in_session(measured, model, direction, [loss_fn])
+    estimate, kept, forwards = in_session(measured, model, direction, [loss_fn], plan=(step_size,))
     if kept < _RETAINED_FLOOR:
         warn(
             f"only {kept:.2f} of the displacement by ±{estimate.step:.2g}·Δθ survives rounding to the weights' "

@@ -57,8 +57,10 @@ def hessian_sharpness(
 
     Args:
         model: The model; its parameters with ``requires_grad`` are θ. Under `DistributedDataParallel` the loss is the
-            mean over the ranks, each of which gets its sharpness.
-        loss_fn: Returns the scalar loss of the model's current parameters, with its graph. Called once.
+            mean over the ranks, each of which gets its sharpness. So it is on ranks that hold the same weights and
+            gradients.
+        loss_fn: Returns the scalar loss of the model's current parameters, with its graph. Called once, and once more
+            where ranks have yet to find out whether they train one model.
         preconditioner: The Adam or AdamW that trains the model, or a list of several, after at least one step:
             P = (1 − β₁ᵗ)(√(v/(1 − β₂ᵗ)) + ε) of its last step. θ is then what they move. A group whose
             learning rate differs from that of the first moving group has its P divided by the ratio.
@@ -110,8 +112,8 @@ def hessian_sharpness(
     _refuse_shared_memory(model, parameters)
     start = _start(parameters, v0)
 
-    def measured(_: Session) -> HessianResult:
-        graph = GradientGraph(model, loss_fn, parameters)
+    def measured(session: Session) -> HessianResult:
+        graph = GradientGraph(session, loss_fn, parameters)
         if not math.isfinite(graph.loss):
             return HessianResult(math.nan, math.nan, 0, False, start / start.norm())
 
@@ -125,7 +127,7 @@ def hessian_sharpness(
         graph.tell_unchecked()
         return result
 
-    return in_session(measured, model, None, [loss_fn], grad=True)
+    return in_session(measured, model, None, [loss_fn], grad=True, plan=(tol, max_iter))
 
 
 def _refuse_shared_memory(model: nn.Module, parameters: tuple[nn.Parameter, ...]) -> None:

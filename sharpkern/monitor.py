@@ -16,7 +16,8 @@ from sharpkern._logs import sender
 from sharpkern.critical import measure
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
-from sharpkern.engines.ranks import as_one, ranks_for
+from sharpkern.engines.ranks import as_one
+from sharpkern.engines.settling import outermost, ranks_for
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
 from sharpkern.measurement import Measurement, Options
 from sharpkern.search import SearchMemory
@@ -198,7 +199,7 @@ class Monitor:
         self.step += 1
         if not due:
             return None
-        made = self._make(step, direction)
+        made = self._make(step, direction, [loss_fn] if heldout is None else [loss_fn, heldout])
         if made is None:
             return None
         direction = made
@@ -224,24 +225,20 @@ class Monitor:
         self._warn(record)
         return measurement
 
-    def _make(self, step: int, direction: Direction | Callable[[], Direction] | None) -> Direction | None:
+    def _make(
+        self, step: int, direction: Direction | Callable[[], Direction] | None, loss_fns: Sequence[LossFn]
+    ) -> Direction | None:
         """The direction of a step, or None on all ranks where one has none."""
-        ranks = ranks_for(self._model, self._options.reduce)
-        made, reason = None, None
-        with as_one(ranks):
-            try:
+        try:
+            with as_one(ranks_for(self._model, self._options.reduce, outermost(self._model, loss_fns))):
                 if direction is None:
-                    made = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+                    direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
                     self._tell_unmoved()
-                else:
-                    made = direction if isinstance(direction, Direction) else direction()
-            except NoUpdateError as error:
-                # A warm-up that starts at 0, a step that the loss scaler will skip: the run goes on, and so does this.
-                reason = str(error)
-        if any(ranks.any_of([reason is not None])):
-            self.skipped.append((step, reason or "another rank has no update"))
+                return direction if isinstance(direction, Direction) else direction()
+        except NoUpdateError as error:
+            # A warm-up that starts at 0, a step that the loss scaler will skip: the run goes on, and so does this.
+            self.skipped.append((step, str(error)))
             return None
-        return made
 
     def _tell_unmoved(self) -> None:
         """Warn once of parameters whose gradients belong to a step that another optimizer takes."""

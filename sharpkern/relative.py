@@ -105,7 +105,8 @@ def _together(
                     task.advance()
             return {task.name: task.measurement for task in searches if task.measurement is not None}
 
-    return in_session(measured, model, direction, tasks.values(), reduce=options.reduce)
+    plan = replace(options, reduce=None)
+    return in_session(measured, model, direction, tasks.values(), reduce=options.reduce, plan=plan)
 
 
 class _Task:

@@ -119,9 +119,13 @@ class Guard:
                 kept.copy()
                 self._uncopied.remove(kept)
 
+    def gradient_of(self, parameter: Tensor) -> Tensor | None:
+        """The gradient that a parameter came with."""
+        return self._gradients.get(id(parameter))
+
     def had_gradient(self, parameter: Tensor) -> bool:
         """Whether a parameter came with a gradient other than zero."""
-        gradient = self._gradients.get(id(parameter))
+        gradient = self.gradient_of(parameter)
         return gradient is not None and not is_fake(gradient) and bool(gradient.any())
 
     def drew_random_numbers(self) -> bool:

@@ -5,12 +5,14 @@ Ranks whose pass goes well wait there for the one whose pass failed. That one go
 then all can be told.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +33,30 @@ class _Order:
     stay: set[int]
 
 
+def replicate_state(module: nn.Module) -> Any:
+    """The state of composable data parallelism, ``replicate``; None where it was not applied to a module."""
+    composable = sys.modules.get("torch.distributed._composable.replicate")
+    if composable is None or not isinstance(module, composable.DDP):
+        return None
+    return composable.replicate.state(module)
+
+
+def reducers_of(model: nn.Module) -> Iterator[tuple[nn.Module, DistributedDataParallel]]:
+    """What averages gradients in a model, each behind the module whose forward pass it begins.
+
+    Args:
+        model: any module.
+
+    Yields:
+        tuple: the module and its reducer, which ``replicate`` makes when the module runs for the first time.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            yield module.module, module
+        elif (reducer := getattr(replicate_state(module), "_ddp", None)) is not None:
+            yield module, reducer
+
+
 _known: WeakKeyDictionary[nn.Module, _Order] = WeakKeyDictionary()
 
 
@@ -38,21 +64,23 @@ class Lockstep:
     """The order in which modules communicate in a pass, noted in one and kept up in those that fail.
 
     Args:
-        model: with FSDP2 modules or `DistributedDataParallel` in it, or without, where all of this does nothing.
+        model: with FSDP2 modules or data-parallel ones in it, or without, where all of this does nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        reducers = list(reducers_of(model))
         # Modules that were sharded together share their state and are gathered at once.
         self._sharded = {id(module._get_fsdp_state()): module for module in reversed(fsdp_modules(model))}
         # What is inside of a wrapper begins when the wrapper has communicated.
-        self._parts: list[Any] = [*wrappers, *reversed(self._sharded.values())]
+        self._parts: list[Any] = [*(reducer for _, reducer in reducers), *reversed(self._sharded.values())]
         number_of = {id(part): number for number, part in enumerate(self._parts)}
-        self._members = {id(wrapper.module): (number_of[id(wrapper)], wrapper.module) for wrapper in wrappers}
+        self._members: dict[int, tuple[int, Any]] = {
+            id(module): (number, module) for number, (module, _) in enumerate(reducers)
+        }
         for module in fsdp_modules(model):
             self._members[id(module)] = (number_of[id(self._sharded[id(module._get_fsdp_state())])], module)
         # Until a pass has shown it: modules run in the order in which they were made, the outermost stays gathered.
-        guess = _Order(list(range(len(self._parts))), {len(wrappers)})
+        guess = _Order(list(range(len(self._parts))), {len(reducers)})
         self._order = _known.setdefault(model, guess) if self._parts else guess
         self._begun: list[int] = []
         # Of parts that are in their forward pass, the modules that have yet to end.
@@ -101,6 +129,8 @@ class Lockstep:
         for number in self._order.begin[len(self._begun) :]:
             part = self._parts[number]
             if isinstance(part, DistributedDataParallel):
+                if torch.is_grad_enabled() and part.reducer._rebuild_buckets():
+                    part._has_rebuilt_buckets = True
                 if part._check_sync_bufs_pre_fwd():
                     part._sync_buffers()
             else:

@@ -1,16 +1,14 @@
 """How the ranks of a distributed run decide alike: one mean of the loss, and one failure for all."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sharpkern.errors import EngineUnsupportedError, RankError
-from sharpkern.shards import is_sharded, reshard
+from sharpkern.errors import EngineUnsupportedError, NoUpdateError, RankError
 
 # Where a failure is raised again, the frame lets go of it: it holds the frame, and a ring of the two would keep what
 # the failed pass had in memory until the garbage collector comes by, which is late where memory had run out.
@@ -19,7 +17,7 @@ from sharpkern.shards import is_sharded, reshard
 _PATIENCE = timedelta(seconds=60)
 
 # From the mildest to the gravest: all ranks raise the gravest that one of them has.
-_UNSUPPORTED, _OUT_OF_MEMORY, _FAILED = range(3)
+_NO_UPDATE, _UNSUPPORTED, _OUT_OF_MEMORY, _FAILED = KINDS = range(4)
 
 
 class Ranks(Protocol):
@@ -35,6 +33,9 @@ class Ranks(Protocol):
 
     def means(self, numbers: Sequence[float]) -> list[float]:
         """The mean of each number over the ranks."""
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks."""
 
 
 class Alone:
@@ -68,6 +69,10 @@ class Alone:
         """The numbers themselves."""
         return list(numbers)
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
 
 class Together:
     """The ranks of process groups, which take the mean of their losses.
@@ -98,16 +103,17 @@ class Together:
 
         Raises:
             BaseException: this rank's failure, if no other has a graver one.
+            NoUpdateError: another rank has no update.
             EngineUnsupportedError: another rank's engine is unable.
             OutOfMemoryError: another rank ran out of memory.
             RankError: another rank failed otherwise.
         """
-        told = torch.zeros(5, dtype=torch.float64, device=self._device)
+        told = torch.zeros(2 + len(KINDS), dtype=torch.float64, device=self._device)
         if loss is not None:
             told[0] = loss
         told[1] = asks
         if failure is not None:
-            told[2 + _kind(failure)] = 1
+            told[2 + kind_of(failure)] = 1
         try:
             for group in self._groups:
                 work = torch.distributed.all_reduce(told, group=group, async_op=True)
@@ -117,7 +123,7 @@ class Together:
                     _wait_for_a_while(work, failure)
             total, asked, *failures = told.tolist()
             if any(failures):
-                _raise(failure, failures, self._size)
+                raise_gravest(failure, failures, self._size)
             return total / self._size, asked > 0
         finally:
             del failure
@@ -130,51 +136,6 @@ class Together:
         """The mean of each number over the ranks; a collective for each group."""
         values: list[float] = self.mean(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
         return values
-
-
-def ranks_of(model: nn.Module) -> Together | None:
-    """The ranks that a model's loss is a mean over.
-
-    Args:
-        model: with `DistributedDataParallel` around it or in it, or with DTensor parameters, as of ``fully_shard`` and
-            tensor parallelism.
-
-    Returns:
-        Together: the process group of the one; every dimension of every mesh of the other. None for other models.
-
-    Raises:
-        TypeError: the model is a `FullyShardedDataParallel`, whose parameters are pieces of flat ones.
-    """
-    reshard(model)
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    flat = () if fsdp is None else (fsdp.FullyShardedDataParallel,)
-    for module in model.modules():
-        if isinstance(module, flat):
-            raise TypeError(
-                "model must be sharded by torch.distributed.fsdp.fully_shard (FSDP2), got FullyShardedDataParallel; "
-                "its flat parameters cannot be told apart"
-            )
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return Together([module.process_group], next(module.parameters()).device)
-    meshes = dict.fromkeys(parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter))  # type: ignore[attr-defined]
-    if not meshes:
-        return None
-    # Where groups overlap, the mean of one is the same number again in the other.
-    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups())
-    return Together(list(groups), torch.device(next(iter(meshes)).device_type))
-
-
-def ranks_for(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None) -> Ranks:
-    """The ranks that decide alike: the model's, or those that the caller has a function for.
-
-    Args:
-        model: as for `ranks_of`.
-        reduce: the caller's own function of a loss, or None.
-
-    Returns:
-        Ranks: that take part in a measurement.
-    """
-    return Alone(reduce) if reduce is not None else ranks_of(model) or Alone()
 
 
 @contextmanager
@@ -198,7 +159,10 @@ def as_one(ranks: Ranks) -> Iterator[None]:
         del failure
 
 
-def _kind(failure: BaseException) -> int:
+def kind_of(failure: BaseException) -> int:
+    """How grave a failure is: one of `KINDS`."""
+    if isinstance(failure, NoUpdateError):
+        return _NO_UPDATE
     if isinstance(failure, EngineUnsupportedError):
         return _UNSUPPORTED
     return _OUT_OF_MEMORY if isinstance(failure, torch.OutOfMemoryError) else _FAILED
@@ -215,14 +179,30 @@ def _wait_for_a_while(work: Any, failure: BaseException) -> None:
             del failure
 
 
-def _raise(failure: BaseException | None, failures: Sequence[float], size: int) -> None:
+def raise_gravest(failure: BaseException | None, failures: Sequence[float], size: int) -> None:
+    """Raise the gravest failure of all ranks.
+
+    Args:
+        failure: of this rank, or None.
+        failures: how many ranks have one of each of `KINDS`.
+        size: number of ranks.
+
+    Raises:
+        BaseException: this rank's failure, if no other has a graver one.
+        NoUpdateError: another rank has no update.
+        EngineUnsupportedError: another rank's engine is unable.
+        OutOfMemoryError: another rank ran out of memory.
+        RankError: another rank failed otherwise.
+    """
     gravest = max(kind for kind, number in enumerate(failures) if number)
-    if failure is not None and _kind(failure) == gravest:
+    if failure is not None and kind_of(failure) == gravest:
         try:
             raise failure
         finally:
             del failure
     where = f"{failures[gravest]:.0f} of {size} ranks, not on this one"
+    if gravest == _NO_UPDATE:
+        raise NoUpdateError("another rank has no update")
     if gravest == _UNSUPPORTED:
         raise EngineUnsupportedError(f"the engine is unable on {where}")
     if gravest == _OUT_OF_MEMORY:

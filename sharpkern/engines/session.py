@@ -25,8 +25,9 @@ from sharpkern.engines.lockstep import Lockstep
 from sharpkern.engines.mode import VirtualParameters
 from sharpkern.engines.parametrizations import empty_cache
 from sharpkern.engines.precision import LossPrecision
-from sharpkern.engines.ranks import Ranks, as_one, ranks_for
+from sharpkern.engines.ranks import Alone, Ranks, as_one
 from sharpkern.engines.reach import fingerprint
+from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost, ranks_for, size_of
 from sharpkern.engines.table import Pair, make_pairs
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
@@ -151,6 +152,8 @@ class Session:
         ranks: that decide alike.
         base_loss: L(θ) that was handed in, the mean over the ranks; None where it was not.
         guard: of everything else.
+        outer: the model, or the data-parallel wrapper that the closures call it through.
+        settled_by: the closure that was evaluated to find out about the ranks, until that is counted; or None.
     """
 
     def __init__(
@@ -162,14 +165,58 @@ class Session:
         guard: Guard,
         lockstep: Lockstep,
         base_loss: float | None,
+        outer: nn.Module,
     ) -> None:
         self.model, self.direction, self.pairs, self.ranks, self.base_loss = model, direction, pairs, ranks, base_loss
-        self.guard, self._lockstep = guard, lockstep
+        self.guard, self._lockstep, self.outer = guard, lockstep, outer
+        self.settled_by: LossFn | None = None
         self._begun: list[Checks] = []
+
+    def settle(self, ranks: Unsettled, loss_fn: LossFn | None, plan: str) -> None:
+        """Find out which ranks decide together where nothing tells of them.
+
+        Args:
+            ranks: that have yet to compare themselves.
+            loss_fn: a closure that is evaluated for it; None for ranks that were together before.
+            plan: what is measured, and how.
+
+        Raises:
+            ValueError: the ranks do not fit together.
+            RankError: another rank failed.
+        """
+        if not ranks.all_come():
+            self.ranks = Alone()
+            return
+        loss = None
+        if loss_fn is not None:
+            closure = Closure(loss_fn, self.guard, LossPrecision(), ranks, self._lockstep)
+            loss = closure(Eagerly(ranks.listening))
+            self.settled_by = loss_fn
+        if self.direction is None:
+            # Gradients tell whether ranks that hold the same weights train one model.
+            given = self.guard.gradient_of if loss is not None else lambda _: None
+            moves = [(p, given(p)) for p in self.model.parameters() if p.requires_grad]
+            self.ranks = ranks.settled(Facts(*size_of(moves), loss, plan, is_update=loss is None))
+        else:
+            size = size_of((pair.parameter, pair.move.update) for pair in self.pairs)
+            self.ranks = ranks.settled(Facts(*size, loss, f"{plan}, {self.direction.lr}"))
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Run a pass, or a part of one, that fails on all ranks if it fails on one."""
+        with as_one(self.ranks):
+            try:
+                yield
+            except BaseException:
+                self._lockstep.keep_up()
+                raise
+            self._lockstep.finish()
 
     def target(self, loss_fn: LossFn) -> Target:
         """Enter a closure."""
         closure = Closure(loss_fn, self.guard, LossPrecision(), self.ranks, self._lockstep)
+        if loss_fn is self.settled_by:
+            closure.calls, self.settled_by = 1, None
         return Target(loss_fn, closure, checks_of(self.model, loss_fn), is_compiled(self.model, loss_fn))
 
     def begin(self, checks: Checks) -> None:
@@ -290,6 +337,7 @@ def in_session(
     reduce: Callable[[Tensor], Tensor] | None = None,
     base_loss: float | None = None,
     grad: bool = False,
+    plan: object = None,
 ) -> Result:
     """Call ``use`` for losses along a direction that leave no trace, on all ranks alike.
 
@@ -301,6 +349,7 @@ def in_session(
         reduce: the caller's own function of a loss, in place of the mean over the model's ranks.
         base_loss: L(θ) of this rank where it is known.
         grad: leave autograd on, for derivatives by `torch.autograd.grad`.
+        plan: what is measured with, the same on ranks that work together; None where no loss of a closure is compared.
 
     Returns:
         Result: what ``use`` returned.
@@ -312,7 +361,20 @@ def in_session(
 
     Memory: see `Guard`.
     """
-    begin = partial(_begin, model, direction, tuple(loss_fns), reduce=reduce, base_loss=base_loss, grad=grad)
+    loss_fns = tuple(loss_fns)
+    compared = None if plan is None else loss_fns[0]
+    plan = f"{use.__qualname__} {plan}"
+    begin = partial(
+        _begin,
+        model,
+        direction,
+        loss_fns,
+        reduce=reduce,
+        base_loss=base_loss,
+        grad=grad,
+        plan=plan,
+        compared=compared,
+    )
     with alone:
         trace = Trace()
         return undone(lambda: use(begin(trace)), trace)
@@ -339,28 +401,38 @@ def _begin(
     reduce: Callable[[Tensor], Tensor] | None = None,
     base_loss: float | None = None,
     grad: bool = False,
+    plan: str = "",
+    compared: LossFn | None = None,
 ) -> Session:
-    """Bind and agree, note everything, and only then change what has to be."""
+    """Note everything, change only then what has to be, and agree."""
     if evaluating:
         raise RuntimeError("loss_fn must only return the loss, got one that measures; measure before or after it")
-    ranks = ranks_for(model, reduce)
+    outer = outermost(model, loss_fns)
+    ranks = ranks_for(model, reduce, outer)
+    if isinstance(ranks, Unsettled) and compared is None and not ranks.were_together:
+        ranks = named_ranks(outer) or Alone(reduce)
     pairs: Sequence[Pair] = ()
-    if direction is not None:
-        with as_one(ranks):
+    with as_one(ranks):
+        if direction is not None:
             direction = direction.bind(model)
             pairs = make_pairs(direction.moves())
-        direction, base_loss = _agreed(ranks, direction, base_loss)
-    lockstep = Lockstep(model)
-    lockstep.watch(trace)
-    trace.add(evaluating.clear)
-    guard = Guard(trace, model, () if direction is None else direction.parameters, loss_fns)
+        lockstep = Lockstep(outer)
+        # Before the guard, which notes the modules' hooks.
+        lockstep.watch(trace)
+        trace.add(evaluating.clear)
+        guard = Guard(trace, model, () if direction is None else direction.parameters, loss_fns)
     trace.add(guard.restore)
     guard.hide_gradients()
     empty_cache()
     torch.set_grad_enabled(grad)
     # All that Python remembers of warnings already given stays as it is, unlike with catch_warnings.
     warnings.filters.insert(0, _FALSE_ALARM)  # type: ignore[attr-defined]
-    return Session(model, direction, pairs, ranks, guard, lockstep, base_loss)
+    session = Session(model, direction, pairs, ranks, guard, lockstep, base_loss, outer)
+    if isinstance(ranks, Unsettled):
+        session.settle(ranks, None if ranks.were_together else compared, plan)
+    if direction is not None:
+        session.direction, session.base_loss = _agreed(session.ranks, direction, base_loss)
+    return session
 
 
 def _agreed(ranks: Ranks, direction: Any, known_base: float | None) -> tuple[Any, float | None]:

@@ -1,0 +1,536 @@
+"""Which ranks decide together: read off the model where it says so, found out by comparing them where nothing does.
+
+Wrappers such as `DistributedDataParallel` and DTensors name their process groups. Gradients averaged by hand leave no
+trace. So ranks that nothing tells of compare themselves: each leaves in torch's key-value store what it holds, the last
+to come judges for all, and none waits longer than `_PATIENCE` for one that does not come. A collective would hang where
+only some of the ranks measure. All ranks of the run are compared, no subgroup of them.
+
+They do so at the first measurement, by an evaluation of the loss. Those found to train one model meet again at every
+measurement, without one: perhaps only some of them come.
+
+| found                                                   | then                                                     |
+|---------------------------------------------------------|----------------------------------------------------------|
+| the same weights, update and learning rate; other losses | one model on several batches: the mean over all ranks    |
+| the same weights; other updates and losses              | error: gradients are not averaged                        |
+| other weights; closures that talk to other ranks        | error: a model that is split over the ranks              |
+| other weights                                           | each alone: replicas, sweeps, adversaries, actors        |
+| all the same                                            | the mean, which is each one's own; compared again later  |
+| not all come                                            | each alone, with a warning                               |
+
+A caller's own ``reduce=`` says that ranks decide alike. Those whose losses it makes the same must then move alike.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sharpkern.engines.lockstep import reducers_of, replicate_state
+from sharpkern.engines.ranks import KINDS, Alone, Ranks, Together, kind_of, raise_gravest
+from sharpkern.engines.reach import Reached
+from sharpkern.errors import UncheckedWarning, warn
+from sharpkern.reference import inner_product
+from sharpkern.shards import is_sharded, local, local_as, over_shards, reshard
+from sharpkern.sums import read
+
+# Seconds that ranks wait for others, the first time that one does not come, and from then on.
+_PATIENCE = 5.0
+_LITTLE_PATIENCE = 0.5
+# Measurements after which ranks that nothing told apart are left to themselves.
+_ATTEMPTS = 10
+_GRADIENTS = (
+    "the ranks hold the same weights, and no gradients tell whether they train one model: each takes its own loss; "
+    "measure after the backward pass, where the gradients of all ranks have been averaged, for the mean over ranks"
+)
+_OTHER_PLANS = (
+    "ranks that train one model must measure alike, got other quantities, options or learning rates; call the same "
+    "function with the same arguments on all ranks"
+)
+# Weights of data-parallel ranks are equal to the bit; those of others may differ by very little at first.
+_SAME_WEIGHTS = 1e-8
+_SAME = 1e-6
+
+
+def num_ranks() -> int:
+    """Ranks of the run, 1 where there is but one process, or only a stand-in for others."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_backend() == "fake":
+        return 1
+    return distributed.get_world_size()
+
+
+def outermost(model: nn.Module, loss_fns: Iterable[Callable[..., object]]) -> nn.Module:
+    """The wrapper that communicates in the passes of closures which call the model through one; else the model.
+
+    Args:
+        model: that is measured.
+        loss_fns: closures that evaluate it.
+
+    Returns:
+        Module: around the model, or itself.
+    """
+    if num_ranks() == 1 or any(map(_is_wrapper, model.modules())):
+        return model
+    known = _around.get(model)
+    around = None if known is None else known()
+    if around is not None:
+        return around
+    parameters = {id(parameter) for parameter in model.parameters()}
+    reached = Reached(*loss_fns)
+    reached.follow()
+    for module in reached.modules:
+        if _is_wrapper(module) and any(id(parameter) in parameters for parameter in module.parameters()):
+            _around[model] = ref(module)
+            return module
+    return model
+
+
+def ranks_for(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None, outer: nn.Module) -> Ranks:
+    """The ranks that decide alike, as far as it is known.
+
+    Args:
+        model: that is measured.
+        reduce: the caller's own function of a loss, or None.
+        outer: the outermost module around it, see there.
+
+    Returns:
+        Ranks: that the model's own wrappers or its DTensors name; `Unsettled` where nothing does.
+
+    Raises:
+        TypeError: the model is sharded in a way that cannot be measured.
+    """
+    reshard(model)
+    _refuse_shards(outer)
+    # What is around the model may be for training alone, while one rank evaluates the model inside.
+    told, found = named_ranks(model), _known(model)
+    if num_ranks() > 1 and not (found.reduced if reduce else told or found.together is False):
+        return Unsettled(model, reduce)
+    return Alone(reduce) if reduce else told or Alone()
+
+
+@dataclass
+class _Findings:
+    """What is known of the ranks that hold a model.
+
+    Attributes:
+        together: they train it on a batch each, at least when they were compared; None where it is not known yet.
+        attempts: comparisons that told nothing.
+        reduced: a caller's own function of the loss was found to fit.
+    """
+
+    together: bool | None = None
+    attempts: int = 0
+    reduced: bool = False
+
+
+_findings: WeakKeyDictionary[nn.Module, _Findings] = WeakKeyDictionary()
+# The wrappers are not held.
+_around: WeakKeyDictionary[nn.Module, "ref[nn.Module]"] = WeakKeyDictionary()
+
+
+def _known(model: nn.Module) -> _Findings:
+    return _findings.setdefault(model, _Findings())
+
+
+def _is_deepspeed(module: nn.Module) -> bool:
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__)
+
+
+def _is_flat(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether a module says which ranks there are, or that it cannot be measured."""
+    averages = isinstance(module, DistributedDataParallel) or replicate_state(module) is not None
+    return averages or _is_deepspeed(module) or _is_flat(module)
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    # Without the wrapper in sight, the parameters say it.
+    inside = any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
+    if inside or any(map(_is_flat, model.modules())):
+        raise TypeError(
+            "model must be sharded by torch.distributed.fsdp.fully_shard (FSDP2), got FullyShardedDataParallel; "
+            "its flat parameters cannot be told apart"
+        )
+    for engine in filter(_is_deepspeed, model.modules()):
+        _refuse_split(engine)
+
+
+def named_ranks(model: nn.Module) -> Together | None:
+    """The ranks that a model's wrappers or its DTensors name."""
+    groups: list[Any] = [engine.data_parallel_group for engine in model.modules() if _is_deepspeed(engine)]
+    groups += [reducer.process_group for _, reducer in reducers_of(model)]
+    if groups:
+        return Together(groups[:1], next(model.parameters()).device)
+    meshes = dict.fromkeys(parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter))  # type: ignore[attr-defined]
+    if not meshes:
+        return None
+    # Where groups overlap, the mean of one is the same number again in the other.
+    groups_of_meshes = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups())
+    return Together(list(groups_of_meshes), torch.device(next(iter(meshes)).device_type))
+
+
+def _refuse_split(engine: Any) -> None:
+    """Refuse DeepSpeed's engine but for stage 0, where whole gradients lie in ``.grad``."""
+    stage = getattr(engine, "zero_optimization_stage", int)()
+    split = [
+        what
+        for what, there in {
+            f"ZeRO stage {stage}": stage > 0,
+            "a pipeline": any(kind.__name__ == "PipelineEngine" for kind in type(engine).__mro__),
+            "model parallelism": getattr(engine, "mp_world_size", 1) > 1,
+            "sequence parallelism": getattr(engine, "sequence_parallel_size", 1) > 1,
+            "experts": getattr(engine, "has_moe_layers", False),
+        }.items()
+        if there
+    ]
+    if split:
+        raise TypeError(
+            f"model must be a DeepSpeed engine that only averages gradients (ZeRO stage 0), got one with "
+            f"{', '.join(split)}; set zero_optimization.stage to 0, or shard by fully_shard"
+        )
+
+
+class Listening(TorchDispatchMode):
+    """Notes whether what runs under it talks to other ranks.
+
+    Attributes:
+        heard: whether it did.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.heard = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard |= "c10d" in getattr(func, "namespace", "")
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rank says of itself.
+
+    Attributes:
+        theta_sq: |θ|² of what moves.
+        along: θᵀΔθ.
+        norm_sq: |Δθ|².
+        loss: L(θ), reduced where there is a function for it; None where ranks were found to train one model before.
+        plan: what is measured and how, the learning rate included.
+        is_update: Δθ is one, and not the gradient that happens to be there.
+        talks: its closure talks to other ranks, or that function does, or changes the loss.
+        reduces: there is one.
+    """
+
+    theta_sq: float
+    along: float
+    norm_sq: float
+    loss: float | None
+    plan: str
+    is_update: bool = True
+    talks: bool = False
+    reduces: bool = False
+
+    def holds_as(self, other: "Facts") -> bool:
+        """Whether both hold the same weights."""
+        return _near(self.theta_sq, other.theta_sq, _SAME_WEIGHTS)
+
+    def plans_as(self, other: "Facts") -> bool:
+        """Whether both measure the same, with the same learning rate."""
+        return self.plan == other.plan
+
+    def moves_as(self, other: "Facts") -> bool:
+        """Whether both would make the same update: Adam's first ones are all of one length."""
+        reach = math.sqrt(self.theta_sq * self.norm_sq)
+        return _near(self.norm_sq, other.norm_sq) and _near(self.along, other.along, within=_SAME * reach)
+
+    def loses_as(self, other: "Facts") -> bool:
+        """Whether both are known to have the same loss."""
+        return self is other or (self.loss is not None and other.loss is not None and _near(self.loss, other.loss))
+
+
+def _near(a: float, b: float, rel: float = _SAME, within: float = 0.0) -> bool:
+    return math.isclose(a, b, rel_tol=rel, abs_tol=within) or (math.isnan(a) and math.isnan(b))
+
+
+@torch.no_grad()
+def size_of(moves: Iterable[tuple[Tensor, Tensor | Callable[[], Tensor] | None]]) -> tuple[float, float, float]:
+    """|θ|², θᵀΔθ and |Δθ|².
+
+    Args:
+        moves: each parameter with its Δθ, a function that works it out, or None where there is none.
+
+    Returns:
+        tuple: the three, over all shards.
+
+    Memory: one Δθ at a time.
+    """
+    parameters, sums = [], []
+    for parameter, update in moves:
+        theta = local(parameter.detach())
+        delta = torch.zeros_like(theta) if update is None else update() if callable(update) else update
+        delta = local_as(delta.detach(), parameter)
+        parameters.append(parameter)
+        sums.append(torch.stack([inner_product(a, b) for a, b in ((theta, theta), (theta, delta), (delta, delta))]))
+    totals = over_shards(parameters, sums)
+    theta_sq, along, norm_sq = (sum(read([one[k] for one in totals]), 0.0) for k in range(3))
+    return theta_sq, along, norm_sq
+
+
+class Unsettled(Alone):
+    """Ranks that have yet to compare themselves: each alone until then, but that one which fails tells the others.
+
+    Args:
+        model: that is measured.
+        reduce: the caller's own function of a loss, or None.
+
+    Attributes:
+        listening: to be entered around the evaluation whose loss is compared.
+        were_together: they were found to train one model, so that there is no need to evaluate it.
+    """
+
+    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__(reduce)
+        self._model = model
+        self.listening = Listening()
+        self.were_together = reduce is None and _known(model).together is True
+
+    def agree(
+        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
+    ) -> tuple[float, bool]:
+        """As alone, having told others of a failure; with a function of the caller's own they wait in that."""
+        try:
+            if self._reduce is None and isinstance(failure, Exception):
+                _meet({"failure": kind_of(failure)})
+            with self.listening:
+                value, asks = super().agree(loss, failure, asks=asks)
+            self.listening.heard |= loss is not None and self._reduce is not None and value != float(loss)
+            return value, asks
+        finally:
+            del failure
+
+    def all_come(self) -> bool:
+        """Whether all ranks are there to evaluate their losses, in which they may need each other.
+
+        Raises:
+            RankError: another rank has failed.
+        """
+        if self.were_together or self._reduce is not None:
+            return True
+        verdict = self._heeded(_meet({"ready": True}))
+        if "warning" in verdict:
+            _known(self._model).together = False
+        return "ready" in verdict
+
+    def settled(self, facts: Facts) -> Ranks:
+        """Compare with the other ranks.
+
+        Args:
+            facts: of this rank, as far as they are known without having listened.
+
+        Returns:
+            Ranks: that decide alike.
+
+        Raises:
+            ValueError: the ranks do not fit together.
+            RankError: another rank has failed.
+        """
+        found = _known(self._model)
+        talks, reduces = self.listening.heard, self._reduce is not None
+        # A function that concerns this rank alone has nobody to compare with.
+        verdict: Mapping[str, Any] = _decided(None)
+        if talks or not reduces:
+            verdict = self._heeded(_meet(asdict(replace(facts, talks=talks, reduces=reduces))))
+        if reduces:
+            found.reduced = True
+            return Alone(self._reduce)
+        if verdict["together"] is not None:
+            found.together = verdict["together"]
+        elif not self.were_together:
+            found.attempts += 1
+            found.together = False if found.attempts == _ATTEMPTS else None
+        if not verdict["mean"]:
+            return Alone()
+        return Together([distributed.group.WORLD], next(self._model.parameters()).device)
+
+    def _heeded(self, verdict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Raise or warn as a verdict says."""
+        if "failures" in verdict:
+            raise_gravest(None, verdict["failures"], num_ranks())
+        if "error" in verdict:
+            raise ValueError(verdict["error"])
+        if "warning" in verdict:
+            warn(verdict["warning"], UncheckedWarning)
+        return verdict
+
+
+def _meet(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Say something to all ranks and wait for the others to do so, but not for long; the verdict, the same for all."""
+    c10d: Any = distributed.distributed_c10d
+    default = c10d._get_default_store()
+    if default is None:
+        return _missed(1, num_ranks())
+    try:
+        store = c10d.PrefixStore("sharpkern", default)
+        patience = _LITTLE_PATIENCE if store.add("missed", 0) else _PATIENCE
+        end, pause = time.monotonic() + patience, 1e-3
+        # Ranks that measure something else in between, or come late, find each other in the round that is open.
+        number: int = store.add("round", 0)
+        store.set(f"{number}/{distributed.get_rank()}", json.dumps(said))
+        if store.add(f"{number}/here", 1) >= num_ranks():
+            _close(store, number)
+        while not store.check([f"{number}/verdict"]):
+            late = time.monotonic() - end
+            if late > patience:
+                # Whoever was to judge is gone.
+                return _missed(1, num_ranks())
+            if late > 0:
+                _close(store, number)
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.05)
+        verdict: Mapping[str, Any] = json.loads(store.get(f"{number}/verdict"))
+    except RuntimeError:
+        # The rank that keeps the store has ended.
+        return _missed(1, num_ranks())
+    return verdict
+
+
+def _close(store: Any, number: int) -> None:
+    """Judge a round and open the next one, unless another rank does."""
+    if store.add(f"{number}/closed", 1) > 1:
+        return
+    size = num_ranks()
+    here = [rank for rank in range(size) if store.check([f"{number}/{rank}"])]
+    if len(here) < size:
+        store.add("missed", 1)
+    verdict = judged([json.loads(store.get(f"{number}/{rank}")) for rank in here], size)
+    # Whoever reads the verdict may meet again at once.
+    store.add("round", 1)
+    store.set(f"{number}/verdict", json.dumps(verdict))
+
+
+def judged(said: Sequence[Mapping[str, Any]], size: int) -> Mapping[str, Any]:
+    """Judge what the ranks have said; see the table above.
+
+    Args:
+        said: by each that came, that it is ready, its facts, or the kind of its failure.
+        size: how many ranks there are.
+
+    Returns:
+        Mapping: "failures", "error" or "warning", "ready", or "together", and "mean" for this measurement.
+    """
+    failures = [sum(one.get("failure") == kind for one in said) for kind in KINDS]
+    if any(failures[1:]):
+        return {"failures": failures}
+    if all("ready" in one for one in said) and len(said) == size:
+        return {"ready": True} | _decided(None)
+    ranks = [Facts(**one) for one in said if "loss" in one]
+    if any(one.reduces for one in ranks):
+        return _judged_by_loss([one for one in ranks if one.talks])
+    if len(ranks) < size:
+        # Those that were together may be so again, and those without an update have one the next time.
+        missed = _missed(len(said) - failures[0], size)
+        if any(one.loss is None for one in ranks):
+            return missed | _decided(None)
+        return _decided(None) if failures[0] else missed
+    groups = _grouped(ranks, Facts.holds_as)
+    if len(groups) > 1 and any(one.talks for one in ranks):
+        return {"error": _split(ranks)}
+    for group in groups:
+        first = group[0]
+        if all(map(first.loses_as, group)):
+            continue
+        if not all(map(first.plans_as, group)):
+            if first.loss is None:
+                return {"error": _OTHER_PLANS}
+            continue
+        alike = all(map(first.moves_as, group))
+        if not first.is_update and not (alike and first.norm_sq):
+            return {**_decided(None), "warning": _GRADIENTS}
+        if not alike:
+            return {"error": _unlike(group)}
+        if len(groups) > 1:
+            return {
+                "error": f"model must say which ranks it is trained on, got {len(group)} of {len(ranks)} ranks with "
+                "the same weights and update; measure the DistributedDataParallel around it, or pass reduce=, a "
+                "function that returns the mean loss of these ranks"
+            }
+        return _decided(together=True, mean=True)
+    if len(groups) > 1:
+        return _decided(together=False)
+    # At their first step ranks may be the same, or have the same loss by the way their weights are drawn.
+    first = ranks[0]
+    return _decided(None, mean=all(first.moves_as(one) and first.plans_as(one) for one in ranks))
+
+
+def _judged_by_loss(ranks: Sequence[Facts]) -> Mapping[str, Any]:
+    """Judge ranks whose losses are reduced."""
+    groups = _grouped(ranks, Facts.loses_as)
+    for group in groups:
+        first = group[0]
+        if not all(first.moves_as(one) and first.plans_as(one) for one in group):
+            return {"error": _unlike(group) if all(map(first.holds_as, group)) else _split(group)}
+    if len(groups) > 1 and any(len(group) == 1 for group in groups):
+        losses = [one.loss for one in ranks if one.loss is not None]
+        return {
+            "error": f"reduce must return the same loss on all ranks that work together, got {_span(losses)}; return "
+            "what all of them see, such as an all-reduce does"
+        }
+    return _decided(None)
+
+
+def _grouped(ranks: Sequence[Facts], alike: Callable[[Facts, Facts], bool]) -> list[list[Facts]]:
+    groups: list[list[Facts]] = []
+    for one in ranks:
+        group = next((group for group in groups if alike(group[0], one)), None)
+        if group is None:
+            groups.append([one])
+        else:
+            group.append(one)
+    return groups
+
+
+def _decided(together: bool | None, *, mean: bool = False) -> dict[str, Any]:
+    return {"together": together, "mean": mean}
+
+
+def _missed(num_here: int, size: int) -> dict[str, Any]:
+    return {
+        **_decided(together=False),
+        "warning": f"{num_here} of {size} ranks measure, so that the ranks could not be compared: each takes "
+        "its own loss; let all ranks measure where they train one model together",
+    }
+
+
+def _unlike(ranks: Sequence[Facts]) -> str:
+    return (
+        f"direction must be the same on every rank, got |Δθ|² = {_span([one.norm_sq for one in ranks])} for the same "
+        "weights; measure where the gradients of all ranks have been averaged, or pass reduce=lambda loss: loss where "
+        "each rank trains a model of its own"
+    )
+
+
+def _split(ranks: Sequence[Facts]) -> str:
+    return (
+        f"model must be whole on every rank, got |θ|² = {_span([one.theta_sq for one in ranks])} on ranks whose losses "
+        "depend on each other: slope and norm of a model that is split (pipeline, tensor or expert parallelism by "
+        "hand) are not summed, and reduce= does not sum them either; measure a whole copy of it, or split it by "
+        "DTensors or fully_shard"
+    )
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{min(values):.6g} to {max(values):.6g}"
