@@ -1,8 +1,8 @@
 """When an estimate of the crossing may be returned, and what has to be looked at before.
 
-An estimate is settled once it is exact enough and enough probes stand behind it. Before it is returned the search looks
-where an earlier crossing could hide, and, to certify it, for a fall and a rise that noise cannot have made close to
-either side of it.
+An estimate is settled once it is exact enough and lies between a fall and a rise. Before it is returned the search
+looks where an earlier crossing could hide, and how large the noise is; and, to certify it, for a fall and a rise that
+noise cannot have made close to either side of it.
 """
 
 import math
@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from sharpkern._curve import SIGNIFICANT, Curve, Estimate
+from sharpkern._curve import NOISE, SIGNIFICANT, Curve, Estimate, Probe
 
 Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "unresolved"]
 
+# Between the crossing and the last fall, or the first rise, ψ may bend: so much of the way is in doubt, ...
+_REACH = 0.03
+# ... and so much of the way to the nearest probe.
+_NEAR = 0.4
 # So many losses without a sign between the last fall and the first rise: noise hides the crossing among them.
 _BLURRED = 3
 # Where an earlier crossing would hide: the guard looks at the estimate divided by these ...
@@ -21,6 +25,10 @@ _GUARDS = (4.0, 12.0)
 # ... where the slope alone would take this many times the loss off, or the exponent is below this.
 _GUARD_FALL = 2.0
 _GUARD_EXPONENT = 0.4
+# A fall or rise that an outcome rests on has to be so many times the noise.
+FIRM = 9.0
+# Noise may be so many times what is given without notice where that is large.
+_MORE = 4.0
 # Above this relative error from noise alone a crossing counts as not resolved.
 _TOO_NOISY = 0.1
 # Where a fall of this many noise levels was due a probe without a sign may lie on the flank of a rise ...
@@ -44,24 +52,39 @@ class Outcome:
 def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:
     """Return the estimate if it is exact enough and backed by enough probes, or the middle of a closed bracket."""
     lo, hi = curve.bracket()
-    enclosed = lo > 0 and hi < math.inf
+    if not (lo > 0 and hi < math.inf):
+        return None
     if estimate is not None:
         tolerance = max(rtol, estimate.noise)
         # Without a slope to trust, two probes determine it and ψ only together.
         enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
         inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
-        # From one side only, a nearly flat ψ may cross anywhere further on, or not at all.
-        conditioned = enclosed or estimate.exponent >= 0.25
-        # No extrapolation beyond a factor of two, however straight ψ looks.
-        exact = estimate.measured and estimate.nearest < 0.7 and estimate.error <= tolerance
-        if enough and inside and conditioned and exact:
+        close = _REACH * max(curve.distances(estimate.y)) <= tolerance
+        exact = estimate.measured and estimate.error <= tolerance
+        if enough and inside and close and exact:
             return estimate
-    blurred = sum(lo < probe.eta < hi for probe in curve.probes) >= _BLURRED
-    if enclosed and (blurred or hi <= lo * (1 + 2 * rtol)):
-        half = math.log(hi / lo) / 2
+    half = math.log(hi / lo) / 2
+    better = estimate is not None and estimate.measured and 3.0 * estimate.noise < half
+    blurred = sum(lo < probe.eta < hi for probe in curve.probes) >= _BLURRED and not better
+    if blurred or hi <= lo * (1 + 2 * rtol):
         noise = half if blurred else 0.0
         return Estimate(math.log(lo) + half, half, noise, 1.0, measured=False, nearest=half)
     return None
+
+
+def doubtful(curve: Curve, outcome: Outcome, rtol: float) -> tuple[Probe, float]:
+    """Return the probe beside which to measure the noise before an outcome is returned, and how much of it is harmless.
+
+    A crossing rests on its place and on the fall before it, the other outcomes on a fall or a rise alone.
+    """
+    if outcome.status != "converged":
+        # The last fall, or the first rise where there is none.
+        probe = curve.ends()[0]
+        return probe, abs(probe.rise) / FIRM
+    probe = min(curve.ends(), key=lambda end: abs(math.log(end.eta / outcome.eta)))
+    deepest = max(-probe.rise for probe in curve.probes if probe.eta <= curve.bracket()[0])
+    # Where the noise given is what limits the error, it has to be more by far.
+    return probe, max(min(deepest / FIRM, rtol * curve.drop(probe.eta) / NOISE), _MORE * curve.noise_level)
 
 
 def unchecked(curve: Curve, estimate: Estimate) -> Iterator[float]:
@@ -129,13 +152,11 @@ def open_sides(curve: Curve, estimate: Estimate, rtol: float) -> Iterator[float]
 
     Where noise left the last one without a sign the next is twice as far out, as far as a certificate may reach.
     """
-    lo, hi = curve.bracket()
-    if hi <= lo * (1 + 2.5 * rtol):
+    if sum(curve.distances(estimate.y)) <= math.log1p(2.5 * rtol):
         return
     first = math.log1p(2.1 * max(rtol, 2.0 * estimate.noise)) / 2
     furthest = max(first, math.log(_widest(rtol)) / 2)
-    for side, end in ((-1, lo), (1, hi)):
-        known = side * (math.log(end) - estimate.y) if 0 < end < math.inf else math.inf
+    for side, known in zip((-1, 1), curve.distances(estimate.y), strict=True):
         unsigned = [side * (math.log(probe.eta) - estimate.y) for probe in curve.probes if curve.sign(probe) == 0]
         step = max([first, *(2.0 * distance for distance in unsigned if distance < min(known, furthest))])
         if step <= furthest and 1.1 * step < known:
@@ -153,8 +174,10 @@ def converged(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> O
     if estimate.noise > _TOO_NOISY or (certify and hi > lo * _widest(rtol)):
         return Outcome("unresolved", exponent=estimate.exponent)
     eta = min(max(math.exp(estimate.y), lo), hi) if certify else math.exp(estimate.y)
-    enclosed = math.log(max(eta / lo if lo > 0 else math.inf, hi / eta)) + estimate.noise
+    far = max(curve.distances(math.log(eta)))
     # Between the ends of a bracket that noise kept open the certificate says nothing about the crossing.
-    error = enclosed if certify and hi > lo * (1 + 2.5 * rtol) else min(estimate.reported_error, enclosed)
-    exponent = estimate.exponent if estimate.measured else None
-    return Outcome("converged", eta, math.expm1(error), exponent)
+    if certify and hi > lo * (1 + 2.5 * rtol):
+        error = far + estimate.noise
+    else:
+        error = min(max(estimate.reported_error, _REACH * far, _NEAR * estimate.nearest), far + estimate.noise)
+    return Outcome("converged", eta, math.expm1(error), estimate.exponent if estimate.measured else None)

@@ -8,6 +8,8 @@ which on a quadratic is a straight line of slope 1, and elsewhere close to one o
 not depend on s: a wrong slope bends ψ and costs probes, never accuracy. Where the probes contradict the slope, or where
 none was given, it is read off the two probes nearest to zero. Far out, where the line of slope s has long passed below
 zero, f₀ takes the place of sη: no fall can be compared with more.
+
+How large the noise is, losses at neighbouring step sizes show, which the curve itself cannot tell apart.
 """
 
 import math
@@ -16,20 +18,34 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
+from sharpkern._differences import spread_about_polynomial
+
 # A loss difference below this many noise levels has no sign.
 SIGNIFICANT = 3.0
 # The loss is a float64; no difference is known better than its rounding.
 _ROUNDING = 2.0**-51
 # A rise above this many is hardly changed by noise.
-_CLEAR = 8.0
+_CLEAR = 12.0
 # The crossing feels the noise of a probe and of the base loss; this many standard errors of one loss cover both.
-_NOISE = 3.0
+NOISE = 3.0
 # Below this share of the slope, w is a difference of nearly equal numbers.
 _SMALLEST_W = 1e-4
 # Probes are close enough to 0 for the directional sharpness if w grows with η to the power 1 ± this.
 _PROPORTIONAL = 0.1
+# Along a direction of ascent a rise over η keeps at least this share of its size towards 0.
+_KEPT = 0.75
 # On a quadratic above zero the slope takes at most this many times the loss off up to the crossing.
 _QUADRATIC = 4.0
+# To measure the noise, losses are compared at step sizes so far apart, relative to the tolerance or to a hundredth ...
+_SPACING = 0.01
+# ... first two of them, and if need be so many.
+_NEIGHBOURS = 6
+# By how much the noise may be more than the difference of two losses shows, or the spread of all.
+_DOUBT = {2: 3.0, 4: 3.0, _NEIGHBOURS: 2.0}
+# By how much the spread has to exceed the noise given, which it does by chance as well.
+_CLEARLY = 1.5
+# The crossing is known no better than this share of the distance to the nearest probe.
+_NEAREST = 0.1
 # Exponents outside are artefacts of two probes too close to one another.
 _EXPONENTS = (0.02, 50.0)
 
@@ -82,22 +98,97 @@ class Curve:
         base_loss: f(0), finite.
         slope: Δθᵀg, or None if unknown.
         guess: Expected crossing; used for the slope only while a single probe is known.
-        noise: Relative noise of a loss.
+        noise: Relative noise of a loss, as far as it is known beforehand.
+        rtol: Relative error that the crossing is wanted with.
+        noise_is_known: Whether that is all of the noise, as an earlier search has measured it.
+        bound: Largest step that the last search tried, where it found no rise.
+
+    Attributes:
+        noise_level: Standard error of a loss: as given, or as losses at neighbouring step sizes show it.
+        noise_is_known: Whether there is no more noise than that, as far as it matters.
     """
 
-    def __init__(self, base_loss: float, slope: float | None, guess: float, noise: float) -> None:
+    def __init__(
+        self,
+        base_loss: float,
+        slope: float | None,
+        guess: float,
+        noise: float,
+        rtol: float,
+        *,
+        noise_is_known: bool = False,
+        bound: float | None = None,
+    ) -> None:
         self.base_loss = base_loss
         self.given_slope = slope
         self.guess = guess
         self.noise_level = max(noise, _ROUNDING) * abs(base_loss)
+        self.noise_is_known = noise_is_known
         self.probes: list[Probe] = []
+        self.bound = bound
+        self._spacing = _SPACING * min(rtol, 0.01)
+        # Step sizes beside a probe and the losses there; they tell nothing else.
+        self._beside: dict[float, Probe] = {}
+        self._neighbours: dict[Probe, list[Probe]] = {}
+        self._stuck: list[Probe] = []
 
     def add(self, eta: float, loss: float) -> None:
         """Record a loss, the first one at each step size; one that is not finite is a rise."""
-        if any(math.isclose(eta, probe.eta, rel_tol=1e-12) for probe in self.probes):
-            return
         rise = loss - self.base_loss
-        insort(self.probes, Probe(eta, rise if math.isfinite(rise) else math.inf))
+        probe = Probe(eta, rise if math.isfinite(rise) else math.inf)
+        if eta in self._beside:
+            insort(self._neighbours[self._beside[eta]], probe)
+        elif not any(math.isclose(eta, known.eta, rel_tol=1e-12) for known in self.probes):
+            insort(self.probes, probe)
+
+    def beside(self, probe: Probe, num: int) -> tuple[float, ...]:
+        """Return up to ``num`` step sizes beside a probe, to measure the noise there."""
+        known = self._neighbours.setdefault(probe, [probe])
+        new = range(len(known), _NEIGHBOURS)[:num]
+        etas = tuple(probe.eta * math.exp(-self._spacing * i) for i in reversed(new))
+        self._beside.update((eta, probe) for eta in etas)
+        return etas
+
+    def measure_noise(self, probe: Probe, harmless: float) -> None:
+        """Set the noise level from the losses beside a probe.
+
+        Two that differ by little prove that the noise is harmless; otherwise all of them tell how large it is.
+
+        Args:
+            probe: Beside which they were evaluated.
+            harmless: Noise that need not be known.
+        """
+        rises = [neighbour.rise for neighbour in self._neighbours[probe]]
+        if not math.isfinite(sum(rises)):
+            # Not noise but the edge of a wall.
+            self.noise_is_known = True
+        elif max(rises) == min(rises) and self._must_differ():
+            self._stuck.append(probe)
+            if not self.ends():
+                # Steps of weights that are rounded to the same: between two of them nothing is known.
+                self.noise_level = abs(self._stuck[0].rise - self._stuck[-1].rise)
+                self.noise_is_known = True
+        elif len(rises) in _DOUBT:
+            spread = spread_about_polynomial(rises, degree=min(len(rises) - 2, 1))
+            level = _DOUBT[len(rises)] * spread
+            self.noise_is_known = level <= harmless or len(rises) == _NEIGHBOURS
+            if self.noise_is_known and level > harmless and spread > _CLEARLY * self.noise_level:
+                self.noise_level = level
+
+    def ends(self) -> list[Probe]:
+        """Return the last fall before the first rise, and that, where they are finite and losses beside them differ."""
+        return [probe for probe in self._finite_ends() if probe not in self._stuck]
+
+    def _finite_ends(self) -> list[Probe]:
+        return [probe for probe in self.probes if probe.eta in self.bracket() and math.isfinite(probe.rise)]
+
+    def _must_differ(self) -> bool:
+        """Return whether losses beside each other differ visibly on a straight line from last fall to first rise."""
+        ends = self._finite_ends()
+        if len(ends) < 2:
+            return False
+        (eta1, rise1), (eta2, rise2) = ends
+        return self._spacing * (rise2 - rise1) / math.log(eta2 / eta1) > self.noise_level
 
     def sign(self, probe: Probe) -> int:
         """Return 1 for a rise, −1 for a fall, 0 for a difference that noise could have made."""
@@ -115,6 +206,14 @@ class Curve:
             if sign < 0:
                 lo = probe.eta
         return lo, math.inf
+
+    def distances(self, y: float) -> tuple[float, float]:
+        """Return how far below log η = y the last fall lies and how far above the first rise; inf where there is none.
+
+        Negative where it lies on the other side.
+        """
+        lo, hi = self.bracket()
+        return y - math.log(lo) if lo > 0 else math.inf, math.log(hi) - y
 
     def slope(self) -> float | None:
         """Return the slope that ψ is built with: the given one unless the probes contradict it, or an estimate."""
@@ -144,12 +243,16 @@ class Curve:
         rises = [probe for probe in self.probes if self.sign(probe) > 0 and math.isfinite(probe.rise)]
         if not rises or rises[0].eta > self.bracket()[1]:
             return False
+        steepness, margin = rises[0].rise / rises[0].eta, SIGNIFICANT * self.noise_level
+        # Smaller steps must not show less than half of their share.
+        if any(p.rise < 0.5 * steepness * p.eta - margin for p in self.probes if p.eta < rises[0].eta):
+            return False
         # The smallest may owe much of its rise to noise: the next one, clear of it, is asked too.
         clear = [probe for probe in rises if probe.rise > _CLEAR * self.noise_level]
         return self._in_proportion(rises) or self._in_proportion(clear)
 
     def _in_proportion(self, rises: list[Probe]) -> bool:
-        """Return whether rise over η, extrapolated linearly to 0, keeps half of its size there beyond the noise.
+        """Return whether rise over η, extrapolated linearly to 0, keeps most of its size there beyond the noise.
 
         Of −sη + cη² nothing would be left. Probes further apart than a factor of three count as that far apart.
         """
@@ -157,10 +260,14 @@ class Curve:
             return False
         eta1, rise1 = rises[0]
         eta2, rise2 = min(rises[1:], key=lambda probe: abs(math.log(probe.eta / (3.0 * eta1))))
+        # On a quadratic the noise could hide the fall that the slope promises.
+        hidden = self.given_slope is not None and self.given_slope * eta1 < _QUADRATIC * SIGNIFICANT * self.noise_level
+        if hidden or rise2 <= _CLEAR * self.noise_level:
+            return False
         share = max(eta1 / (eta2 - eta1), 0.5)
         at_zero = (1.0 + share) * rise1 / eta1 - share * rise2 / eta2
         error = self.noise_level * ((1.0 + share) / eta1 + share / eta2)
-        return at_zero >= 0.5 * rise1 / eta1 + error
+        return at_zero >= _KEPT * rise1 / eta1 + error
 
     def _extrapolated_slope(self) -> float | None:
         """Return −(f − f₀)/η extrapolated to 0 from the two smallest probes between which its change is visible."""
@@ -200,6 +307,11 @@ class Curve:
             bottom -= 1
         return found[bottom:top]
 
+    def drop(self, eta: float) -> float:
+        """Return the fall at η that ψ compares with; inf where no slope is known."""
+        slope = self.slope()
+        return math.inf if slope is None else self._drop(slope, eta)
+
     def _drop(self, slope: float, eta: float) -> float:
         """Return the fall at η that ψ compares with.
 
@@ -232,7 +344,7 @@ class Curve:
             # ψ is flat, or falls: no power law to follow.
             return None
         reach = -first.psi / exponent
-        noise = _NOISE * first.sigma / exponent
+        noise = NOISE * first.sigma / exponent
         return Estimate(first.y + reach, abs(reach), noise, exponent, measured=False, nearest=abs(reach))
 
     def _interpolate(self, first: Coordinate, second: Coordinate, third: Coordinate | None) -> Estimate:
@@ -243,7 +355,7 @@ class Curve:
         product = nearest * abs(second.y - y)
         if third is None:
             # A quadratic has exponent 1 and no error; the further from it, the more ψ is bent.
-            error = (0.15 + 1.5 * abs(math.log(exponent))) * product
+            error = (0.15 + abs(math.log(exponent))) * product
             if not self.trusts_slope():
                 # Probes that served to find the slope show the exponent of a quadratic whatever the curve.
                 error += product
@@ -254,7 +366,8 @@ class Curve:
             error = max(min(max(1.5 * abs(bend / exponent), 0.1) * product, nearest), 0.3 * shift)
             if shift <= nearest / 2:
                 y = parabola
-        return Estimate(y, error, _NOISE * first.sigma / exponent, exponent, measured=True, nearest=abs(first.y - y))
+        error = max(error, _NEAREST * abs(first.y - y))
+        return Estimate(y, error, NOISE * first.sigma / exponent, exponent, measured=True, nearest=abs(first.y - y))
 
     def directional_sharpness(self, crossing: float) -> float | None:
         """Return ΔθᵀHΔθ/(Δθᵀg) from the two smallest probes, or None if they do not resolve it.
@@ -274,7 +387,7 @@ class Curve:
         if w1 <= 0 or w2 <= 0 or abs(math.log(w2 / w1) / math.log(eta2 / eta1) - 1.0) > _PROPORTIONAL:
             return None
         near, far = 2.0 * w1 / eta1, 2.0 * w2 / eta2
-        noise = _NOISE * self.noise_level / (slope * eta1 * w1)
+        noise = NOISE * self.noise_level / (slope * eta1 * w1)
         return near + (near - far) * eta1 / (eta2 - eta1) if noise <= _PROPORTIONAL else None
 
 

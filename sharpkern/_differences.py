@@ -5,7 +5,7 @@ A second difference has two errors, which h balances:
 - truncation, in the order of h²|λ|³ where f bends away from its parabola on the scale of the crossing;
 - rounding of the losses by δ = noise·f: √6·δ/(h²|f′|). A loss that is a small difference of large numbers, such as a
   cross-entropy that is nearly zero, is rounded more coarsely: the fourth difference of the five losses at 0, ±h/2 and
-  ±h shows it, whose standard deviation is √70·δ. The fourth derivative shows there too, and goes with h⁴: where the
+  ±h shows it, which is their spread about a cubic. The fourth derivative shows there too, and goes with h⁴: where the
   difference is larger than thought, the one at half of these steps is taken.
 
 They are equal at h⁴ = √6·δ/|f′λ³|, for a float32 loss a few hundredths of the critical learning rate. A second value at
@@ -24,7 +24,6 @@ Losses = Callable[[Sequence[float]], list[float]]
 _MAX_ROUNDS = 10
 # Standard deviations, in units of one loss's: of a second difference of three losses, of half the difference of two.
 _SECOND_DIFFERENCE, _HALF_DIFFERENCE = math.sqrt(6), math.sqrt(0.5)
-_FOURTH_DIFFERENCE = math.sqrt(70)
 # A value of fewer standard deviations is none.
 _RESOLVED = 3
 
@@ -42,6 +41,25 @@ class Estimate:
     value: float
     error: float
     step: float
+
+
+def spread_about_polynomial(values: Sequence[float], degree: int) -> float:
+    """Return the standard deviation of evenly spaced values about their best polynomial: what no smooth curve makes."""
+    residual, basis = list(values), list[list[float]]()
+    for power in range(degree + 1):
+        vector = [(i - (len(values) - 1) / 2) ** power for i in range(len(values))]
+        for known in basis:
+            vector = _without(vector, known)
+        length = math.hypot(*vector)
+        basis.append([x / length for x in vector])
+        residual = _without(residual, basis[-1])
+    return math.hypot(*residual) / math.sqrt(len(values) - degree - 1)
+
+
+def _without(vector: Sequence[float], direction: Sequence[float]) -> list[float]:
+    """Return a vector without its part along a unit vector."""
+    along = sum(x * y for x, y in zip(vector, direction, strict=True))
+    return [x - along * y for x, y in zip(vector, direction, strict=True)]
 
 
 def three_point(losses: Losses, base: float, *, first_step: float, noise: float) -> Estimate:
@@ -160,7 +178,7 @@ def _with_noise_seen(
 
 def _fourth(base: float, far: _Difference, near: _Difference) -> float:
     """Return the standard deviation of one loss by the fourth difference of five, nan if one is not finite."""
-    return abs(far.both - 4 * near.both + 6 * base) / _FOURTH_DIFFERENCE
+    return spread_about_polynomial((far.both / 2, near.both / 2, base, near.both / 2, far.both / 2), degree=3)
 
 
 def _checked(far: _Difference, near: _Difference) -> Estimate:

@@ -17,6 +17,7 @@ from sharpkern.engines.verify import check_repeatable, check_slope, confirm
 from sharpkern.errors import (
     EngineUnsupportedError,
     LossPrecisionWarning,
+    NoUpdateError,
     RetainedWarning,
     SlopeMismatchWarning,
     warn,
@@ -232,9 +233,10 @@ class Run:
         """Compare the engine with the oracle, and the slope with the gradient's, now and then."""
         if not math.isfinite(self._base):
             return
+        noise = max(self._noise(), result.noise)
         if self._spare_forwards() > 0:
             reach = 1.5 * result.critical_lr if result.status == "converged" else math.inf
-            confirm(self.engine, self._checks, self._base, result.probes, self._noise(), reach)
+            confirm(self.engine, self._checks, self._base, result.probes, noise, reach)
         # Now and then: a loop that mixes up its batches does so all the time.
         slope = self._direction.slope
         if slope is not None and slope > 0 and self._checks.slopes.is_due and self._spare_forwards() > 0:
@@ -243,7 +245,7 @@ class Run:
                 self._base,
                 slope,
                 result,
-                self._noise(),
+                noise,
                 kept=self._kept,
                 random=self._closure.random,
                 spare_forwards=self._spare_forwards(),
@@ -255,9 +257,10 @@ class Run:
             if self.engine.name != "inplace":
                 # Perhaps the parameters are read where no mode can see it.
                 raise EngineUnsupportedError("the loss is the same at every step size")
-            raise ValueError(
+            raise NoUpdateError(
                 f"loss_fn must depend on the parameters that the direction moves, got {self._base} at every step size "
-                f"up to {max(eta for eta, _ in result.probes):.3g}; compute the loss anew from the model in every call"
+                f"up to {max(eta for eta, _ in result.probes):.3g}; compute the loss anew from the model in every "
+                "call, and leave detached copies of it out, as in exp(logp - logp.detach())"
             )
 
 

@@ -6,9 +6,10 @@ Each strategy is a generator. It yields step sizes, finds their losses in the cu
 
 import math
 from collections.abc import Generator
+from dataclasses import replace
 from itertools import pairwise
 
-from sharpkern._acceptance import Outcome, converged, kept, open_sides, settled, unchecked
+from sharpkern._acceptance import FIRM, Outcome, converged, doubtful, kept, open_sides, settled, unchecked
 from sharpkern._curve import Curve, Estimate, Probe
 
 _DECADE = math.log(10.0)
@@ -23,6 +24,10 @@ _LOOK_ABOVE = 3.0
 _LEAST_STEP = 1.05
 # A probe that shows nothing proves so for step sizes up to this ratio above it.
 _CLOSE = 4.5
+# Estimates miss the crossing by up to this share of their distance to the nearest probe ...
+_MISS = 0.2
+# ... and noise hides signs within its own error: probes are aimed beyond both, but no further than this, in log units.
+_VISIBLE, _FURTHEST = 1.3, 0.5
 # A loss that changes nowhere over this ratio of step sizes is flat as far as its noise lets see.
 _FLAT = 1e6
 # A rise by more than this share of the loss is too far out to say how the loss starts.
@@ -54,20 +59,26 @@ def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int
         yield chooser.first()
     while True:
         outcome = _dead_end(curve)
-        if outcome is not None:
+        if outcome is None:
+            estimate = curve.estimate(exponent)
+            found = settled(curve, estimate, rtol)
+            answer = kept(curve, answer, found) if certify else found
+            if answer is None:
+                yield chooser.after(estimate)
+                continue
+            checks = tuple(unchecked(curve, answer))
+            if certify and not checks:
+                checks = tuple(open_sides(curve, answer, rtol))
+            if checks:
+                yield tuple(sorted(checks[:num]))
+                continue
+            outcome = converged(curve, answer, rtol, certify)
+        if outcome.status == "unresolved" or curve.noise_is_known:
             return outcome
-        estimate = curve.estimate(exponent)
-        found = settled(curve, estimate, rtol)
-        answer = kept(curve, answer, found) if certify else found
-        if answer is None:
-            yield chooser.after(estimate)
-            continue
-        checks = tuple(unchecked(curve, answer))
-        if certify and not checks:
-            checks = tuple(open_sides(curve, answer, rtol))
-        if not checks:
-            return converged(curve, answer, rtol, certify)
-        yield tuple(sorted(checks[:num]))
+        # What was found may be made of noise.
+        probe, harmless = doubtful(curve, outcome, rtol)
+        yield curve.beside(probe, num)
+        curve.measure_noise(probe, harmless)
 
 
 class _Single:
@@ -121,7 +132,8 @@ class _Grids:
             center = min(center, math.log(hi) - self._width / 2)
         grid = _grid(self._curve, center, self._width, self._num)
         # Where two grids have found no rise, there may be none at all.
-        return (*grid[:-1], _limit(self._curve)) if hi == math.inf and self._passes > 1 else grid
+        endless = hi == math.inf and (self._passes > 1 or _was_unbounded(self._curve))
+        return (*grid[:-1], _limit(self._curve)) if endless else grid
 
 
 def first_grid(guess: float, width: float, num: int) -> tuple[float, ...]:
@@ -200,11 +212,12 @@ def _dead_end(curve: Curve) -> Outcome | None:
     if hi == math.inf:
         # The limit passes through a logarithm on its way here.
         if curve.probes[-1].eta >= _limit(curve) * (1 - 1e-9):
-            return Outcome("unbounded", curve.probes[-1].eta) if lo > 0 else Outcome("unresolved")
+            falls = min(probe.rise for probe in curve.probes) < -FIRM * curve.noise_level
+            return Outcome("unbounded", curve.probes[-1].eta) if falls else Outcome("unresolved")
         if lo == 0 and curve.probes[-1].eta > _FLAT * curve.probes[0].eta:
             return Outcome("unresolved")
     elif lo == 0:
-        if _at_floor(curve) and curve.rises_at_once():
+        if hi <= 1.5 * _floor(curve) and curve.rises_at_once():
             return Outcome("ascent")
         if _at_bottom(curve) and not _needs_company(curve):
             return Outcome("unresolved")
@@ -213,8 +226,15 @@ def _dead_end(curve: Curve) -> Outcome | None:
 
 def _limit(curve: Curve) -> float:
     """Return the largest step size to try."""
+    if curve.bound is not None and _was_unbounded(curve):
+        return curve.bound
     to_zero = abs(curve.base_loss) / curve.given_slope if curve.given_slope else 0.0
     return _REACH * max(curve.guess, to_zero)
+
+
+def _was_unbounded(curve: Curve) -> bool:
+    """Return whether the last search found no rise up to a step size far above the guess."""
+    return curve.bound is not None and curve.bound > 10.0 * curve.guess
 
 
 def _floor(curve: Curve) -> float:
@@ -236,7 +256,12 @@ def _at_bottom(curve: Curve) -> bool:
     """
     hi = curve.bracket()[1]
     below = _below(curve, hi)
-    return hi <= 1.5 * curve.guess / _REACH or (len(below) > 1 and hi <= _CLOSE * below[-1])
+    return hi <= 1.5 * curve.guess / _REACH or (_apart(below) and hi <= _CLOSE * below[-1])
+
+
+def _apart(etas: list[float]) -> bool:
+    """Return whether two step sizes or more lie over a factor of two apart."""
+    return len(etas) > 1 and etas[-1] > 2.0 * etas[0]
 
 
 def _at_floor(curve: Curve) -> bool:
@@ -266,21 +291,36 @@ def _propose(curve: Curve, estimate: Estimate | None, rtol: float, passes: int) 
     Only a rise at the noise floor, with no other to compare it with, makes it look a little above a known rise.
     """
     lo, hi = curve.bracket()
+    aim = None if estimate is None else replace(estimate, y=estimate.y + _beyond(curve, estimate, rtol))
     if hi == math.inf:
-        eta = _upward(curve, estimate, passes)
+        eta = _upward(curve, aim, passes)
     elif lo == 0:
-        eta = _downward(curve, estimate, passes)
+        eta = _downward(curve, aim, passes)
         if eta > hi:
             return eta
     else:
-        eta = math.exp(estimate.y) if estimate is not None else 0.0
+        eta = math.exp(aim.y) if aim is not None else 0.0
         if not lo < eta < hi:
             eta = _middle(curve)
     return eta if estimate is None else _away_from(curve, eta, estimate, rtol)
 
 
+def _beyond(curve: Curve, estimate: Estimate, rtol: float) -> float:
+    """Return how far beyond the estimate to aim, in log units, to see a fall or a rise on the side where none is near.
+
+    Far enough for the sign to be told from an error of the estimate and from noise.
+    """
+    below, above = curve.distances(estimate.y)
+    miss = max(_MISS * estimate.nearest, estimate.error if estimate.measured else 0.0, rtol)
+    step = min(max(miss, _VISIBLE * estimate.noise), max(below, above) / 2, _FURTHEST)
+    return step if above > below else -step
+
+
 def _upward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
     """Return a step size while no rise is known."""
+    if _was_unbounded(curve):
+        # If it still is, all else is wasted.
+        return _limit(curve)
     lo, last = curve.bracket()[0], curve.probes[-1].eta
     leap, push = _stride(passes)
     eta = last * leap
@@ -300,7 +340,7 @@ def _downward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
     if below and hi > _CLOSE * below[-1]:
         return math.sqrt(below[-1] * hi)
     if below:
-        return below[0] / 10.0
+        return below[0] / (10.0 if len(below) == 1 or _apart(below) else 3.0)
     if _first_rise(curve).rise < _LOCAL * abs(curve.base_loss) and curve.rises_at_once():
         # The slope is contradicted: the same at the noise floor settles it.
         return _lowest(curve)

@@ -61,7 +61,8 @@ def critical_sharpness(
             or, where noise hides all signs in so narrow a bracket, within a ratio of 1.5; ``error`` then covers all of
             it. A bracket that stays open is "unresolved". A rise further down that no evaluation came near, or that
             the noise exceeds, is not seen.
-        noise: relative standard error of one loss; by default from the precision seen in the pass.
+        noise: relative standard error of one loss; by default from the precision seen in the pass. Losses at step sizes
+            beside the result show whether it is more: one evaluation, up to five where it is.
         max_forwards: most evaluations of ``loss_fn``, the base loss included.
         reduce: applied to the loss tensor before it is read, such as an all-reduce; every rank then decides alike. By
             default the mean over the ranks of a `DistributedDataParallel` model or of the mesh of DTensor parameters

@@ -94,7 +94,7 @@ class Monitor:
     Attributes:
         history: one `Record` per measured step.
         skipped: (step, reason) of steps that were due but whose update is none: learning rate 0, gradients that are all
-            0 or not finite, a step that moves nothing or not to finite weights.
+            0 or not finite, a step that moves nothing or not to finite weights; or whose loss is the same everywhere.
         step: number of the next call, from 0; may be set, where a run that is taken up knows its step.
 
     Raises:
@@ -202,23 +202,27 @@ class Monitor:
         made = self._make(step, direction, [loss_fn] if heldout is None else [loss_fn, heldout])
         if made is None:
             return None
-        direction = made
-        measurement, self._memory = measure(
-            self._model,
-            loss_fn,
-            direction,
-            self._options,
-            trained_loss=loss,
-            memory=self._memory,
-            pace=self._pace,
-        )
-        other = None
-        if heldout is not None:
-            # The slope of another batch's loss is not the gradient's: the search finds it by itself.
-            sideways = replace(direction, slope=None)
-            other, self._heldout_memory = measure(
-                self._model, heldout, sideways, self._options, memory=self._heldout_memory, pace=self._heldout_pace
+        direction, other = made, None
+        try:
+            measurement, self._memory = measure(
+                self._model,
+                loss_fn,
+                direction,
+                self._options,
+                trained_loss=loss,
+                memory=self._memory,
+                pace=self._pace,
             )
+            if heldout is not None:
+                # The slope of another batch's loss is not the gradient's: the search finds it by itself.
+                sideways = replace(direction, slope=None)
+                other, self._heldout_memory = measure(
+                    self._model, heldout, sideways, self._options, memory=self._heldout_memory, pace=self._heldout_pace
+                )
+        except NoUpdateError as error:
+            # A loss that is constant by design, as one of ratios to itself, on all ranks alike.
+            self.skipped.append((step, str(error)))
+            return None
         record = Record(step, direction.lr, measurement, other)
         self.history.append(record)
         self._send(record)

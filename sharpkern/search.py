@@ -6,7 +6,7 @@ stays in control; `find_critical_lr` drives it on a plain function. Nothing here
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from sharpkern._acceptance import Outcome
@@ -18,23 +18,31 @@ from sharpkern._strategies import Steps, adaptive, bisection, first_grid
 _LARGEST_CORRECTION = 30.0
 # At the crossing the slope alone would typically have taken this share off the loss.
 _USUAL_FALL = 0.1
+# A guess so many times too large is not improved but made anew.
+_LOST = 1e6
 # Step sizes beyond this, or below its inverse, are no measurement any more.
 _LARGEST = 1e100
 # First half-width of a grid of K step sizes around a cold guess, and around a warm one.
 _WARM_WIDTH = math.log(2.0)
 _WIDTHS = (math.log(1.25), math.log(5.0))
+# One search may be deceived about the noise; so many in a row are not.
+_LOOKS = 2
 
 
 @dataclass
 class SearchMemory:
-    """What one search leaves to the next; plain floats, for a checkpoint.
+    """What one search leaves to the next; plain positive floats, or None where unknown, for a checkpoint.
 
     Attributes:
-        eta: Last critical learning rate.
+        eta: Last critical learning rate, or where it may be.
         exponent: Slope of ψ there.
         slope: Δθᵀg of that search.
         norm_sq: |Δθ|² of that search.
         half_width: Half-width of the next grid of step sizes, in log units.
+        bound: Largest step tried where the last search found no rise.
+        noise: Relative standard error of one loss, as last measured.
+        base_loss: |f(0)| at that time.
+        num_looks: Searches in a row that measured the noise at about this base loss.
     """
 
     eta: float | None = None
@@ -42,6 +50,10 @@ class SearchMemory:
     slope: float | None = None
     norm_sq: float | None = None
     half_width: float | None = None
+    bound: float | None = None
+    noise: float | None = None
+    base_loss: float | None = None
+    num_looks: float | None = None
 
     def to_dict(self) -> dict[str, float | None]:
         """Return the fields as a dict of floats."""
@@ -67,16 +79,16 @@ class SearchMemory:
                     "returned"
                 )
         memory = cls(**values)
-        return memory if memory._is_possible() else cls()
+        return memory if memory.is_possible() else cls()
 
-    def _is_possible(self) -> bool:
+    def is_possible(self) -> bool:
         """Whether a search may have left this: a guess of nan would leave every search after it unresolved."""
         ranges = (
-            (self.eta, 1 / _LARGEST, _LARGEST),
             (self.exponent, -_LARGEST, _LARGEST),
             (self.slope, -_LARGEST, _LARGEST),
-            (self.norm_sq, 1 / _LARGEST, _LARGEST),
             (self.half_width, *_WIDTHS),
+            *((number, 1 / _LARGEST, _LARGEST) for number in (self.eta, self.norm_sq, self.bound)),
+            *((number, 1 / _LARGEST, _LARGEST) for number in (self.noise, self.base_loss, self.num_looks)),
         )
         return all(value is None or low <= value <= high for value, low, high in ranges)
 
@@ -100,6 +112,7 @@ class SearchResult:
         passes: Number of times that losses were told.
         slope: −f′(0): the given one, an estimate from the probes where none was given, or None.
         directional_sharpness: ΔθᵀHΔθ/(Δθᵀg) where the probes resolve it, otherwise None.
+        noise: Relative standard error of one loss, as given, or as measured where that is more; 0 if f(0) is.
         memory: For the next search.
     """
 
@@ -114,6 +127,7 @@ class SearchResult:
     passes: int
     slope: float | None
     directional_sharpness: float | None
+    noise: float
     memory: SearchMemory
 
 
@@ -122,7 +136,8 @@ class LineSearch:
 
     Args:
         base_loss: f(0).
-        slope: −f′(0) = Δθᵀg if known. It speeds the search up; a wrong one costs evaluations, not accuracy.
+        slope: −f′(0) = Δθᵀg if known. It speeds the search up; a wrong one costs evaluations, not accuracy. One that
+            is not positive is taken for unknown: the losses decide whether the direction goes uphill.
         norm_sq: |Δθ|² if known; together with the slope it scales the last result to this direction.
         initial_lr: First guess where there is no memory, usually the learning rate in use. "auto" starts at
             0.1·f(0)/slope instead if that is larger: in a warm-up the learning rate says little about the crossing.
@@ -133,7 +148,9 @@ class LineSearch:
             then means a bracket closed to 2.5·rtol, or, where noise hides all signs in so narrow a one, to a ratio of
             1.5 at most; the error then covers all of it. A bracket that stays open is "unresolved". A rise further
             down that no probe came near, or that the noise exceeds, is not seen.
-        noise: Relative standard error of one loss. Where it is given too small, noise passes for a rise or a fall.
+        noise: Relative standard error of one loss, as far as it is known. Before a result is returned one to three
+            losses at neighbouring step sizes show whether it is more; the memory says so of the next searches, until
+            the base loss has changed by a factor of two.
         max_evaluations: Most probes, the base loss not included.
         num_parallel: Step sizes asked for at a time.
         probes: Pairs (η, loss) that are known already, as those of a `warm_grid`.
@@ -165,7 +182,7 @@ class LineSearch:
         rtol: float = 0.01,
         method: Literal["auto", "bisection"] = "auto",
         certify: bool = False,
-        noise: float = 1e-6,
+        noise: float = 2e-7,
         max_evaluations: int = 39,
         num_parallel: int = 1,
         probes: Sequence[tuple[float, float]] = (),
@@ -182,10 +199,10 @@ class LineSearch:
         if initial_lr is not None:
             _positive("initial_lr", initial_lr, "leave it out for a guess from the loss and the slope")
         rtol = _fraction("rtol", rtol, "leave it out for 0.01")
-        noise = _fraction("noise", noise, "leave it out for 1e-6", zero=True)
+        noise = _fraction("noise", noise, "leave it out for 2e-7", zero=True)
         self._max_evaluations = _count("max_evaluations", max_evaluations, "leave it out for 39")
         self._num_parallel = _count("num_parallel", num_parallel, "leave it out for 1")
-        self._before = memory or SearchMemory()
+        self._before = _usable(memory)
         self._probes: list[tuple[float, float]] = []
         self._passes = 0
         self._pending: tuple[float, ...] = ()
@@ -193,11 +210,18 @@ class LineSearch:
         self._guess = self._first_guess(initial_lr, method)
         self._width = self._first_width()
         positive = self._given_slope if self._given_slope is not None and self._given_slope > 0 else None
-        self._curve = Curve(self._base_loss, positive, self._guess, noise)
+        known = self._known_noise()
+        self._curve = Curve(
+            self._base_loss,
+            positive,
+            self._guess,
+            max(noise, known or 0.0),
+            rtol,
+            noise_is_known=known is not None and (self._before.num_looks or 0) >= _LOOKS,
+            bound=self._before.bound,
+        )
         if not math.isfinite(self._base_loss):
             self._outcome = Outcome("nonfinite")
-        elif self._given_slope is not None and self._given_slope <= 0:
-            self._outcome = Outcome("ascent")
         else:
             self._steps = self._strategy(method, rtol, certify)
             if probes:
@@ -249,7 +273,7 @@ class LineSearch:
             status=status,
             critical_lr=eta,
             sharpness=sharpness,
-            bracket=self._curve.bracket() if self._probes else (0.0, math.inf),
+            bracket=self._curve.bracket(),
             error=self._outcome.error,
             exponent=self._outcome.exponent,
             probes=tuple(self._probes),
@@ -257,7 +281,8 @@ class LineSearch:
             passes=self._passes,
             slope=self._slope(),
             directional_sharpness=self._curve.directional_sharpness(eta) if found else None,
-            memory=self._memory() if found else self._before,
+            noise=self._curve.noise_level / abs(self._base_loss) if self._base_loss else 0.0,
+            memory=self._memory(),
         )
 
     def _take(self, probes: Sequence[tuple[float, float]]) -> None:
@@ -287,13 +312,15 @@ class LineSearch:
 
     def _first_guess(self, initial_lr: float | None, method: str) -> float:
         """Return the last crossing, scaled to this direction, or a first guess."""
-        before, slope = self._before, self._given_slope
-        if before.eta is None:
+        slope = self._given_slope
+        if self._before.eta is not None:
+            guess = _scaled(self._before, slope, self._norm_sq)
+        else:
             usual = 0.0
             if slope is not None and slope > 0 and method == "auto" and math.isfinite(self._base_loss):
                 usual = _USUAL_FALL * abs(self._base_loss) / slope
-            return max(float(initial_lr or 0.0), usual) or 1.0
-        return _scaled(before, slope, self._norm_sq)
+            guess = max(float(initial_lr or 0.0), usual) or 1.0
+        return min(max(guess, 10 / _LARGEST), _LARGEST / 10)
 
     def _first_width(self) -> float:
         """Return the half-width of the first grid: that of the memory, or wide enough for a cold guess."""
@@ -307,15 +334,50 @@ class LineSearch:
     def _slope(self) -> float | None:
         return self._given_slope if self._given_slope is not None else self._curve.slope()
 
+    def _known_noise(self) -> float | None:
+        """Return the noise that the memory holds, if that was of about the same base loss."""
+        before, base = self._before, abs(self._base_loss)
+        if before.noise is None or before.base_loss is None or not before.base_loss / 2 < base < before.base_loss * 2:
+            return None
+        return before.noise
+
     def _memory(self) -> SearchMemory:
         """Return what the next search may use of this one."""
         assert self._outcome is not None
-        eta = self._outcome.eta
-        miss = abs(math.log(eta / self._guess))
-        width = min(max(0.7 * self._width + 0.9 * miss, _WIDTHS[0]), _WIDTHS[1])
-        measured = self._outcome.exponent is not None and self._curve.trusts_slope()
-        exponent = self._outcome.exponent if measured else self._before.exponent
-        return SearchMemory(eta, exponent, self._slope(), self._norm_sq, width)
+        curve, status = self._curve, self._outcome.status
+        if status == "nonfinite":
+            return self._before
+        before = self._with_noise()
+        lo, hi = curve.bracket()
+        place = math.sqrt(lo * hi) or hi
+        if status == "converged":
+            place = self._outcome.eta
+        elif status != "unresolved":
+            return replace(before, bound=curve.probes[-1].eta if hi == math.inf else None)
+        elif not self._guess / _LOST < place < math.inf:
+            # A guess that led nowhere is not made again.
+            return replace(before, eta=None, bound=curve.probes[-1].eta if hi == math.inf else None)
+        measured = self._outcome.exponent is not None and curve.trusts_slope()
+        slope = self._slope()
+        return replace(
+            before,
+            eta=place,
+            exponent=self._outcome.exponent if measured else before.exponent,
+            slope=slope if slope is not None and slope > 0 else None,
+            norm_sq=self._norm_sq,
+            half_width=min(max(0.7 * self._width + 0.9 * abs(math.log(place / self._guess)), _WIDTHS[0]), _WIDTHS[1]),
+            bound=None,
+        )
+
+    def _with_noise(self) -> SearchMemory:
+        """Return the last memory with what is known of the noise now."""
+        curve, before, base = self._curve, self._before, abs(self._base_loss)
+        if not (curve.noise_is_known and base):
+            return before
+        looks = (before.num_looks or 0) + 1 if self._known_noise() is not None else 1
+        if looks > _LOOKS:
+            return before
+        return replace(before, noise=curve.noise_level / base, base_loss=base, num_looks=looks)
 
 
 def _scaled(before: SearchMemory, slope: float | None, norm_sq: float | None) -> float:
@@ -342,12 +404,17 @@ def warm_grid(
         num: How many.
 
     Returns:
-        ``num`` step sizes, ascending; none where the previous search tells nothing, or the direction goes uphill.
+        ``num`` step sizes, ascending; none where the previous search tells nothing.
     """
-    if memory is None or memory.eta is None or (slope is not None and slope <= 0):
+    before = _usable(memory)
+    if before.eta is None:
         return ()
-    guess = _scaled(memory, slope, norm_sq)
-    return first_grid(guess, _WARM_WIDTH if memory.half_width is None else memory.half_width, num)
+    return first_grid(_scaled(before, slope, norm_sq), before.half_width or _WARM_WIDTH, num)
+
+
+def _usable(memory: SearchMemory | None) -> SearchMemory:
+    """Return the memory, or an empty one where no search can have left it."""
+    return memory if memory is not None and memory.is_possible() else SearchMemory()
 
 
 def find_critical_lr(
@@ -361,7 +428,7 @@ def find_critical_lr(
     rtol: float = 0.01,
     method: Literal["auto", "bisection"] = "auto",
     certify: bool = False,
-    noise: float = 1e-6,
+    noise: float = 2e-7,
     max_evaluations: int = 39,
     num_parallel: int = 1,
 ) -> SearchResult:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
+from sharpkern.search import SearchMemory
 from tests.models import MLP
 
 
@@ -79,7 +80,7 @@ def test_a_checkpoint_of_the_monitor_loads_without_pickled_classes(tmp_path: Pat
     loop.monitor.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
 
 
-GOOD = {"eta": 0.5, "exponent": 1.0, "slope": 0.1, "norm_sq": 2.0, "half_width": 0.7}
+GOOD = SearchMemory(eta=0.5, exponent=1.0, slope=0.1, norm_sq=2.0, half_width=0.7).to_dict()
 STATE = {"step": 3, "memory": GOOD, "heldout_memory": GOOD, "is_below": True}
 
 
@@ -455,3 +456,27 @@ def test_what_no_optimizer_would_move_anyway_is_not_told_of() -> None:
     optimizer = torch.optim.SGD([{"params": [master, moving]}, {"params": [resting], "lr": 0.0}], lr=0.1)
     monitor = sharpkern.Monitor(loop.model, optimizer, masters={weight: master})
     assert monitor(loop.loss) is not None
+
+
+@pytest.mark.parametrize("engine", ["auto", "inplace"])
+def test_a_loss_that_is_constant_by_design_is_skipped_with_the_reason(engine: str) -> None:
+    """A policy gradient as trainers write it: the ratio is 1 wherever the weights are, and its gradient is not 0."""
+    loop = Loop(engine=engine)
+
+    def surrogate() -> torch.Tensor:
+        logp = torch.log_softmax(loop.model(loop.x), -1)[:, 0]
+        return -(torch.exp(logp - logp.detach()) * loop.x[:, 0]).mean()
+
+    surrogate().backward()
+    # Warnings are errors here: that an engine was given up would be a false one.
+    assert loop.monitor(surrogate) is None
+    assert loop.run(1, heldout=surrogate) == [None]
+    assert not loop.monitor.history
+    assert [step for step, _ in loop.monitor.skipped] == [0, 1]
+    assert all("loss_fn must depend on the parameters" in reason for _, reason in loop.monitor.skipped)
+    with pytest.raises(sharpkern.NoUpdateError, match="leave detached copies of it out"):
+        sharpkern.critical_sharpness(
+            loop.model, surrogate, sharpkern.Direction.from_optimizer(loop.optimizer), engine=engine
+        )
+    # The run goes on, and so does the monitor.
+    assert loop.run(1)[0] is not None
