@@ -1,7 +1,7 @@
 """One measurement from its base loss to its result: what is evaluated, what is checked, what is warned of."""
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from statistics import median
 
@@ -36,6 +36,14 @@ ENOUGH_FORWARDS = 3 * NUM_PARALLEL
 Search = Generator[tuple[float, ...], list[float], SearchResult]
 
 
+class ConstantLossError(NoUpdateError):
+    """The loss is the same at every step size; a loop goes on, with a measurement that is unresolved."""
+
+    def __init__(self, reason: str, run: "Run", result: SearchResult) -> None:
+        super().__init__(reason)
+        self.run, self.result = run, result
+
+
 class Run:
     """One measurement by one engine.
 
@@ -51,7 +59,13 @@ class Run:
     """
 
     def __init__(
-        self, session: Session, target: Target, engine: Engine, options: Options, *, must_agree: bool = False
+        self,
+        session: Session,
+        target: Target,
+        engine: Engine,
+        options: Options,
+        *,
+        must_agree: bool = False,
     ) -> None:
         self.engine = engine
         self._closure = target.closure
@@ -252,16 +266,23 @@ class Run:
             )
 
     def _refuse_constant(self, result: SearchResult) -> None:
-        losses = {loss for _, loss in result.probes}
-        if len(result.probes) > 1 and losses == {self._base}:
-            if self.engine.name != "inplace":
-                # Perhaps the parameters are read where no mode can see it.
-                raise EngineUnsupportedError("the loss is the same at every step size")
-            raise NoUpdateError(
-                f"loss_fn must depend on the parameters that the direction moves, got {self._base} at every step size "
-                f"up to {max(eta for eta, _ in result.probes):.3g}; compute the loss anew from the model in every "
-                "call, and leave detached copies of it out, as in exp(logp - logp.detach())"
-            )
+        reason = constant_loss(self._base, result.probes)
+        if reason is not None and self.engine.name != "inplace":
+            # Perhaps the parameters are read where no mode can see it.
+            raise EngineUnsupportedError("the loss is the same at every step size")
+        if reason is not None:
+            raise ConstantLossError(reason, self, result)
+
+
+def constant_loss(base: float, probes: Sequence[tuple[float, float]]) -> str | None:
+    """Return what is wrong where every probe of several has the base loss, as by design that of exp(x − x.detach())."""
+    if len(probes) < 2 or {loss for _, loss in probes} != {base}:
+        return None
+    return (
+        f"loss_fn must depend on the parameters that the direction moves, got {base} at every step size up to "
+        f"{max(eta for eta, _ in probes):.3g}; compute the loss anew from the model in every call, and leave detached "
+        "copies of it out, as in exp(logp - logp.detach())"
+    )
 
 
 def _has_dropout(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern import ops
-from sharpkern._run import ENOUGH_FORWARDS, Run, finish
+from sharpkern._run import ENOUGH_FORWARDS, ConstantLossError, Run, finish
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
 from sharpkern.engines.session import Engine, Session, in_session
@@ -125,7 +125,8 @@ def measure(
         base_loss: as there.
         trained_loss: the same, of a loop that goes on where it is another loss than the closure's.
         memory: what the last search left.
-        pace: what passes took in the loop that this is a measurement of; engine="auto" then takes the quicker one.
+        pace: what passes took in the loop that this is a measurement of; engine="auto" then takes the quicker one, and
+            a loss that is the same everywhere is "unresolved", and no error that ends the loop.
 
     Returns:
         tuple: the measurement, and what to hand to the next one.
@@ -153,15 +154,20 @@ def measure(
         quickest = "virtual" if pace is None or not _may_batch(session.pairs, options) else pace.engine()
         return session.run(target, search, engine=options.engine, quickest=quickest)
 
-    run, result = in_session(
-        measured,
-        model,
-        direction,
-        [loss_fn],
-        reduce=options.reduce,
-        base_loss=known_base,
-        plan=replace(options, reduce=None),
-    )
+    try:
+        run, result = in_session(
+            measured,
+            model,
+            direction,
+            [loss_fn],
+            reduce=options.reduce,
+            base_loss=known_base,
+            plan=replace(options, reduce=None),
+        )
+    except ConstantLossError as constant:
+        if pace is None:
+            raise
+        run, result = constant.run, constant.result
     return run.measurement(result, time.perf_counter() - started), result.memory
 
 

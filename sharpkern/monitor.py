@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from sharpkern._files import write_rows
 from sharpkern._logs import sender
+from sharpkern._run import constant_loss
 from sharpkern.critical import measure
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
@@ -193,7 +194,8 @@ class Monitor:
                 such as one that calls `Direction.between` around a step that was taken.
 
         Returns:
-            Measurement: of ``loss_fn``; None on steps that are not due, which cost nothing, and on skipped ones.
+            Measurement: of ``loss_fn``; None on steps that are not due, which cost nothing, and on skipped ones. A loss
+            that is the same at every step size is skipped too, and "unresolved".
         """
         due, step = self.is_due, self.step
         self.step += 1
@@ -203,26 +205,26 @@ class Monitor:
         if made is None:
             return None
         direction, other = made, None
-        try:
-            measurement, self._memory = measure(
-                self._model,
-                loss_fn,
-                direction,
-                self._options,
-                trained_loss=loss,
-                memory=self._memory,
-                pace=self._pace,
+        measurement, self._memory = measure(
+            self._model,
+            loss_fn,
+            direction,
+            self._options,
+            trained_loss=loss,
+            memory=self._memory,
+            pace=self._pace,
+        )
+        reason = constant_loss(measurement.base_loss, measurement.probes)
+        if reason is not None:
+            # By design, perhaps, as a loss of ratios to itself is; on all ranks alike.
+            self.skipped.append((step, reason))
+            return measurement
+        if heldout is not None:
+            # The slope of another batch's loss is not the gradient's: the search finds it by itself.
+            sideways = replace(direction, slope=None)
+            other, self._heldout_memory = measure(
+                self._model, heldout, sideways, self._options, memory=self._heldout_memory, pace=self._heldout_pace
             )
-            if heldout is not None:
-                # The slope of another batch's loss is not the gradient's: the search finds it by itself.
-                sideways = replace(direction, slope=None)
-                other, self._heldout_memory = measure(
-                    self._model, heldout, sideways, self._options, memory=self._heldout_memory, pace=self._heldout_pace
-                )
-        except NoUpdateError as error:
-            # A loss that is constant by design, as one of ratios to itself, on all ranks alike.
-            self.skipped.append((step, str(error)))
-            return None
         record = Record(step, direction.lr, measurement, other)
         self.history.append(record)
         self._send(record)

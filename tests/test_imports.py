@@ -25,13 +25,12 @@ ROOMS = {
         "_run",
         "relative",
         "directional",
-        "_differences",
         "hessian",
         "thresholds",
         "_hvp",
     ],
     "results": ["measurement"],
-    "parts": ["search", "_acceptance", "_curve", "_strategies", "direction", "updates", "engines"],
+    "parts": ["search", "_acceptance", "_curve", "_strategies", "_differences", "direction", "updates", "engines"],
     "ground": [
         "head",
         "linear",
@@ -61,7 +60,7 @@ ROOMS = {
 LEVEL = {module: level for level, modules in enumerate(ROOMS.values()) for module in modules}
 # Within "parts", the search, the directions and the engines know nothing of each other, with one exception.
 PARTS = {
-    "search": {"search", "_acceptance", "_curve", "_strategies"},
+    "search": {"search", "_acceptance", "_curve", "_strategies", "_differences"},
     "direction": {"direction", "updates"},
     "engines": {"engines"},
 }
