@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -319,6 +320,18 @@ def test_a_known_base_loss_is_compared_now_and_then_and_reduced_as_losses_are() 
     # One that is wrong is not used before it has been right three times.
     with pytest.raises(ValueError, match="base_loss must be what loss_fn returns"):
         measure(1.01 * base)
+
+
+def test_uphill_from_a_known_loss() -> None:
+    loop = Loop()
+    loop.run(3, right)
+    loss_fn, _ = right(loop, loop.following, math.nan)
+    loop.optimizer.zero_grad()
+    loss = loss_fn()
+    loss.backward()
+    uphill = sharpkern.Direction.from_tensors({p: -p.grad for p in loop.model.parameters()}, loop.model)
+    measured = loop.monitor(loss_fn, loss=loss, direction=replace(uphill, slope=-uphill.norm_sq))
+    assert (measured.status, measured.base_loss) == ("ascent", loss.item())
 
 
 def test_a_closure_that_is_repeatable_no_more_is_refused_at_the_next_check() -> None:
