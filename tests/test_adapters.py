@@ -88,10 +88,7 @@ def test_merged_adapters_are_refused_and_unmerged_ones_measured(base_of: Callabl
     loss_fn = next_token(model)
     direction = sharpkern.Direction.from_optimizer(with_gradient(model))
     model.merge_adapter()
-    with (
-        pytest.warns(sharpkern.EngineFallbackWarning),
-        pytest.raises(ValueError, match="loss_fn must depend on the parameters that the direction moves"),
-    ):
+    with pytest.raises(ValueError, match="loss_fn must depend on the parameters that the direction moves"):
         sharpkern.critical_sharpness(model, loss_fn, direction)
     model.unmerge_adapter()
     measured = sharpkern.critical_sharpness(model, loss_fn, direction)
