@@ -295,7 +295,12 @@ def finish(run: Run, search: Search) -> SearchResult:
     Returns:
         SearchResult: what the search found.
     """
-    step_sizes = next(search)
+    try:
+        step_sizes = next(search)
+    except StopIteration as stop:
+        # There was nothing to evaluate: a base loss that was handed in is not finite.
+        found: SearchResult = stop.value
+        return found
     while True:
         # Outside of the try: a closure that runs out of batches raises StopIteration as well.
         losses = run.engine.losses(step_sizes)

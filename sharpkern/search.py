@@ -86,7 +86,7 @@ class SearchMemory:
         ranges = (
             (self.exponent, -_LARGEST, _LARGEST),
             (self.slope, -_LARGEST, _LARGEST),
-            (self.half_width, *_WIDTHS),
+            (self.half_width, 1e-3, 10.0),
             *((number, 1 / _LARGEST, _LARGEST) for number in (self.eta, self.norm_sq, self.bound)),
             *((number, 1 / _LARGEST, _LARGEST) for number in (self.noise, self.base_loss, self.num_looks)),
         )
@@ -198,7 +198,8 @@ class LineSearch:
         self._norm_sq = None if norm_sq is None else _positive("norm_sq", norm_sq, "leave it out if it is not known")
         if initial_lr is not None:
             _positive("initial_lr", initial_lr, "leave it out for a guess from the loss and the slope")
-        rtol = _fraction("rtol", rtol, "leave it out for 0.01")
+        rtol = self._rtol = _fraction("rtol", rtol, "leave it out for 0.01")
+        self._certify = certify
         noise = _fraction("noise", noise, "leave it out for 2e-7", zero=True)
         self._max_evaluations = _count("max_evaluations", max_evaluations, "leave it out for 39")
         self._num_parallel = _count("num_parallel", num_parallel, "leave it out for 1")
@@ -301,7 +302,14 @@ class LineSearch:
             self._pending, self._outcome = (), stop.value
             return
         if not self._pending or not all(1 / _LARGEST < eta < _LARGEST for eta in self._pending):
-            self._pending, self._outcome = (), Outcome("unresolved")
+            self._pending, self._outcome = (), self._given_up()
+
+    def _given_up(self) -> Outcome:
+        """Return what is known where evaluations are used up: a fall and a rise may be close already."""
+        lo, hi = self._curve.bracket()
+        if self._certify or not 0 < lo < hi <= lo * (1 + 2 * self._rtol):
+            return Outcome("unresolved")
+        return Outcome("converged", math.sqrt(lo * hi), hi / lo - 1)
 
     def _strategy(self, method: str, rtol: float, certify: bool) -> Steps:
         """Return the generator that chooses step sizes."""

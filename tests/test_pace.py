@@ -314,7 +314,7 @@ def searched(f: Function, slope: float, memory: SearchMemory, max_evaluations: i
 
 @pytest.mark.parametrize(
     ("memory", "slope"),
-    [(None, 1.0), (SearchMemory(), 1.0), (SearchMemory(eta=1.0), 0.0), (SearchMemory(eta=1.0), -1.0)],
+    [(None, 1.0), (SearchMemory(), 1.0)],
 )
-def test_no_grid_without_a_memory_or_uphill(memory: SearchMemory | None, slope: float) -> None:
+def test_no_grid_without_a_memory(memory: SearchMemory | None, slope: float) -> None:
     assert warm_grid(memory, slope=slope, num=7) == ()
