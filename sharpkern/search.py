@@ -305,10 +305,10 @@ class LineSearch:
             self._pending, self._outcome = (), self._given_up()
 
     def _given_up(self) -> Outcome:
-        """Return what is known where evaluations are used up: a wall to nan or inf, which is no noise, may be close."""
+        """Return what is known where evaluations are used up: a fall and a rise may be close, if no noise made them."""
         lo, hi = self._curve.bracket()
-        wall = any(probe.eta == hi and math.isinf(probe.rise) for probe in self._curve.probes)
-        if self._certify or not wall or not 0 < lo < hi <= lo * (1 + 2 * self._rtol):
+        quiet = self._curve.noise_level <= 1e-6 * abs(self._base_loss)
+        if self._certify or not quiet or not 0 < lo < hi <= lo * (1 + 2 * self._rtol):
             return Outcome("unresolved")
         return Outcome("converged", math.sqrt(lo * hi), hi / lo - 1)
 
