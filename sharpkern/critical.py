@@ -1,5 +1,6 @@
 """Critical sharpness: how far along the optimizer's own update the loss starts to rise, by forward passes only."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from sharpkern import ops
 from sharpkern._run import ENOUGH_FORWARDS, ConstantLossError, Run, finish
 from sharpkern.direction import Direction
 from sharpkern.engines.pace import Pace
+from sharpkern.engines.ranks import Ranks
 from sharpkern.engines.session import Engine, Session, in_session
 from sharpkern.engines.table import Pair
 from sharpkern.engines.virtual import VirtualEngine
@@ -143,10 +145,11 @@ def measure(
 
     def measured(session: Session) -> tuple[Run, SearchResult]:
         target = session.target(loss_fn)
+        left = _common(memory, session.ranks)
 
         def search(engine: Engine) -> tuple[Run, SearchResult]:
             run = Run(session, target, engine, options, must_agree=base_loss is not None)
-            result = finish(run, run.search(memory))
+            result = finish(run, run.search(left))
             if pace is not None and isinstance(engine, VirtualEngine):
                 pace.note(engine.name, engine.work, engine.seconds)
             return run, result
@@ -169,6 +172,13 @@ def measure(
             raise
         run, result = constant.run, constant.result
     return run.measurement(result, time.perf_counter() - started), result.memory
+
+
+def _common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
+    """What the last search left, unless a rank has searched by itself since: all have to begin alike."""
+    own = [number or 0.0 for number in (memory or SearchMemory()).to_dict().values()]
+    unlike = [not math.isclose(*pair, rel_tol=1e-12) for pair in zip(own, ranks.means(own), strict=True)]
+    return None if any(ranks.any_of(unlike)) else memory
 
 
 def _may_batch(pairs: Sequence[Pair], options: Options) -> bool:

@@ -120,9 +120,12 @@ class Checks:
 _known: WeakKeyDictionary[nn.Module, dict[Any, Checks]] = WeakKeyDictionary()
 
 
-def checks_of(model: nn.Module, loss_fn: LossFn) -> Checks:
-    """The findings about ``model`` and what ``loss_fn`` calls; a new closure over the next batch shares them."""
-    return _known.setdefault(model, {}).setdefault((fingerprint(loss_fn), model.training), Checks())
+def checks_of(model: nn.Module, loss_fn: LossFn, *, alone: bool) -> Checks:
+    """The findings about ``model`` and what ``loss_fn`` calls; a new closure over the next batch shares them.
+
+    Ranks check in step: what one has found out by itself is kept apart.
+    """
+    return _known.setdefault(model, {}).setdefault((fingerprint(loss_fn), model.training, alone), Checks())
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ class Session:
         closure = Closure(loss_fn, self.guard, LossPrecision(), self.ranks, self._lockstep)
         if loss_fn is self.settled_by:
             closure.calls, self.settled_by = 1, None
-        return Target(loss_fn, closure, checks_of(self.model, loss_fn), is_compiled(self.model, loss_fn))
+        checks = checks_of(self.model, loss_fn, alone=isinstance(self.ranks, Alone))
+        return Target(loss_fn, closure, checks, is_compiled(self.model, loss_fn))
 
     def begin(self, checks: Checks) -> None:
         """Count a measurement, once for all closures of the same code, which check for one another."""
