@@ -142,9 +142,9 @@ class Curve:
             insort(self.probes, probe)
 
     def beside(self, probe: Probe, num: int) -> tuple[float, ...]:
-        """Return up to ``num`` step sizes beside a probe, to measure the noise there."""
+        """Return step sizes beside a probe, to measure the noise there: one, and then up to ``num`` more at a time."""
         known = self._neighbours.setdefault(probe, [probe])
-        new = range(len(known), _NEIGHBOURS)[:num]
+        new = range(len(known), _NEIGHBOURS)[: num if len(known) > 1 else 1]
         etas = tuple(probe.eta * math.exp(-self._spacing * i) for i in reversed(new))
         self._beside.update((eta, probe) for eta in etas)
         return etas

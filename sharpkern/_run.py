@@ -30,7 +30,7 @@ _RETAINED_FLOOR = 0.9
 # how they were computed: by other kernels, or compiled.
 _SAME_LOSS, _SAME_ARITHMETIC = 5e-7, 1e-4
 # Evaluations that a search with several at a time may need.
-ENOUGH_FORWARDS = 3 * NUM_PARALLEL
+ENOUGH_FORWARDS = 4 * NUM_PARALLEL
 
 # Yields step sizes, is sent the losses there, and returns what it found.
 Search = Generator[tuple[float, ...], list[float], SearchResult]

@@ -307,7 +307,8 @@ class LineSearch:
     def _given_up(self) -> Outcome:
         """Return what is known where evaluations are used up: a fall and a rise may be close, if no noise made them."""
         lo, hi = self._curve.bracket()
-        quiet = abs(self._base_loss) > 1e-6 and self._curve.noise_level <= 1e-6 * abs(self._base_loss)
+        # Noise is never infinite.
+        quiet = self._curve.noise_is_known or any(probe == (hi, math.inf) for probe in self._curve.probes)
         if self._certify or not quiet or not 0 < lo < hi <= lo * (1 + 2 * self._rtol):
             return Outcome("unresolved")
         return Outcome("converged", math.sqrt(lo * hi), hi / lo - 1)

@@ -560,6 +560,22 @@ def test_pure_noise_is_no_crossing_though_it_is_more_than_was_told(size: float) 
     assert statuses.count("unresolved") >= 85
 
 
+@pytest.mark.parametrize("num_parallel", [1, 8])
+def test_used_up_evaluations_make_no_crossing_of_noise(num_parallel: int) -> None:
+    for size, height in ((1e-3, 1.0), (1e-3, 1e-9), (1e-6, 1e3)):
+        statuses = []
+        for seed in range(60):
+            f = noisy(lambda x, h=height: h, size * height, random.Random(seed))
+            result = find_critical_lr(f, slope=height, initial_lr=0.1, num_parallel=num_parallel, max_evaluations=39)
+            statuses.append(result.status)
+        assert statuses.count("unresolved") >= 52
+    # A wall is none, whatever is left to look for noise.
+    for budget in (30, 39):
+        wall_found = find_critical_lr(wall(math.nan), slope=1.0, num_parallel=8, max_evaluations=budget)
+        assert wall_found.status in ("converged", "unresolved")
+        assert wall_found.status == "unresolved" or wall_found.critical_lr == pytest.approx(0.7, rel=0.02)
+
+
 def test_a_steep_loss_is_not_taken_for_noise() -> None:
     for steepness in (10.0, 1e2, 1e4):
         result = find_critical_lr(lambda x, k=steepness: 1 - x + k * max(0.0, x - 1), slope=1.0, initial_lr=0.5)

@@ -15,6 +15,8 @@ from sharpkern.search import SearchResult
 _LEAST_RATIO = 0.8
 # The same where curvature may have bent the loss already, at the smallest step that stands out of the noise.
 _LEAST_BENT_RATIO = 0.2
+# At four times a small step a loss changes four times as much: off by this share of what it lacks, it is noise.
+_SCATTER = 0.2
 # With dropout the gradient is of other masks than the probes, and its slope is only near theirs; a loss scale is far.
 _LEAST_RANDOM_RATIO = 0.02
 # Share of the displacement below which rounding of the weights hides the slope, and above which it plays no part.
@@ -163,6 +165,8 @@ def check_slope(
         # Of the slope another part may be lost than of the displacement.
         least = min(least, _LEAST_BENT_RATIO)
     warning = None
+    if ratio < least * share and spare_forwards > 0 and _is_noise(engine, base, eta, ratio, slope):
+        return None, None
     if ratio < least * share:
         warning = (
             f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: "
@@ -171,3 +175,13 @@ def check_slope(
         )
     unsure = random or noise > _EXACT or share < _ALL or certain == math.inf
     return None if unsure else certain, warning
+
+
+def _is_noise(engine: Engine, base: float, eta: float, ratio: float, slope: float) -> bool:
+    """Whether what the loss lacks at a small step is no more than noise there, or rounding that leaves the weights.
+
+    Near interpolation a loss is made of the rounding of outputs, which no dtype tells.
+    """
+    (further,) = engine.losses([4 * eta])
+    off = (base - further) / (4 * eta * slope) - ratio
+    return not abs(off) <= _SCATTER * abs(1 - ratio)
