@@ -183,7 +183,12 @@ def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
         elif hi / lo > 1 + width:
             eta = (lo + hi) / 2
         else:
-            return Outcome("converged", (lo + hi) / 2, (hi - lo) / (hi + lo))
+            # Its answer is one where a fall and a rise beyond the noise enclose it.
+            fall, rise = curve.bracket()
+            if not 0 < fall <= lo or rise == math.inf:
+                return Outcome("unresolved")
+            eta = (lo + hi) / 2
+            return Outcome("converged", eta, max(1 - fall / eta, rise / eta - 1))
 
 
 def _grid(curve: Curve, center: float, width: float, num: int) -> tuple[float, ...]:

@@ -135,6 +135,8 @@ def scene() -> tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loss_fn().backward()
     optimizer.step()
+    optimizer.zero_grad()
+    loss_fn().backward()
     return model, loss_fn, optimizer
 
 

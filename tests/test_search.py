@@ -748,6 +748,20 @@ def test_bisection_doubles_halves_and_reports_the_midpoint() -> None:
         assert result.exponent is None
 
 
+def test_bisection_answers_only_where_a_fall_and_a_rise_are_seen() -> None:
+    # Rounded as in 16 bits: the plain sign of the last step between two numbers decides.
+    f = lambda x: round(128 * (3 - 1e-4 * x + 1e-4 * x**2)) / 128
+    hidden = find_critical_lr(f, slope=1e-4, initial_lr=1.0, noise=1e-3, method="bisection")
+    assert hidden.status == "unresolved"
+    assert any(loss > 3 for _, loss in hidden.probes)
+    seen = find_critical_lr(lambda x: 1 - x + x**2, slope=1.0, initial_lr=0.3, noise=1e-2, method="bisection")
+    assert seen.status == "converged"
+    lo, hi = seen.bracket
+    assert hi / lo - 1 > 1 / 16
+    assert lo >= seen.critical_lr * (1 - seen.error) * (1 - 1e-9)
+    assert hi <= seen.critical_lr * (1 + seen.error) * (1 + 1e-9)
+
+
 def test_directional_sharpness_where_a_probe_is_near_zero() -> None:
     # f″(0)/(−f′(0)) is 0.8.
     def f(x: float) -> float:
