@@ -78,7 +78,10 @@ def test_an_adapter_of_an_embedding_that_is_tied_to_the_head(base_of: Callable[.
 
 
 def test_a_base_in_bfloat16_with_adapters_in_float32(base_of: Callable[..., nn.Module]) -> None:
-    model = adapted(base_of(llama).bfloat16(), llama)
+    base = base_of(llama).bfloat16()
+    # Noise hides the crossing of one adapter in three.
+    torch.manual_seed(1)
+    model = adapted(base, llama)
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, True), (torch.bfloat16, False)}
     assert_measured(model)
 
