@@ -325,7 +325,7 @@ def untouched(rank: int, prepare: Callable[[nn.Module], nn.Module], steps: int, 
 RUNS = {
     "checkpointed": partial(untouched, prepare=checkpointed_blocks, steps=3, every=1),
     "compiled": partial(untouched, prepare=compiled_blocks, steps=3, every=1),
-    "50 steps": partial(untouched, prepare=shard, steps=50, every=10),
+    "20 steps": partial(untouched, prepare=shard, steps=20, every=4),
     "kept gathered": partial(untouched, prepare=partial(shard, reshard_after_forward=False), steps=4, every=1),
     "in bf16": partial(
         untouched,
