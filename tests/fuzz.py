@@ -338,7 +338,9 @@ def check_losses(run: RandomRun, result: sharpkern.Measurement, exact: Moved, sa
             continue
         # Far out a loss amplifies roundings, as much as copies in the same dtype show; one alone may be lucky.
         budget = max(known, rounding + 4 * abs(copied - true) / size)
-        beside = (eta * (1 + i * 1e-5) for i in (-3, -2, -1, 1, 2, 3))
+        # Weights of 16 bits change in steps.
+        step = 4e-3 if run.low else 1e-5
+        beside = (eta * (1 + i * step) for i in (-3, -2, -1, 1, 2, 3))
         while abs(loss - true) > budget * size and (at := next(beside, None)) is not None:
             budget = max(budget, rounding + 4 * abs(same.loss(at) - exact.loss(at)) / size)
         if not abs(loss - true) <= budget * size:

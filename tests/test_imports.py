@@ -184,7 +184,7 @@ import sharpkern
 print(time.perf_counter() - start)
 """
     # Another process may be in the way now and then.
-    assert min(float(python(program)) for _ in range(3)) < 0.1
+    assert any(float(python(program)) < 0.1 for _ in range(3))
 
 
 def test_importing_loads_nothing_heavy() -> None:

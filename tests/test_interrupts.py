@@ -23,7 +23,7 @@ from sharpkern import _undo
 from sharpkern.engines import guards
 
 ENGINES = ["virtual", "batched", "inplace"]
-NUM_FAULTS = 6
+NUM_FAULTS = 4
 PACKAGE = os.path.dirname(sharpkern.__file__) + os.sep
 
 
@@ -124,7 +124,7 @@ def test_a_fault_inside_of_the_restore_is_made_good() -> None:
     total = counting.count()
     # The last instructions are those that put everything back.
     raised = 0
-    for position in range(total - 1500, total, 61):
+    for position in range(total - 1500, total, 97):
         try:
             traced(fault_at(position, MemoryError), scene.measure)
         except MemoryError:

@@ -27,7 +27,7 @@ from sharpkern.memory.scene import Scene, fake_copy
 from tests.processes import on_ranks
 
 GIB = 2**30
-TOKENS, BATCH = 128, 2
+TOKENS, BATCH = 64, 2
 
 
 def olmo2(path: Path, **shape: int) -> str:
