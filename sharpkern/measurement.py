@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from inspect import signature
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -80,6 +80,19 @@ def check_values(status: Status, critical_lr: float, sharpness: float, base_loss
         raise ValueError(f"sharpness is {sharpness} where critical_lr is {critical_lr}")
     if math.isfinite(base_loss) == (status == "nonfinite"):
         raise ValueError(f"the loss is {base_loss} where the status is {status!r}")
+
+
+class MeasureOptions(TypedDict, total=False):
+    """The keyword arguments that `sharpkern.critical_sharpness` shares with whatever measures for its caller."""
+
+    initial_lr: float | None
+    rtol: float
+    method: str
+    engine: str
+    certify: bool
+    noise: float | None
+    max_forwards: int
+    reduce: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)

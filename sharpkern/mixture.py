@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
+from typing_extensions import Unpack
 
 from sharpkern._journal import Journal, Row, restored
 from sharpkern._marks import mark_of, mark_of_function, mark_of_model
@@ -31,7 +32,7 @@ from sharpkern.engines.guards import Guard
 from sharpkern.engines.ranks import Ranks, Together, as_one
 from sharpkern.engines.session import Session, in_session
 from sharpkern.errors import NoUpdateError
-from sharpkern.measurement import Options, check_values
+from sharpkern.measurement import MeasureOptions, Options, check_values
 from sharpkern.randomness import seed_streams
 from sharpkern.relative import relative_critical_sharpness
 from sharpkern.sweep import MixturePoint, MixtureSweep
@@ -56,7 +57,7 @@ def mixture_sweep(
     collate: Callable[[list[Any]], Any] = default_collate,
     path: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[MeasureOptions],
 ) -> MixtureSweep:
     """Measure λ_c of every task's loss along the update of every mix of some data sources; the model stays as it is.
 
@@ -169,7 +170,8 @@ def mixture_sweep(
                 direction = _direction(make_direction, model, batches, f"shares {shares}, repeat {repeat}")
                 # Not above what was found before: from too large a step an earlier rise may be passed over.
                 first = options.get("initial_lr") or _smallest_found(journal.rows)
-                found = relative_critical_sharpness(model, losses, direction, **{**options, "initial_lr": first})
+                chosen: MeasureOptions = {**options, "initial_lr": first}
+                found = relative_critical_sharpness(model, losses, direction, **chosen)
                 points = [MixturePoint.of(shares, repeat, task, measurement) for task, measurement in found.items()]
                 row = {"shares": shares, "repeat": repeat, "seconds": time.perf_counter() - started}
                 journal.add({**row, "points": [asdict(point) for point in points]})

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from sharpkern._files import write_rows
 from sharpkern._logs import sender
@@ -20,7 +21,7 @@ from sharpkern.engines.pace import Pace
 from sharpkern.engines.ranks import as_one
 from sharpkern.engines.settling import outermost, ranks_for
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
-from sharpkern.measurement import Measurement, Options
+from sharpkern.measurement import Measurement, MeasureOptions, Options
 from sharpkern.search import SearchMemory
 from sharpkern.shards import local, reshard
 from sharpkern.updates.parts import parts_of
@@ -70,6 +71,21 @@ class Record:
             "heldout_critical_lr": heldout.critical_lr if heldout else None,
             "heldout_status": heldout.status if heldout else None,
         }
+
+
+class CallbackOptions(MeasureOptions, total=False):
+    """The keyword arguments that `Monitor` shares with the callbacks of frameworks."""
+
+    every: int | Callable[[int], bool]
+    warn_below: float | None
+
+
+class MonitorOptions(CallbackOptions, total=False):
+    """The keyword arguments of `Monitor`."""
+
+    log: Any
+    masters: Mapping[nn.Parameter, Tensor] | None
+    scaler: Any
 
 
 class Monitor:
@@ -131,7 +147,7 @@ class Monitor:
         masters: Mapping[nn.Parameter, Tensor] | None = None,
         scaler: Any = None,
         warn_below: float | None = None,
-        **options: Any,
+        **options: Unpack[MeasureOptions],
     ) -> None:
         if not callable(every) and (isinstance(every, bool) or not isinstance(every, int)):
             raise TypeError(f"every must be an int or a function of the step, got {every!r}; leave it out for 1")

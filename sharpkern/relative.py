@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from sharpkern._run import Run
 from sharpkern.critical import check_arguments, measure
@@ -18,13 +18,13 @@ from sharpkern.engines.layers import Kept
 from sharpkern.engines.session import Session, in_session
 from sharpkern.engines.table import Pair
 from sharpkern.errors import EngineUnsupportedError
-from sharpkern.measurement import Measurement, Options
+from sharpkern.measurement import Measurement, MeasureOptions, Options
 
 _ROOM_ON_CPU = 2**30
 
 
 def relative_critical_sharpness(
-    model: nn.Module, tasks: Mapping[str, Callable[[], Tensor]], direction: Direction, **options: Any
+    model: nn.Module, tasks: Mapping[str, Callable[[], Tensor]], direction: Direction, **options: Unpack[MeasureOptions]
 ) -> dict[str, Measurement]:
     """Measure λ_c^{task→direction} = 2/η_c of every task's loss along one update.
 

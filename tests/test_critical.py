@@ -3,7 +3,9 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from inspect import signature
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch import nn
 
 import sharpkern
 from sharpkern import Direction
+from sharpkern.measurement import MeasureOptions, Options
+from sharpkern.monitor import MonitorOptions
 from tests.cases import tokens
 from tests.models import GPT
 
@@ -197,3 +201,12 @@ def test_a_known_base_loss_of_coarser_arithmetic_is_not_compared_with() -> None:
         for _ in range(2):
             given_ = sharpkern.critical_sharpness(model, loss_fn, direction, base_loss=coarse)
             assert given_.base_loss == own.base_loss != float(coarse)
+
+
+def test_editors_know_the_options_of_whatever_measures_for_its_caller() -> None:
+    options = {field.name: field.type for field in fields(Options)}
+    assert get_type_hints(MeasureOptions) == options
+    keywords = signature(sharpkern.critical_sharpness).parameters
+    assert keywords.keys() - {"model", "loss_fn", "direction"} == {*options, "base_loss"}
+    own = {name for name, one in signature(sharpkern.Monitor).parameters.items() if one.kind is one.KEYWORD_ONLY}
+    assert get_type_hints(MonitorOptions).keys() == {*options, *own}

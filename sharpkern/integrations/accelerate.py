@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from sharpkern._extras import missing
 from sharpkern.direction import Direction
 from sharpkern.measurement import Measurement
-from sharpkern.monitor import LossFn, Monitor
+from sharpkern.monitor import LossFn, Monitor, MonitorOptions
 
 # They keep gradients of their own, and some step inside the backward pass.
 _REFUSED = ("DEEPSPEED", "MEGATRON_LM", "XLA")
@@ -71,7 +72,11 @@ class SharpnessMonitor(Monitor):
     """
 
     def __init__(
-        self, accelerator: Any, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], **options: Any
+        self,
+        accelerator: Any,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        **options: Unpack[MonitorOptions],
     ) -> None:
         try:
             from accelerate import Accelerator
@@ -88,7 +93,8 @@ class SharpnessMonitor(Monitor):
                 "accelerator must leave the gradients in the parameters' .grad, as one process and "
                 f"DistributedDataParallel do, got {kind}; measure the run's checkpoints instead"
             )
-        super().__init__(model, optimizer, **{"log": accelerator.log, **options})
+        options.setdefault("log", accelerator.log)
+        super().__init__(model, optimizer, **options)
         self._accelerator = accelerator
         self._batches: list[tuple[Any, ...]] = []
         # What each of them was trained on, None where that is not known.

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from sharpkern._extras import missing
 from sharpkern.direction import Direction
 from sharpkern.errors import NoUpdateError
 from sharpkern.integrations.around_step import AroundStep
-from sharpkern.measurement import Options
-from sharpkern.monitor import Monitor
+from sharpkern.measurement import MeasureOptions, Options
+from sharpkern.monitor import CallbackOptions, Monitor
 
 
 def _lightning() -> Any:
@@ -79,9 +80,13 @@ class SharpnessCallback(Callback):
     """
 
     def __init__(
-        self, every: int | Callable[[int], bool] = 1, *, warn_below: float | None = None, **options: Any
+        self,
+        every: int | Callable[[int], bool] = 1,
+        *,
+        warn_below: float | None = None,
+        **options: Unpack[MeasureOptions],
     ) -> None:
-        self._options = {"every": every, "warn_below": warn_below, **options}
+        self._options: CallbackOptions = {"every": every, "warn_below": warn_below, **options}
         # What is wrong with them is told here, and not when training begins. No random number is drawn for that.
         Options.of(SharpnessCallback, options)
         stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])

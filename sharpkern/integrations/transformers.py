@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from sharpkern._extras import missing
 from sharpkern.engines.session import is_compiled
-from sharpkern.measurement import Options
-from sharpkern.monitor import Monitor
+from sharpkern.measurement import MeasureOptions, Options
+from sharpkern.monitor import CallbackOptions, Monitor
 from sharpkern.randomness import note_streams
 
 try:
@@ -74,7 +75,11 @@ class SharpnessCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, every: int | Callable[[int], bool] = 1, *, warn_below: float | None = None, **options: Any
+        self,
+        every: int | Callable[[int], bool] = 1,
+        *,
+        warn_below: float | None = None,
+        **options: Unpack[MeasureOptions],
     ) -> None:
         for name, value in {"every": every, **options}.items():
             if isinstance(value, str) and value.startswith("function "):
@@ -82,7 +87,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
                     f"{name} must be given anew, got what a checkpoint tells of it, {value!r}; leave "
                     "restore_callback_states_from_checkpoint=False: the callback that you pass is taken up without it"
                 )
-        self._options = {"every": every, "warn_below": warn_below, **options}
+        self._options: CallbackOptions = {"every": every, "warn_below": warn_below, **options}
         # What is wrong with them is told here, and not when the data have been prepared and training begins. No random
         # number is drawn for that.
         Options.of(SharpnessCallback, options)
