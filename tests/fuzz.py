@@ -310,7 +310,9 @@ def check(seed: int) -> str:
     # In 16 bits a gradient may not be that of the loss.
     tiny = 1e-4 * exact.lr
     falls = (exact.loss(0.0) - exact.loss(tiny)) / tiny
-    if warned and not (run.low and result.slope is not None and abs(falls - result.slope) > 0.3 * result.slope):
+    # Nor is it where the pass that it was taken in has changed a state that later ones compute with.
+    share = 0.3 if run.low else 0.05
+    if warned and not (result.slope is not None and abs(falls - result.slope) > share * result.slope):
         raise Differs(f"warning: {warned}")
     return check_crossing(run, result, exact, check_losses(run, result, exact, same), same)
 

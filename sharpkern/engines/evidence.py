@@ -228,7 +228,9 @@ class Slopes:
         return (
             f"the loss falls along the direction by {shown} times what its gradient says, in the last "
             f"{len(self.ratios)} measurements that looked; of the gradient's own loss it is never less than 1: "
-            "loss_fn is not the loss whose gradient the parameters hold, and " + KEEP_THE_BATCH
+            "loss_fn is not the loss whose gradient the parameters hold, and "
+            + KEEP_THE_BATCH
+            + ". It is harmless where each forward pass changes a state that the next one computes with"
         )
 
 
