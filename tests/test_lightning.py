@@ -85,7 +85,7 @@ def train(
     how: str,
     dtype: torch.dtype = torch.float64,
     steps: int = 5,
-) -> tuple[list[sharpkern.monitor.Record], list[Tensor]]:
+) -> tuple[list[sharpkern.Record], list[Tensor]]:
     """Measured "before" the step from the optimizer's formula, "around" it, or "around" it with a closure."""
     inputs, labels = (tensor[:128] for tensor in digits().tensors)
     # Muon takes matrices only.
@@ -755,7 +755,7 @@ def test_batches_of_a_step_that_is_broken_off_do_not_count() -> None:
 
 
 @cache
-def in_float64() -> list[sharpkern.monitor.Record]:
+def in_float64() -> list[sharpkern.Record]:
     monitor, _ = plain_loop(adamw, 1, 1, every=lambda step: step < 4)
     return monitor.history
 

@@ -119,7 +119,7 @@ def test_a_logger_without_steps_is_told_the_step_among_the_values() -> None:
     assert "sharpness/step" not in named[0][0]
 
 
-def no_rise(lr: float = 0.1) -> sharpkern.monitor.Record:
+def no_rise(lr: float = 0.1) -> sharpkern.Record:
     found = record(3, 2e-9, "unbounded", lr=lr)
     return replace(found, heldout=found.measurement)
 
