@@ -48,7 +48,7 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
         names = archive.namelist()
         (top_level,) = [archive.read(name) for name in names if name.endswith("top_level.txt")]
     assert top_level.split() == [b"sharpkern"]
-    kernels = {f"sharpkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {f"sharpkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert len(kernels) > 1
     assert kernels <= set(names)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sharpkern").rglob("*.py")}
