@@ -79,9 +79,10 @@ class Direction:
     ) -> "Direction":
         """Return the update that the next ``optimizer.step()`` would make.
 
-        Call it between ``backward()`` (and clipping) and ``step()``. SGD, Adam and AdamW have a closed form; any other
-        optimizer, a wrapper of another one included, takes one step on a copy of itself. The optimizer, its state,
-        parameters and gradients are only read; hooks of the step do not run, so what one of them changes is not seen.
+        Call it between ``backward()`` (and clipping) and ``step()``. SGD, Adam, AdamW, RMSprop and lion-pytorch's Lion
+        have a closed form; any other optimizer, a wrapper of another one included, takes one step on a copy of itself.
+        The optimizer, its state, parameters and gradients are only read; hooks of the step do not run, so what one of
+        them changes is not seen.
 
         Args:
             optimizer: any torch optimizer whose parameters hold their gradients. Where several step together, a list
@@ -92,8 +93,8 @@ class Direction:
                 ``state[parameter]["master_param"]`` are found without it.
             scaler: the GradScaler of fp16 training, to divide by its scale if ``unscale_`` has not yet been called.
             resident: True keeps Δθ in memory, where it is fastest and outlives the step. False works it out of the
-                gradients and the optimizer's state (SGD, Adam, AdamW) whenever a weight is needed: no memory, but to
-                be measured before they change. By default False on CUDA and HIP devices, True elsewhere.
+                gradients and the optimizer's state, where there is a closed form, whenever a weight is needed: no
+                memory, but to be measured before they change. By default False on CUDA and HIP devices, True elsewhere.
 
         Returns:
             The direction per unit learning rate of the reference group, which is the first with a positive rate and a

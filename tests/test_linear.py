@@ -79,7 +79,7 @@ def test_blocks_of_a_gpu_hold_all_step_sizes_in_bounded_memory() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_directions_from_an_optimizers_state(way: str) -> None:
     (W, D), x, alpha = weights(37, 24, torch.float32), randn(4, 7, 24, seed=2), torch.tensor(ALPHA)
-    move: ParamUpdate = LazyUpdate(ops.form_sgd, ops.sgd_sums, W, (D, None), {"weight_decay": 0.1})
+    move: ParamUpdate = LazyUpdate("sgd", W, D, (None,), (0.1, 1.0, 1.0, 0.0, 1.0))
     y = moving_linear(x, W, move, alpha, dtype=torch.float32, way=way)
     update = D + 0.1 * W
     assert_within_budget(y, exact(x, W, update, alpha), in_torch(x, W, update, alpha), roundings=8, floor=1e-6)

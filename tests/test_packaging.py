@@ -60,7 +60,7 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("options", [(), ("-e",)], ids=["plain", "editable"])
 def test_installed_kernels_are_found(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     python = install(source, tmp_path / "venv", *options)
-    program = "import sharpkern, sharpkern.kernels.form as form; print(form.__file__)"
+    program = "import sharpkern, sharpkern.kernels.rules.adam, sharpkern.kernels.form as form; print(form.__file__)"
     found = run(python, "-c", program, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     expected = source / "kernels" if options else tmp_path / "venv"
