@@ -6,10 +6,10 @@ run on CPU tensors instead, which is how their numerics are tested without a GPU
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 import triton
@@ -22,6 +22,35 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_PROGRAMS = 2**31 - 1
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class Launcher(Generic[_P, _R]):
+    """A launcher in two halves, so that who has another implementation can choose before anything is written.
+
+    Attributes:
+        accept: raises the TypeError or ValueError that says what does not fit, or returns the launch, which refuses
+            nothing any more.
+    """
+
+    def __init__(self, accept: Callable[_P, Callable[[], _R]]) -> None:
+        self.accept = accept
+        functools.update_wrapper(self, accept)
+
+    def __call__(self, *operands: _P.args, **options: _P.kwargs) -> _R:
+        """Launch, or raise what does not fit."""
+        return self.accept(*operands, **options)()
+
+    def refusal(self, *operands: _P.args, **options: _P.kwargs) -> TypeError | ValueError | None:
+        """Return the error that a call would raise before its launch; None where it would launch."""
+        try:
+            self.accept(*operands, **options)
+        except (TypeError, ValueError) as error:
+            return error
+        return None
 
 
 def runs_on(device: torch.device) -> bool:
@@ -68,25 +97,21 @@ STREAMING = (
 )
 
 
-def choose(table: tuple[Case[_Config], ...], tensor: Tensor, size: int) -> _Config:
+def choose(table: tuple[Case[_Config], ...], device: torch.device, itemsize: int, size: int) -> _Config:
     """Return the configuration of the first row that fits; the last row of a table fits everything.
 
-    Args:
-        table: rows in order of preference.
-        tensor: the operand whose device and element size decide.
-        size: the number that the rows bound from above, usually the number of elements.
-
-    Returns:
-        The configuration to launch with. It is fixed by the arguments: nothing is timed or tried.
+    Nothing is timed or tried: it is fixed by the device, the element size of the operand that decides, and the number
+    that the rows bound from above, usually that of elements.
     """
-    arch = architecture(tensor.device)
-    return next(
-        case.config
-        for case in table
-        if case.architecture in {None, arch}
-        and case.itemsize in {None, tensor.element_size()}
-        and (case.below is None or size < case.below)
-    )
+    arch = architecture(device)
+    for case in table:
+        if (
+            (case.below is None or size < case.below)
+            and (case.itemsize is None or case.itemsize == itemsize)
+            and (case.architecture is None or case.architecture == arch)
+        ):
+            return case.config
+    raise AssertionError("a table must end with a row that fits everything")
 
 
 @functools.cache

@@ -8,16 +8,18 @@ one chunk of one tensor; which one, it reads from a table. Moves 2 + 2 + 2 bytes
 Source: Kalra et al. 2026, Def. 2.1 (θ − ηΔθ at every probe of the line search).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._accepts import check_alpha, check_lists, check_no_overlap
 from ._launch import (
     Case,
     Config,
+    Launcher,
     choose,
     chunk_of,
     grid,
@@ -30,7 +32,6 @@ from ._launch import (
     store_tile,
     tables,
 )
-from ._operands import check_alpha, check_lists, check_no_overlap
 
 # Blocks are those of 16-bit parameters, half as long where they are fp32: a thread writes 16 bytes.
 _CONFIGS = (
@@ -78,46 +79,37 @@ def _axpy_kernel(
         _axpy_tile(theta + offsets, base + offsets, delta + offsets, alpha, offsets < num, MASKED=True)
 
 
-def axpy_(theta: Sequence[Tensor], base: Sequence[Tensor], delta: Sequence[Tensor], alpha: Tensor) -> None:
-    """Write θ ← θ₀ + αΔθ into all tensors of a model, with fp32 arithmetic and one rounding.
-
-    Args:
-        theta: written; dense tensors of any shape and size, float32, float16 or bfloat16, all on one CUDA device.
-        base: θ₀, tensor by tensor the shape and strides of ``theta``, any of the three dtypes (fp32 masters, say).
-        delta: Δθ, likewise.
-        alpha: signed step size (−η along an update), [1] float32 on the device.
-
-    Raises:
-        TypeError: if a dtype is none of the three, or alpha is no float32 tensor.
-        ValueError: if the lists differ in length, a device, shape or stride does not fit, or an output shares memory
-            with another operand.
-
-    Memory:
-        Tables of 40 bytes per tensor and 8 per 64 Ki elements (16 Ki in models below 4 M), kept for the next call.
-
-    Determinism:
-        Elementwise; the same bits on every run, and θ₀ bit for bit where α = 0 and the dtypes agree.
-    """
+@Launcher
+def axpy_(
+    theta: Sequence[Tensor], base: Sequence[Tensor], delta: Sequence[Tensor], alpha: Tensor
+) -> Callable[[], None]:
+    """Launch `sharpkern.ops.axpy_`; tables of 40 bytes per tensor and 8 per chunk are kept for the next call."""
     check_lists(theta=theta, base=base, delta=delta)
     if not theta:
-        return
+        return lambda: None
     if check_alpha(alpha, theta[0]) != 1:
         raise ValueError(f"alpha must hold one step size, got {alpha.numel()}; call once per step size")
     check_no_overlap(theta, [*base, *delta, alpha])
-    config = choose(_CONFIGS, theta[0], sum(tensor.numel() for tensor in theta))
+    numel = sum(tensor.numel() for tensor in theta)
+    config = choose(_CONFIGS, theta[0].device, theta[0].element_size(), numel)
     chunk = _TILES * config.block
     rows, batches, _ = tables(chunk, theta, base, delta)
-    with on_device(theta[0]):
-        for batch in batches:
-            _axpy_kernel[grid(len(batch.chunks), config)](
-                rows,
-                batch.chunks,
-                alpha,
-                *batch.dtypes,
-                batch.aligned,
-                CHUNK=chunk,
-                BLOCK=config.threads * lane(batch.dtypes[0]),
-                **options(config, theta[0]),
-            )
-    # Autograd does not see a kernel write: without this a backward through the old values would pass unnoticed.
-    torch.autograd.graph.increment_version(theta)
+    programs = [grid(len(batch.chunks), config) for batch in batches]
+
+    def launch() -> None:
+        with on_device(theta[0]):
+            for batch, size in zip(batches, programs, strict=True):
+                _axpy_kernel[size](
+                    rows,
+                    batch.chunks,
+                    alpha,
+                    *batch.dtypes,
+                    batch.aligned,
+                    CHUNK=chunk,
+                    BLOCK=config.threads * lane(batch.dtypes[0]),
+                    **options(config, theta[0]),
+                )
+        # Autograd does not see a kernel write: without this a backward through the old values would pass unnoticed.
+        torch.autograd.graph.increment_version(theta)
+
+    return launch

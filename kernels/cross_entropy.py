@@ -14,14 +14,15 @@ Source: Milakov and Gimelshein 2018 (online normaliser of softmax).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, choose, grid, on_device, options
-from ._operands import check_device, check_no_overlap
+from ._accepts import check_device, check_no_overlap
+from ._launch import Case, Config, Launcher, choose, grid, on_device, options
 
 # The widest chunk: 16 logits in each of 256 threads.
 MAX_WIDTH = 4096
@@ -64,6 +65,7 @@ def _online_cross_entropy_kernel(
         tl.store(target + pid, _capped(tl.load(logits + label), SOFTCAP))
 
 
+@Launcher
 def online_cross_entropy_(
     maximum: Tensor,
     total: Tensor,
@@ -73,52 +75,33 @@ def online_cross_entropy_(
     first: int,
     *,
     softcap: float | None = None,
-) -> None:
-    """Carry the statistics of every token on by one chunk of logits.
-
-    After the last chunk ``maximum + total.log() - target`` is the cross-entropy of each token, NaN where a label is
-    outside the vocabulary or a logit is NaN.
-
-    Args:
-        maximum: m of the logits before this chunk, written; [T] float32, contiguous, CUDA. Starts at −inf.
-        total: s of the logits before this chunk, written; likewise. Starts at 0.
-        target: the label's logit, written where this chunk holds it; likewise. Starts at NaN.
-        logits: the chunk, [T, v] float32, v ≤ 4096; elements of a row next to each other, any distance of rows.
-        labels: [T] int64 or int32, contiguous. Labels that do not count may be any number.
-        first: the vocabulary row that column 0 of ``logits`` belongs to.
-        softcap: c of the cap c·tanh(z/c) on the logits, or None.
-
-    Raises:
-        TypeError: if a dtype is another.
-        ValueError: if a device, shape or stride does not fit, v exceeds 4096, a written tensor overlaps another,
-            ``first`` is negative or ``softcap`` not a positive number.
-
-    Memory:
-        None.
-
-    Determinism:
-        Fixed order of additions in a row, no atomics; the same bits on every run.
-    """
+) -> Callable[[], None]:
+    """Launch `sharpkern.ops.online_cross_entropy_`."""
     _check(maximum, total, target, logits, labels, first, softcap)
     num_tokens, width = logits.shape
-    if logits.numel() == 0:
-        return
-    config = choose(_CONFIGS, logits, width)
-    with on_device(logits):
-        _online_cross_entropy_kernel[grid(num_tokens, config)](
-            maximum,
-            total,
-            target,
-            logits,
-            logits.stride(0),
-            labels,
-            first,
-            width,
-            SOFTCAP=softcap,
-            BLOCK=config.block,
-            **options(config, logits),
-        )
-    torch.autograd.graph.increment_version([maximum, total, target])
+    config = choose(_CONFIGS, logits.device, logits.element_size(), width)
+    programs = grid(num_tokens, config)
+
+    def launch() -> None:
+        if logits.numel() == 0:
+            return
+        with on_device(logits):
+            _online_cross_entropy_kernel[programs](
+                maximum,
+                total,
+                target,
+                logits,
+                logits.stride(0),
+                labels,
+                first,
+                width,
+                SOFTCAP=softcap,
+                BLOCK=config.block,
+                **options(config, logits),
+            )
+        torch.autograd.graph.increment_version([maximum, total, target])
+
+    return launch
 
 
 def _check(

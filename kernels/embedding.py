@@ -7,14 +7,15 @@ Source: Kalra et al. 2026, Def. 2.1 (W − ηΔθ at every probe of the line sea
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, choose, grid, load_tile, on_device, options, perturbed, store_tile
-from ._operands import check_alpha, check_device, check_dtype, check_floats, check_rows
+from ._accepts import check_alpha, check_device, check_dtype, check_floats, check_rows
+from ._launch import Case, Config, Launcher, choose, grid, load_tile, on_device, options, perturbed, store_tile
 
 # Bounded by the length of a row.
 _CONFIGS = (
@@ -45,29 +46,11 @@ def _embedding_kernel(
         out += out_stride
 
 
-def embedding(indices: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Return rows of W + α_k D for K step sizes.
-
-    Args:
-        indices: rows to take, any shape, int64 or int32, CUDA; copied if not contiguous.
-        W: the table, [V, C], float32, float16 or bfloat16; elements of a row next to each other, any distance of rows.
-        D: the direction, [V, C], its own dtype of the three, strides as free as those of ``W``.
-        alpha: signed step sizes, [K] float32, K ≤ 16.
-        dtype: of the result, ``W.dtype`` by default; float32 keeps displacements that 16 bits would round away.
-
-    Returns:
-        Tensor: [K, *indices.shape, C]. An index outside [0, V) gives a row of NaN: the device is not stopped.
-
-    Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a device, shape or stride does not fit.
-
-    Memory:
-        Allocates the result.
-
-    Determinism:
-        Elementwise; the same bits on every run.
-    """
+@Launcher
+def embedding(
+    indices: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype | None = None
+) -> Callable[[], Tensor]:
+    """Launch `sharpkern.ops.embedding`; indices are copied if not contiguous."""
     check_floats(W=W, D=D)
     check_device(W=W, indices=indices)
     check_rows(W=W, D=D)
@@ -77,28 +60,32 @@ def embedding(indices: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: to
     dtype = dtype or W.dtype
     check_dtype(dtype)
     num_rows, length = W.shape
-    config = choose(_CONFIGS, W, length)
+    config = choose(_CONFIGS, W.device, W.element_size(), length)
     programs = grid(indices.numel() * triton.cdiv(length, config.block), config)
-    out = torch.empty(num_steps, *indices.shape, length, dtype=dtype, device=W.device)
-    if num_rows == 0:
-        # The kernel reads row 0 for an index that is not there.
-        return out.fill_(math.nan)
-    if out.numel() == 0:
+
+    def launch() -> Tensor:
+        out = torch.empty(num_steps, *indices.shape, length, dtype=dtype, device=W.device)
+        if num_rows == 0:
+            # The kernel reads row 0 for an index that is not there.
+            return out.fill_(math.nan)
+        if out.numel() == 0:
+            return out
+        with on_device(W):
+            _embedding_kernel[programs](
+                out,
+                indices.numel() * length,
+                indices.contiguous(),
+                W,
+                W.stride(0),
+                D,
+                D.stride(0),
+                alpha,
+                num_rows,
+                length,
+                K=num_steps,
+                BLOCK=config.block,
+                **options(config, W),
+            )
         return out
-    with on_device(W):
-        _embedding_kernel[programs](
-            out,
-            indices.numel() * length,
-            indices.contiguous(),
-            W,
-            W.stride(0),
-            D,
-            D.stride(0),
-            alpha,
-            num_rows,
-            length,
-            K=num_steps,
-            BLOCK=config.block,
-            **options(config, W),
-        )
-    return out
+
+    return launch

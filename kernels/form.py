@@ -10,13 +10,15 @@ average: E[out[k]] = W + α_k D.
 Source: Kalra et al. 2026, Def. 2.1 (W − ηΔθ at every probe of the line search).
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import STREAMING, choose, grid, load_tile, on_device, options, perturbed, store_tile
-from ._operands import check_alpha, check_floats, check_layout, output
+from ._accepts import check_alpha, check_floats, check_layout, check_output, empty_steps
+from ._launch import STREAMING, Launcher, choose, grid, load_tile, on_device, options, perturbed, store_tile
 
 
 @triton.jit
@@ -66,6 +68,7 @@ def _form_kernel(out, out_stride, W, D, alpha, n, seed, K: tl.constexpr, STOCHAS
         _form_tile(out, out_stride, W, D, alpha, n, offsets, seed, K, STOCHASTIC, MASKED=True)
 
 
+@Launcher
 def form(
     W: Tensor,
     D: Tensor,
@@ -74,57 +77,39 @@ def form(
     dtype: torch.dtype | None = None,
     seed: int | None = None,
     out: Tensor | None = None,
-) -> Tensor:
-    """Return W + α_k D for K step sizes, W and D read once.
-
-    Args:
-        W: the parameter, any shape and size, float32, float16 or bfloat16, CUDA, without gaps in memory.
-        D: the direction, shape and strides of ``W``, its own dtype of the three.
-        alpha: signed step sizes (−η along an update), [K] float32 on the same device, K ≤ 16.
-        dtype: of the result, ``W.dtype`` by default; ignored when ``out`` is given.
-        seed: rounds stochastically to bfloat16 with this seed, 0 ≤ seed < 2³¹; None rounds to nearest even. The same
-            seed gives the same random numbers for every call and every k.
-        out: written and returned if given, [K, *W.shape], each slice with the strides of ``W``.
-
-    Returns:
-        Tensor: [K, *W.shape]. Where α_k = 0, slice k is W, bit for bit, if the dtype is that of W.
-
-    Raises:
-        TypeError: if a dtype is not one of the three, or alpha is no float32 tensor, or a seed is given for a result
-            that is not bfloat16.
-        ValueError: if a device, shape or stride does not fit, ``out`` overlaps an operand, or the seed is out of range.
-
-    Memory:
-        Allocates the result, if ``out`` is None.
-
-    Determinism:
-        Elementwise; the same bits on every run.
-    """
+) -> Callable[[], Tensor]:
+    """Launch `sharpkern.ops.form`."""
     check_floats(W=W, D=D)
     check_layout(W=W, D=D)
     num_steps = check_alpha(alpha, W)
-    out = output(out, W, num_steps, dtype, [W, D, alpha])
-    _check_seed(seed, out.dtype)
+    dtype = check_output(out, W, num_steps, dtype, [W, D, alpha])
+    _check_seed(seed, dtype)
     n = W.numel()
-    if n == 0:
-        return out
-    config = choose(STREAMING, out, n)
-    with on_device(W):
-        _form_kernel[grid(triton.cdiv(n, config.block), config)](
-            out,
-            out.stride(0),
-            W,
-            D,
-            alpha,
-            n,
-            seed or 0,
-            K=num_steps,
-            STOCHASTIC=seed is not None,
-            BLOCK=config.block,
-            **options(config, W),
-        )
-    torch.autograd.graph.increment_version(out)
-    return out
+    config = choose(STREAMING, W.device, dtype.itemsize, n)
+    programs = grid(triton.cdiv(n, config.block), config)
+
+    def launch() -> Tensor:
+        result = empty_steps(W, num_steps, dtype) if out is None else out
+        if n == 0:
+            return result
+        with on_device(W):
+            _form_kernel[programs](
+                result,
+                result.stride(0),
+                W,
+                D,
+                alpha,
+                n,
+                seed or 0,
+                K=num_steps,
+                STOCHASTIC=seed is not None,
+                BLOCK=config.block,
+                **options(config, W),
+            )
+        torch.autograd.graph.increment_version(result)
+        return result
+
+    return launch
 
 
 def _check_seed(seed: int | None, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ sum in fp32, and a second kernel adds those up in a fixed order: no atomics, the
 Source: Kalra et al. 2026, Def. 2.1 (W − ηΔθ at every probe of the line search).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import STREAMING, Case, choose, grid, is_hopper, on_device, options
-from ._operands import check_alpha, check_dtype, check_floats, check_rows
+from ._accepts import check_alpha, check_dtype, check_floats, check_rows
+from ._launch import STREAMING, Case, Launcher, choose, grid, is_hopper, on_device, options
 
 # Up to here a program reads its weights once for several step sizes.
 FEW_TOKENS = 64
@@ -227,30 +228,9 @@ def _sum_parts_kernel(out, parts, parts_stride, num_parts, n, BLOCK: tl.constexp
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=offsets < n)
 
 
-def linear(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Return x[k] (W + α_k D)ᵀ for K step sizes.
-
-    Args:
-        x: one input per step size, [K, M, C], or one for all of them, [1, M, C]; float32, float16 or bfloat16, CUDA;
-            copied unless elements of a row lie next to each other.
-        W: the weight, [N, C], any of the three dtypes; elements of a row next to each other, any distance of rows.
-        D: the direction, [N, C], its own dtype of the three, strides as free as those of ``W``.
-        alpha: signed step sizes (−η along an update), [K] float32 on the same device, K ≤ 16.
-        dtype: of the result, ``x.dtype`` by default.
-
-    Returns:
-        Tensor: [K, M, N], contiguous. Where α_k = 0 the weight is W rounded to ``x.dtype``, whatever D holds.
-
-    Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a device, shape or stride does not fit.
-
-    Memory:
-        Allocates the result; where tiles are divided among programs, up to 34 MB of sums more.
-
-    Determinism:
-        Fixed order of additions; the same bits on every run.
-    """
+@Launcher
+def linear(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+    """Launch `sharpkern.ops.linear`; x is copied unless elements of a row lie next to each other."""
     num_steps = _check(x, W, D, alpha)
     dtype = dtype or x.dtype
     check_dtype(dtype)
@@ -266,37 +246,41 @@ def linear(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype
     tiles = triton.cdiv(num_rows, tile.rows) * groups * (1 if few else blocks)
     num_parts, columns_per_part = _parts(tiles, num_columns, tile)
     programs = grid(tiles * num_parts, tile)
+    n = num_steps * num_tokens * num_rows
+    config = choose(STREAMING, x.device, dtype.itemsize, n)
+    sum_programs = grid(triton.cdiv(n, config.block), config) if num_parts > 1 else ()
 
-    out = torch.empty(num_steps, num_tokens, num_rows, dtype=dtype, device=x.device)
-    n = out.numel()
-    if n == 0 or num_columns == 0:
-        return out.zero_()
-    # A start at a multiple of 16 elements lets the sums of every part be read 16 bytes at a time.
-    sums = out if num_parts == 1 else x.new_empty(num_parts, triton.cdiv(n, 16) * 16, dtype=torch.float32)
-    inputs = (x, 0 if shared else x.stride(0), x.stride(1), W, W.stride(0), D, D.stride(0), alpha)
-    sizes = (num_steps, num_tokens, num_rows, num_columns, num_parts, columns_per_part)
-    constants = {
-        "ROWS": tile.rows,
-        "TOKENS": tile.tokens,
-        "DEPTH": tile.depth,
-        "STAGES": tile.stages,
-        **options(tile, x),
-    }
-    if tile.registers is not None:
-        constants["maxnreg"] = tile.registers
-    with on_device(x):
-        if few:
-            # Of the groups, as few as possible, all have the same number of step sizes.
-            K = triton.cdiv(num_steps, groups)
-            _few_tokens_kernel[programs](sums, sums.stride(0), *inputs, *sizes, shared, K, blocks, **constants)
-        else:
-            _many_tokens_kernel[programs](sums, sums.stride(0), *inputs, *sizes, is_hopper(x), **constants)
-        if num_parts > 1:
-            config = choose(STREAMING, out, n)
-            _sum_parts_kernel[grid(triton.cdiv(n, config.block), config)](
-                out, sums, sums.stride(0), num_parts, n, BLOCK=config.block, **options(config, x)
-            )
-    return out
+    def launch() -> Tensor:
+        out = torch.empty(num_steps, num_tokens, num_rows, dtype=dtype, device=x.device)
+        if n == 0 or num_columns == 0:
+            return out.zero_()
+        # A start at a multiple of 16 elements lets the sums of every part be read 16 bytes at a time.
+        sums = out if num_parts == 1 else x.new_empty(num_parts, triton.cdiv(n, 16) * 16, dtype=torch.float32)
+        inputs = (x, 0 if shared else x.stride(0), x.stride(1), W, W.stride(0), D, D.stride(0), alpha)
+        sizes = (num_steps, num_tokens, num_rows, num_columns, num_parts, columns_per_part)
+        constants = {
+            "ROWS": tile.rows,
+            "TOKENS": tile.tokens,
+            "DEPTH": tile.depth,
+            "STAGES": tile.stages,
+            **options(tile, x),
+        }
+        if tile.registers is not None:
+            constants["maxnreg"] = tile.registers
+        with on_device(x):
+            if few:
+                # Of the groups, as few as possible, all have the same number of step sizes.
+                K = triton.cdiv(num_steps, groups)
+                _few_tokens_kernel[programs](sums, sums.stride(0), *inputs, *sizes, shared, K, blocks, **constants)
+            else:
+                _many_tokens_kernel[programs](sums, sums.stride(0), *inputs, *sizes, is_hopper(x), **constants)
+            if num_parts > 1:
+                _sum_parts_kernel[sum_programs](
+                    out, sums, sums.stride(0), num_parts, n, BLOCK=config.block, **options(config, x)
+                )
+        return out
+
+    return launch
 
 
 def _check(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor) -> int:
@@ -327,7 +311,8 @@ def _tile(few: bool, x: Tensor, W: Tensor, D: Tensor) -> Tile:
     for operand in (x, W, D):
         rows = zip(operand.stride()[:-1], operand.shape, strict=False)
         numbers += [operand.data_ptr(), *(stride for stride, size in rows if size > 1)]
-    return choose(table[-1:] if any(number % 16 for number in numbers) else table, W, x.shape[1])
+    table = table[-1:] if any(number % 16 for number in numbers) else table
+    return choose(table, W.device, W.element_size(), x.shape[1])
 
 
 def _parts(tiles: int, num_columns: int, tile: Tile) -> tuple[int, int]:

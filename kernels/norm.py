@@ -9,13 +9,15 @@ normalises one row, which it holds in registers: x is read once, 4 bytes move pe
 Source: Zhang and Sennrich 2019 (RMSNorm); Ba et al. 2016 (LayerNorm); Kalra et al. 2026, Def. 2.1.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, choose, grid, load_tile, on_device, options, perturbed, store_tile
-from ._operands import check_alpha, check_dtype, check_floats
+from ._accepts import check_alpha, check_dtype, check_floats
+from ._launch import Case, Config, Launcher, choose, grid, load_tile, on_device, options, perturbed, store_tile
 
 # The longest row: 16 elements in each of 1024 threads. Twice as many would spill registers.
 MAX_LENGTH = 16384
@@ -68,6 +70,7 @@ def _norm_kernel(
     store_tile(out + pid * length + columns, y, inside, True)
 
 
+@Launcher
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -76,34 +79,12 @@ def rms_norm(
     *,
     eps: float,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return RMSNorm of x[k] with weight W + α_k D, for K step sizes.
-
-    Args:
-        x: one input per step size, [K, ..., C], float32, float16 or bfloat16, CUDA; copied unless its rows have equal
-            distances and their elements lie next to each other.
-        weight: W, [C], any of the three dtypes, contiguous.
-        weight_direction: D, likewise; None if the weight does not move.
-        alpha: signed step sizes, [K] float32, K ≤ 16.
-        eps: added to the mean of squares.
-        dtype: of the result, ``x.dtype`` by default.
-
-    Returns:
-        Tensor: [K, ..., C].
-
-    Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a device or shape does not fit, or C exceeds 16384.
-
-    Memory:
-        Allocates the result.
-
-    Determinism:
-        Fixed order of additions in a row; the same bits on every run.
-    """
+) -> Callable[[], Tensor]:
+    """Launch `sharpkern.ops.rms_norm`; x is copied unless its rows are each in one piece, at equal distances."""
     return _norm(x, weight, weight_direction, None, None, alpha, eps, dtype, centered=False)
 
 
+@Launcher
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -114,32 +95,8 @@ def layer_norm(
     *,
     eps: float,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return LayerNorm of x[k] with weight W + α_k D and bias b + α_k d, for K step sizes.
-
-    Args:
-        x: as for `rms_norm`.
-        weight: W, [C], any of the three dtypes, contiguous.
-        weight_direction: D, likewise; None if the weight does not move.
-        bias: b, likewise; None if there is none.
-        bias_direction: d, likewise; None if the bias does not move.
-        alpha: signed step sizes, [K] float32, K ≤ 16.
-        eps: added to the variance.
-        dtype: of the result, ``x.dtype`` by default.
-
-    Returns:
-        Tensor: [K, ..., C].
-
-    Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a device or shape does not fit, C exceeds 16384, or a direction has no bias to move.
-
-    Memory:
-        Allocates the result.
-
-    Determinism:
-        Fixed order of additions in a row; the same bits on every run.
-    """
+) -> Callable[[], Tensor]:
+    """Launch `sharpkern.ops.layer_norm`; x is copied as by `rms_norm`."""
     if bias is None and bias_direction is not None:
         raise ValueError("bias_direction must be None without a bias, got a tensor; pass the bias that it moves")
     return _norm(x, weight, weight_direction, bias, bias_direction, alpha, eps, dtype, centered=True)
@@ -156,8 +113,8 @@ def _norm(
     dtype: torch.dtype | None,
     *,
     centered: bool,
-) -> Tensor:
-    """Check, allocate and launch."""
+) -> Callable[[], Tensor]:
+    """Check, and return the launch."""
     vectors = {
         "weight": weight,
         "weight_direction": weight_direction,
@@ -180,26 +137,30 @@ def _norm(
             )
     dtype = dtype or x.dtype
     check_dtype(dtype)
-    config = choose(_CONFIGS, x, length)
+    config = choose(_CONFIGS, x.device, x.element_size(), length)
     programs = grid(x.shape[:-1].numel(), config)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if out.numel() == 0:
+
+    def launch() -> Tensor:
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        if out.numel() == 0:
+            return out
+        rows = x.reshape(-1, length)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        with on_device(x):
+            _norm_kernel[programs](
+                out,
+                rows,
+                rows.stride(0),
+                *vectors.values(),
+                alpha,
+                len(rows) // num_steps,
+                length,
+                EPS=eps,
+                CENTERED=centered,
+                BLOCK=min(config.block, triton.next_power_of_2(length)),
+                **options(config, x),
+            )
         return out
-    rows = x.reshape(-1, length)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    with on_device(x):
-        _norm_kernel[programs](
-            out,
-            rows,
-            rows.stride(0),
-            *vectors.values(),
-            alpha,
-            len(rows) // num_steps,
-            length,
-            EPS=eps,
-            CENTERED=centered,
-            BLOCK=min(config.block, triton.next_power_of_2(length)),
-            **options(config, x),
-        )
-    return out
+
+    return launch

@@ -7,15 +7,28 @@ order and without atomic additions, so that a second run gives the same bits.
 Source: Kalra et al. 2026, Def. 2.2 (directional sharpness divides by Δθᵀg).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Case, Config, choose, chunk_of, grid, lane, load_tile, on_device, operand, options, tables
-from ._operands import check_lists
+from ._accepts import check_lists
+from ._launch import (
+    Case,
+    Config,
+    Launcher,
+    choose,
+    chunk_of,
+    grid,
+    lane,
+    load_tile,
+    on_device,
+    operand,
+    options,
+    tables,
+)
 
 # Blocks are those of 16-bit operands, half as long where all are fp32: a thread takes 16 bytes of the narrowest.
 _CONFIGS = (
@@ -109,51 +122,38 @@ def _tensor_sums_kernel(sums, partial, rows, CHUNK: tl.constexpr, BLOCK: tl.cons
     tl.store(sums + pid, tl.sum(total))
 
 
-def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
-    """Return Δθᵀg, |Δθ|², |θ|² and |g|² of every tensor; those of the whole model are ``reduce(...).sum(0)``.
-
-    Args:
-        theta: parameters, dense tensors of any shape and size, float32, float16 or bfloat16, all on one CUDA device.
-        delta: Δθ, tensor by tensor the shape and strides of ``theta``, any of the three dtypes.
-        grad: g, likewise.
-
-    Returns:
-        Tensor: [N, 4] float64 on the device, a row per tensor in the order of the lists; zeros for a tensor without
-        elements. [0, 4], on the CPU, for empty lists.
-
-    Raises:
-        TypeError: if a dtype is none of the three.
-        ValueError: if the lists differ in length, or a device, shape or stride does not fit.
-
-    Memory:
-        32 bytes per 64 Ki elements (16 Ki in models below 4 M), and tables of about the same size that are kept for the
-        next call.
-
-    Determinism:
-        The same bits on every run with the same lists on the same architecture.
-    """
+@Launcher
+def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """Launch `sharpkern.ops.reduce`; tables of about the size of the sums of chunks are kept for the next call."""
     check_lists(theta=theta, delta=delta, grad=grad)
     if not theta:
-        return torch.zeros(0, 4, dtype=torch.float64)
-    config = choose(_CONFIGS, theta[0], sum(tensor.numel() for tensor in theta))
+        return lambda: torch.zeros(0, 4, dtype=torch.float64)
+    numel = sum(tensor.numel() for tensor in theta)
+    config = choose(_CONFIGS, theta[0].device, theta[0].element_size(), numel)
     chunk = _TILES * config.block
     rows, batches, num_chunks = tables(chunk, theta, delta, grad)
-    partial = torch.empty(num_chunks, 4, dtype=torch.float64, device=rows.device)
-    sums = torch.empty(len(theta), 4, dtype=torch.float64, device=rows.device)
-    with on_device(theta[0]):
-        for batch in batches:
-            _chunk_sums_kernel[grid(len(batch.chunks), config)](
-                partial,
-                rows,
-                batch.chunks,
-                *batch.dtypes,
-                batch.aligned,
-                CHUNK=chunk,
-                BLOCK=config.threads * lane(*batch.dtypes),
-                LANE=lane(*batch.dtypes),
-                **options(config, theta[0]),
+    programs = [grid(len(batch.chunks), config) for batch in batches]
+    last_programs = grid(4 * len(theta), _SECOND_CONFIG)
+
+    def launch() -> Tensor:
+        partial = torch.empty(num_chunks, 4, dtype=torch.float64, device=rows.device)
+        sums = torch.empty(len(theta), 4, dtype=torch.float64, device=rows.device)
+        with on_device(theta[0]):
+            for batch, size in zip(batches, programs, strict=True):
+                _chunk_sums_kernel[size](
+                    partial,
+                    rows,
+                    batch.chunks,
+                    *batch.dtypes,
+                    batch.aligned,
+                    CHUNK=chunk,
+                    BLOCK=config.threads * lane(*batch.dtypes),
+                    LANE=lane(*batch.dtypes),
+                    **options(config, theta[0]),
+                )
+            _tensor_sums_kernel[last_programs](
+                sums, partial, rows, CHUNK=chunk, BLOCK=_SECOND_CONFIG.block, **options(_SECOND_CONFIG, theta[0])
             )
-        _tensor_sums_kernel[grid(4 * len(theta), _SECOND_CONFIG)](
-            sums, partial, rows, CHUNK=chunk, BLOCK=_SECOND_CONFIG.block, **options(_SECOND_CONFIG, theta[0])
-        )
-    return sums
+        return sums
+
+    return launch

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
     from sharpkern.errors import UncheckedWarning as UncheckedWarning
     from sharpkern.errors import UnmovedWarning as UnmovedWarning
-    from sharpkern.head import linear_cross_entropy as linear_cross_entropy
     from sharpkern.hessian import HessianResult as HessianResult
     from sharpkern.hessian import hessian_sharpness as hessian_sharpness
     from sharpkern.measurement import Measurement as Measurement
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from sharpkern.mixture import mixture_sweep as mixture_sweep
     from sharpkern.monitor import Monitor as Monitor
     from sharpkern.monitor import Record as Record
+    from sharpkern.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from sharpkern.relative import relative_critical_sharpness as relative_critical_sharpness
     from sharpkern.sweep import MixtureSweep as MixtureSweep
     from sharpkern.sweep import SweetSpot as SweetSpot
@@ -63,7 +63,7 @@ _HOME = {
     "SlopeMismatchWarning": "errors",
     "UncheckedWarning": "errors",
     "UnmovedWarning": "errors",
-    "linear_cross_entropy": "head",
+    "linear_cross_entropy": "ops.linear_cross_entropy",
     "HessianResult": "hessian",
     "hessian_sharpness": "hessian",
     "Measurement": "measurement",

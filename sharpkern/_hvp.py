@@ -24,9 +24,8 @@ from sharpkern.engines.closure import check_loss
 from sharpkern.engines.lockstep import reducers_of, replicate_state
 from sharpkern.engines.session import Session
 from sharpkern.errors import UncheckedWarning, warn
-from sharpkern.reference import inner_product
+from sharpkern.ops.reductions import inner_product, total
 from sharpkern.shards import is_sharded
-from sharpkern.sums import total
 
 _HIDDEN = (
     "an operator of the model computes its gradient out of autograd's sight: run without fused kernels, or use "

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from sharpkern.errors import NoUpdateError
-from sharpkern.moves import Move, OptimizerStep, Stored
-from sharpkern.reference import inner_product
+from sharpkern.ops.reductions import inner_product, slopes_and_norms, to_host, total
+from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
 from sharpkern.shards import local, local_as, over_shards, reshard
-from sharpkern.sums import read, slopes_and_norms, total
 from sharpkern.updates.between import Weights, displacements
 from sharpkern.updates.names import NameTable
 from sharpkern.updates.one_memory import also_moved, norm_once, summed
@@ -59,7 +58,7 @@ class Direction:
     """
 
     parameters: tuple[nn.Parameter, ...]
-    sources: tuple[Tensor | OptimizerStep, ...]
+    sources: tuple[Tensor | LazyUpdate, ...]
     masters: tuple[Tensor | None, ...]
     slope: float | None
     norm_sq: float
@@ -80,9 +79,10 @@ class Direction:
     ) -> "Direction":
         """Return the update that the next ``optimizer.step()`` would make.
 
-        Call it between ``backward()`` (and clipping) and ``step()``. SGD, Adam and AdamW have a closed form; any other
-        optimizer, a wrapper of another one included, takes one step on a copy of itself. The optimizer, its state,
-        parameters and gradients are only read; hooks of the step do not run, so what one of them changes is not seen.
+        Call it between ``backward()`` (and clipping) and ``step()``. SGD, Adam, AdamW, RMSprop and lion-pytorch's Lion
+        have a closed form; any other optimizer, a wrapper of another one included, takes one step on a copy of itself.
+        The optimizer, its state, parameters and gradients are only read; hooks of the step do not run, so what one of
+        them changes is not seen.
 
         Args:
             optimizer: any torch optimizer whose parameters hold their gradients. Where several step together, a list
@@ -93,8 +93,8 @@ class Direction:
                 ``state[parameter]["master_param"]`` are found without it.
             scaler: the GradScaler of fp16 training, to divide by its scale if ``unscale_`` has not yet been called.
             resident: True keeps Δθ in memory, where it is fastest and outlives the step. False works it out of the
-                gradients and the optimizer's state (SGD, Adam, AdamW) whenever a weight is needed: no memory, but to
-                be measured before they change. By default False on CUDA and HIP devices, True elsewhere.
+                gradients and the optimizer's state, where there is a closed form, whenever a weight is needed: no
+                memory, but to be measured before they change. By default False on CUDA and HIP devices, True elsewhere.
 
         Returns:
             The direction per unit learning rate of the reference group, which is the first with a positive rate and a
@@ -358,7 +358,7 @@ class Direction:
         sums = slopes_and_norms([delta for _, delta in there], [local_as(gradients[p].detach(), p) for p, _ in there])
         return total(one[0] for one in over_shards([p for p, _ in there], sums))
 
-    def moves(self) -> Iterator[tuple[nn.Parameter, Move]]:
+    def moves(self) -> Iterator[tuple[nn.Parameter, ParamUpdate]]:
         """Yield every parameter that moves with its move, from its master where it still is the rounding of that.
 
         Of a DTensor it is the move of this rank's shard.
@@ -398,7 +398,7 @@ class Direction:
         steps = {
             i: source.at(local(thetas[i]).detach())
             for i, source in enumerate(self.sources)
-            if isinstance(source, OptimizerStep)
+            if isinstance(source, LazyUpdate)
         }
         self.__dict__["sources"] = tuple(steps.get(i, source) for i, source in enumerate(self.sources))
         self.__dict__["_versions"] = _state_of(self.sources) if state["_versions"] else ()
@@ -425,11 +425,11 @@ class Direction:
         steps = [
             (parameter, source, norm_sq)
             for parameter, source, norm_sq in zip(self.parameters, self.sources, self._norms_sq, strict=True)
-            if isinstance(source, OptimizerStep) and norm_sq > 0
+            if isinstance(source, LazyUpdate) and norm_sq > 0
         ]
         witnesses = sorted(steps, key=lambda step: step[0].numel())[:_NUM_WITNESSES]
         sums = over_shards([p for p, _, _ in witnesses], [source.slope_and_norm() for _, source, _ in witnesses])
-        now = read([one[1] for one in sums])
+        now = to_host([one[1] for one in sums])
         return any(abs(new - norm_sq) > _SAME * norm_sq for new, (*_, norm_sq) in zip(now, witnesses, strict=True))
 
     def _resolved(self, model: nn.Module) -> "Direction":
@@ -464,14 +464,14 @@ class Direction:
             masters=(*self.masters, *(None for _ in moved)),
             # How fast the loss falls by these is not known.
             slope=None,
-            _norms_sq=(*self._norms_sq, *read([inner_product(delta, delta) for delta in moved.values()])),
+            _norms_sq=(*self._norms_sq, *to_host([inner_product(delta, delta) for delta in moved.values()])),
             _versions=_state_of(sources),
         )
 
     @classmethod
     def _checked(
         cls,
-        sources: Sequence[Tensor | OptimizerStep],
+        sources: Sequence[Tensor | LazyUpdate],
         *,
         labels: Sequence[str],
         if_zero: str,
@@ -491,7 +491,9 @@ class Direction:
         if norms_sq is None:
             tensors = [source for source in sources if isinstance(source, Tensor)]
             shards = [local(tensor) for tensor in tensors]
-            norms_sq = read([sums[1] for sums in over_shards(parameters or tensors, slopes_and_norms(shards, shards))])
+            norms_sq = to_host(
+                [sums[1] for sums in over_shards(parameters or tensors, slopes_and_norms(shards, shards))]
+            )
         if not math.isfinite(sum(norms_sq)):
             culprit = next(label for label, one in zip(labels, norms_sq, strict=True) if not math.isfinite(one))
             raise NoUpdateError(
@@ -513,25 +515,25 @@ class Direction:
         )
 
 
-def _like(source: Tensor | OptimizerStep) -> Tensor:
+def _like(source: Tensor | LazyUpdate) -> Tensor:
     """Return a tensor of the shape of a source."""
     return source if isinstance(source, Tensor) else source.base
 
 
-def _move(source: Tensor | OptimizerStep, base: Tensor, like: Tensor) -> Move:
+def _move(source: Tensor | LazyUpdate, base: Tensor, like: Tensor) -> ParamUpdate:
     """Return the move of a parameter with all operands laid out in memory like it: views are taken of all alike."""
     if base.stride() != like.stride():
         base = torch.empty_like(like, dtype=base.dtype).copy_(base)
-    if isinstance(source, OptimizerStep):
+    if isinstance(source, LazyUpdate):
         if all(operand.stride() == like.stride() for operand in source.operands[1:]):
             return source.at(base)
         source = source.update()
     if source.stride() != like.stride():
         source = torch.empty_like(like, dtype=source.dtype).copy_(source)
-    return Stored(base, source)
+    return StoredUpdate(base, source)
 
 
-def _state_of(sources: Sequence[Tensor | OptimizerStep]) -> tuple[int, ...]:
+def _state_of(sources: Sequence[Tensor | LazyUpdate]) -> tuple[int, ...]:
     """Return the counts of in-place writes to everything that Δθ is, or is worked out of; θ itself may be written."""
     tensors = [
         tensor for source in sources for tensor in ((source,) if isinstance(source, Tensor) else source.operands[1:])

@@ -17,9 +17,8 @@ from sharpkern.engines.retained import retained_share
 from sharpkern.engines.session import Engine, Session, Target, in_session
 from sharpkern.engines.verify import check_repeatable, confirm
 from sharpkern.errors import RetainedWarning, warn
-from sharpkern.reference import inner_product
+from sharpkern.ops.reductions import inner_product, total
 from sharpkern.shards import local, over_shards
-from sharpkern.sums import total
 
 _METHODS = ("forward", "hvp")
 _RETAINED_FLOOR = 0.9

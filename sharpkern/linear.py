@@ -16,9 +16,8 @@ from torch import Tensor
 
 from sharpkern import ops
 from sharpkern.fakes import kind_of
-from sharpkern.moves import Move
-from sharpkern.products import accumulator_dtype, factor, widens
-from sharpkern.products import product as multiply
+from sharpkern.ops.matmul import accumulates_in_fp32, accumulator_dtype, matmul_operand, mixed_matmul
+from sharpkern.ops.update import ParamUpdate
 
 # Memory for formed rows. On a GPU more would not be quicker: the product of 1024 rows of width 4096 fills it. A CPU
 # forms for one step size after the other what stays in its cache, with W and D.
@@ -41,14 +40,14 @@ def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
     """
     # A product of 16-bit factors is rounded to 16 bits on some devices, and its sum with another one once more; and in
     # float16 a direction may be too small to be seen.
-    exact = dtype.itemsize >= 4 or (dtype == torch.bfloat16 and widens(device))
+    exact = dtype.itemsize >= 4 or (dtype == torch.bfloat16 and accumulates_in_fp32(device))
     return "products" if exact and num_tokens < FEW_TOKENS.get(kind_of(device), 0) else "formed"
 
 
 def moving_linear(
     x: Tensor,
     weight: Tensor,
-    move: Move,
+    move: ParamUpdate,
     alpha: Tensor,
     *,
     dtype: torch.dtype,
@@ -98,10 +97,12 @@ def with_weights(x: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor | 
     return torch.baddbmm(bias.unsqueeze(1), x, weights.mT, out=out)
 
 
-def _products(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    rows = factor(x.flatten(0, 1), dtype)
+def _products(
+    x: Tensor, weight: Tensor, move: ParamUpdate, alpha: Tensor, dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
+    rows = matmul_operand(x.flatten(0, 1), dtype)
     still, moving = (
-        multiply(rows, factor(matrix, dtype).t(), _empty_rows(rows, matrix)).unflatten(0, x.shape[:2])
+        mixed_matmul(rows, matmul_operand(matrix, dtype).t(), _empty_rows(rows, matrix)).unflatten(0, x.shape[:2])
         for matrix in (weight, move.update())
     )
     steps = alpha.view(-1, 1, 1)
@@ -129,7 +130,7 @@ def scratch(x: Tensor, num_elements: int) -> Tensor:
     return x.new_empty(num_elements)
 
 
-def _formed(x: Tensor, weight: Tensor, move: Move, alpha: Tensor, bias: Tensor | None) -> Tensor:
+def _formed(x: Tensor, weight: Tensor, move: ParamUpdate, alpha: Tensor, bias: Tensor | None) -> Tensor:
     (num_rows, width), (num_steps, num_tokens) = weight.shape, (len(alpha), x.shape[1])
     at_once, height = _block(x, num_rows, width, num_steps)
     x = x.expand(num_steps, -1, -1)

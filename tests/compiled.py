@@ -115,22 +115,30 @@ def mark_of(launch: Launch, architecture: str) -> str:
 
 
 def _source(launch: Launch) -> ASTSource:
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, place: tuple[int, ...], parameter: Any) -> Any:
         specialised = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(kind(one, (*place, i), parameter) for i, one in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
+            name = _POINTERS[value.dtype]
             divisible = value.data_ptr() % 16 == 0
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            name = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = specialised and value % 16 == 0
         if divisible:
-            attributes[index,] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        return name
+
+    signature = {
+        parameter.name: kind(launch.arguments[parameter.name], (index,), parameter)
+        for index, parameter in enumerate(launch.kernel.params)
+    }
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -11,12 +12,10 @@ from sharpkern.kernels.axpy import axpy_
 from sharpkern.kernels.cross_entropy import MAX_WIDTH, online_cross_entropy_
 from sharpkern.kernels.embedding import embedding
 from sharpkern.kernels.form import form
-from sharpkern.kernels.form_adam import form_adam
-from sharpkern.kernels.form_sgd import form_sgd
 from sharpkern.kernels.linear import linear
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
+from sharpkern.kernels.optimizer_steps import form_step, step_sums
 from sharpkern.kernels.reduce import reduce
-from sharpkern.kernels.step_sums import adam_sums, sgd_sums
 from torch import Tensor
 
 from tests.compiled import Facts, compile_launch, facts_of, launches_of, mark_of
@@ -69,36 +68,51 @@ def _form(dtype: torch.dtype, num_steps: int, seed: int | None = None) -> Callab
     return lambda: form(_vector(dtype), _vector(dtype), torch.zeros(num_steps), seed=seed)
 
 
-ADAM = {"beta1": 0.9, "beta2": 0.999, "correction1": 0.1, "correction2": 0.001, "eps": 1e-8}
-SGD = {"momentum": 0.9, "weight_decay": 0.1}
+# Weight decay, factor of the gradient, rate, and the rule's own: β₁ = 0.9, β₂ = 0.999.
+ADAM = (0.0, 1.0, 1.0, 0.1, 0.999, 0.001, 10.0, 0.0316, 1e-8)
+SGD = (0.1, 1.0, 1.0, 0.9, 1.0)
+LION = (0.1, 1.0, 1.0, 0.9, 0.1)
+RMSPROP = (0.1, 1.0, 1.0, 0.99, 0.01, 1e-8, 0.9)
+
+# bf16 weights and gradients and fp32 state: numbers, state, and what else the launcher is given.
+RULES = {
+    "adam": (ADAM, (FP32, FP32, None), {"decoupled": True}),
+    "sgd": (SGD, (FP32,), {"flag": True}),
+    "lion": (LION, (FP32,), {"decoupled": True}),
+    "rmsprop": (RMSPROP, (FP32, FP32, FP32), {"flag": True}),
+}
 
 
-def form_adam_state(num_steps: int, **options: object) -> Callable[[], object]:
-    """A call that forms weights from the state of AdamW, bf16 weights and fp32 moments; 0 steps: the update itself."""
-    state = (BF16, BF16, FP32, FP32)
-    return lambda: form_adam(*map(_vector, state), _alpha(num_steps), **ADAM | options)
+def _operands(rule: str, weight_decay: float | None) -> tuple[Any, ...]:
+    numbers, state, options = RULES[rule]
+    tensors = tuple(None if dtype is None else _vector(dtype) for dtype in state)
+    numbers = numbers if weight_decay is None else (weight_decay, *numbers[1:])
+    return rule, _vector(BF16), _vector(BF16), tensors, numbers, options
 
 
-def form_sgd_state(num_steps: int, **options: object) -> Callable[[], object]:
-    """The same from the state of SGD with Nesterov's momentum."""
-    state = (BF16, BF16, FP32)
-    return lambda: form_sgd(*map(_vector, state), _alpha(num_steps), nesterov=True, **SGD | options)
+def form_state(rule: str, num_steps: int, weight_decay: float | None = None, **more: Any) -> Callable[[], object]:
+    """A call that forms weights from the state of an optimizer; 0 steps: the update itself."""
+
+    def call() -> object:
+        rule_, theta, grad, state, numbers, options = _operands(rule, weight_decay)
+        return form_step(rule_, theta, grad, state, _alpha(num_steps), numbers, **options | more)
+
+    return call
 
 
-def adam_sums_state(**options: object) -> Callable[[], object]:
-    """A call that sums over a step of AdamW, bf16 weights and fp32 moments."""
-    state = (BF16, BF16, FP32, FP32)
-    return lambda: adam_sums(*map(_vector, state), **ADAM | options)
+def sum_state(rule: str, weight_decay: float | None = None) -> Callable[[], object]:
+    """A call that sums over a step of an optimizer."""
 
+    def call() -> object:
+        *operands, options = _operands(rule, weight_decay)
+        return step_sums(*operands, **options)
 
-def sgd_sums_state(**options: object) -> Callable[[], object]:
-    """The same over a step of SGD with Nesterov's momentum."""
-    state = (BF16, BF16, FP32)
-    return lambda: sgd_sums(*map(_vector, state), nesterov=True, **SGD | options)
+    return call
 
 
 def _amsgrad() -> object:
-    return form_adam_state(8, max_exp_avg_sq=_vector(FP32), weight_decay=0.1, decoupled=False)()
+    state = tuple(_vector(FP32) for _ in range(3))
+    return form_step("adam", _vector(BF16), _vector(BF16), state, _alpha(8), (0.1, *ADAM[1:]))
 
 
 def _alpha(num_steps: int) -> Tensor | None:
@@ -170,17 +184,21 @@ CASES = {
     "form bf16 K=8": Case(_form(BF16, 8), {"_form_kernel": (2, 8)}),
     "form fp32 K=8": Case(_form(FP32, 8), {"_form_kernel": (2, 8)}),
     "form bf16 K=8 stochastic": Case(_form(BF16, 8, seed=3), {"_form_kernel": (2, 8)}),
-    "form from AdamW state K=1": Case(form_adam_state(1, weight_decay=0.1), {"_form_adam_kernel": (6, 1)}),
-    "form from AdamW state K=8": Case(form_adam_state(8, weight_decay=0.1), {"_form_adam_kernel": (6, 8)}),
-    "form fp32 from AdamW state K=8": Case(form_adam_state(8, dtype=FP32), {"_form_adam_kernel": (2, 8)}),
-    "form from Adam state K=8, amsgrad": Case(_amsgrad, {"_form_adam_kernel": (8, 8)}),
-    "update from Adam state": Case(form_adam_state(0), {"_form_adam_kernel": (5, 1)}),
-    "form from SGD state K=8": Case(form_sgd_state(8), {"_form_sgd_kernel": (4, 8)}),
+    "form from AdamW state K=1": Case(form_state("adam", 1, 0.1), {"_form_step_kernel": (6, 1)}),
+    "form from AdamW state K=8": Case(form_state("adam", 8, 0.1), {"_form_step_kernel": (6, 8)}),
+    "form fp32 from AdamW state K=8": Case(form_state("adam", 8, dtype=FP32), {"_form_step_kernel": (2, 8)}),
+    "form from Adam state K=8, amsgrad": Case(_amsgrad, {"_form_step_kernel": (8, 8)}),
+    "update from Adam state": Case(form_state("adam", 0), {"_form_step_kernel": (5, 1)}),
+    "form from SGD state K=8": Case(form_state("sgd", 8), {"_form_step_kernel": (4, 8)}),
+    "form from Lion state K=8": Case(form_state("lion", 8), {"_form_step_kernel": (4, 8)}),
+    "form from RMSprop state K=8": Case(form_state("rmsprop", 8), {"_form_step_kernel": (8, 8)}),
     "reduce bf16": Case(_reduce(BF16, BF16, BF16), {"_chunk_sums_kernel": (3, 0)}),
     "reduce bf16, fp32 direction": Case(_reduce(BF16, FP32, BF16), {"_chunk_sums_kernel": (4, 0)}),
     "reduce fp32": Case(_reduce(FP32, FP32, FP32), {"_chunk_sums_kernel": (3, 0)}),
-    "sums of an AdamW step": Case(adam_sums_state(weight_decay=0.1), {"_adam_sums_kernel": (6, 0)}),
-    "sums of an SGD step": Case(sgd_sums_state(), {"_sgd_sums_kernel": (4, 0)}),
+    "sums of an AdamW step": Case(sum_state("adam", 0.1), {"_step_sums_kernel": (6, 0)}),
+    "sums of an SGD step": Case(sum_state("sgd"), {"_step_sums_kernel": (4, 0)}),
+    "sums of a Lion step": Case(sum_state("lion"), {"_step_sums_kernel": (4, 0)}),
+    "sums of an RMSprop step": Case(sum_state("rmsprop"), {"_step_sums_kernel": (8, 0)}),
     "linear bf16 K=8 M=16": _few(_FEW, BF16, BF16, BF16),
     "linear bf16 K=8 M=64": _few(_FEW, BF16, BF16, BF16, num_tokens=64),
     "linear bf16 K=8 M=16, fp32 direction": _few(_FEW, BF16, BF16, FP32),
@@ -213,17 +231,25 @@ _INDEX = torch.zeros(1, dtype=torch.int64)
 SMALLEST: dict[str, Callable[[], object]] = {
     "axpy": lambda: axpy_([_ONE.clone()], [_ONE], [_ONE], _ONE),
     "form": lambda: form(_ONE, _ONE, _ONE, out=torch.zeros(1, 1)),
-    "form_adam": lambda: form_adam(_ONE, _ONE, None, None, _ONE, **ADAM, out=torch.zeros(1, 1)),
-    "form_adam, update": lambda: form_adam(_ONE, None, _ONE, _ONE, None, **ADAM, weight_decay=0.1),
-    "form_adam, update before the first step": lambda: form_adam(_ONE, _ONE, None, None, None, **ADAM),
-    "form_sgd": lambda: form_sgd(_ONE, _ONE, None, _ONE, out=torch.zeros(1, 1)),
-    "form_sgd, update": lambda: form_sgd(_ONE, _ONE, _ONE, None, **SGD),
-    "form_sgd, update without decay": lambda: form_sgd(_ONE, _ONE, None, None),
+    "form_step, adam": lambda: form_step("adam", _ONE, _ONE, (None, None, None), _ONE, ADAM, out=torch.zeros(1, 1)),
+    "form_step, adam, update": lambda: form_step(
+        "adam", _ONE, None, (_ONE, _ONE, None), None, (0.1, *ADAM[1:]), decoupled=True
+    ),
+    "form_step, adam, update before the first step": lambda: form_step(
+        "adam", _ONE, _ONE, (None, None, None), None, ADAM
+    ),
+    "form_step, sgd": lambda: form_step("sgd", _ONE, _ONE, (None,), _ONE, (0.0, *SGD[1:]), out=torch.zeros(1, 1)),
+    "form_step, sgd, update": lambda: form_step("sgd", _ONE, _ONE, (_ONE,), None, SGD),
+    "form_step, sgd, update without decay": lambda: form_step("sgd", _ONE, _ONE, (None,), None, (0.0, *SGD[1:])),
+    "form_step, lion": lambda: form_step("lion", _ONE, _ONE, (None,), _ONE, LION, decoupled=True),
+    "form_step, rmsprop": lambda: form_step("rmsprop", _ONE, _ONE, (None,) * 3, _ONE, RMSPROP, flag=True),
     "reduce": lambda: reduce([_ONE], [_ONE], [_ONE]),
-    "adam_sums": lambda: adam_sums(_ONE, _ONE, _ONE, _ONE, **ADAM, weight_decay=0.1),
-    "adam_sums before the first step": lambda: adam_sums(_ONE, _ONE, None, None, **ADAM),
-    "sgd_sums": lambda: sgd_sums(_ONE, _ONE, _ONE, **SGD),
-    "sgd_sums without decay": lambda: sgd_sums(_ONE, _ONE, None),
+    "step_sums, adam": lambda: step_sums("adam", _ONE, _ONE, (_ONE, _ONE, None), (0.1, *ADAM[1:]), decoupled=True),
+    "step_sums, adam, before the first step": lambda: step_sums("adam", _ONE, _ONE, (None, None, None), ADAM),
+    "step_sums, sgd": lambda: step_sums("sgd", _ONE, _ONE, (_ONE,), SGD),
+    "step_sums, sgd, without decay": lambda: step_sums("sgd", _ONE, _ONE, (None,), (0.0, *SGD[1:])),
+    "step_sums, lion": lambda: step_sums("lion", _ONE, _ONE, (_ONE,), LION, decoupled=True),
+    "step_sums, rmsprop": lambda: step_sums("rmsprop", _ONE, _ONE, (_ONE,) * 3, RMSPROP, flag=True),
     "linear": lambda: linear(_ONE[None, None], _ONE[None], _ONE[None], _ONE),
     "linear, many tokens": lambda: linear(torch.zeros(1, 65, 1), _ONE[None], _ONE[None], _ONE),
     "embedding": lambda: embedding(_INDEX, _ONE[None], _ONE[None], _ONE),

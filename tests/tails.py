@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from sharpkern import head
 from sharpkern.engines import layers, tail
+from sharpkern.ops import linear_cross_entropy as head
 from tests.cases import tokens
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction
 

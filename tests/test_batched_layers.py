@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern import reference
 from sharpkern.engines.batched import BatchedEngine
 from sharpkern.engines.mode import VirtualParameters
+from sharpkern.ops import arithmetic
 from tests.cases import Case
 from tests.oracle import LossFn, assert_as_exact_as_copies, deep_copy_losses, engine_losses, engine_on, random_direction
 from tests.test_batched_closures import STEP_SIZES, X, assert_right, network
@@ -176,9 +176,9 @@ def test_convolutions_along_a_direction_that_is_worked_out(amsgrad: bool, monkey
     direction = sharpkern.Direction.from_optimizer(optimizer, resident=False)
     one_by_one = engine_losses("virtual", model, loss_fn, direction, STEP_SIZES)
     formed: list[int] = []
-    empty = reference.empty_steps
+    empty = arithmetic.empty_steps
     monkeypatch.setattr(
-        reference, "empty_steps", lambda like, num, *rest: (formed.append(num), empty(like, num, *rest))[1]
+        arithmetic, "empty_steps", lambda like, num, *rest: (formed.append(num), empty(like, num, *rest))[1]
     )
     at_once = engine_losses("batched", model, loss_fn, direction, STEP_SIZES)
     assert at_once == pytest.approx(one_by_one, rel=1e-6)

@@ -14,7 +14,7 @@ import triton.language as tl  # noqa: E402
 
 from tests import sass  # noqa: E402
 from tests.compiled import SHARED_LIMIT, TARGETS, compile_launch, launches_of, mark_of, sass_of  # noqa: E402
-from tests.launches import ALWAYS, CASES, SMALLEST, case_facts, committed_facts, form_adam_state, form_sgd_state  # noqa: E402
+from tests.launches import ALWAYS, CASES, RULES, SMALLEST, case_facts, committed_facts, form_state  # noqa: E402
 
 # Three programs of 256 threads fit the registers of a multiprocessor, four waves those of a CDNA SIMD.
 MAX_REGISTERS = {"sm_80": 80, "sm_90": 80, "sm_100": 80, "gfx942": 128}
@@ -102,9 +102,9 @@ def test_sizes_of_one_compile(name):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("form_state", [form_adam_state, form_sgd_state])
-def test_the_update_alone_reads_the_weights_for_their_decay_only(form_state, weight_decay):
-    (launch,) = launches_of(form_state(0, weight_decay=weight_decay), "sm_90")
+@pytest.mark.parametrize("rule", RULES)
+def test_the_update_alone_reads_the_weights_for_their_decay_only(rule, weight_decay):
+    (launch,) = launches_of(form_state(rule, 0, weight_decay), "sm_90")
     assert (launch.arguments["theta"] is not None) == (weight_decay > 0)
 
 

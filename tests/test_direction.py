@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from sharpkern.direction import Direction
-from sharpkern.reference import inner_product
+from sharpkern.ops.reductions import inner_product
 from sharpkern.updates.names import NameTable
 
 SGD, ADAM, ADAMW, NADAM = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam
@@ -373,7 +373,7 @@ def test_a_name_that_two_parameters_share_without_their_wrappers_is_unknown():
 
 
 def test_inner_products_are_summed_over_all_chunks(monkeypatch):
-    monkeypatch.setattr("sharpkern.reference._CPU_CHUNK", 7)
+    monkeypatch.setattr("sharpkern.ops.arithmetic.CPU_CHUNK", 7)
     a, b = torch.randn(5, 9), torch.randn(9, 5).T
     assert float(inner_product(a, b)) == pytest.approx(float((a.double() * b.double()).sum()), rel=1e-14)
 

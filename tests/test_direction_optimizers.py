@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -54,7 +55,7 @@ def variant(kind: type[torch.optim.Optimizer], **options: Any) -> MakeOptimizer:
     return lambda params: kind(params, **options)
 
 
-SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+SGD, ADAM, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
 EXACT = {
     "sgd": variant(SGD, lr=0.1),
     "sgd-decay": variant(SGD, lr=0.1, weight_decay=0.1),
@@ -64,6 +65,9 @@ EXACT = {
     "sgd-maximize": variant(SGD, lr=0.01, momentum=0.9, weight_decay=0.01, maximize=True),
     "sgd-foreach": variant(SGD, lr=0.1, momentum=0.9, weight_decay=0.01, foreach=True),
     "sgd-tensor-lr": variant(SGD, lr=torch.tensor(0.1), momentum=0.9),
+    "lion": variant(Lion, lr=0.001),
+    "rmsprop-momentum": variant(RMSPROP, lr=0.01, momentum=0.5, centered=True, weight_decay=0.01),
+    "rmsprop-maximize": variant(RMSPROP, lr=0.001, momentum=0.5, maximize=True),
 }
 WITHIN_ULPS = {
     "sgd-fused": variant(SGD, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True),
@@ -80,12 +84,16 @@ WITHIN_ULPS = {
     "adamw-foreach": variant(ADAMW, lr=0.01, foreach=True),
     "adamw-fused": variant(ADAMW, lr=0.01, weight_decay=0.1, fused=True),
     "adamw-maximize": variant(ADAMW, lr=0.001, weight_decay=0.1, maximize=True),
+    "lion-decay": variant(Lion, lr=0.001, weight_decay=0.1),
+    "lion-decoupled": variant(Lion, lr=0.001, weight_decay=0.0001, decoupled_weight_decay=True),
+    "rmsprop": variant(RMSPROP, lr=0.01),
+    "rmsprop-centered": variant(RMSPROP, lr=0.01, centered=True, weight_decay=0.1),
+    "rmsprop-foreach": variant(RMSPROP, lr=0.01, foreach=True, momentum=0.5, centered=True),
 }
 BY_SHADOW_STEP = {
     "adafactor": variant(torch.optim.Adafactor, lr=0.01),
     "radam": variant(torch.optim.RAdam, lr=0.01),
     "nadam": variant(torch.optim.NAdam, lr=0.01),
-    "rmsprop": variant(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True),
     "adagrad": variant(torch.optim.Adagrad, lr=0.01),
     "adadelta": variant(torch.optim.Adadelta, lr=0.1),
     "adamax": variant(torch.optim.Adamax, lr=0.01),
@@ -165,14 +173,14 @@ def equal(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_sgd_is_bit_for_bit_what_the_step_writes(name):
+def test_it_is_bit_for_bit_what_the_step_writes(name):
     for direction, before, after in steps(*make_run(name)):
         for theta, delta, real in zip(before, direction.tensors, after, strict=True):
             assert torch.equal(theta.add(delta, alpha=-direction.lr), real)
 
 
 @pytest.mark.parametrize("name", WITHIN_ULPS)
-def test_adam_is_within_ulps_of_what_the_step_writes(name):
+def test_it_is_within_ulps_of_what_the_step_writes(name):
     worst = max(ulps(*one) for one in steps(*make_run(name)))
     assert worst < 3, worst
 
@@ -221,7 +229,7 @@ def test_a_run_that_asks_ends_where_a_run_ends_that_does_not(name):
     assert equal(*ends)
 
 
-@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-amsgrad", "adamw", "adafactor", "home-made"])
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-amsgrad", "adamw", "lion", "rmsprop", "adafactor", "home-made"])
 def test_the_state_of_a_checkpoint_is_read_as_well(name):
     model, optimizer = make_run(name)
     for step in range(3):
@@ -348,7 +356,7 @@ def test_adam_of_16_bit_weights_does_not_lose_the_step():
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-decay", "adamw"])
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-decay", "adamw", "rmsprop-momentum", "lion-decay"])
 def test_closed_forms_keep_the_dtype_of_parameter_and_state(name):
     model = make_model().bfloat16()
     optimizer = ALL[name](model.parameters())
@@ -365,7 +373,7 @@ def test_closed_forms_keep_the_dtype_of_parameter_and_state(name):
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-decay", "adamw-amsgrad"])
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adam-decay", "adamw-amsgrad", "rmsprop-momentum"])
 def test_closed_forms_allocate_the_direction_and_four_of_one_parameter(name):
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(20)])
     optimizer = ALL[name](model.parameters())
@@ -517,7 +525,8 @@ def test_a_hook_of_all_optimizers_may_ask():
 FLAGS = {
     "tensor betas": lambda params: ADAM(params, lr=torch.tensor(0.01), betas=(torch.tensor(0.9), torch.tensor(0.99))),
     "foreach": lambda params: torch.optim.NAdam(params, lr=0.01, foreach=True),
-    "tensor lr": lambda params: torch.optim.RMSprop(params, lr=torch.tensor(0.01), momentum=0.5),
+    "tensor lr": lambda params: torch.optim.NAdam(params, lr=torch.tensor(0.01)),
+    "tensor lr, closed form": lambda params: RMSPROP(params, lr=torch.tensor(0.01), momentum=0.5),
     "fused": lambda params: torch.optim.Adagrad(params, lr=0.01, fused=True),
     "differentiable": lambda params: torch.optim.NAdam(params, lr=0.01, differentiable=True),
     "differentiable, closed form": lambda params: ADAM(params, lr=0.01, differentiable=True),

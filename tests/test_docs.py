@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import sharpkern
 from sharpkern import errors
-from sharpkern._library import VARIABLE
 from sharpkern.measurement import Measurement
+from sharpkern.ops.registry import VARIABLE
 from tests.models import GPT, MLP
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sharpkern import head
 from sharpkern.engines import calls
-from sharpkern.head import cross_entropy_of_rows, linear_cross_entropy
 from sharpkern.memory.counter import bytes_of, peak_bytes
+from sharpkern.ops import linear_cross_entropy as head
+from sharpkern.ops.linear_cross_entropy import cross_entropy_of_rows, linear_cross_entropy
 from tests import tails
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, engine_on, random_direction
 from tests.tails import STEP_SIZES, Taken

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from sharpkern.direction import Direction
 from sharpkern.directional import directional_sharpness
 from sharpkern.errors import UncheckedWarning
-from sharpkern.head import linear_cross_entropy
 from sharpkern.hessian import hessian_sharpness
+from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 from tests.models import OutOfSight
 
 INSTEAD = "or use critical_sharpness, which needs forward passes only$"

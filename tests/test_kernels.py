@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton is a Linux package")
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "kernels").glob("*.py"))
+SOURCES = sorted((ROOT / "kernels").rglob("*.py"))
 
 
 # In parts, so that several processes may share them.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern import Direction, ops, reference
+from sharpkern import Direction, ops
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.table import make_pairs
 from sharpkern.memory.counter import bytes_of, peak_bytes
@@ -178,14 +178,12 @@ def test_slope_and_norm_need_some_numbers_per_parameter() -> None:
 
 def test_on_a_gpu_the_sums_over_a_step_have_no_scratch() -> None:
     pytest.importorskip("triton", reason="triton is a Linux package")
-    from sharpkern.kernels.step_sums import adam_sums
-
     from tests.compiled import recorded
-    from tests.launches import ADAM
+    from tests.launches import ADAM, step_sums
 
     theta, grad, exp_avg, exp_avg_sq = (torch.zeros(1 << 20) for _ in range(4))
     with recorded("sm_90") as launches:
-        peak = peak_bytes(lambda: adam_sums(theta, grad, exp_avg, exp_avg_sq, **ADAM))
+        peak = peak_bytes(lambda: step_sums("adam", theta, grad, (exp_avg, exp_avg_sq, None), ADAM))
     (launch,) = launches
     # Two sums for every program and in the end, and the nine hyperparameters.
     assert peak <= 16 * (launch.grid[0] + 1) + 64
@@ -195,10 +193,10 @@ def test_on_a_gpu_the_sums_over_a_step_have_no_scratch() -> None:
 
 
 def test_elsewhere_they_are_taken_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharpkern.reference._CPU_CHUNK", 1 << 12)
+    monkeypatch.setattr("sharpkern.ops.arithmetic.CPU_CHUNK", 1 << 12)
     theta, grad, buffer = (torch.ones(1 << 10, 1 << 10) for _ in range(3))
     # Three chunks of float64.
-    assert peak_bytes(lambda: reference.sgd_sums(theta, grad, buffer, momentum=0.9)) <= 3 * (8 << 12)
+    assert peak_bytes(lambda: ops.sgd_sums(theta, grad, buffer, momentum=0.9)) <= 3 * (8 << 12)
 
 
 # How long it is true
@@ -318,7 +316,7 @@ def test_any_other_optimizer_has_its_direction_in_memory() -> None:
     model, _, _ = scene()
     model.zero_grad()
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    direction = Direction.from_optimizer(torch.optim.RMSprop(model.parameters(), lr=1e-3), resident=False)
+    direction = Direction.from_optimizer(torch.optim.NAdam(model.parameters(), lr=1e-3), resident=False)
     assert direction.nbytes > 0
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from sharpkern import linear, ops
 from sharpkern.linear import choose, moving_linear
-from sharpkern.moves import Move, OptimizerStep, Stored
-from sharpkern.products import product_dtype
+from sharpkern.ops.matmul import product_dtype
+from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
 from tests.kernels.budget import assert_within_budget, randn
 
 ALPHA = (0.0, -1e-3, -0.1, -2.0)
@@ -36,7 +36,7 @@ def in_torch(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor) -> Tensor:
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_as_exact_as_forming_each_weight(way: str, shape: tuple[int, ...]) -> None:
     (W, D), x, alpha = weights(37, 24, torch.float32), randn(*shape, seed=2), torch.tensor(ALPHA)
-    y = moving_linear(x, W, Stored(W, D), alpha, dtype=torch.float32, way=way)
+    y = moving_linear(x, W, StoredUpdate(W, D), alpha, dtype=torch.float32, way=way)
     assert y.shape == (4, *shape[1:-1], 37)
     # The order of additions is another.
     assert_within_budget(y, exact(x, W, D, alpha), in_torch(x, W, D, alpha), roundings=8, floor=1e-6)
@@ -45,7 +45,7 @@ def test_every_way_is_as_exact_as_forming_each_weight(way: str, shape: tuple[int
 @pytest.mark.parametrize("way", ["formed", "fused"])
 def test_16_bit_factors_are_rounded_once(way: str) -> None:
     (W, D), x, alpha = weights(37, 24, torch.bfloat16), randn(4, 7, 24, dtype=torch.bfloat16), torch.tensor(ALPHA)
-    y = moving_linear(x, W, Stored(W, D), alpha, dtype=torch.bfloat16, way=way)
+    y = moving_linear(x, W, StoredUpdate(W, D), alpha, dtype=torch.bfloat16, way=way)
     assert y.dtype == torch.bfloat16
     assert_within_budget(y, exact(x, W, D, alpha), in_torch(x, W, D, alpha), roundings=1, floor=2e-2)
 
@@ -54,7 +54,7 @@ def test_16_bit_factors_are_rounded_once(way: str) -> None:
 def test_a_bias_is_added_before_the_result_is_rounded(dtype: torch.dtype) -> None:
     (W, D), x, alpha = weights(37, 24, dtype), randn(4, 7, 24, dtype=dtype, seed=2), torch.tensor(ALPHA)
     bias = randn(4, 37, dtype=dtype, seed=3, scale=10.0)
-    y = moving_linear(x, W, Stored(W, D), alpha, dtype=dtype, way="formed", bias=bias)
+    y = moving_linear(x, W, StoredUpdate(W, D), alpha, dtype=dtype, way="formed", bias=bias)
     formed = ops.form(W, D, alpha)
     stock = torch.stack([torch.nn.functional.linear(x[k], formed[k], bias[k]) for k in range(4)])
     right = torch.einsum("kmc,knc->kmn", x.double(), formed.double()) + bias.double()[:, None]
@@ -65,7 +65,7 @@ def test_a_bias_is_added_before_the_result_is_rounded(dtype: torch.dtype) -> Non
 def test_blocks_of_rows_and_step_sizes_cover_everything(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (W, D), x, alpha = weights(37, 24, torch.float32), randn(4, 7, 24, seed=2), torch.tensor(ALPHA)
     monkeypatch.setattr(linear, "CACHE_BYTES", num_bytes)
-    y = moving_linear(x, W, Stored(W, D), alpha, dtype=torch.float32, way="formed")
+    y = moving_linear(x, W, StoredUpdate(W, D), alpha, dtype=torch.float32, way="formed")
     assert_within_budget(y, exact(x, W, D, alpha), in_torch(x, W, D, alpha), roundings=8, floor=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_blocks_of_a_gpu_hold_all_step_sizes_in_bounded_memory() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_directions_from_an_optimizers_state(way: str) -> None:
     (W, D), x, alpha = weights(37, 24, torch.float32), randn(4, 7, 24, seed=2), torch.tensor(ALPHA)
-    move: Move = OptimizerStep(ops.form_sgd, ops.sgd_sums, W, (D, None), {"weight_decay": 0.1})
+    move: ParamUpdate = LazyUpdate("sgd", W, D, (None,), (0.1, 1.0, 1.0, 0.0, 1.0))
     y = moving_linear(x, W, move, alpha, dtype=torch.float32, way=way)
     update = D + 0.1 * W
     assert_within_budget(y, exact(x, W, update, alpha), in_torch(x, W, update, alpha), roundings=8, floor=1e-6)
@@ -89,7 +89,7 @@ def test_weights_of_a_full_precision_master() -> None:
     (master, D), x, alpha = weights(37, 24, torch.float32), randn(4, 7, 24, seed=2).bfloat16(), torch.tensor(ALPHA)
     W = master.bfloat16()
     for way in ("formed", "fused"):
-        y = moving_linear(x, W, Stored(master, D), alpha, dtype=torch.bfloat16, way=way)
+        y = moving_linear(x, W, StoredUpdate(master, D), alpha, dtype=torch.bfloat16, way=way)
         assert torch.allclose(y.double(), exact(x, master, D, alpha), rtol=0.02, atol=0.02)
 
 
@@ -103,7 +103,7 @@ def test_products_of_16_bit_factors_are_left_to_devices_that_do_not_round_them()
 
 
 def test_products_are_left_to_dtypes_that_hold_small_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "widens", lambda device: True)
+    monkeypatch.setattr(linear, "accumulates_in_fp32", lambda device: True)
     assert choose(torch.device("cuda"), torch.bfloat16, 64) == "products"
     assert choose(torch.device("cuda"), torch.float16, 64) == "formed"
     tiny = torch.tensor(1e-9)

@@ -1,6 +1,7 @@
 """A run with measurements is the run without them, bit for bit."""
 
 import copy
+import importlib
 import random
 import warnings
 from collections.abc import Callable
@@ -162,20 +163,21 @@ def test_everything_is_restored_when_the_closure_raises_at_any_call(engine: str,
 
 
 def test_in_place_restores_after_an_interrupt_between_two_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sharpkern import reference
+    # The package hands on the function of that name.
+    module = importlib.import_module("sharpkern.ops.form")
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     before = copy.deepcopy(model.state_dict())
-    form, calls = reference.form, 0
+    form_into, calls = module.form_into, 0
 
     def interrupted(*args: object, **kwargs: object) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return form(*args, **kwargs)
+        return form_into(*args, **kwargs)
 
-    monkeypatch.setattr(reference, "form", interrupted)
+    monkeypatch.setattr(module, "form_into", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sharpkern.critical_sharpness(
             model, lambda: model(torch.ones(2, 4)).square().mean(), random_direction(model), engine="inplace"

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import unwrap as body
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpkern import ops, reference
-from sharpkern.head import linear_cross_entropy
+from sharpkern import ops
+from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 
 ROOT = Path(__file__).parents[1]
 ADAM = {"beta1": 0.9, "beta2": 0.99, "correction1": 0.2, "correction2": 0.05, "eps": 1e-6}
@@ -185,21 +186,21 @@ def test_refused_before_anything_is_written(case: str) -> None:
     assert bool((SHARED == 1).all() and (BUFFER == 1).all() and (W == 1).all() and (V == 1).all())
 
 
-# torch sends an operation with an operand on the meta device to its fake.
+# torch sends an operation with an operand on the meta device to its fake: what it does on others is asked directly.
 ELSEWHERE: dict[str, tuple[Callable[[], object], str]] = {
     "ops form": (lambda: form(META), "all operands must be on one device, got cpu, meta; move them to one device"),
     "ops form alpha": (lambda: form(alpha=ALPHA.to("meta")), "all operands must be on one device, got cpu, meta"),
     "ops axpy": (lambda: axpy([BUFFER[0]], [META]), "all operands must be on one device, got cpu, meta"),
-    "form": (lambda: reference.form(W, META, ALPHA), "D must be on cpu as the other operands, got meta; move it there"),
-    "form alpha": (lambda: reference.form(W, D, ALPHA.to("meta")), "alpha must be on cpu as the other operands, got meta"),
-    "form out": (lambda: reference.form(W, D, ALPHA, out=BUFFER[:2].to("meta")), "out must be on cpu as the other operands, got meta"),
-    "axpy": (lambda: reference.axpy_([BUFFER[0]], [W], [META], ONE), "delta[0] must be on cpu as the other operands, got meta"),
-    "axpy devices": (lambda: reference.axpy_([BUFFER[0], META], [W, META], [D, META], ONE), "all tensors must be on one device, got cpu, meta; call once per device"),
-    "sgd": (lambda: reference.form_sgd(W, D, META, ALPHA), "momentum_buffer must be on cpu as the other operands, got meta"),
-    "reduce": (lambda: reference.reduce([W], [META], [W]), "delta[0] must be on cpu as the other operands, got meta"),
-    "linear": (lambda: reference.linear(X, W.to("meta"), D, ALPHA), "W must be on cpu as the other operands, got meta"),
-    "embedding": (lambda: reference.embedding(INDICES.to("meta"), W, D, ALPHA), "indices must be on cpu as the other operands, got meta"),
-    "rms": (lambda: reference.rms_norm(X, V, V.to("meta"), ALPHA, eps=1e-5), "weight_direction must be on cpu as the other operands, got meta"),
+    "form": (lambda: body(ops.form)(W, META, ALPHA), "D must be on cpu as the other operands, got meta; move it there"),
+    "form alpha": (lambda: body(ops.form)(W, D, ALPHA.to("meta")), "alpha must be on cpu as the other operands, got meta"),
+    "form out": (lambda: body(ops.form)(W, D, ALPHA, out=BUFFER[:2].to("meta")), "out must be on cpu as the other operands, got meta"),
+    "axpy": (lambda: body(ops.axpy_)([BUFFER[0]], [W], [META], ONE), "delta[0] must be on cpu as the other operands, got meta"),
+    "axpy devices": (lambda: body(ops.axpy_)([BUFFER[0], META], [W, META], [D, META], ONE), "all tensors must be on one device, got cpu, meta; call once per device"),
+    "sgd": (lambda: body(ops.form_step)("sgd", W, D, [META], ALPHA, (0.0, 1.0, 1.0, 0.9, 1.0)), "momentum_buffer must be on cpu as the other operands, got meta"),
+    "reduce": (lambda: body(ops.reduce)([W], [META], [W]), "delta[0] must be on cpu as the other operands, got meta"),
+    "linear": (lambda: body(ops.linear)(X, W.to("meta"), D, ALPHA), "W must be on cpu as the other operands, got meta"),
+    "embedding": (lambda: body(ops.embedding)(INDICES.to("meta"), W, D, ALPHA), "indices must be on cpu as the other operands, got meta"),
+    "rms": (lambda: body(ops.rms_norm)(X, V, V.to("meta"), ALPHA, eps=1e-5), "weight_direction must be on cpu as the other operands, got meta"),
 }  # fmt: skip
 
 

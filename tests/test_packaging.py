@@ -48,7 +48,7 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
         names = archive.namelist()
         (top_level,) = [archive.read(name) for name in names if name.endswith("top_level.txt")]
     assert top_level.split() == [b"sharpkern"]
-    kernels = {f"sharpkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {f"sharpkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert len(kernels) > 1
     assert kernels <= set(names)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sharpkern").rglob("*.py")}
@@ -60,7 +60,7 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("options", [(), ("-e",)], ids=["plain", "editable"])
 def test_installed_kernels_are_found(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     python = install(source, tmp_path / "venv", *options)
-    program = "import sharpkern, sharpkern.kernels.form as form; print(form.__file__)"
+    program = "import sharpkern, sharpkern.kernels.rules.adam, sharpkern.kernels.form as form; print(form.__file__)"
     found = run(python, "-c", program, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     expected = source / "kernels" if options else tmp_path / "venv"

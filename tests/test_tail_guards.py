@@ -14,7 +14,7 @@ from sharpkern.engines import tail
 from sharpkern.engines.deferred import Deferred, Head, _has_whole_rows
 from sharpkern.engines.tail import Tail
 from sharpkern.engines.virtual import VirtualEngine
-from sharpkern.head import linear_cross_entropy
+from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 from tests import tails
 from tests.models import GPT
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, engine_on, random_direction

@@ -9,7 +9,7 @@ import torch
 import typer
 
 import sharpkern
-from sharpkern._library import VARIABLE
+from sharpkern.ops.registry import VARIABLE
 
 HELP = "Print a bug report to fill in, as Markdown: what to tell, and versions and devices."
 

@@ -17,7 +17,7 @@ from sharpkern import ops
 from sharpkern.engines.closure import Closure
 from sharpkern.engines.table import Pair, Step
 from sharpkern.errors import EngineFallbackWarning, warn
-from sharpkern.moves import Stored
+from sharpkern.ops.update import StoredUpdate
 
 Backup = Literal["auto", "device", "host"]
 
@@ -79,7 +79,7 @@ class InPlaceEngine:
         # Unknown until the last parameter is written: a write that is interrupted half-way is restored too.
         self._alpha = math.nan
         step = Step(alpha)
-        stored: dict[Tensor, list[tuple[Tensor, Stored]]] = {}
+        stored: dict[Tensor, list[tuple[Tensor, StoredUpdate]]] = {}
         num_sharing = Counter(pair.memory for pair in self._pairs)
         for pair, copy in zip(self._pairs, self._copies, strict=True):
             # detach() shares the version counter, so autograd notices the write.
@@ -93,7 +93,7 @@ class InPlaceEngine:
             move = move if copy is None else move.at(copy)
             if not step:
                 weight.copy_(move.base)
-            elif isinstance(move, Stored) and num_sharing[pair.memory] == 1:
+            elif isinstance(move, StoredUpdate) and num_sharing[pair.memory] == 1:
                 stored.setdefault(step.of(move), []).append((weight, move))
             else:
                 # Memory that parameters share is written once for each of them, every time by the same values.

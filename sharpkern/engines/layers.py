@@ -11,7 +11,7 @@ from sharpkern.engines.steps import on_steps
 from sharpkern.engines.table import Pair, Scratch, Step, stream_of
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.fakes import kind_of
-from sharpkern.head import cross_entropy_of_rows
+from sharpkern.ops.linear_cross_entropy import cross_entropy_of_rows
 
 # Where several step sizes are formed in the cache block by block, quicker than they would be read from memory again.
 _IN_CACHE = ("cpu",)

@@ -27,11 +27,11 @@ from sharpkern.engines.storage import StorageWatch, moved
 from sharpkern.engines.table import Pair, Scratch, Step
 from sharpkern.engines.tail import Tail, cross_entropy_by_name, linear_operands
 from sharpkern.errors import EngineUnsupportedError
-from sharpkern.head import linear_cross_entropy
 from sharpkern.linear import choose as choose_way
-from sharpkern.moves import Stored
+from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
+from sharpkern.ops.matmul import product_dtype
+from sharpkern.ops.update import StoredUpdate
 from sharpkern.overlaps import Owners, share_memory, storage_pointer
-from sharpkern.products import product_dtype
 
 
 class VirtualParameters(TorchFunctionMode):
@@ -217,7 +217,7 @@ class VirtualParameters(TorchFunctionMode):
         self.read.add(pair.owner)
         move = pair.move
         on_kernels = ops.has_kernels(move.base.device) and not torch.is_grad_enabled()
-        if self.alpha and on_kernels and isinstance(move, Stored) and len(args) > 1:
+        if self.alpha and on_kernels and isinstance(move, StoredUpdate) and len(args) > 1:
             self.rounded.add(pair.owner)
             return ops.embedding(args[0], move.base, move.delta, self.alpha.of(move), dtype=pair.weight.dtype)[0]
         weight: Tensor = rows(pair.weight)

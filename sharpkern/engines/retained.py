@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sharpkern.engines.table import Pair
+from sharpkern.ops.reductions import total
 from sharpkern.shards import over_shards
-from sharpkern.sums import total
 
 # Elements looked at in each tensor; there are many tensors.
 _SAMPLE = 1 << 12

@@ -31,7 +31,7 @@ from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost,
 from sharpkern.engines.table import Pair, make_pairs
 from sharpkern.engines.virtual import VirtualEngine
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
-from sharpkern.moves import Move
+from sharpkern.ops.update import ParamUpdate
 from sharpkern.shards import is_sharded
 
 Result = TypeVar("Result")
@@ -81,7 +81,7 @@ class Moving(Protocol):
     def bind(self, model: nn.Module) -> "Moving":
         """The same on the parameters of ``model``, once it is certain that it belongs to them."""
 
-    def moves(self) -> Iterable[tuple[Tensor, Move]]:
+    def moves(self) -> Iterable[tuple[Tensor, ParamUpdate]]:
         """Every parameter that moves, with its move."""
 
 

@@ -38,9 +38,8 @@ from sharpkern.engines.lockstep import reducers_of, replicate_state
 from sharpkern.engines.ranks import KINDS, Alone, Ranks, Together, kind_of, raise_gravest
 from sharpkern.engines.reach import Reached
 from sharpkern.errors import UncheckedWarning, warn
-from sharpkern.reference import inner_product
+from sharpkern.ops.reductions import inner_product, to_host
 from sharpkern.shards import is_sharded, local, local_as, over_shards, reshard
-from sharpkern.sums import read
 
 # Seconds that ranks wait for others, the first time that one does not come, and from then on.
 _PATIENCE = 5.0
@@ -286,7 +285,7 @@ def size_of(moves: Iterable[tuple[Tensor, Tensor | Callable[[], Tensor] | None]]
         parameters.append(parameter)
         sums.append(torch.stack([inner_product(a, b) for a, b in ((theta, theta), (theta, delta), (delta, delta))]))
     totals = over_shards(parameters, sums)
-    theta_sq, along, norm_sq = (sum(read([one[k] for one in totals]), 0.0) for k in range(3))
+    theta_sq, along, norm_sq = (sum(to_host([one[k] for one in totals]), 0.0) for k in range(3))
     return theta_sq, along, norm_sq
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpkern.moves import Move
+from sharpkern.ops.update import ParamUpdate
 from sharpkern.overlaps import overlapping, storage_pointer
 from sharpkern.shards import local
 
@@ -34,7 +34,7 @@ class Step:
     def __bool__(self) -> bool:
         return self.is_several or bool(self._alpha != 0)
 
-    def of(self, move: Move) -> Tensor:
+    def of(self, move: ParamUpdate) -> Tensor:
         """α as a move takes it, [1]."""
         return self.on(move.base.device, torch.float64 if move.wide == torch.float64 else torch.float32)
 
@@ -63,7 +63,7 @@ class Pair:
     """
 
     weight: Tensor
-    move: Move
+    move: ParamUpdate
     owner: int
     parameter: Tensor
     memory: int
@@ -90,7 +90,7 @@ class Pair:
             return self.move.form(step.of(self.move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
 
 
-def make_pairs(moves: Iterable[tuple[Tensor, Move]]) -> list[Pair]:
+def make_pairs(moves: Iterable[tuple[Tensor, ParamUpdate]]) -> list[Pair]:
     """Pairs of the parameters that move."""
     moving = [(local(parameter), move, parameter) for parameter, move in moves]
     first = list(range(len(moving)))

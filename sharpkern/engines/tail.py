@@ -3,7 +3,8 @@
 Logits are by far the largest activation of such a model, and most closures only ever hand them to a cross-entropy. So
 large logits are *deferred*: the call on the head is answered by a placeholder of their shape, which takes no memory and
 holds NaN, so that a read nobody saw cannot pass for a number. Reshapes, slices of tokens, casts and a soft-cap give
-further placeholders, and `torch.nn.functional.cross_entropy` of one is computed chunk by chunk (`sharpkern.head`). Any
+further placeholders, and `torch.nn.functional.cross_entropy` of one is computed chunk by chunk (see
+`sharpkern.ops.linear_cross_entropy`). Any
 other call makes the logits after all, by the calls that were put off, and nothing has changed but memory.
 """
 
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sharpkern._library import Backend
 from sharpkern.engines import calls
 from sharpkern.engines.deferred import Deferred, Head, tensors_in, version_of
 from sharpkern.engines.layers import HeadLoss
 from sharpkern.engines.precision import LossPrecision
 from sharpkern.fakes import is_plain
-from sharpkern.head import check_operands
+from sharpkern.ops.linear_cross_entropy import check_operands
+from sharpkern.ops.matmul import product_dtype
+from sharpkern.ops.registry import Backend
 from sharpkern.overlaps import storage_pointer
-from sharpkern.products import product_dtype
 
 # Logits are deferred where they in float32, and the formed weight of the head, take more bytes than this.
 HEAD_THRESHOLD = 256 * 2**20

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from sharpkern._undo import Trace, alone, undone
 from sharpkern.direction import Direction
 from sharpkern.errors import NoUpdateError, RetainedWarning, warn
+from sharpkern.ops.reductions import to_host
 from sharpkern.shards import local
-from sharpkern.sums import read
 from sharpkern.updates.parts import BETWEEN, Place, check_steps, parts_of
 
 # Root mean square of what rounding to the nearest adds to x, over eps·|x|, for x of any binary digits.
@@ -240,7 +240,7 @@ class _Start:
         """About how large the rounding of this rank's weights is beside what they were moved by."""
         assert direction.lr is not None
         pairs = list(zip(direction.parameters, direction.tensors, strict=True))
-        norms = read([_norm(tensor) for p, delta in pairs for tensor in (local(p), delta)])
+        norms = to_host([_norm(tensor) for p, delta in pairs for tensor in (local(p), delta)])
         rounded = math.hypot(*(torch.finfo(p.dtype).eps * norm for (p, _), norm in zip(pairs, norms[::2], strict=True)))
         moved = direction.lr * math.hypot(*norms[1::2])
         # What moved may all be on other ranks.

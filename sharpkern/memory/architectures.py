@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._extras import missing
-from sharpkern.head import linear_cross_entropy
+from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 
 HEADS = ("stock", "chunked")
 # Registered with transformers under this name: whether attention needs a mask is otherwise read from values.

@@ -14,10 +14,10 @@ from sharpkern.engines.inplace import Backup
 from sharpkern.engines.session import Session, in_session
 from sharpkern.memory.counter import PeakBytes
 from sharpkern.memory.scene import ACTIVATIONS, BACKWARD, Scene
-from sharpkern.moves import Move, Stored
+from sharpkern.ops.rules import rule_of
+from sharpkern.ops.update import ParamUpdate, StoredUpdate
 from sharpkern.shards import local, local_as
-from sharpkern.updates.closed_form import CLOSED_FORMS
-from sharpkern.updates.optimizer import steps_by_formula
+from sharpkern.updates.optimizer import steps_by_rule
 from sharpkern.updates.parts import parts_of
 from sharpkern.updates.shadow_step import shadow_step, undisturbed
 from sharpkern.updates.slots import read_slots
@@ -158,7 +158,7 @@ class _Planned:
     """What moves, in place of a direction, which would read numbers that fake tensors do not have."""
 
     parameters: Sequence[nn.Parameter]
-    planned: Sequence[tuple[Tensor, Move]]
+    planned: Sequence[tuple[Tensor, ParamUpdate]]
     slope: float | None = None
     norm_sq: float = 1.0
     lr: float | None = None
@@ -167,7 +167,7 @@ class _Planned:
         """It is the model's own."""
         return self
 
-    def moves(self) -> Sequence[tuple[Tensor, Move]]:
+    def moves(self) -> Sequence[tuple[Tensor, ParamUpdate]]:
         """Every parameter with its move."""
         return self.planned
 
@@ -183,24 +183,25 @@ def _gradients(scene: Scene) -> Iterator[None]:
             parameter.grad = None
 
 
-def _moves(scene: Scene, *, resident: bool) -> list[tuple[Tensor, Move]]:
+def _moves(scene: Scene, *, resident: bool) -> list[tuple[Tensor, ParamUpdate]]:
     """θ + αΔθ of every parameter, made as `Direction.from_optimizer` makes it."""
     if scene.optimizer is None:
         shards = [(p, local(p)) for p in scene.parameters]
-        return [(p, Stored(mine, torch.zeros_like(mine))) for p, mine in shards]
+        return [(p, StoredUpdate(mine, torch.zeros_like(mine))) for p, mine in shards]
     optimizer = scene.optimizer
     (slots,) = read_slots(parts_of(optimizer), None, None)
-    formula = CLOSED_FORMS.get(type(optimizer))
-    moves: list[Move]
-    if formula is None:
+    rule = rule_of(optimizer)
+    moves: list[ParamUpdate]
+    if rule is None:
         with _copies_of_fakes():
             deltas = undisturbed((slot.held.device for slot in slots), lambda: shadow_step(optimizer, slots))
         moves = [
-            Stored(local(slot.theta), local_as(delta, slot.held)) for slot, delta in zip(slots, deltas, strict=True)
+            StoredUpdate(local(slot.theta), local_as(delta, slot.held))
+            for slot, delta in zip(slots, deltas, strict=True)
         ]
     else:
-        steps = steps_by_formula(formula, optimizer, slots, slots[0].lr)
-        moves = [Stored(step.base, step.update()) if resident else step for step in steps]
+        steps = steps_by_rule(rule, optimizer, slots, slots[0].lr)
+        moves = [StoredUpdate(step.base, step.update()) if resident else step for step in steps]
     # Engines know by identity what needs no master.
     return [
         (slot.parameter, move if slot.master is not None else move.at(local(slot.parameter)))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from sharpkern import head, linear
+from sharpkern import linear
 from sharpkern.engines import inplace
 from sharpkern.engines.table import Scratch
 from sharpkern.memory.counter import ON_HOST, PeakBytes
 from sharpkern.memory.optimizers import optimizer_of
-from sharpkern.moves import OptimizerStep, Stored
+from sharpkern.ops import linear_cross_entropy
+from sharpkern.ops.update import LazyUpdate, StoredUpdate
 from sharpkern.shards import local
 
 ACTIVATIONS, BACKWARD = "activations", "backward"
@@ -25,10 +26,10 @@ Loss = Callable[[nn.Module], Tensor]
 # By whom weights are formed: what is made there is for them. A frame or two of torch may stand between.
 _FORMING = {
     function.__code__
-    for function in (Scratch.take, linear.scratch, Stored.form, OptimizerStep.form, OptimizerStep.update)
+    for function in (Scratch.take, linear.scratch, StoredUpdate.form, LazyUpdate.form, LazyUpdate.update)
 }
 _ON_HOST = inplace._on_host.__code__
-_HEAD = head.__file__
+_HEAD = linear_cross_entropy.__file__
 _FSDP = os.path.join("torch", "distributed", "fsdp")
 _FRAMES = 12
 

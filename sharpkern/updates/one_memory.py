@@ -6,12 +6,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from sharpkern.moves import OptimizerStep
+from sharpkern.ops.reductions import inner_product
+from sharpkern.ops.update import LazyUpdate
 from sharpkern.overlaps import elements_spanned, overlapping, overlaps_itself
-from sharpkern.reference import inner_product
 from sharpkern.shards import is_sharded, local
 
-Source = Tensor | OptimizerStep
+Source = Tensor | LazyUpdate
 Given = TypeVar("Given", bound=Source)
 
 _REMEDY = (

@@ -10,10 +10,10 @@ from torch.amp.grad_scaler import GradScaler
 
 from sharpkern import ops
 from sharpkern.errors import NoUpdateError
-from sharpkern.moves import OptimizerStep
-from sharpkern.shards import local_as, over_shards, whole
-from sharpkern.sums import read, slopes_and_norms
-from sharpkern.updates.closed_form import CLOSED_FORMS, Formula
+from sharpkern.ops.reductions import slopes_and_norms, to_host
+from sharpkern.ops.rules import Reading, Rule, rule_of
+from sharpkern.ops.update import LazyUpdate
+from sharpkern.shards import local, local_as, over_shards, whole
 from sharpkern.updates.one_memory import summed
 from sharpkern.updates.parts import Optimizers, check_steps, parts_of
 from sharpkern.updates.shadow_step import shadow_step, undisturbed
@@ -32,13 +32,13 @@ class Update:
     """
 
     slot: Slot
-    source: Tensor | OptimizerStep
+    source: Tensor | LazyUpdate
     slope: float | None
     norm_sq: float
 
 
 # A parameter, and its Δθ or the step that it can be worked out of.
-Moving = tuple[Slot, Tensor | OptimizerStep]
+Moving = tuple[Slot, Tensor | LazyUpdate]
 
 
 def optimizer_update(
@@ -65,26 +65,26 @@ def optimizer_update(
             sparse or not finite.
 
     Memory:
-        SGD, Adam and AdamW: one tensor of each parameter's size if resident, otherwise what `ops.adam_sums` needs on
-        the way; see `shadow_step` for the others.
+        Optimizers with a rule: one tensor of each parameter's size if resident, otherwise what `ops.step_sums` needs
+        on the way; see `shadow_step` for the others.
     """
     parts = parts_of(optimizer)
     check_steps(parts)
     slots_of = read_slots(parts, masters, scaler)
     slots = [slot for each in slots_of for slot in each]
     lr = _reference_lr(slots)
-    formulas = [CLOSED_FORMS.get(type(part.optimizer)) for part in parts]
+    rules = [rule_of(part.optimizer) for part in parts]
 
     def steps() -> list[Moving]:
         moving: list[Moving] = []
-        for part, formula, own in zip(parts, formulas, slots_of, strict=True):
-            if formula is None:
+        for part, rule, own in zip(parts, rules, slots_of, strict=True):
+            if rule is None:
                 moving += _by_shadow_step(part.optimizer, own, lr)
             else:
-                moving += _by_formula(formula, part.optimizer, own, lr, resident)
+                moving += _by_rule(rule, part.optimizer, own, lr, resident)
         return moving
 
-    moving = undisturbed((slot.held.device for slot in slots), steps) if None in formulas else steps()
+    moving = undisturbed((slot.held.device for slot in slots), steps) if None in rules else steps()
     updates = _with_sums([slot for slot, _ in moving], [source for _, source in moving])
     slopes = [update.slope for update in updates if update.slope is not None]
     # A gradient that is not finite leaves no slope finite, whatever the update makes of it; zeros leave none but zero.
@@ -95,8 +95,8 @@ def optimizer_update(
     return updates, lr
 
 
-def _by_formula(
-    formula: Formula,
+def _by_rule(
+    rule: Rule,
     optimizer: torch.optim.Optimizer,
     slots: Sequence[Slot],
     reference_lr: float,
@@ -104,7 +104,7 @@ def _by_formula(
 ) -> list[Moving]:
     """Return the closed-form update of every parameter that has a gradient and a positive learning rate."""
     slots = [slot for slot in slots if slot.held.grad is not None and slot.lr > 0]
-    steps = steps_by_formula(formula, optimizer, slots, reference_lr)
+    steps = steps_by_rule(rule, optimizer, slots, reference_lr)
     # On a GPU working Δθ out anew takes little time beside a forward pass, and memory is short.
     return [
         (slot, step.update() if resident or (resident is None and not ops.has_kernels(step.base.device)) else step)
@@ -112,17 +112,34 @@ def _by_formula(
     ]
 
 
-def steps_by_formula(
-    formula: Formula, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float
-) -> list[OptimizerStep]:
+def steps_by_rule(
+    rule: Rule, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float
+) -> list[LazyUpdate]:
     """Return the step of every slot as a formula of the optimizer's state; nothing of a slot's own size is read."""
     # .get: the state is a defaultdict, and indexing it would create an entry before the first step.
     states = [optimizer.state.get(slot.held, {}) for slot in slots]
-    counts = read([torch.as_tensor(state.get("step", 0.0)) for state in states])
+    counts = to_host([torch.as_tensor(state.get("step", 0.0)) for state in states])
     return [
-        formula(slot, state, count, slot.lr / reference_lr)
+        _step(slot, rule.name, rule.read(optimizer, slot.group, state, count), slot.lr / reference_lr)
         for slot, state, count in zip(slots, states, counts, strict=True)
     ]
+
+
+def _step(slot: Slot, rule: str, reading: Reading, rate: float) -> LazyUpdate:
+    """Return the step of what this rank holds of a parameter, from its master where there is one."""
+    assert slot.held.grad is not None
+    state = (None if tensor is None else local_as(tensor, slot.held) for tensor in reading.state)
+    # What undoes the loss scale, negative where the optimizer ascends.
+    grad_factor = (-1 if slot.climbs else 1) / slot.scale
+    return LazyUpdate(
+        rule,
+        local(slot.theta),
+        local_as(slot.held.grad.detach(), slot.held),
+        tuple(state),
+        (reading.weight_decay, grad_factor, rate, *reading.numbers),
+        reading.decoupled,
+        reading.flag,
+    )
 
 
 def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> list[Moving]:
@@ -134,7 +151,7 @@ def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], ref
     ]
 
 
-def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | OptimizerStep]) -> list[Update]:
+def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | LazyUpdate]) -> list[Update]:
     """Return the updates with their slopes and norms, read back at once; memory that parameters share moves as one."""
     sources = summed(
         [slot.parameter for slot in slots],
@@ -148,9 +165,9 @@ def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | OptimizerStep])
         source if slot.held.grad is None else local_as(slot.held.grad.detach(), slot.held) for source, slot in stored
     ]
     sums = iter(slopes_and_norms([source for source, _ in stored], gradients))
-    each = [source.slope_and_norm() if isinstance(source, OptimizerStep) else next(sums) for source in sources]
+    each = [source.slope_and_norm() if isinstance(source, LazyUpdate) else next(sums) for source in sources]
     each = over_shards([slot.held for slot in slots], each)
-    slopes, norms = read([one[0] for one in each]), read([one[1] for one in each])
+    slopes, norms = to_host([one[0] for one in each]), to_host([one[1] for one in each])
     # Of what falls: the gradient as it is stored may be scaled, and of what the optimizer climbs.
     factors = [None if slot.held.grad is None else (-1 if slot.climbs else 1) / slot.scale for slot in slots]
     return [

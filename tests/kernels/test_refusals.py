@@ -7,19 +7,17 @@ import itertools
 
 import pytest
 import torch
-from sharpkern.kernels import _launch, _operands
+from sharpkern.kernels import _accepts, _launch
 from sharpkern.kernels.axpy import axpy_
 from sharpkern.kernels.cross_entropy import MAX_WIDTH, online_cross_entropy_
 from sharpkern.kernels.embedding import embedding
 from sharpkern.kernels.form import form
-from sharpkern.kernels.form_adam import form_adam
-from sharpkern.kernels.form_sgd import form_sgd
 from sharpkern.kernels.linear import linear
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
+from sharpkern.kernels.optimizer_steps import form_step, step_sums
 from sharpkern.kernels.reduce import reduce
-from sharpkern.kernels.step_sums import adam_sums, sgd_sums
 
-ADAM = {"beta1": 0.9, "beta2": 0.999, "correction1": 0.1, "correction2": 0.001, "eps": 1e-8}
+ADAM, SGD = (0.0, 1.0, 1.0, 0.1, 0.999, 0.001, 10.0, 0.03, 1e-8), (0.0, 1.0, 1.0, 0.9, 1.0)
 
 
 def _axpy(theta, base, delta, alpha):
@@ -30,12 +28,20 @@ def _reduce(theta, delta, grad):
     reduce([theta], [delta], [grad])
 
 
-def _form_adam(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, alpha, out):
-    form_adam(theta, grad, exp_avg, exp_avg_sq, alpha, max_exp_avg_sq=max_exp_avg_sq, out=out, **ADAM)
+def _form_adam(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=None, alpha=None, out=None, numbers=ADAM):
+    form_step("adam", theta, grad, (exp_avg, exp_avg_sq, max_exp_avg_sq), alpha, numbers, out=out)
+
+
+def _form_sgd(theta, grad, momentum_buffer, alpha=None, out=None, numbers=SGD):
+    form_step("sgd", theta, grad, (momentum_buffer,), alpha, numbers, out=out)
 
 
 def _adam_sums(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq):
-    adam_sums(theta, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq, **ADAM)
+    step_sums("adam", theta, grad, (exp_avg, exp_avg_sq, max_exp_avg_sq), ADAM)
+
+
+def _sgd_sums(theta, grad, momentum_buffer):
+    step_sums("sgd", theta, grad, (momentum_buffer,), SGD)
 
 
 def _online_cross_entropy(maximum, total, target, logits, labels):
@@ -47,9 +53,9 @@ KERNELS = {
     "axpy_": (_axpy, {"theta": (4, 6), "base": (4, 6), "delta": (4, 6), "alpha": (1,)}),
     "form": (form, {"W": (4, 6), "D": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
     "form_adam": (_form_adam, {"theta": (4, 6), "grad": (4, 6), "exp_avg": (4, 6), "exp_avg_sq": (4, 6), "max_exp_avg_sq": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
-    "form_sgd": (form_sgd, {"theta": (4, 6), "grad": (4, 6), "momentum_buffer": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
+    "form_sgd": (_form_sgd, {"theta": (4, 6), "grad": (4, 6), "momentum_buffer": (4, 6), "alpha": (2,), "out": (2, 4, 6)}),
     "adam_sums": (_adam_sums, {"theta": (4, 6), "grad": (4, 6), "exp_avg": (4, 6), "exp_avg_sq": (4, 6), "max_exp_avg_sq": (4, 6)}),
-    "sgd_sums": (sgd_sums, {"theta": (4, 6), "grad": (4, 6), "momentum_buffer": (4, 6)}),
+    "sgd_sums": (_sgd_sums, {"theta": (4, 6), "grad": (4, 6), "momentum_buffer": (4, 6)}),
     "reduce": (_reduce, {"theta": (4, 6), "delta": (4, 6), "grad": (4, 6)}),
     "linear": (linear, {"x": (2, 3, 6), "W": (4, 6), "D": (4, 6), "alpha": (2,)}),
     "embedding": (embedding, {"indices": (3,), "W": (4, 6), "D": (4, 6), "alpha": (2,)}),
@@ -124,7 +130,7 @@ def test_no_gpu(kernel, name):
 
 @pytest.mark.parametrize(("kernel", "name"), OPERANDS)
 def test_another_gpu(kernel, name, monkeypatch):
-    monkeypatch.setattr(_operands, "runs_on", lambda device: True)
+    monkeypatch.setattr(_accepts, "runs_on", lambda device: True)
     operands = valid(kernel)
     operands[name] = operands[name].to("meta")
     assert_refused(kernel, operands, ValueError, r"must be on .*(cpu, got meta|meta, got cpu); move it there")
@@ -238,14 +244,14 @@ CASES = {
     "seed for fp32": (lambda: form(V, V, A, seed=1), TypeError, "seed must be None unless the result is bfloat16, got a result of torch.float32"),
     "negative seed": (lambda: form(V, V, A, dtype=torch.bfloat16, seed=-1), ValueError, r"seed must be in \[0, 2\*\*31\), got -1"),
     # Optimizer state.
-    "one moment": (lambda: form_adam(V, V, V, None, A, **ADAM), ValueError, "exp_avg and exp_avg_sq must both be given"),
-    "nothing to go by": (lambda: form_adam(V, None, None, None, A, **ADAM), ValueError, "exp_avg and exp_avg_sq must both be given"),
-    "moment of another shape": (lambda: form_adam(V, V, V[:3], V[:3], A, **ADAM), ValueError, "exp_avg must have the shape of theta"),
-    "step 0": (lambda: form_adam(V, V, V, V, A, **{**ADAM, "correction2": 0.0}), ValueError, "correction2 must be positive, got 0.0; count steps from 1"),
-    "infinite correction": (lambda: form_adam(V, V, V, V, A, **{**ADAM, "correction1": torch.inf}), ValueError, "correction1 must be finite, got inf; look at"),
-    "infinite factor": (lambda: form_adam(V, V, V, V, A, grad_factor=torch.inf, **ADAM), ValueError, "grad_factor must be finite, got inf; look at the optimizer's group and the loss scale"),
-    "rate not a number": (lambda: form_sgd(V, V, None, A, rate=torch.nan), ValueError, "rate must be finite, got nan; look at"),
-    "factor on the device": (lambda: form_sgd(V, V, None, A, grad_factor=torch.ones(())), TypeError, r"grad_factor must be a Python number, got Tensor; read it once with float\(\)"),
+    "one moment": (lambda: _form_adam(V, V, V, None), ValueError, "exp_avg and exp_avg_sq must both be given"),
+    "nothing to go by": (lambda: _form_adam(V, None, None, None), ValueError, "exp_avg and exp_avg_sq must both be given"),
+    "no gradient": (lambda: _form_sgd(V, None, V), TypeError, "grad must be a tensor, got None; pass the one of the parameter"),
+    "moment of another shape": (lambda: _form_adam(V, V, V[:3], V[:3]), ValueError, "exp_avg must have the shape of theta"),
+    "infinite correction": (lambda: _form_adam(V, V, V, V, numbers=(*ADAM[:6], torch.inf, *ADAM[7:])), ValueError, "1 / correction1 must be finite, got inf; look at"),
+    "infinite factor": (lambda: _form_adam(V, V, V, V, numbers=(0.0, torch.inf, *ADAM[2:])), ValueError, "grad_factor must be finite, got inf; look at the optimizer's group and the loss scale"),
+    "rate not a number": (lambda: _form_sgd(V, V, None, numbers=(0.0, 1.0, torch.nan, 0.9, 1.0)), ValueError, "rate must be finite, got nan; look at"),
+    "factor on the device": (lambda: _form_sgd(V, V, None, numbers=(0.0, torch.ones(()), *SGD[2:])), TypeError, r"grad_factor must be a Python number, got Tensor; read it once with float\(\)"),
     # Embedding.
     "floating indices": (lambda: embedding(V, M, M, A), TypeError, "indices must be int64 or int32, got torch.float32"),
     "columns apart": (lambda: embedding(IDS, M[:, ::2], M[:, ::2], A), ValueError, "W must be a matrix .* next to each other"),
@@ -281,3 +287,12 @@ def test_refused_with_what_rule_got_and_remedy(case):
     with pytest.raises(error, match=wording):
         refused()
     assert not any(tensor.any() for tensor in (V, M, SHARED, *STATISTICS))
+
+
+def test_a_launcher_says_what_it_would_raise_and_launches_nothing():
+    out = torch.full((2, 4), torch.nan)
+    assert form.refusal(V, V, A, out=out) is None
+    assert out.isnan().all()
+    refusal = form.refusal(V.double(), V, A)
+    assert isinstance(refusal, TypeError)
+    assert "W must be float32" in str(refusal)

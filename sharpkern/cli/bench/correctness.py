@@ -10,7 +10,7 @@ from sharpkern.cli.bench.judge import Trial, judged, poisoned
 from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.suite import Bench, Case
 from sharpkern.cli.bench.trials import BF16, FP32, Trials
-from sharpkern.head import cross_entropy_of_rows, linear_cross_entropy
+from sharpkern.ops.linear_cross_entropy import cross_entropy_of_rows, linear_cross_entropy
 
 # Relative error of a mean over tokens. Products of 16-bit numbers are exact in fp32, so that only sums differ; where
 # torch cannot widen on the way, a bf16 logit is off by 2⁻⁹, which averages out.

@@ -11,7 +11,7 @@ from sharpkern import ops
 from sharpkern.cli.bench.machine import each_call, peak_fields
 from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.suite import Bench, Case
-from sharpkern.head import VOCABULARY_CHUNK, cross_entropy_of_rows, linear_cross_entropy
+from sharpkern.ops.linear_cross_entropy import VOCABULARY_CHUNK, cross_entropy_of_rows, linear_cross_entropy
 
 # Share of the bare matrix product's speed to reach, and to accept, with the weight formed on the way.
 _TARGET, _ACCEPT = 0.74, 0.68

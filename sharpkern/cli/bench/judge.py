@@ -3,15 +3,20 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import isfunction
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sharpkern import ops, reference
+from sharpkern import ops
 from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.suite import Bench
+
+# What results are held against.
+_IN_TORCH = {name: partial(function, backend="torch") for name, function in vars(ops).items() if isfunction(function)}
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -21,7 +26,7 @@ class Trial:
     """One call of an operation whose result is known.
 
     Attributes:
-        operation: name in `sharpkern.ops` and `sharpkern.reference`.
+        operation: name in `sharpkern.ops`.
         operands: positional arguments.
         options: keyword arguments.
         about: what sets this call apart, for the record.
@@ -52,7 +57,7 @@ class Trial:
         options = {name: value for name, value in self.options.items() if name not in {"dtype", "seed"}}
         operands = tree_map(_widened, list(self.operands))
         trial = Trial(self.operation, operands, {}, tree_map(_widened, options), self.written)
-        return trial.result(getattr(reference, self.operation))
+        return trial.result(_IN_TORCH[self.operation])
 
 
 def judged(bench: Bench, trials: Iterable[Trial]) -> Iterator[Json]:
@@ -89,7 +94,7 @@ def judge(bench: Bench, trial: Trial) -> Json:
     operation = getattr(ops, trial.operation)
     with poisoned():
         found = trial.result(operation, backend=bench.backend_to_check)
-    in_torch = trial.result(getattr(reference, trial.operation))
+    in_torch = trial.result(_IN_TORCH[trial.operation])
     excess = max(
         _excess(*tensors, trial.roundings, trial.floor) for tensors in zip(found, trial.exact(), in_torch, strict=True)
     )

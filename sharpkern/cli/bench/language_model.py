@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sharpkern._extras import missing
 from sharpkern.cli.bench.machine import Machine
 from sharpkern.cli.bench.record import Json
-from sharpkern.head import linear_cross_entropy
+from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 
 # Relative difference of losses that are the same. In place 16-bit norm weights are rounded, which the virtual engine
 # spares them.

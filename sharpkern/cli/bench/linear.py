@@ -15,7 +15,7 @@ from sharpkern.cli.bench.record import Json
 from sharpkern.cli.bench.suite import Bench, Case
 from sharpkern.cli.bench.trials import fused_linear
 from sharpkern.linear import moving_linear
-from sharpkern.moves import Stored
+from sharpkern.ops.update import StoredUpdate
 
 # Every variant evaluates so many step sizes in a call: all of them at once, or some at a time.
 NUM_STEPS = 8
@@ -114,7 +114,7 @@ class _Layer:
         self._x = machine.randn(NUM_STEPS, num_tokens, shape[1], dtype=self.dtype)
         # The bare product reads W alone.
         pairs = [
-            Stored(
+            StoredUpdate(
                 machine.randn(*shape, dtype=self.dtype, seed=seed, scale=0.02),
                 machine.randn(*shape, dtype=self.dtype, seed=seed + 100),
             )
@@ -169,6 +169,6 @@ class _Layer:
             outputs.append(moving_linear(x, pair.base, pair, alpha, dtype=self.dtype, way=way))
         return outputs
 
-    def _pair(self) -> Stored:
+    def _pair(self) -> StoredUpdate:
         self._last = next(self._next)
         return self._last

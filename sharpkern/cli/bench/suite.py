@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sharpkern._library import Backend
 from sharpkern.cli.bench.machine import Machine
 from sharpkern.cli.bench.record import Json
+from sharpkern.ops.registry import Backend
 
 # A case yields its rows as it finds them, so that those before a crash are kept. A row with "passed": False says that a
 # result was wrong; one with "share" and "target" is judged in the table.

@@ -1,17 +1,17 @@
 """How one parameter moves: θ + αΔθ, with Δθ in memory, or worked out of an optimizer's state wherever it is needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sharpkern import ops
-from sharpkern.reference import compute_dtype
+from sharpkern.ops.arithmetic import compute_dtype
 
 
-class Move(ABC):
+class ParamUpdate(ABC):
     """θ + αΔθ for any α. Every operand has the shape of θ, and the formula is elementwise.
 
     Attributes:
@@ -26,12 +26,12 @@ class Move(ABC):
         """Every tensor that is read, ``base`` first."""
 
     @abstractmethod
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Move":
-        """Return the move of a part: ``change`` is a view or a gather, applied to every operand."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ParamUpdate":
+        """Return the update of a part: ``change`` is a view or a gather, applied to every operand."""
 
     @abstractmethod
-    def at(self, base: Tensor) -> "Move":
-        """Return the move from a copy of θ."""
+    def at(self, base: Tensor) -> "ParamUpdate":
+        """Return the update from a copy of θ."""
 
     @abstractmethod
     def form(self, alpha: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -48,8 +48,8 @@ class Move(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Stored(Move):
-    """A move whose Δθ is in memory.
+class StoredUpdate(ParamUpdate):
+    """An update whose Δθ is in memory.
 
     Attributes:
         base: θ.
@@ -64,13 +64,13 @@ class Stored(Move):
         """θ, and what Δθ is or is worked out of."""
         return self.base, self.delta
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Stored":
-        """Return the move of a part."""
-        return Stored(change(self.base), change(self.delta))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "StoredUpdate":
+        """Return the update of a part."""
+        return StoredUpdate(change(self.base), change(self.delta))
 
-    def at(self, base: Tensor) -> "Stored":
-        """Return the move from a copy of θ."""
-        return Stored(base, self.delta)
+    def at(self, base: Tensor) -> "StoredUpdate":
+        """Return the update from a copy of θ."""
+        return StoredUpdate(base, self.delta)
 
     def form(self, alpha: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return θ + α_k Δθ, [K, *shape]."""
@@ -82,49 +82,66 @@ class Stored(Move):
 
 
 @dataclass(frozen=True, eq=False)
-class OptimizerStep(Move):
-    """The move that an optimizer's next step makes, as a formula of its state: no memory, and true until it changes.
+class LazyUpdate(ParamUpdate):
+    """The update that an optimizer's next step makes, as a formula of its state: no memory, true until that changes.
 
     Attributes:
-        formula: forms θ + α_k Δθ, or Δθ where α is None, from the state and the numbers.
-        sums: Δθᵀg and |Δθ|², [2] float64, from the same.
+        rule: name of the formula, in `sharpkern.ops.rules.RULES`.
         base: θ.
-        state: gradient and state tensors as both take them, None for those that are not there yet.
-        numbers: hyperparameters of both by name.
+        grad: the gradient.
+        state: state tensors by the rule's names, None for those that are not there yet.
+        numbers: those of all rules and of this one, as `ops.form_step` takes them.
+        decoupled: likewise.
+        flag: likewise.
     """
 
-    formula: Callable[..., Tensor]
-    sums: Callable[..., Tensor]
+    rule: str
     base: Tensor
+    grad: Tensor
     state: tuple[Tensor | None, ...]
-    numbers: Mapping[str, float | bool]
+    numbers: tuple[float, ...]
+    decoupled: bool = False
+    flag: bool = False
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
         """θ, and what Δθ is or is worked out of."""
-        return self.base, *(tensor for tensor in self.state if tensor is not None)
+        return self.base, self.grad, *(tensor for tensor in self.state if tensor is not None)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "OptimizerStep":
-        """Return the move of a part."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LazyUpdate":
+        """Return the update of a part."""
         state = tuple(None if tensor is None else change(tensor) for tensor in self.state)
-        return replace(self, base=change(self.base), state=state)
+        return replace(self, base=change(self.base), grad=change(self.grad), state=state)
 
-    def at(self, base: Tensor) -> "OptimizerStep":
-        """Return the move from a copy of θ."""
+    def at(self, base: Tensor) -> "LazyUpdate":
+        """Return the update from a copy of θ."""
         return replace(self, base=base)
 
-    def form(self, alpha: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Return θ + α_k Δθ, [K, *shape]."""
-        return self.formula(self.base, *self.state, alpha, dtype=dtype, out=out, **self.numbers)
+    def form(self, alpha: Tensor | None, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return θ + α_k Δθ, [K, *shape], or Δθ where there is no α."""
+        return ops.form_step(
+            self.rule,
+            self.base,
+            self.grad,
+            self.state,
+            alpha,
+            self.numbers,
+            decoupled=self.decoupled,
+            flag=self.flag,
+            dtype=dtype,
+            out=out,
+        )
 
     def update(self) -> Tensor:
         """Return Δθ, a new tensor in the widest dtype of parameter and state."""
         dtype = self.base.dtype
-        for tensor in self.state[1:]:
+        for tensor in self.state:
             # The gradient is entered in the precision of parameter and state.
             dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-        return self.formula(self.base, *self.state, None, dtype=dtype, **self.numbers)[0]
+        return self.form(None, dtype=dtype)[0]
 
     def slope_and_norm(self) -> Tensor:
         """Return Δθᵀg and |Δθ|², [2] float64 on the device, g being the gradient as it is stored."""
-        return self.sums(self.base, *self.state, **self.numbers)
+        return ops.step_sums(
+            self.rule, self.base, self.grad, self.state, self.numbers, decoupled=self.decoupled, flag=self.flag
+        )

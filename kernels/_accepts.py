@@ -1,7 +1,7 @@
-"""What launchers accept and allocate: every operand is checked before a launch, since a kernel cannot complain."""
+"""What launchers accept: every operand is checked before a launch, since a kernel cannot complain."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -99,18 +99,19 @@ def check_alpha(alpha: Tensor, like: Tensor) -> int:
     return alpha.numel()
 
 
-def check_numbers(**numbers: float) -> None:
+def check_numbers(numbers: Sequence[float], names: Sequence[str]) -> None:
     """Refuse hyperparameters that are not finite Python numbers.
 
     Raises:
         TypeError: if one is a tensor, say: reading it here would wait for the device at every call.
         ValueError: if one is infinite or NaN.
     """
-    for name, number in numbers.items():
+    for name, number in zip(names, numbers, strict=True):
+        if isinstance(number, (int, float)) and math.isfinite(number):
+            continue
         if not isinstance(number, (int, float)):
             raise TypeError(f"{name} must be a Python number, got {type(number).__name__}; read it once with float()")
-        if not math.isfinite(number):
-            raise ValueError(f"{name} must be finite, got {number}; look at the optimizer's group and the loss scale")
+        raise ValueError(f"{name} must be finite, got {number}; look at the optimizer's group and the loss scale")
 
 
 def check_layout(**tensors: Tensor | None) -> None:
@@ -205,45 +206,17 @@ def check_no_overlap(outputs: Sequence[Tensor], inputs: Iterable[Tensor | None])
             read = max(read, end)
 
 
-def check_step(
-    operands: Mapping[str, Tensor | None], alpha: Tensor | None, dtype: torch.dtype | None, out: Tensor | None
-) -> tuple[Tensor, int]:
-    """Check the operands of a kernel that forms one tensor per step size from those of one parameter.
-
-    Args:
-        operands: by name, the parameter first; None is skipped.
-        alpha: signed step sizes; None for the update itself.
-        dtype: of the result, if it is to be allocated.
-        out: the result, if it is not.
-
-    Returns:
-        tuple: the result, [K, *shape], and K.
-
-    Raises:
-        TypeError: what `check_floats`, `check_alpha` and `output` refuse.
-        ValueError: what those and `check_layout` refuse.
-    """
-    check_floats(**operands)
-    check_layout(**operands)
-    first = next(tensor for tensor in operands.values() if tensor is not None)
-    num_steps = 1 if alpha is None else check_alpha(alpha, first)
-    return output(out, first, num_steps, dtype, [*operands.values(), alpha]), num_steps
-
-
-def output(
+def check_output(
     out: Tensor | None, like: Tensor, num: int, dtype: torch.dtype | None, operands: Iterable[Tensor | None]
-) -> Tensor:
-    """Return the output of a kernel that writes ``num`` tensors of the shape and strides of a dense tensor.
+) -> torch.dtype:
+    """Return the dtype of an output of ``num`` tensors of the shape and strides of a dense one, if it may be written.
 
     Args:
-        out: checked and returned if given.
-        like: shape, strides, device, and the dtype where ``dtype`` is None.
+        out: what is written, or None for `empty_steps`.
+        like: shape, strides, device, and the dtype where there is no other.
         num: how many.
-        dtype: of the output, if it is to be allocated.
+        dtype: of what is allocated.
         operands: what the output must not share memory with.
-
-    Returns:
-        Tensor: [num, *shape]; if allocated, each slice starts at an aligned address.
 
     Raises:
         TypeError: if the dtype is none of float32, float16, bfloat16.
@@ -252,10 +225,7 @@ def output(
     if out is None:
         dtype = dtype or like.dtype
         check_dtype(dtype)
-        # A start at a multiple of 16 elements keeps the stores of every slice as wide as those of the first.
-        distance = -(-like.numel() // 16) * 16
-        memory = torch.empty(num * distance, dtype=dtype, device=like.device)
-        return memory.as_strided((num, *like.shape), (distance, *like.stride()))
+        return dtype
     check_floats(parameter=like, out=out)
     if out.shape != (num, *like.shape):
         raise ValueError(f"out must have shape {[num, *like.shape]}, got {list(out.shape)}; leave it out to allocate")
@@ -265,7 +235,17 @@ def output(
             f"got {list(out.stride())}; leave it out to allocate"
         )
     check_no_overlap([out], operands)
-    return out
+    return out.dtype
+
+
+def empty_steps(like: Tensor, num: int, dtype: torch.dtype) -> Tensor:
+    """Return an empty [num, *shape], each slice with the strides of a dense tensor.
+
+    A start at a multiple of 16 elements keeps the stores of every slice as wide as those of the first.
+    """
+    distance = -(-like.numel() // 16) * 16
+    memory = torch.empty(num * distance, dtype=dtype, device=like.device)
+    return memory.as_strided((num, *like.shape), (distance, *like.stride()))
 
 
 def _steps(tensor: Tensor) -> list[tuple[int, int]]:

@@ -22,18 +22,18 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def widens(device: torch.device) -> bool:
+def accumulates_in_fp32(device: torch.device) -> bool:
     """Whether a product of 16-bit factors can be had in fp32 without widening them first."""
     return kind_of(device) == "cuda" and _IN_TORCH
 
 
-def factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor of `product`: rounded to the product's dtype, and widened again where torch cannot do so on the way."""
+def matmul_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor of `mixed_matmul`: rounded to the product's dtype, and widened again where torch cannot on the way."""
     tensor = tensor.to(dtype)
-    return tensor if widens(tensor.device) else tensor.to(accumulator_dtype(dtype))
+    return tensor if accumulates_in_fp32(tensor.device) else tensor.to(accumulator_dtype(dtype))
 
 
-def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def mixed_matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write a·b in the dtype of ``out``, and return it; matrices, or as many of each one behind the other.
 
     Outputs given by name also keep autocast away from the product.

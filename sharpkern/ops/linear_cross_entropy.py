@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from sharpkern import ops
-from sharpkern._library import Backend
 from sharpkern.fakes import is_fake
-from sharpkern.products import accumulator_dtype, factor, product, product_dtype
+from sharpkern.ops.matmul import accumulator_dtype, matmul_operand, mixed_matmul, product_dtype
+from sharpkern.ops.online_cross_entropy import online_cross_entropy_
+from sharpkern.ops.registry import Backend
 
 VOCABULARY_CHUNK = 4096
 
@@ -191,26 +191,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         hidden, weight, maximum, total = ctx.saved_tensors
         task: _Task = ctx.task
-        states = factor(hidden, task.dtype)
+        states = matmul_operand(hidden, task.dtype)
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.zeros_like(hidden, dtype=task.accumulator) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         num_counted = task.counted.sum() if task.reduction == "mean" else 1
         scale = torch.where(task.counted, grad.to(task.accumulator) / num_counted, 0.0).unsqueeze(-1)
         for rows, logits in _chunks(hidden, len(weight), task):
-            chunk = factor(weight[rows], task.dtype)
-            product(states, chunk.t(), logits)
+            chunk = matmul_operand(weight[rows], task.dtype)
+            mixed_matmul(states, chunk.t(), logits)
             slope = _cap(logits, task.softcap)
             _softmax_minus_one_hot(logits, maximum, total, task.labels - rows.start)
             logits.mul_(scale)
             if slope is not None:
                 logits.mul_(slope)
-            slopes = factor(logits, task.dtype)
+            slopes = matmul_operand(logits, task.dtype)
             if grad_hidden is not None:
-                grad_hidden.add_(product(slopes, chunk, torch.empty_like(grad_hidden)))
+                grad_hidden.add_(mixed_matmul(slopes, chunk, torch.empty_like(grad_hidden)))
             if grad_weight is not None:
                 part = torch.empty(chunk.shape, dtype=task.accumulator, device=chunk.device)
-                grad_weight[rows] = product(slopes.t(), states, part)
+                grad_weight[rows] = mixed_matmul(slopes.t(), states, part)
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None
 
 
@@ -221,10 +221,10 @@ def _statistics(hidden: Tensor, vocabulary: int, rows: Rows, task: _Task) -> _St
         torch.full((task.labels.numel(),), start, dtype=task.accumulator, device=hidden.device)
         for start in (-torch.inf, 0.0, torch.nan)
     )
-    states = factor(hidden, task.dtype)
+    states = matmul_operand(hidden, task.dtype)
     for chosen, logits in _chunks(hidden, vocabulary, task):
-        product(states, factor(rows(chosen), task.dtype).mT, logits)
-        ops.online_cross_entropy_(
+        mixed_matmul(states, matmul_operand(rows(chosen), task.dtype).mT, logits)
+        online_cross_entropy_(
             maximum,
             total,
             target,

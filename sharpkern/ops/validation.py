@@ -194,141 +194,15 @@ def check_seed(seed: int | None, dtype: torch.dtype) -> None:
         raise ValueError(f"seed must be in [0, 2**31), got {seed}; reduce it modulo 2**31")
 
 
-def check_numbers(**numbers: float) -> None:
+def check_numbers(names: Iterable[str], numbers: Iterable[float]) -> None:
     """Refuse hyperparameters that are not finite.
 
     Raises:
         ValueError: if one is infinite or NaN.
     """
-    for name, number in numbers.items():
+    for name, number in zip(names, numbers, strict=True):
         if not math.isfinite(number):
             raise ValueError(f"{name} must be finite, got {number}; look at the optimizer's group and the loss scale")
-
-
-def check_corrections(**corrections: float) -> None:
-    """Refuse bias corrections of no step of Adam.
-
-    Raises:
-        ValueError: if one is not finite, or not positive.
-    """
-    check_numbers(**corrections)
-    for name, correction in corrections.items():
-        if correction <= 0:
-            raise ValueError(f"{name} must be positive, got {correction}; count steps from 1")
-
-
-def check_moments(grad: Tensor | None, exp_avg: Tensor | None, exp_avg_sq: Tensor | None) -> None:
-    """Refuse a state of Adam from which no update follows.
-
-    Raises:
-        ValueError: if one moment, or everything, is missing.
-    """
-    if (exp_avg is None) != (exp_avg_sq is None) or (exp_avg is None and grad is None):
-        raise ValueError(
-            f"exp_avg and exp_avg_sq must both be given or, with a gradient, both be None, got {exp_avg is not None} "
-            f"and {exp_avg_sq is not None} with gradient {grad is not None}; pass the optimizer's state"
-        )
-
-
-def check_linear(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor, dtype: torch.dtype | None) -> int:
-    """Refuse operands of a linear layer that do not fit each other.
-
-    Args:
-        x: inputs, [K, M, C], or [1, M, C] for all step sizes.
-        W: weight, [N, C].
-        D: direction, [N, C].
-        alpha: step sizes, [K].
-        dtype: of the result; None for that of ``x``.
-
-    Returns:
-        K.
-
-    Raises:
-        TypeError: what `check_floats`, `check_alpha` and `check_dtype` refuse.
-        ValueError: what those and `check_shapes` refuse, or if the shapes do not fit.
-    """
-    check_floats(x=x, W=W, D=D)
-    check_shapes(W=W, D=D)
-    num = check_alpha(alpha, x.device)
-    check_dtype(dtype or x.dtype)
-    if W.dim() != 2:
-        raise ValueError(f"W must be a matrix [outputs, inputs], got shape {list(W.shape)}; pass the layer's weight")
-    if x.dim() != 3 or x.shape[0] not in (1, num) or x.shape[2] != W.shape[1]:
-        raise ValueError(
-            f"x must have shape [{num} or 1, M, {W.shape[1]}], one input per step size or one for all, got "
-            f"{list(x.shape)}; flatten the dimensions between"
-        )
-    return num
-
-
-def check_norm(x: Tensor, alpha: Tensor, dtype: torch.dtype | None, **vectors: Tensor | None) -> None:
-    """Refuse operands of a norm that do not fit each other.
-
-    Args:
-        x: inputs, [K, ..., C].
-        alpha: step sizes, [K].
-        dtype: of the result; None for that of ``x``.
-        **vectors: by name, [C]; None is skipped.
-
-    Raises:
-        TypeError: what `check_floats`, `check_alpha` and `check_dtype` refuse.
-        ValueError: what those refuse, or if a shape does not fit.
-    """
-    given = {name: vector for name, vector in vectors.items() if vector is not None}
-    check_floats(x=x, **given)
-    num = check_alpha(alpha, x.device)
-    check_dtype(dtype or x.dtype)
-    if x.dim() < 2 or x.shape[0] != num:
-        raise ValueError(
-            f"x must have shape [{num}, ..., C] with one input per step size, got {list(x.shape)}; expand it if the "
-            "inputs are equal"
-        )
-    for name, vector in given.items():
-        if vector.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name} must be a vector of the length of x's rows, {x.shape[-1]}, got shape {list(vector.shape)}; "
-                "norms over several dimensions take them flattened"
-            )
-
-
-def check_statistics(
-    statistics: Mapping[str, Tensor], logits: Tensor, labels: Tensor, first: int, softcap: float | None
-) -> None:
-    """Refuse operands of the softmax statistics that do not fit each other.
-
-    Args:
-        statistics: by name, [T]; written.
-        logits: [T, v].
-        labels: [T].
-        first: entry of the vocabulary of column 0.
-        softcap: c, or None.
-
-    Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a shape, layout, device or number does not fit, or a written tensor overlaps another.
-    """
-    check_floats(logits=logits, **statistics)
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits must be float32 or float64, got {logits.dtype}; sums of exponentials need the digits")
-    for name, tensor in statistics.items():
-        if tensor.dtype != logits.dtype:
-            raise TypeError(f"{name} must be {logits.dtype}, as logits are, got {tensor.dtype}; convert one of them")
-    check_integers("labels", labels, logits.device, "class probabilities are not supported")
-    if logits.dim() != 2:
-        raise ValueError(
-            f"logits must be a matrix [tokens, columns], got shape {list(logits.shape)}; flatten the tokens"
-        )
-    for name, tensor in (("labels", labels), *statistics.items()):
-        if tensor.shape != logits.shape[:1]:
-            raise ValueError(
-                f"{name} must be a vector of one number per token, {logits.shape[0]}, got shape {list(tensor.shape)}; "
-                "flatten it"
-            )
-    check_no_overlap(statistics, [logits, labels])
-    if first < 0:
-        raise ValueError(f"first must not be negative, got {first}; pass the vocabulary row of the chunk's column 0")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap must be positive and finite, got {softcap}; leave it out for none")
 
 
 def _alike(tensors: Iterable[Tensor]) -> bool:

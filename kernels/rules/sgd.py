@@ -1,0 +1,27 @@
+"""SGD: b = μb + (1 − τ)g (the first step: b = g), and b, or g + μb with Nesterov's momentum.
+
+Source: the update rule that torch.optim.SGD documents.
+"""
+
+import triton
+import triton.language as tl
+
+from .._launch import load_tile
+
+STATE = ("momentum_buffer",)
+TOGETHER = ()
+NUMBERS = ("momentum", "1 - dampening")
+
+
+@triton.jit
+def update(g, state, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr):
+    """Return the update of a tile; the flag is Nesterov's momentum."""
+    momentum = tl.load(numbers)
+    undamped = tl.load(numbers + 1)
+
+    b = g
+    if state[0] is not None:
+        b = tl.fma(g, undamped, load_tile(state[0] + offsets, inside, MASKED) * momentum)
+    if FLAG:
+        b = tl.fma(b, momentum, g)
+    return b

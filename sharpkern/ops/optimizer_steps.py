@@ -1,0 +1,209 @@
+"""Weights at one or several step sizes, or sums over Δθ, with Δθ worked out of an optimizer's state."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sharpkern.ops import validation
+from sharpkern.ops.arithmetic import add_step, compute_dtype, empty_steps, output, row_chunks, step_sizes
+from sharpkern.ops.reductions import inner_product
+from sharpkern.ops.registry import Backend, operation
+from sharpkern.ops.rules import RULES, Rule
+
+# What the numbers of every rule begin with.
+SHARED_NUMBERS = ("weight_decay", "grad_factor", "rate")
+
+
+def _formed(
+    rule: str,
+    theta: Tensor,
+    grad: Tensor | None,
+    state: object,
+    alpha: Tensor | None,
+    numbers: object,
+    dtype: torch.dtype | None = None,
+    **_: object,
+) -> Tensor:
+    return empty_steps(theta, 1 if alpha is None else alpha.numel(), dtype or theta.dtype)
+
+
+@operation("optimizer_steps", fake=_formed, stepped=(4,))
+def form_step(
+    rule: str,
+    theta: Tensor,
+    grad: Tensor | None,
+    state: Sequence[Tensor | None],
+    alpha: Tensor | None,
+    numbers: Sequence[float],
+    *,
+    decoupled: bool = False,
+    flag: bool = False,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return θ + α_k Δθ, Δθ the update that an optimizer's next step would make; nothing of its state is written.
+
+    Args:
+        rule: the optimizer's rule, a name in `sharpkern.ops.rules.RULES`.
+        theta: the parameter or its master, any shape and floating dtype.
+        grad: the gradient that the optimizer has not seen yet, the shape of ``theta``; None if the state holds it.
+        state: tensors of that shape in the order of the rule's names; None for those that are not there (yet).
+        alpha: signed steps, [K]; None for Δθ itself, K = 1.
+        numbers: weight decay γ, the factor of the gradient before all else (one over the loss scale, negative to
+            maximize), the factor of Δθ (the group's learning rate over that of the reference group), and those of the
+            rule.
+        decoupled: whether γ decays the weights directly, instead of entering the gradient.
+        flag: the rule's own: nesterov of SGD, centered of RMSprop.
+        dtype: of the result; that of ``theta`` by default. Ignored when ``out`` is given.
+        out: written and returned if given, [K, *theta.shape]. With one step it may be an operand itself, by torch.
+        backend: see `sharpkern.ops`.
+
+    Returns:
+        Tensor: [K, *theta.shape]. Where α_k = 0 slice k is θ, bit for bit, if the dtype is that of ``theta``.
+
+    Raises:
+        TypeError: if a dtype does not fit, or there is no gradient where the rule needs one.
+        ValueError: if a shape or device does not fit, ``out`` overlaps itself or another operand, a number is not
+            finite, there is no such rule, or a part of what it takes is missing.
+
+    Memory:
+        The result; with the torch backend a few chunks of at most 32 MiB.
+
+    Determinism:
+        Elementwise; the same bits on every run.
+    """
+    found = _checked(rule, theta, grad, state, numbers)
+    num_steps = 1 if alpha is None else validation.check_alpha(alpha, theta.device)
+    out = output(out, theta, num_steps, dtype, (theta, grad, *state, alpha))
+    for delta, (rows, *_), targets in _updates(found, (theta, grad, *state), numbers, decoupled, flag, out.unbind()):
+        if alpha is None:
+            targets[0].copy_(delta)
+            continue
+        for target, step in zip(targets, step_sizes(alpha), strict=True):
+            target.copy_(add_step(rows.to(delta.dtype), delta, step))
+    return out
+
+
+@operation("optimizer_steps", fake=lambda rule, theta, *_, **__: theta.new_empty(2, dtype=torch.float64))
+def step_sums(
+    rule: str,
+    theta: Tensor,
+    grad: Tensor | None,
+    state: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    *,
+    decoupled: bool = False,
+    flag: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return Δθᵀg and |Δθ|², Δθ the update that an optimizer's next step would make: the state is read once.
+
+    Args:
+        rule: as `form_step` takes it, and all that follows.
+        theta: read for its decay only.
+        grad: g. It enters the update multiplied by its factor, and the sum as it is.
+        state: by the rule's names.
+        numbers: those of all rules, and those of this one.
+        decoupled: whether γ decays the weights directly.
+        flag: the rule's own.
+        backend: see `sharpkern.ops`.
+
+    Returns:
+        Tensor: [2] float64 on the device, summed in float64 over Δθ in float32 or wider.
+
+    Raises:
+        TypeError: if a dtype does not fit, or there is no gradient.
+        ValueError: what `form_step` raises.
+
+    Memory:
+        On a GPU at most 16 bytes per 8 Ki elements (2 Ki in tensors below 4 M); with the torch backend a few chunks of
+        at most 32 MiB.
+
+    Determinism:
+        Fixed order of additions; the same bits on every run.
+    """
+    if grad is None:
+        raise TypeError("grad must be a tensor, got None; the sums over a step are taken before it, with its gradient")
+    found = _checked(rule, theta, grad, state, numbers)
+    sums = [
+        torch.stack([inner_product(delta, g), inner_product(delta, delta)])
+        for delta, (_, g, *_), _ in _updates(found, (theta, grad, *state), numbers, decoupled, flag)
+    ]
+    return torch.stack(sums).sum(0)
+
+
+def _checked(
+    name: str, theta: Tensor, grad: Tensor | None, state: Sequence[Tensor | None], numbers: Sequence[float]
+) -> Rule:
+    """Return the rule, if the update of a parameter follows from what is given."""
+    rule = RULES.get(name)
+    if rule is None:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}; use a step on a copy for others")
+    names = (*SHARED_NUMBERS, *rule.numbers)
+    if len(state) != len(rule.state) or len(numbers) != len(names):
+        raise ValueError(
+            f"state and numbers must be {', '.join(rule.state)} and {', '.join(names)}, got {len(state)} and "
+            f"{len(numbers)} of them; pass None for what is not there yet"
+        )
+    given = {part: tensor for part, tensor in zip(rule.state, state, strict=True) if tensor is not None}
+    here = [part in given for part in rule.together]
+    if here and (any(here) != all(here) or (not any(here) and grad is None)):
+        raise ValueError(
+            f"{' and '.join(rule.together)} must both be given or, with a gradient, both be None, got "
+            f"{' and '.join(map(str, here))} with gradient {grad is not None}; pass the optimizer's state"
+        )
+    if grad is not None or not here:
+        given = {"grad": grad, **given}  # type: ignore[dict-item]  # what is None is refused by its name
+    validation.check_alike(theta=theta, **given)
+    validation.check_numbers(names, numbers)
+    return rule
+
+
+def _updates(
+    rule: Rule,
+    operands: tuple[Tensor | None, ...],
+    numbers: Sequence[float],
+    decoupled: bool,
+    flag: bool,
+    outputs: Sequence[Tensor] = (),
+) -> Iterator[tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]]:
+    """Yield Δθ of some rows at a time in the widest dtype, and those rows of the operands that are there and outputs.
+
+    Δθ may be the rows of an operand themselves.
+    """
+    given = [operand for operand in operands if operand is not None]
+    wide = compute_dtype(*(operand.dtype for operand in given))
+    for rows in row_chunks(*given, *outputs):
+        parts = iter(part.to(wide) for part in rows[: len(given)])
+        # By no name of its own: what was widened goes when the update is there.
+        delta = _update(
+            rule,
+            *(None if operand is None else next(parts) for operand in operands),
+            numbers=numbers,
+            decoupled=decoupled,
+            flag=flag,
+        )
+        yield delta, rows[: len(given)], rows[len(given) :]
+
+
+def _update(
+    rule: Rule,
+    theta: Tensor | None,
+    grad: Tensor | None,
+    *state: Tensor | None,
+    numbers: Sequence[float],
+    decoupled: bool,
+    flag: bool,
+) -> Tensor:
+    """Return Δθ of operands of one dtype."""
+    assert theta is not None
+    weight_decay, grad_factor, rate, *own = numbers
+    if grad is not None:
+        if grad_factor != 1:
+            grad = grad * grad_factor
+        if weight_decay != 0 and not decoupled:
+            grad = grad.add(theta, alpha=weight_decay)
+    delta = rule.update(grad, state, own, flag, theta * weight_decay if decoupled and weight_decay != 0 else None)
+    return delta * rate if rate != 1 else delta
