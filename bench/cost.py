@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sharpkern
-from sharpkern.cli.bench.side_by_side import engines
+from sharpkern.bench.models import engines
 from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.memory.counter import peak_bytes
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import sharpkern
+from sharpkern.bench.cases import BlockedError
 from sharpkern.engines import pace
 
 ROOT = Path(__file__).parents[1]
@@ -71,15 +72,15 @@ def test_engines_that_disagree_are_not_timed():
 
 
 def test_no_kernel_is_timed_whose_checks_fail_or_are_absent(monkeypatch):
-    kernels, judge = (importlib.import_module(name) for name in ("bench_kernels", "sharpkern.cli.bench.judge"))
-    monkeypatch.setattr(judge, "judge", lambda bench, passes: {"passed": passes})
-    last_fails = {kind.operation: lambda: iter([True, False]) for kind in kernels.KINDS.values()}
-    monkeypatch.setattr(kernels.Trials, "all", lambda self: last_fails)
-    for name in kernels.KINDS:
-        with pytest.raises(AssertionError, match="what is wrong is not timed"):
+    kernels, accuracy = (importlib.import_module(name) for name in ("bench_kernels", "sharpkern.bench.accuracy"))
+    monkeypatch.setattr(accuracy, "judge", lambda bench, passes: {"passed": passes})
+    last_fails = {case.operation: lambda: iter([True, False]) for case in kernels.CASES.values()}
+    monkeypatch.setattr(accuracy, "checks", lambda bench: last_fails)
+    for name in kernels.CASES:
+        with pytest.raises(BlockedError, match="did not pass the check of correctness"):
             kernels.test_speed(name, benchmark=None)
-    with pytest.raises(ValueError, match="trials must hold one trial at least, got none"):
-        list(judge.judged(kernels.BENCH, []))
+    with pytest.raises(ValueError, match="calls must hold one call at least, got none"):
+        list(accuracy.judged(kernels.BENCH, []))
 
 
 def test_the_workloads_are_of_the_sizes_they_are_named_by():
