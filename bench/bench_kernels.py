@@ -1,4 +1,4 @@
-"""The streaming kernels under pytest-benchmark: ``python -m pytest bench/bench_kernels.py``.
+"""The kernels under pytest-benchmark: ``pytest bench/ --benchmark-only``.
 
 Times on their own, for comparing two versions of a kernel with pytest-benchmark's own tools; on a GPU the Triton
 kernels, elsewhere plain torch. Shares of what the machine reaches, and everything else, are `sharpkern bench`'s.
@@ -7,33 +7,25 @@ kernels, elsewhere plain torch. Shares of what the machine reaches, and everythi
 from functools import cache
 
 import pytest
-import torch
 
-from sharpkern.cli.bench.judge import judged
-from sharpkern.cli.bench.machine import Machine
-from sharpkern.cli.bench.streaming import kinds
-from sharpkern.cli.bench.suite import Bench
-from sharpkern.cli.bench.trials import Trials
+from sharpkern.bench.accuracy import checked
+from sharpkern.bench.cases import Bench, timed
+from sharpkern.bench.timing import machine_here
 
-BENCH = Bench(Machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")), quick=True, passed=frozenset())
-KINDS = kinds(BENCH, BENCH.pick(gpu=1 << 28, cpu=1 << 20))
-
-
-@cache
-def passes(operation):
-    """Whether an operation passes its checks of correctness."""
-    return all(row["passed"] for row in judged(BENCH, Trials(BENCH).all()[operation]()))
+BENCH = Bench(machine_here(), quick=True)
+CASES = timed(BENCH, BENCH.pick(gpu=1 << 28, cpu=1 << 20))
+# Checked once for all cases of an operation.
+after_check = cache(checked)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", CASES)
 def test_speed(name, benchmark):
-    """Time one kind of call, once its operation has passed its checks."""
-    kind = KINDS[name]
-    assert passes(kind.operation), "what is wrong is not timed"
-    load = kind.build()
+    """Time one case, once its operation has passed its check: what has not is not handed out."""
+    bench = after_check(BENCH, CASES[name].operation)
+    load = CASES[name].load(bench)
 
     def call():
-        load.run(backend=BENCH.backend)
-        BENCH.machine.synchronize()
+        load.run(bench.backend)
+        bench.machine.synchronize()
 
     benchmark(call)

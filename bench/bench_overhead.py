@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import transformers
 from ledger import Sitting, append
-from runs import text
-from timing import Seconds
 from torch import Tensor
+from workloads import Seconds, text
 
 import sharpkern
 

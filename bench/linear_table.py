@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from sharpkern.cli.bench.ways import Summary, summaries
+from sharpkern.bench.report import Summary, summaries
 from sharpkern.engines.batched import NUM_PARALLEL
 from sharpkern.linear import choose
 

@@ -14,8 +14,8 @@ from typing import Any
 # The checkout, also where the package is not installed.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import growth
-import plans
+import bench_memory
+from bench_peers import FITTED, by_tokens, draw_growth, exponent
 from ledger import RESULTS, ROOT, latest
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
@@ -200,7 +200,7 @@ def _duration(seconds: float) -> str:
 
 def growing() -> str:
     """One λ_c by parameters and tokens, and the power of the parameters that it grows with."""
-    rows = growth.by_tokens(latest("peers")["growth"])
+    rows = by_tokens(latest("peers")["growth"])
     lines = [
         "| tokens | parameters | plain forward pass | one λ_c | in plain forward passes | losses evaluated | each loss "
         "| peak memory beyond θ, in θ |",
@@ -208,15 +208,15 @@ def growing() -> str:
     ]
     for tokens, of_one in rows.items():
         for row in of_one:
-            plain, search, loss = (row[column] for column in growth.FITTED)
+            plain, search, loss = (row[column] for column in FITTED)
             lines.append(
                 f"| {tokens} | {row['parameters'] / 1e6:.3g} M | {_duration(plain)} | {_duration(search)} | "
                 f"{search / plain:.1f} | {row['forwards']:g} | {_duration(loss)} | {_in_theta('peak_bytes', row)} |"
             )
-    powers = {tokens: [growth.exponent(of_one, column) for column in growth.FITTED] for tokens, of_one in rows.items()}
+    powers = {tokens: [exponent(of_one, column) for column in FITTED] for tokens, of_one in rows.items()}
     said = [
         "; ".join(f"{power[i][0]:.2f} ± {power[i][1]:.2f} at {tokens} tokens" for tokens, power in powers.items())
-        for i in range(len(growth.FITTED))
+        for i in range(len(FITTED))
     ]
     lines += [
         "",
@@ -233,7 +233,7 @@ TABLES = {
     "cost": cost,
     "kernels": kernels,
     "overhead": overhead,
-    "memory": lambda: plans.markdown(latest("memory")),
+    "memory": lambda: bench_memory.markdown(latest("memory")),
 }
 
 
@@ -248,5 +248,5 @@ def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> 
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    plans.picture(latest("memory"), RESULTS / "memory.png")
-    growth.draw(latest("peers"), PLOT)
+    bench_memory.picture(latest("memory"), RESULTS / "memory.png")
+    draw_growth(latest("peers"), PLOT)

@@ -3,9 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sharpkern._checkout import expose_kernels
+from sharpkern._checkout import expose_folders
 
-expose_kernels()
+expose_folders()
 
 __version__ = "0.1.0"
 

@@ -1,17 +1,22 @@
-"""Make ``sharpkern.kernels`` importable from a checkout, where the folder is the top-level ``kernels/``."""
+"""Make ``sharpkern.kernels`` and ``sharpkern.bench`` importable from a checkout, where their folders lie elsewhere."""
 
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
-from types import ModuleType
 
 _HERE = Path(__file__).parent
+# As pyproject.toml maps them.
+_FOLDERS = {"kernels": "kernels", "bench": "bench/harness"}
 
 
-def expose_kernels() -> None:
-    """Register ``sharpkern.kernels`` on the checkout's ``kernels/`` folder; does nothing in an installed wheel."""
-    folder = _HERE.parent / "kernels"
-    if (_HERE / "kernels").is_dir() or not folder.is_dir() or not (_HERE.parent / "pyproject.toml").is_file():
+def expose_folders() -> None:
+    """Register the checkout's folders as subpackages; does nothing in an installed wheel."""
+    if not (_HERE.parent / "pyproject.toml").is_file():
         return
-    module = ModuleType("sharpkern.kernels")
-    module.__path__ = [str(folder)]
-    sys.modules.setdefault("sharpkern.kernels", module)
+    for name, place in _FOLDERS.items():
+        folder = _HERE.parent / place
+        if folder.is_dir() and not (_HERE / name).is_dir():
+            spec = ModuleSpec(f"sharpkern.{name}", None, is_package=True)
+            spec.submodule_search_locations = [str(folder)]
+            sys.modules.setdefault(spec.name, module_from_spec(spec))

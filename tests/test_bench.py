@@ -14,12 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from sharpkern.bench import report, sitting
+from sharpkern.bench.environment import child_environment
+from sharpkern.bench.sitting import BUDGET, SECTIONS, Record, Section, plain, with_gate, without_paths
 from sharpkern.cli import app
-from sharpkern.cli.bench import runner, table
-from sharpkern.cli.bench.environment import child_environment
-from sharpkern.cli.bench.plan import BUDGET, SECTIONS, Section, with_gate
-from sharpkern.cli.bench.record import Record, plain
-from sharpkern.cli.bench.worker import without_paths
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -45,14 +43,14 @@ def invoke(*arguments):
 
 
 @pytest.fixture(scope="module")
-def sitting(tmp_path_factory):
+def one_sitting(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench") / "made" / "bench.json"
     result = invoke("--section", "linear", "--section", "compiled", "--output", output)
     return output, result
 
 
-def test_a_section_runs_behind_the_check_that_it_waits_for(sitting):
-    output, result = sitting
+def test_a_section_runs_behind_the_check_that_it_waits_for(one_sitting):
+    output, result = one_sitting
     assert result.exit_code == 0, result.output
     (record,) = json.loads(output.read_text())
     sections = record["sections"]
@@ -74,8 +72,8 @@ def test_a_section_runs_behind_the_check_that_it_waits_for(sitting):
     assert floor == {8}
 
 
-def test_the_output_ends_with_the_table_and_what_was_left_out(sitting):
-    _, result = sitting
+def test_the_output_ends_with_the_table_and_what_was_left_out(one_sitting):
+    _, result = one_sitting
     assert re.search(
         r"tokens +at once +clone and add +formed singly +products +formed +× naive +of floor", result.output
     )
@@ -88,8 +86,8 @@ def test_the_output_ends_with_the_table_and_what_was_left_out(sitting):
     assert ", 0 of them with other bits" in said
 
 
-def test_the_record_names_versions_and_neither_host_nor_paths(sitting):
-    output, _ = sitting
+def test_the_record_names_versions_and_neither_host_nor_paths(one_sitting):
+    output, _ = one_sitting
     environment = json.loads(output.read_text())[0]["environment"]
     assert environment["torch"] == torch.__version__
     assert re.fullmatch("[0-9a-f]{16}", environment["source"])
@@ -98,8 +96,8 @@ def test_the_record_names_versions_and_neither_host_nor_paths(sitting):
     assert not [value for value in environment.values() if "/" in str(value)]
 
 
-def test_a_second_call_does_only_what_is_missing(sitting, tmp_path):
-    text = sitting[0].read_text()
+def test_a_second_call_does_only_what_is_missing(one_sitting, tmp_path):
+    text = one_sitting[0].read_text()
     record = json.loads(text)
     linear = record[0]["sections"]["linear"]
     kept, failed = linear["cases"]
@@ -120,7 +118,7 @@ def test_a_second_call_does_only_what_is_missing(sitting, tmp_path):
 @pytest.fixture
 def known_machine(monkeypatch):
     """No process is started to look at the machine."""
-    monkeypatch.setattr("sharpkern.cli.bench.environment.look_from_outside", lambda limit: dict(ENVIRONMENT))
+    monkeypatch.setattr(sitting, "look_from_outside", lambda limit: dict(ENVIRONMENT))
 
 
 @pytest.mark.usefixtures("known_machine")
@@ -153,7 +151,7 @@ def test_an_interrupted_call_says_how_to_go_on(tmp_path, monkeypatch):
             lane.hear(inbox.get(timeout=60)[1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "_listen", listen)
+    monkeypatch.setattr(sitting, "_listen", listen)
     output = tmp_path / "bench.json"
     result = invoke("--section", "ceilings", "--output", output)
     assert result.exit_code == 130
@@ -278,7 +276,7 @@ def planted(tmp_path, monkeypatch):
         for name, text in modules.items():
             (tmp_path / f"{name}.py").write_text(text)
         record = Record(tmp_path / "bench.json", ENVIRONMENT, quick=True)
-        runner.run(record, sections, quick=True, budget=budget, tell=lambda line: None)
+        sitting.run(record, sections, quick=True, budget=budget, tell=lambda line: None)
         assert Record(tmp_path / "bench.json", ENVIRONMENT, quick=True).sections == record.sections
         return record
 
@@ -312,7 +310,7 @@ def test_a_fault_costs_its_own_case_and_nothing_else(planted, tmp_path, capsys):
     assert cases["dies"]["error"] == "ended with code 7: last words"
     assert cases["hangs"]["error"] == "no sign of life for 1 s"
     assert not alive(int((tmp_path / "pid").read_text()))
-    table.show(record, [Section("planted", "Planted", "faulty", limit=50, patience=1)])
+    report.show(record, [Section("planted", "Planted", "faulty", limit=50, patience=1)])
     said = capsys.readouterr().out
     assert "planted: incomplete, 2 of 6 cases" in said
     assert "  dies: CRASHED: ended with code 7: last words" in said
@@ -322,17 +320,15 @@ def test_a_fault_costs_its_own_case_and_nothing_else(planted, tmp_path, capsys):
 KILLED = """
 import os
 from pathlib import Path
-from sharpkern.cli.bench import runner
-from sharpkern.cli.bench.plan import Section
-from sharpkern.cli.bench.record import Record
+from sharpkern.bench.sitting import Record, Section, run
 
 record = Record(Path("killed.json"), {"gpu": None}, quick=True)
 section = Section("planted", "Planted", "faulty", limit=600, patience=600)
-runner.run(record, [section], quick=True, budget=600, tell=lambda line: None)
+run(record, [section], quick=True, budget=600, tell=lambda line: None)
 """
 
 
-def test_a_killed_bench_leaves_a_record_and_no_process(tmp_path):
+def test_a_killed_bench_leaves_a_record_and_no_process(tmp_path, monkeypatch):
     (tmp_path / "faulty.py").write_text(PLANTED)
     environment = {**child_environment(), "PYTHONPATH": f"{child_environment()['PYTHONPATH']}{os.pathsep}{tmp_path}"}
     bench = subprocess.Popen([sys.executable, "-c", KILLED], cwd=tmp_path, env=environment)
@@ -346,6 +342,15 @@ def test_a_killed_bench_leaves_a_record_and_no_process(tmp_path):
     cases = json.loads((tmp_path / "killed.json").read_text())[0]["sections"]["planted"]["cases"]
     assert cases["dies"]["status"] == "crashed"
     assert cases["fine"]["rows"] == [{"value": 1}]
+    # Started again it goes on.
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    record = Record(tmp_path / "killed.json", {"gpu": None}, quick=True)
+    assert record.resumed
+    section = Section("planted", "Planted", "faulty", limit=50, patience=1)
+    sitting.run(record, [section], quick=True, budget=50, tell=lambda line: None)
+    assert record.cases("planted")["fine"] == cases["fine"]
+    assert record.done("planted") == ["fine", "last"]
 
 
 def eventually(condition, seconds=40.0):
@@ -384,13 +389,13 @@ def test_a_section_that_cannot_begin_says_why_once(planted):
 
 WRONG_FORM = """
 from sharpkern import ops
-from sharpkern.cli.bench import correctness
+from sharpkern.bench import accuracy
 
 right = ops.form
 ops.form = lambda *operands, **options: right(*operands, **options).mul_(1.01)
 
 def cases(bench):
-    return {name: case for name, case in correctness.cases(bench).items() if name in ("axpy_", "form")}
+    return {name: case for name, case in accuracy.cases(bench).items() if name in ("axpy_", "form")}
 """
 TIMED = """
 def cases(bench):

@@ -9,25 +9,25 @@ import pytest
 import torch
 
 from sharpkern import ops
-from sharpkern.cli.bench import environment, machine, table, views
-from sharpkern.cli.bench.environment import child_environment
-from sharpkern.cli.bench.judge import Trial, judge, poisoned
-from sharpkern.cli.bench.machine import Machine, Timing
-from sharpkern.cli.bench.plan import SECTIONS
-from sharpkern.cli.bench.record import Record
-from sharpkern.cli.bench.scene import fitting
-from sharpkern.cli.bench.suite import Bench
+from sharpkern.bench import environment, report, timing
+from sharpkern.bench.accuracy import judge, poisoned
+from sharpkern.bench.cases import Bench, Call
+from sharpkern.bench.environment import child_environment
+from sharpkern.bench.models import fitting
+from sharpkern.bench.report import Column, Table
+from sharpkern.bench.sitting import SECTIONS, Record
+from sharpkern.bench.timing import Machine, Timing
 from tests.test_bench import GPU
 
-CPU = Bench(Machine(torch.device("cpu")), quick=True, passed=frozenset())
+CPU = Bench(Machine(torch.device("cpu")), quick=True)
 
 
-# -- the judge --------------------------------------------------------------------------------------------------------
+# -- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-def form_trial(repeated=True):
+def form_call(repeated=True):
     W, D = (CPU.machine.randn(100, seed=seed) for seed in range(2))
-    return Trial("form", (W, D, torch.tensor([-0.5])), {"size": 100}, repeated=repeated)
+    return Call("form", (W, D, torch.tensor([-0.5])), {"size": 100}, nbytes=1200, repeated=repeated)
 
 
 def replace_form(monkeypatch, change):
@@ -36,7 +36,7 @@ def replace_form(monkeypatch, change):
 
 
 def test_a_right_operation_passes():
-    row = judge(CPU, form_trial())
+    row = judge(CPU, form_call())
     assert row["passed"]
     assert row["repeats"] == 3
     assert row["error_of_budget"] <= 1
@@ -61,7 +61,7 @@ def unwritten(formed):
 )
 def test_a_wrong_result_is_found(change, monkeypatch):
     replace_form(monkeypatch, change)
-    row = judge(CPU, form_trial(repeated=False))
+    row = judge(CPU, form_call(repeated=False))
     assert not row["passed"]
     assert row["error_of_budget"] > 1
 
@@ -81,7 +81,7 @@ def test_bits_that_change_between_runs_are_found(monkeypatch):
         return formed if len(calls) % 2 else torch.nextafter(formed, torch.zeros(()))
 
     replace_form(monkeypatch, racing)
-    row = judge(CPU, form_trial())
+    row = judge(CPU, form_call())
     assert row["repeats_with_other_bits"] > 0
     assert not row["passed"]
 
@@ -140,8 +140,8 @@ def test_the_host_gets_ahead_of_the_gpu(host_seconds, cycles, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(machine, "_seconds", lambda variant, call: host_seconds)
-    monkeypatch.setattr(machine, "_WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_seconds", lambda variant, call: host_seconds)
+    monkeypatch.setattr(timing, "_WARM_UP_SECONDS", 0.0)
     Machine(torch.device("cuda")).time({"call": lambda call: None}, seconds=0.0)
     assert slept[0] == 4e5
     assert set(slept[1:]) == {cycles}
@@ -185,11 +185,11 @@ def test_without_a_gpu_only_a_quick_sitting_has_a_model_too_small_to_judge_by():
 
 def test_shares_are_held_against_their_targets():
     row = {"target": 0.92, "accept": 0.85}
-    assert [views.verdict({**row, "share": share}) for share in (0.93, 0.9, 0.8)] == ["reached", "accepted", "MISSED"]
-    assert views.verdict({"beyond_plain": 3, "most_beyond_plain": 2}) == "MISSED"
-    assert views.verdict({"total_bytes": 2, "most_total_bytes": 2}) == "reached"
-    assert views.verdict({"total_bytes": 3, "most_total_bytes": 2}) == "MISSED"
-    assert views.verdict({"share": 0.5}) == ""
+    assert [report.verdict({**row, "share": share}) for share in (0.93, 0.9, 0.8)] == ["reached", "accepted", "MISSED"]
+    assert report.verdict({"beyond_plain": 3, "most_beyond_plain": 2}) == "MISSED"
+    assert report.verdict({"total_bytes": 2, "most_total_bytes": 2}) == "reached"
+    assert report.verdict({"total_bytes": 3, "most_total_bytes": 2}) == "MISSED"
+    assert report.verdict({"share": 0.5}) == ""
 
 
 def way(name, share, tokens=16, **more):
@@ -202,7 +202,7 @@ def done(*rows):
 
 
 def test_the_table_of_a_gpu(tmp_path, capsys):
-    timing = {"median": 2e-3, "p20": 1e-3, "p80": 3e-3, "rounds": 5, "host": 1e-4}
+    seconds = {"median": 2e-3, "p20": 1e-3, "p80": 3e-3, "rounds": 5, "host": 1e-4}
     judged = {"target": 0.92, "accept": 0.85}
     size = {"model": "7B", "parameters": 7_298_000_000, "tokens": 4096, "moments": "float32"}
     cases = {
@@ -216,9 +216,9 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
         },
         "streaming": {
             "axpy": done(
-                {"variant": "triton", "share": 0.95, **judged, **timing},
-                {"variant": "triton again", "share": 0.94, **timing},
-                {"variant": "torch", "share": 0.31, **timing},
+                {"variant": "triton", "share": 0.95, **judged, **seconds},
+                {"variant": "triton again", "share": 0.94, **seconds},
+                {"variant": "torch", "share": 0.31, **seconds},
             ),
             "reduce": {"status": "blocked", "error": "not timed", "rows": []},
         },
@@ -232,12 +232,12 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
                     "allocated": 10**8,
                     "vocabulary": 100352,
                     "width": 4096,
-                    **timing,
+                    **seconds,
                 }
             )
         },
         "model": {
-            "plain forward": done({"variant": "plain", "plain_ms": 94.0, **size, **timing, "median": 0.094}),
+            "plain forward": done({"variant": "plain", "plain_ms": 94.0, **size, **seconds, "median": 0.094}),
             "in place": done(
                 {"engine": "inplace", "sharpness": 12.5, "passed": True},
                 {
@@ -294,7 +294,7 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
     record = Record(tmp_path / "bench.json", GPU, quick=False)
     for name, found in cases.items():
         record.sections[name] = {"status": "done", "cases": found}
-    table.show(record, SECTIONS)
+    report.show(record, SECTIONS)
     said = capsys.readouterr().out
     assert "NVIDIA H200: driver 580, torch 2, triton 3.6.0, sharpkern 0 (c0ffee)" in said
     for words in (
@@ -320,24 +320,25 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
     assert judged in " ".join(said.split())
     # No row has such a figure.
     assert "beyond plain GB" not in said
-    assert max(map(len, said.splitlines())) <= table.WIDTH
+    assert max(map(len, said.splitlines())) <= report.WIDTH
 
 
 def test_columns_that_nothing_fills_are_left_out():
-    view = views.View(["kernel", "host ms", "ms"], [["axpy", "", "1"], ["form", "", ""]], "about")
-    assert view.filled() == views.View(["kernel", "ms"], [["axpy", "1"], ["form", ""]], "about")
+    columns = [Column(name, lambda row, name=name: row.get(name, "")) for name in ("kernel", "host ms", "ms")]
+    table = Table(columns, lambda rows: [{"kernel": "axpy", "ms": "1"}, {"kernel": "form"}], lambda lines: "about")
+    assert table.filled({}) == ([columns[0], columns[2]], [["axpy", "1"], ["form", ""]], "about")
 
 
 @pytest.mark.parametrize(
     ("value", "said"), [(0.07123, "0.0712"), (1.0, "1.00"), (34.56, "34.6"), (4300.4, "4300"), (0.0, "0")]
 )
 def test_numbers_have_three_digits(value, said):
-    assert views.significant(value) == said
+    assert report.significant(value) == said
 
 
 def test_a_model_too_small_for_its_calls_is_said_to_be():
     size = {"variant": "plain", "model": "tiny", "tokens": 64, "moments": "float32", "median": 1e-3}
-    about = [views.model({"plain forward": [{**size, "parameters": 10**n}]}).about for n in (5, 7)]
+    about = [report.TABLES["model"].filled({"plain forward": [{**size, "parameters": 10**n}]})[2] for n in (5, 7)]
     assert [text.endswith("fixed costs per call dominate") for text in about] == [True, False]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import sharpkern
+from sharpkern.bench.cases import BlockedError
 from sharpkern.engines import pace
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def test_the_base_loss_has_a_pass_of_its_own_or_a_place_in_the_first(num_paralle
 
 
 def test_cost_is_of_searches_that_found_the_same():
-    cost = importlib.import_module("cost")
+    cost = importlib.import_module("bench_line_search")
     (row, batched, inplace) = cost.cost_rows(cost.workloads(quick=True)[0])
     assert [row["engine"], batched["engine"], inplace["engine"]] == ["virtual", "batched", "inplace"]
     assert batched["passes"] < row["passes"] == row["forwards"] < batched["forwards"]
@@ -57,7 +58,7 @@ def test_cost_is_of_searches_that_found_the_same():
 
 
 def test_engines_that_disagree_are_not_timed():
-    cost = importlib.import_module("cost")
+    cost = importlib.import_module("bench_line_search")
 
     def found(*lrs, status="converged"):
         return [cost._Search(lr, status, 3, 3, 0.1) for lr in lrs]
@@ -71,19 +72,19 @@ def test_engines_that_disagree_are_not_timed():
 
 
 def test_no_kernel_is_timed_whose_checks_fail_or_are_absent(monkeypatch):
-    kernels, judge = (importlib.import_module(name) for name in ("bench_kernels", "sharpkern.cli.bench.judge"))
-    monkeypatch.setattr(judge, "judge", lambda bench, passes: {"passed": passes})
-    last_fails = {kind.operation: lambda: iter([True, False]) for kind in kernels.KINDS.values()}
-    monkeypatch.setattr(kernels.Trials, "all", lambda self: last_fails)
-    for name in kernels.KINDS:
-        with pytest.raises(AssertionError, match="what is wrong is not timed"):
+    kernels, accuracy = (importlib.import_module(name) for name in ("bench_kernels", "sharpkern.bench.accuracy"))
+    monkeypatch.setattr(accuracy, "judge", lambda bench, passes: {"passed": passes})
+    last_fails = {case.operation: lambda: iter([True, False]) for case in kernels.CASES.values()}
+    monkeypatch.setattr(accuracy, "checks", lambda bench: last_fails)
+    for name in kernels.CASES:
+        with pytest.raises(BlockedError, match="did not pass the check of correctness"):
             kernels.test_speed(name, benchmark=None)
-    with pytest.raises(ValueError, match="trials must hold one trial at least, got none"):
-        list(judge.judged(kernels.BENCH, []))
+    with pytest.raises(ValueError, match="calls must hold one call at least, got none"):
+        list(accuracy.judged(kernels.BENCH, []))
 
 
 def test_the_workloads_are_of_the_sizes_they_are_named_by():
-    cost = importlib.import_module("cost")
+    cost = importlib.import_module("bench_line_search")
     sizes = []
     for workload in cost.workloads(quick=False):
         with torch.device("meta"):
@@ -184,7 +185,7 @@ def test_memory_of_peers_is_what_they_hold(compared):
 
 
 def test_a_peer_that_fails_is_told_of(monkeypatch):
-    bench, gpts = importlib.import_module("bench_peers"), importlib.import_module("gpts")
+    bench, gpts = importlib.import_module("bench_peers"), importlib.import_module("workloads")
     training = gpts.Training("tiny", 1)
 
     def broken():
@@ -197,7 +198,7 @@ def test_a_peer_that_fails_is_told_of(monkeypatch):
 
 
 def test_the_published_method_is_as_described():
-    published, gpts = importlib.import_module("published"), importlib.import_module("gpts")
+    published, gpts = importlib.import_module("other_methods"), importlib.import_module("workloads")
     training = gpts.Training("tiny", 10)
     for _ in range(20):
         training.begin(32)
@@ -212,17 +213,17 @@ def test_the_published_method_is_as_described():
     exact = sharpkern.critical_sharpness(training.model, loss_fn, direction, rtol=1e-4).critical_lr
     # From just below half of it: doubled twice, then the bracket of a ratio of 2 is halved four times.
     loss_fn.calls = 0
-    found = published.critical_lr(training.model, training.optimizer, loss_fn, 0.45 * exact)
+    found = published.published_critical_lr(training.model, training.optimizer, loss_fn, 0.45 * exact)
     assert found.critical_lr == pytest.approx(exact, rel=1 / 32)
     assert found.forwards == loss_fn.calls == 1 + 3 + 4
     # From far above it: halved until the loss does not exceed.
-    found = published.critical_lr(training.model, training.optimizer, loss_fn, 4.1 * exact)
+    found = published.published_critical_lr(training.model, training.optimizer, loss_fn, 4.1 * exact)
     assert found.critical_lr == pytest.approx(exact, rel=1 / 32)
     assert all(map(torch.equal, before, training.model.parameters()))
 
 
 def test_growth_is_a_power_of_the_parameters():
-    growth = importlib.import_module("growth")
+    growth = importlib.import_module("bench_peers")
     exact = [{"parameters": n, "seconds": 3e-9 * n**1.02} for n in (10**6, 10**7, 10**8)]
     assert growth.exponent(exact, "seconds") == pytest.approx((1.02, 0), abs=1e-9)
     exact[1]["seconds"] *= 1.2
@@ -232,8 +233,8 @@ def test_growth_is_a_power_of_the_parameters():
 
 
 def test_growth_is_measured_and_drawn(tmp_path):
-    growth = importlib.import_module("growth")
-    rows = growth.rows(quick=True)
+    growth = importlib.import_module("bench_peers")
+    rows = growth.growth_rows(quick=True)
     assert [(row["model"], row["tokens"]) for row in rows] == [
         (model, tokens) for model in ("tiny", "small", "1M") for tokens in (8, 32)
     ]
@@ -242,8 +243,9 @@ def test_growth_is_measured_and_drawn(tmp_path):
         assert 3 <= row["forwards"] <= 40
         assert row["parameter_bytes"] == 4 * row["parameters"] < row["peak_bytes"]
         assert row["search_seconds"] > row["seconds_per_loss"] > 0
-    growth.draw({"growth": rows}, tmp_path / "growth.png")
-    assert Image.open(tmp_path / "growth.png").text["Description"] == growth.source({"growth": rows})
+    assert growth.growth_table(rows).row_count == len(rows) + 2
+    growth.draw_growth({"growth": rows}, tmp_path / "growth.png")
+    assert Image.open(tmp_path / "growth.png").text["Description"] == growth.growth_source({"growth": rows})
 
 
 def test_the_ledger_keeps_what_it_has(tmp_path):
@@ -304,7 +306,7 @@ def test_a_critical_sharpness_costs_at_most_four_and_a_half_forward_passes(measu
 
 @pytest.mark.parametrize("tokens", [32, 256, 1024])
 def test_cost_grows_with_the_parameters_as_a_line(measured, tokens):
-    growth = importlib.import_module("growth")
+    growth = importlib.import_module("bench_peers")
     rows = growth.by_tokens(measured["growth"])[tokens]
     assert [row["model"] for row in rows] == ["1M", "4M", "14M", "30M", "100M"]
     for column in ("search_seconds", "seconds_per_loss"):
@@ -313,5 +315,5 @@ def test_cost_grows_with_the_parameters_as_a_line(measured, tokens):
 
 
 def test_the_plot_is_of_the_ledger(measured):
-    growth = importlib.import_module("growth")
-    assert Image.open(ROOT / "bench" / "results" / "growth.png").text["Description"] == growth.source(measured)
+    growth = importlib.import_module("bench_peers")
+    assert Image.open(ROOT / "bench" / "results" / "growth.png").text["Description"] == growth.growth_source(measured)

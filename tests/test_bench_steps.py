@@ -7,22 +7,21 @@ import pytest
 import torch
 
 from sharpkern import ops
-from sharpkern.cli.bench import linear, passes
-from sharpkern.cli.bench.judge import judge
-from sharpkern.cli.bench.language_model import TINY
-from sharpkern.cli.bench.machine import Machine
-from sharpkern.cli.bench.suite import Bench, BlockedError
-from sharpkern.cli.bench.trials import Trials, fused_linear
-from sharpkern.cli.bench.ways import summaries
+from sharpkern.bench import linear, whole_model
+from sharpkern.bench.accuracy import judge
+from sharpkern.bench.cases import Bench, BlockedError, checks, fused_linear
+from sharpkern.bench.models import SMALL, TINY
+from sharpkern.bench.report import summaries
+from sharpkern.bench.timing import Machine
 from sharpkern.errors import EngineUnsupportedError
 
 GATE = frozenset({"form", "embedding", "linear_cross_entropy"})
 CPU = Bench(Machine(torch.device("cpu")), quick=True, passed=GATE)
 
 
-def rows_of(module, name, bench=CPU):
+def rows_of(cases, name, bench=CPU):
     with torch.no_grad():
-        return list(module.cases(bench)[name]())
+        return list(cases(bench)[name]())
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +29,14 @@ def _short(monkeypatch):
     """No figure is looked at: as few rounds as there can be."""
     real = Machine.time
     monkeypatch.setattr(Machine, "time", lambda machine, variants, seconds: real(machine, variants, 0.0))
-    monkeypatch.setattr(passes, "_REPEATS", 2)
+    monkeypatch.setattr(whole_model, "_PASS_REPEATS", 2)
 
 
 # -- the linear layer -------------------------------------------------------------------------------------------------
 
 
 def test_every_way_is_right_and_every_row_says_what_it_is_of():
-    rows = rows_of(linear, "384x384 M=8")
+    rows = rows_of(linear.cases, "384x384 M=8")
     checked = [row for row in rows if "error" in row]
     assert all(row["passed"] and row["error"] < 1e-6 for row in checked)
     timed = [row for row in rows if "variant" in row]
@@ -60,7 +59,7 @@ def test_a_way_that_is_wrong_is_not_timed(mistake, monkeypatch):
         return y * 1.001 if mistake == "off by a thousandth" else y
 
     monkeypatch.setattr(linear, "moving_linear", wrong)
-    rows = rows_of(linear, "384x384 M=8")
+    rows = rows_of(linear.cases, "384x384 M=8")
     refused = {row["way"] for row in rows if row.get("passed") is False}
     assert refused == ({"products"} if mistake == "of the wrong step" else {"products", "formed"})
     assert not refused & {row["way"] for row in rows if "variant" in row}
@@ -93,12 +92,12 @@ def test_the_check_of_the_fused_layer_finds_one_wrong_step(num_steps, monkeypatc
         y[-1] = right(x, W, D, alpha + 0.05, **options)[-1]
         return y
 
-    trials = list(Trials(CPU).all()[fused_linear(num_steps)]())
-    assert all(judge(CPU, trial)["passed"] for trial in trials)
-    assert {len(trial.operands[0]) for trial in trials} == {1, num_steps}
-    assert any(trial.repeated for trial in trials)
+    calls = list(checks(CPU)[fused_linear(num_steps)]())
+    assert all(judge(CPU, call)["passed"] for call in calls)
+    assert {len(call.operands[0]) for call in calls} == {1, num_steps}
+    assert any(call.repeated for call in calls)
     monkeypatch.setattr(ops, "linear", wrong)
-    assert not any(judge(CPU, trial)["passed"] for trial in trials)
+    assert not any(judge(CPU, call)["passed"] for call in calls)
 
 
 # -- summaries --------------------------------------------------------------------------------------------------------
@@ -127,13 +126,13 @@ def test_a_summary_is_the_median_over_shapes():
 def test_the_two_largest_models_that_fit_are_taken():
     def names(gigabytes):
         machine = SimpleNamespace(is_gpu=True, memory=gigabytes * 10**9)
-        return [preset.name for preset in passes._sizes(SimpleNamespace(machine=machine))[0]]
+        return [preset.name for preset in whole_model._sizes(SimpleNamespace(machine=machine))[0]]
 
     assert [names(140), names(24), names(2)] == [["7B", "1.5B"], ["1.5B", "0.2B"], ["0.2B"]]
 
 
 def test_a_pass_of_both_engines_is_timed_once_their_losses_agree():
-    rows = rows_of(passes, "tiny, 16 tokens")
+    rows = rows_of(whole_model.passes, "tiny, 16 tokens")
     assert rows[1]["passed"]
     assert 0 <= rows[1]["difference"] < 1e-6
     virtual, batched = rows[2:]
@@ -158,10 +157,10 @@ def test_one_model_exists_at_a_time(monkeypatch):
         made.append(weakref.ref(scene))
         return scene
 
-    monkeypatch.setattr(passes, "_Scene", make)
-    monkeypatch.setattr(passes, "_sizes", lambda bench: ([TINY, passes.SMALL], (1, 2)))
-    monkeypatch.setattr(passes, "_timed", lambda scene, num_tokens: [scene.name, num_tokens])
-    found = [case() for case in passes.cases(CPU).values()]
+    monkeypatch.setattr(whole_model, "Moving", make)
+    monkeypatch.setattr(whole_model, "_sizes", lambda bench: ([TINY, SMALL], (1, 2)))
+    monkeypatch.setattr(whole_model, "_passes", lambda scene, num_tokens: [scene.name, num_tokens])
+    found = [case() for case in whole_model.passes(CPU).values()]
     assert found == [["tiny", 1], ["tiny", 2], ["small", 1], ["small", 2]]
     assert len(made) == 2
 
@@ -169,20 +168,20 @@ def test_one_model_exists_at_a_time(monkeypatch):
 def test_a_model_waits_for_the_checks_of_its_operations():
     unchecked = Bench(CPU.machine, quick=True, passed=frozenset())
     with pytest.raises(BlockedError, match="form, embedding, linear_cross_entropy did not pass"):
-        passes.cases(unchecked)["tiny, 16 tokens"]()
+        whole_model.passes(unchecked)["tiny, 16 tokens"]()
 
 
 def test_losses_that_differ_or_do_not_move_are_no_agreement():
-    assert passes._agreement([1.0, 2.0], [1.0, 2.0], 1e-5)["passed"]
-    assert not passes._agreement([1.0, 2.0], [1.0, 2.001], 1e-5)["passed"]
-    assert not passes._agreement([1.0, 1.0], [1.0, 1.0], 1e-5)["passed"]
+    assert whole_model._batched_agrees([1.0, 2.0], [1.0, 2.0], 1e-5)["passed"]
+    assert not whole_model._batched_agrees([1.0, 2.0], [1.0, 2.001], 1e-5)["passed"]
+    assert not whole_model._batched_agrees([1.0, 1.0], [1.0, 1.0], 1e-5)["passed"]
 
 
 def test_passes_of_other_losses_are_not_timed(monkeypatch):
-    right = passes.BatchedEngine.losses
+    right = whole_model.BatchedEngine.losses
     wrong = lambda engine, step_sizes: [1.001 * loss for loss in right(engine, step_sizes)]
-    monkeypatch.setattr(passes.BatchedEngine, "losses", wrong)
-    *_, last = rows_of(passes, "tiny, 16 tokens")
+    monkeypatch.setattr(whole_model.BatchedEngine, "losses", wrong)
+    *_, last = rows_of(whole_model.passes, "tiny, 16 tokens")
     assert last["passed"] is False
     assert last["difference"] == pytest.approx(1e-3, rel=0.01)
 
@@ -195,7 +194,7 @@ def test_what_cannot_be_timed_is_said(error, outcome, monkeypatch):
     def fail(engine, step_sizes):
         raise error
 
-    monkeypatch.setattr(passes.BatchedEngine, "losses", fail)
-    *_, last = rows_of(passes, "tiny, 16 tokens")
+    monkeypatch.setattr(whole_model.BatchedEngine, "losses", fail)
+    *_, last = rows_of(whole_model.passes, "tiny, 16 tokens")
     assert (last["variant"], last["outcome"]) == ("batched", outcome)
     assert "pass_ms" not in last

@@ -150,7 +150,7 @@ def test_the_error_of_an_extrapolated_value_covers_what_the_part_in_h_squared_le
 def test_the_error_covers_the_truth_in_training(monkeypatch):
     """MLP on digits and GPT on bytes, float32 against the exact product in float64."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
-    for run in importlib.import_module("runs").standard_runs(quick=True):
+    for run in importlib.import_module("workloads").standard_runs(quick=True):
         points = [
             [value_at(point, torch.float64, "hvp"), *(value_at(point, torch.float32, m) for m in ("forward", "hvp"))]
             for point in dataclasses.replace(run, measured=run.measured[::3]).points()

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 
 import sharpkern
 from sharpkern import ops
-from sharpkern.cli.bench.judge import judged
-from sharpkern.cli.bench.machine import Machine
-from sharpkern.cli.bench.suite import Bench
-from sharpkern.cli.bench.trials import Trials
+from sharpkern.bench.accuracy import judged
+from sharpkern.bench.cases import Bench, checks
+from sharpkern.bench.timing import Machine
 from tests.cases import CASES, TORCH_CASES, Case, tokens
 from tests.models import GPT
 from tests.oracle import LossFn, assert_as_exact_as_copies, deep_copy_losses, engine_losses, random_direction
@@ -136,8 +135,8 @@ def test_auto_takes_the_kernels_here() -> None:
 
 
 def test_every_kernel_agrees_with_float64_and_with_itself() -> None:
-    bench = Bench(Machine(torch.device(DEVICE)), quick=True, passed=frozenset())
-    rows = [row for trials in Trials(bench).all().values() for row in judged(bench, trials())]
+    bench = Bench(Machine(torch.device(DEVICE)), quick=True)
+    rows = [row for calls in checks(bench).values() for row in judged(bench, calls())]
     assert [row for row in rows if not row["passed"]] == []
 
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "sharpkern"
 
 # From the outermost room inwards: a module imports its own room and rooms further in, never outwards.
 ROOMS = {
-    "command line and frameworks": ["cli", "integrations"],
+    "command line and frameworks": ["cli", "bench", "integrations"],
     "loop": ["monitor", "mixture", "sweep", "_marks", "mixture_plot", "plot", "memory"],
     "quantities": [
         "critical",

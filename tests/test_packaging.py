@@ -20,7 +20,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is needed to build, so that building leaves the checkout alone."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("sharpkern", "kernels"):
+    for name in ("sharpkern", "kernels", "bench/harness"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -49,8 +49,9 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
         (top_level,) = [archive.read(name) for name in names if name.endswith("top_level.txt")]
     assert top_level.split() == [b"sharpkern"]
     kernels = {f"sharpkern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
-    assert len(kernels) > 1
-    assert kernels <= set(names)
+    harness = {f"sharpkern/bench/{path.name}" for path in (ROOT / "bench" / "harness").glob("*.py")}
+    assert min(len(kernels), len(harness)) > 1
+    assert kernels | harness <= set(names)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sharpkern").rglob("*.py")}
     assert modules <= set(names)
     assert "sharpkern/py.typed" in names
@@ -60,7 +61,10 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("options", [(), ("-e",)], ids=["plain", "editable"])
 def test_installed_kernels_are_found(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     python = install(source, tmp_path / "venv", *options)
-    program = "import sharpkern, sharpkern.kernels.rules.adam, sharpkern.kernels.form as form; print(form.__file__)"
+    program = (
+        "import sharpkern, sharpkern.bench.cases, sharpkern.kernels.rules.adam, sharpkern.kernels.form as form; "
+        "print(form.__file__)"
+    )
     found = run(python, "-c", program, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     expected = source / "kernels" if options else tmp_path / "venv"

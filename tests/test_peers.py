@@ -8,14 +8,14 @@ import pytest
 import torch
 from hessian_eigenthings import HessianOperator
 
-MISSING = "is not of the extra `peers`: bench/peers.py says why, and how to install it"
+MISSING = "is not of the extra `peers`: bench/other_methods.py says why, and how to install it"
 
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """bench/peers.py."""
+    """bench/other_methods.py."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
-    return importlib.import_module("peers")
+    return importlib.import_module("other_methods")
 
 
 def test_hessian_eigenthings_agrees(peers: ModuleType) -> None:

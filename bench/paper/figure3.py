@@ -17,11 +17,11 @@ import torch
 from facts import bound, by_run, close, median, no_value, number, ratios, sentences, times
 from gauge import TOLERANCE, Gauge
 from panels import Curve, draw_runs
-
-# Beside the folder of this script; scaffold has put it on the path.
-from runs import GPT, Run, text, token_loss
 from scaffold import Figure, Order, Piece, Row, main
 from torch import Tensor
+
+# Beside the folder of this script; scaffold has put it on the path.
+from workloads import GPT, Run, text, token_loss
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 FULL = {"num_steps": 600, "warmup": 100, "decay": 150, "batch_size": 16}

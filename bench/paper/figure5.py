@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from corpora import apart, byte_rows, code, english
 from mix_words import TASKS, changes, findings, sweep_of
-from runs import GPT, token_loss
 from scaffold import Figure, Order, Piece, Row, main
 from torch import Tensor, nn
+from workloads import GPT, token_loss
 
 import sharpkern
 from sharpkern.mixture_plot import draw_mixture

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from sharpkern.bench.accuracy import bits as bits
+from sharpkern.bench.accuracy import excess
+
 SIZES = (0, 1, 63, 127, 1000, 4097)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,18 +28,8 @@ def assert_within_budget(got: Tensor, exact: Tensor, in_torch: Tensor, *, roundi
     """
     assert got.shape == exact.shape == in_torch.shape
     assert got.dtype == in_torch.dtype
-    info = torch.finfo(got.dtype)
-    unit = info.eps * exact.abs() + info.smallest_normal * info.eps
-    # A hundredth more: fp32 arithmetic followed by a rounding to 16 bits rounds twice.
-    budget = (in_torch.double() - exact).abs() + 1.01 * roundings * unit + floor
-    error = (got.double() - exact).abs()
-    excess = (error / budget.clamp(min=torch.finfo(torch.float64).tiny)).max().item() if error.numel() else 0.0
-    assert excess <= 1, f"largest error is {excess:.3g} times its budget"
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns of a floating tensor, to compare signs of zero and NaN as well."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    worst = excess(got, exact, in_torch, roundings=roundings, floor=floor)
+    assert worst <= 1, f"largest error is {worst:.3g} times its budget"
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""``python -m sharpkern.cli.bench``, for a checkout that is not installed."""
+"""``python -m sharpkern.bench``, for a checkout that is not installed."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""Time and memory of calls, the same way on a GPU and without one.
+"""Time and memory of calls, the same way on a GPU and on a CPU, and what the machine reaches at most.
 
 A GPU is timed by events around each call, with the host running ahead of it; a CPU by its clock. Variants take turns in
 changing order, so that heat, clocks and other load meet all of them alike.
@@ -7,44 +7,37 @@ changing order, so that heat, clocks and other load meet all of them alike.
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sharpkern.cli.bench.record import Json
+if TYPE_CHECKING:
+    from .cases import Bench
 
-# A variant is called with the number of the call, by which it rotates its buffers: what another variant has just used
-# must not be in the cache for it.
+Json = dict[str, Any]
+# A variant is called with the number of the call and rotates its buffers by it: what another variant has just used must
+# not be in the cache.
 Variant = Callable[[int], object]
 
-
-# Before a timed call the GPU idles while the host gets ahead, so that launches are not timed with it: at least and at
-# most these seconds, and else half as long again as the host took for the call the last time.
+# Before a timed call the GPU sleeps while the host gets ahead, so that launches are not timed with it: at least and at
+# most these seconds, otherwise half as long again as the host took for the last call.
 _HEAD_START, _LONGEST_HEAD_START = 2e-4, 2e-2
 _CYCLES_PER_SECOND = 2e9
-
 # Rounds, and seconds on a GPU, whose clock has come down while the process started.
 _WARM_UP, _WARM_UP_SECONDS = 2, 0.2
 
 
 def each_call(function: Callable[[], object]) -> Variant:
-    """Return a function that has no buffers to rotate as a variant to time."""
+    """Return a function without buffers to rotate as a variant."""
     return lambda _: function()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, the 20th and the 80th percentile of the rounds.
-
-    Attributes:
-        median: seconds; on a GPU of the device alone.
-        p20: seconds.
-        p80: seconds.
-        rounds: how many calls were timed.
-        host: seconds that the host takes to tell the GPU what to do, the median; None on a CPU.
-    """
+    """Seconds of one call: median, 20th and 80th percentile of the rounds; ``host`` is the launch, None on a CPU."""
 
     median: float
     p20: float
@@ -67,12 +60,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Peak:
-    """Most bytes that a call took above what was there before it, as tensors and as reserved by the allocator.
-
-    Attributes:
-        allocated: bytes.
-        reserved: bytes.
-    """
+    """Most bytes that a call took on top of what was there: as tensors, and as reserved by the allocator."""
 
     allocated: int
     reserved: int
@@ -84,11 +72,7 @@ def peak_fields(peak: Peak | None) -> Json:
 
 
 class Machine:
-    """The device under test.
-
-    Args:
-        device: a CUDA device (HIP too), or the CPU.
-    """
+    """The device under test: a CUDA or HIP device, or the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -96,19 +80,19 @@ class Machine:
 
     @property
     def runs_kernels(self) -> bool:
-        """Whether Triton kernels run here: on a GPU, and on the CPU under Triton's interpreter."""
+        """Whether Triton kernels run here: on a GPU, and on a CPU under Triton's interpreter."""
         return self.is_gpu or os.environ.get("TRITON_INTERPRET") == "1"
 
     @property
     def memory(self) -> int:
-        """Bytes of the GPU's memory that are free, the allocator's own reserve counted as free; 0 on a CPU."""
+        """Free bytes of the GPU, with the allocator's unused reserve; 0 on a CPU."""
         if not self.is_gpu:
             return 0
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was told; raises what went wrong there."""
+        """Wait until the device is done; raises what went wrong there."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
@@ -126,26 +110,19 @@ class Machine:
         drawn = torch.empty(shape, dtype=dtype, device=self.device)
         return drawn.normal_(0.0, scale, generator=self.generator(seed))
 
-    def rotations(self, nbytes: int) -> int:
-        """Return how many buffers a variant has to take turns in so that none is still in the cache.
+    def integers(self, end: int, *shape: int, seed: int = 7) -> Tensor:
+        """Return random integers from 0 to ``end`` − 1."""
+        return torch.randint(0, end, shape, generator=self.generator(seed), device=self.device)
 
-        Args:
-            nbytes: what one call reads and writes.
-        """
+    def rotations(self, nbytes: int) -> int:
+        """Return how many buffers of ``nbytes`` have to take turns so that none is still in the cache."""
         cache = 1 << 22
         if self.is_gpu:
             cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 1 << 26)
         return max(1, -(-3 * cache // max(1, nbytes)))
 
     def copy(self, nbytes: int = 0) -> tuple[Variant, int]:
-        """Return a copy within memory, for what takes turns with it to be held against.
-
-        Args:
-            nbytes: to read and write; at least what no cache holds, and at most what is as good as more.
-
-        Returns:
-            The copy, and how many bytes it reads and writes.
-        """
+        """Return a copy of about ``nbytes``, larger than any cache, and how many bytes it reads and writes."""
         # A quarter gigabyte is beyond any cache, and enough for the full bandwidth.
         smallest, largest = (1 << 28, 1 << 31) if self.is_gpu else (1 << 24, 1 << 26)
         source = self.randn(min(max(nbytes // 2, smallest), largest) // 4)
@@ -153,15 +130,7 @@ class Machine:
         return lambda _: target.copy_(source), 2 * source.nbytes
 
     def time(self, variants: Mapping[str, Variant], seconds: float = 1.0) -> dict[str, Timing]:
-        """Time variants in turns.
-
-        Args:
-            variants: what to time, by name.
-            seconds: about how long to go on, warm-up excluded; at least 3 rounds are timed and at most 50.
-
-        Returns:
-            The timing of each variant.
-        """
+        """Time variants in turns: 3 to 50 rounds, for about so many seconds after the warm-up."""
         host: dict[str, list[float]] = {name: [] for name in variants}
         warm, rounds = time.perf_counter() + (_WARM_UP_SECONDS if self.is_gpu else 0.0), 0
         while rounds < _WARM_UP or time.perf_counter() < warm:
@@ -195,7 +164,7 @@ class Machine:
         return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
 
     def milliseconds(self, function: Callable[[], object]) -> float:
-        """Call a function and return the milliseconds until all that it asked for is done, the host's part included."""
+        """Return the milliseconds from the call until the device has done all of it."""
         self.synchronize()
         started = time.perf_counter()
         function()
@@ -203,7 +172,7 @@ class Machine:
         return 1e3 * (time.perf_counter() - started)
 
     def peak(self, function: Callable[[], object]) -> Peak | None:
-        """Call a function and return the memory it took at most; None on a CPU, where no allocator counts it."""
+        """Call a function and return the memory that it took at most; None on a CPU, where no allocator counts it."""
         if not self.is_gpu:
             function()
             return None
@@ -219,7 +188,45 @@ class Machine:
         )
 
 
+def machine_here() -> Machine:
+    """Return the GPU, or the CPU with one thread: threads that share cores with other work wait for each other."""
+    if torch.cuda.is_available():
+        return Machine(torch.device("cuda:0"))
+    torch.set_num_threads(1)
+    return Machine(torch.device("cpu"))
+
+
 def _seconds(variant: Variant, call: int) -> float:
     started = time.perf_counter()
     variant(call)
     return time.perf_counter() - started
+
+
+def cases(bench: "Bench") -> dict[str, Callable[[], Iterator[Json]]]:
+    """Return the two ceilings: a large copy, and a large product of random numbers."""
+    return {"copy": lambda: _copy(bench), "product": lambda: _product(bench)}
+
+
+def _copy(bench: "Bench") -> Iterator[Json]:
+    """Time a copy, 8 GB on a large GPU; bytes read and written count."""
+    machine = bench.machine
+    nbytes = bench.pick(gpu=min(8 << 30, machine.memory // 4), cpu=1 << 28, quick=1 << 26)
+    source = machine.randn(nbytes // 4)
+    target = torch.empty_like(source)
+    for name, timing in _twice(machine, "copy", lambda: target.copy_(source)):
+        yield {"variant": name, "bytes": 2 * nbytes, "bytes_per_second": 2 * nbytes / timing.median, **timing.to_json()}
+
+
+def _product(bench: "Bench") -> Iterator[Json]:
+    """Time a square matrix product: bf16, 8192 on a GPU; fp32 and small on a CPU."""
+    machine, size = bench.machine, bench.pick(gpu=8192, cpu=1024, quick=512)
+    dtype = torch.bfloat16 if machine.is_gpu else torch.float32
+    a, b = (machine.randn(size, size, dtype=dtype, seed=seed) for seed in range(2))
+    for name, timing in _twice(machine, "product", lambda: a @ b):
+        yield {"variant": name, "size": size, "flop_per_second": 2 * size**3 / timing.median, **timing.to_json()}
+
+
+def _twice(machine: Machine, name: str, function: Callable[[], object]) -> Iterator[tuple[str, Timing]]:
+    """Time the same thing as two variants: what they differ by is noise."""
+    variants = {one: each_call(function) for one in (name, f"{name} again")}
+    yield from machine.time(variants, 1.0 if machine.is_gpu else 0.3).items()

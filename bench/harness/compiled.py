@@ -6,38 +6,32 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from sharpkern.cli.bench.loads import Loads
-from sharpkern.cli.bench.record import Json
-from sharpkern.cli.bench.streaming import Kind, kinds
-from sharpkern.cli.bench.suite import Bench, Case
-from sharpkern.cli.bench.trials import fused_linear
+from .cases import BF16, Bench, Call, Cases, Make, Timed, fused_linear, timed
+from .timing import Json
 
 # Elements: enough for the launch configuration of large tensors.
 _NUMEL = 1 << 24
 
 
-def cases(bench: Bench) -> dict[str, Case]:
+def cases(bench: Bench) -> Cases:
     """Return one case per kind of launch."""
-    all_kinds = {**kinds(bench, _NUMEL), **_linear_kinds(bench)}
-    return {name: partial(_facts, bench, kind) for name, kind in all_kinds.items()}
-
-
-def _linear_kinds(bench: Bench) -> dict[str, Kind]:
-    """Return linear layers that are timed in a section of their own."""
-    make = Loads(bench.machine)
-    return {
-        f"linear K={num_steps} M={num_tokens}": Kind(
-            fused_linear(num_steps), partial(make.linear, 4096, 4096, num_tokens, num_steps)
-        )
-        for num_steps, num_tokens in ((1, 16), (8, 16), (8, 64), (8, 128), (8, 512))
+    streams = {name: one for name, one in timed(bench, _NUMEL).items() if not one.operation.startswith("linear")}
+    layers = {
+        f"linear K={num_steps} M={tokens}": Timed(fused_linear(num_steps), partial(_layer, bench, num_steps, tokens))
+        for num_steps, tokens in ((1, 16), (8, 16), (8, 64), (8, 128), (8, 512))
     }
+    return {name: partial(_facts, bench, one) for name, one in {**streams, **layers}.items()}
 
 
-def _facts(bench: Bench, kind: Kind) -> Iterator[Json]:
+def _layer(bench: Bench, num_steps: int, tokens: int) -> list[Call]:
+    return [Make(bench.machine).linear((4096, 4096), (num_steps, tokens), num_steps, BF16, BF16)]
+
+
+def _facts(bench: Bench, case: Timed) -> Iterator[Json]:
     """Launch a kernel and yield what became of it; a register that is spilled goes through memory."""
-    bench.require(kind.operation)
+    load = case.load(bench)
     before = {id(kernel) for kernel in _loaded()}
-    kind.build().run(backend="triton")
+    load.run("triton")
     bench.machine.synchronize()
     for kernel in _loaded():
         if id(kernel) not in before:
@@ -55,8 +49,8 @@ def _loaded() -> list[Any]:
     from triton.runtime.jit import JITFunction
 
     found = []
-    for module in pkgutil.iter_modules(importlib.import_module("sharpkern.kernels").__path__):
-        for function in vars(importlib.import_module(f"sharpkern.kernels.{module.name}")).values():
+    for module in pkgutil.walk_packages(importlib.import_module("sharpkern.kernels").__path__, "sharpkern.kernels."):
+        for function in vars(importlib.import_module(module.name)).values():
             if isinstance(function, JITFunction):
                 # The kernels of a device come first in what Triton keeps for it.
                 found += [kernel for kept in function.device_caches.values() for kernel in kept[0].values()]

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern import ops
-from sharpkern.cli.bench.machine import each_call
-from sharpkern.cli.bench.record import Json
-from sharpkern.cli.bench.suite import Bench, Case
-from sharpkern.cli.bench.trials import fused_linear
 from sharpkern.linear import moving_linear
 from sharpkern.ops.update import StoredUpdate
+
+from .cases import Bench, Cases, fused_linear
+from .timing import Json, each_call
 
 # Every variant evaluates so many step sizes in a call: all of them at once, or some at a time.
 NUM_STEPS = 8
@@ -45,7 +44,7 @@ class _Variant:
         return f"{self.way} K={self.at_once}"
 
 
-def cases(bench: Bench) -> dict[str, Case]:
+def cases(bench: Bench) -> Cases:
     """Return one case per number of tokens and shape of the weight."""
     if bench.machine.is_gpu:
         shapes = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -99,12 +98,7 @@ def _target(way: str, num_tokens: int) -> Json:
 
 
 class _Layer:
-    """A linear layer of K inputs on weights that are not in the cache: every pass over them takes the next pair.
-
-    Attributes:
-        dtype: of inputs and weights.
-        nbytes: of W and D.
-    """
+    """A linear layer of K inputs on weights that are not in the cache: every pass over them takes the next pair."""
 
     def __init__(self, bench: Bench, shape: tuple[int, int], num_tokens: int) -> None:
         machine = bench.machine

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern import ops
-from sharpkern.cli.bench.machine import each_call, peak_fields
-from sharpkern.cli.bench.record import Json
-from sharpkern.cli.bench.suite import Bench, Case
 from sharpkern.ops.linear_cross_entropy import VOCABULARY_CHUNK, cross_entropy_of_rows, linear_cross_entropy
+
+from .cases import Bench, Cases
+from .timing import Json, each_call, peak_fields
 
 # Share of the bare matrix product's speed to reach, and to accept, with the weight formed on the way.
 _TARGET, _ACCEPT = 0.74, 0.68
@@ -19,36 +19,35 @@ _TARGET, _ACCEPT = 0.74, 0.68
 _TOLERANCE = 2e-3
 
 
-def cases(bench: Bench) -> dict[str, Case]:
+def cases(bench: Bench) -> Cases:
     """Return one case per number of tokens."""
     numbers = bench.pick(gpu=4096, cpu=256, quick=64), bench.pick(gpu=1024, cpu=64, quick=32)
     return {f"T={num}": partial(_timed, bench, num) for num in numbers}
 
 
 def _timed(bench: Bench, num_tokens: int) -> Iterator[Json]:
-    """Time and measure the loss four ways, once they are seen to agree."""
+    """Time and weigh the loss four ways, once they are seen to agree."""
     bench.require("linear_cross_entropy", "online_cross_entropy_", "form")
-    machine = bench.machine
+    machine, backend = bench.machine, bench.backend
     vocabulary = bench.pick(gpu=100352, cpu=16380, quick=8190)
     width = bench.pick(gpu=4096, cpu=256, quick=128)
     dtype = torch.bfloat16 if machine.is_gpu else torch.float32
     hidden = machine.randn(num_tokens, width, dtype=dtype)
     W, D = (machine.randn(vocabulary, width, dtype=dtype, seed=seed, scale=0.02) for seed in (1, 2))
-    labels = torch.randint(0, vocabulary, (num_tokens,), generator=machine.generator(3), device=machine.device)
+    labels = machine.integers(vocabulary, num_tokens, seed=3)
     alpha = torch.tensor([-1e-2], device=machine.device)
     scratch = torch.empty(1, VOCABULARY_CHUNK, width, dtype=dtype, device=machine.device)
 
     def rows(part: slice) -> Tensor:
-        out = scratch[:, : part.stop - part.start]
-        return ops.form(W[part], D[part], alpha, out=out, backend=bench.backend)[0]
+        return ops.form(W[part], D[part], alpha, out=scratch[:, : part.stop - part.start], backend=backend)[0]
 
     def stock(weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
     calls: dict[str, Callable[[], Tensor]] = {
-        "formed and chunked": lambda: cross_entropy_of_rows(hidden, vocabulary, rows, labels, backend=bench.backend),
-        "chunked": lambda: linear_cross_entropy(hidden, W, labels, backend=bench.backend),
-        "formed, then stock": lambda: stock(ops.form(W, D, alpha, backend=bench.backend)[0]),
+        "formed and chunked": lambda: cross_entropy_of_rows(hidden, vocabulary, rows, labels, backend=backend),
+        "chunked": lambda: linear_cross_entropy(hidden, W, labels, backend=backend),
+        "formed, then stock": lambda: stock(ops.form(W, D, alpha, backend=backend)[0]),
         "stock": lambda: stock(W),
     }
     losses = {name: float(call()) for name, call in calls.items()}

@@ -1,7 +1,7 @@
 """What a figure depends on: devices, versions and sources. Neither host name nor paths.
 
-``python -m sharpkern.cli.bench.environment`` prints it as JSON: the bench looks from a process of its own, so that a
-GPU that does not answer hangs that process, and the bench itself never holds memory on the device.
+The bench looks from another process: a GPU that does not answer hangs that one, and the bench itself never holds memory
+on the device.
 """
 
 import hashlib
@@ -17,23 +17,23 @@ from pathlib import Path
 import torch
 
 import sharpkern
-from sharpkern.cli.bench.record import Json
+
+from .timing import Json
 
 _PACKAGE = Path(sharpkern.__file__).parent
+# Folders of the package that a checkout has outside of it.
+_MAPPED = {"kernels": "kernels", "bench": "bench/harness"}
 
 
 def look() -> Json:
-    """Return what the figures of this process would depend on.
-
-    Returns:
-        Names and values; those that cannot be known are None.
-    """
+    """Return what the figures of this process depend on, by name; None for what cannot be known."""
+    status = _git("status", "--porcelain")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "sharpkern": sharpkern.__version__,
         "source": _source_digest(),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": _dirty(),
+        "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -48,18 +48,8 @@ def look() -> Json:
 
 
 def look_from_outside(limit: float) -> Json:
-    """Return what another process sees.
-
-    Args:
-        limit: seconds that it may take.
-
-    Returns:
-        As `look`.
-
-    Raises:
-        RuntimeError: if the process fails or does not end in time.
-    """
-    command = [sys.executable, "-m", __name__]
+    """Return what another process sees in ``limit`` seconds; RuntimeError if it fails or takes longer."""
+    command = [sys.executable, "-c", f"import json, {__name__} as here; print(json.dumps(here.look()))"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit, check=True, env=child_environment()
@@ -79,8 +69,7 @@ def child_environment() -> dict[str, str]:
 
 def _gpu() -> Json:
     if not torch.cuda.is_available():
-        names = ("gpu", "architecture", "driver", "gpu_memory", "multiprocessors", "l2_bytes")
-        return dict.fromkeys(names)
+        return dict.fromkeys(("gpu", "architecture", "driver", "gpu_memory", "multiprocessors", "l2_bytes"))
     device = torch.cuda.get_device_properties(0)
     return {
         "gpu": device.name,
@@ -95,16 +84,11 @@ def _gpu() -> Json:
 def _source_digest() -> str:
     """Return a digest of the package's sources, which tells trees apart also where there is no git."""
     digest = hashlib.sha256()
-    kernels = _PACKAGE / "kernels" if (_PACKAGE / "kernels").is_dir() else _PACKAGE.parent / "kernels"
-    for folder in (_PACKAGE, kernels):
+    mapped = [_PACKAGE.parent / place for name, place in _MAPPED.items() if not (_PACKAGE / name).is_dir()]
+    for folder in (_PACKAGE, *mapped):
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _dirty() -> bool | None:
-    status = _git("status", "--porcelain")
-    return None if status is None else bool(status)
 
 
 def _git(*arguments: str) -> str | None:
@@ -128,7 +112,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-if __name__ == "__main__":
-    print(json.dumps(look()))

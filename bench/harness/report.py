@@ -1,0 +1,416 @@
+"""The sitting in short, for people: what the machine reaches first, then shares of it, and what went wrong last."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from .linear import NAIVE, ONE_AT_A_TIME
+from .sitting import DONE, GATE, LEFT_OUT, NOT_RUN, Record, Section
+from .timing import Json
+
+# Columns of a width that fits a log: the one command's output is often all that comes back.
+WIDTH = 118
+# Below so many parameters the layers of a model take less time than it takes to call them.
+_FEW_PARAMETERS = 1_000_000
+# What an engine may choose from to take K step sizes, and what every one of them is held against.
+WAYS = ("products", "formed", "fused")
+REFERENCES = ("product again", NAIVE, ONE_AT_A_TIME)
+
+# Rows of the cases of a section, by case.
+Rows = Mapping[str, list[Json]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its title, and the text of a row in it."""
+
+    title: str
+    text: Callable[[Any], str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The table of a section: its columns, what its lines are made of, and what all figures are of."""
+
+    columns: list[Column]
+    lines: Callable[[Rows], Iterable[Any]]
+    about: Callable[[list[Any]], str] = field(default=lambda lines: "")
+
+    def filled(self, rows: Rows) -> tuple[list[Column], list[list[str]], str]:
+        """Return the columns in which a line has anything, the lines, and what they are of."""
+        lines = list(self.lines(rows))
+        texts = [[column.text(line) for line in lines] for column in self.columns]
+        kept = [i for i, column in enumerate(texts) if any(column)]
+        cells = [[texts[i][line] for i in kept] for line in range(len(lines))]
+        return [self.columns[i] for i in kept], cells, self.about(lines)
+
+
+# -- the ways through a linear layer ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The ways to take K step sizes of M tokens at once, each the median over shapes.
+
+    Attributes:
+        dtype: of inputs and weights, without "torch.".
+        tokens: per step size, M.
+        at_once: step sizes per pass, K.
+        shares: speed per step size over that of the bare product, by way.
+        floor: of each way the share of what reading W and D once would take, where tokens are few.
+        references: shares of what takes one step size at a time.
+        rows: of all shapes, of the ways alone.
+    """
+
+    dtype: str
+    tokens: int
+    at_once: int
+    shares: Mapping[str, float]
+    floor: Mapping[str, float]
+    references: Mapping[str, float]
+    rows: tuple[Json, ...]
+
+    @property
+    def best(self) -> str:
+        """The quickest way."""
+        return max(self.shares, key=lambda way: self.shares[way])
+
+    @property
+    def times_naive(self) -> float:
+        """How many times as fast as the obvious way the quickest one is; nan where that was not timed."""
+        return self.shares[self.best] / self.references.get(NAIVE, math.nan)
+
+    def asked(self, name: str) -> Any:
+        """Return what the rows say is asked for, "target" or "least_times_naive", or None."""
+        return next((row[name] for row in self.rows if name in row), None)
+
+
+def summaries(cases: Mapping[str, Iterable[Json]]) -> list[Summary]:
+    """Return the summaries of the section "linear", ordered by dtype, tokens and step sizes at once."""
+    groups: dict[tuple[str, int], list[Json]] = defaultdict(list)
+    for rows in cases.values():
+        for row in rows:
+            if {"way", "share"} <= row.keys():
+                groups[row["dtype"], row["tokens"]].append(row)
+    found = []
+    for (dtype, tokens), group in sorted(groups.items()):
+        references = _medians((row for row in group if row["way"] in REFERENCES), "share")
+        ways = [row for row in group if row["way"] in WAYS]
+        for at_once in sorted({row["at_once"] for row in ways}):
+            rows = tuple(row for row in ways if row["at_once"] == at_once)
+            shares, floor = _medians(rows, "share"), _medians(rows, "share_of_floor")
+            found.append(Summary(dtype, tokens, at_once, shares, floor, references, rows))
+    return found
+
+
+def _medians(rows: Iterable[Json], name: str) -> dict[str, float]:
+    """Return the median over shapes by way, of the rows that have the field."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if name in row:
+            values[row["way"]].append(row[name])
+    return {way: statistics.median(of_way) for way, of_way in values.items()}
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def verdict(row: Json) -> str:
+    """Return how a row stands to its target: "reached", "accepted", "MISSED", or nothing where there is none."""
+    if "target" in row:
+        return "reached" if row["share"] >= row["target"] else "accepted" if row["share"] >= row["accept"] else "MISSED"
+    for most, name in (("most_beyond_plain", "beyond_plain"), ("most_total_bytes", "total_bytes")):
+        if most in row:
+            return "reached" if row[name] <= row[most] else "MISSED"
+    return ""
+
+
+def significant(value: float) -> str:
+    """Return a number that is not negative with three significant digits at least, and no exponent."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def _number(value: Any) -> str:
+    """Return a value with four digits where it is a float; nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _field(name: str, digits: int, scale: float = 1.0) -> Callable[[Json], str]:
+    """Return the text of a field times a scale; nothing where a row lacks it."""
+    return lambda row: "" if row.get(name) is None else f"{scale * row[name]:.{digits}f}"
+
+
+def _share(of: str, name: str, summary: Summary) -> str:
+    shares = getattr(summary, of)
+    return f"{shares[name]:.2f}" if name in shares else ""
+
+
+def _each_once(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(texts))
+
+
+def _target(row: Json) -> str:
+    return f"{row['target']:.2f} ({row['accept']:.2f})" if "target" in row else ""
+
+
+def _asked_of(summary: Summary) -> tuple[str, str]:
+    """Return what is asked of a way to take several step sizes, and how that stands."""
+    least, share = summary.asked("least_times_naive"), summary.asked("target")
+    if least is not None:
+        return f"{least:g} × naive", "reached" if summary.times_naive >= least else "MISSED"
+    if share is not None:
+        return f"formed {share:.2f}", "reached" if summary.shares["formed"] >= share else "MISSED"
+    return "", ""
+
+
+def _timed(rows: Rows) -> list[Json]:
+    """Return the rows of what was timed, with the name of their case and what else a line of it needs."""
+    lines = []
+    for name, of_case in rows.items():
+        sharpness = next((row["sharpness"] for row in of_case if "sharpness" in row), None)
+        timed = [row for row in of_case if "variant" in row]
+        again = next((row for row in timed if row["variant"].endswith(" again")), None)
+        plain_torch = next((row for row in timed[1:] if row["variant"] == "torch"), None)
+        others = {"case": name, "sharpness": sharpness, "again": again, "in_torch": plain_torch}
+        lines += [{**others, **row} for row in timed]
+    return lines
+
+
+def _one_per_case(rows: Rows) -> list[Json]:
+    return list({row["case"]: row for row in reversed(_timed(rows))}.values())[::-1]
+
+
+def _milliseconds(row: Json) -> float | None:
+    if "ms_per_forward" in row:
+        return float(row["ms_per_forward"])
+    return 1e3 * row["median"] if "median" in row else None
+
+
+def _model_text(row: Json) -> str:
+    taken = _milliseconds(row)
+    return row.get("outcome") or ("" if taken is None else f"{taken:.1f}")
+
+
+def _model_name(row: Json) -> str:
+    return f"{row['model']}: {row['variant'] if row['case'] == 'plain forward' else row['case']}"
+
+
+def _times_plain(row: Json) -> str:
+    taken = row.get("ms_per_step_size") or _milliseconds(row)
+    return f"{taken / row['plain_ms']:.2f}" if taken is not None and "plain_ms" in row else ""
+
+
+def _model_size(row: Json) -> str:
+    count = row["parameters"]
+    parameters = f"{significant(count / 1e9)} billion" if count >= 1e9 else f"{significant(count / 1e6)} million"
+    size = f"{row['model']} of {parameters} parameters, {row['tokens']} tokens, AdamW moments in {row['moments']}"
+    return f"{size}; so small that fixed costs per call dominate" if count < _FEW_PARAMETERS else size
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+_ENDING = [Column("target", _target), Column("", verdict)]
+_PEAK = Column("peak GB", _field("allocated", 2, 1e-9))
+_AT_ONCE = Column("at once", _field("at_once", 0))
+_TIMES_PLAIN = Column("× plain", _times_plain)
+
+# In the order in which they are shown: of a long output often only the end is kept, and what matters most comes last.
+TABLES = {
+    "compiled": Table(
+        [
+            Column("kernel", lambda row: f"{row['case']}: {row['kernel']}"),
+            *(Column(title, _field(title, 0)) for title in ("registers", "spills")),
+            Column("shared B", _field("shared", 0)),
+            Column("warps", _field("warps", 0)),
+        ],
+        lambda rows: [{"case": name, **row} for name, of_case in rows.items() for row in of_case],
+    ),
+    "linear": Table(
+        [
+            Column("tokens", lambda one: str(one.tokens)),
+            Column("at once", lambda one: str(one.at_once)),
+            *(Column(name, partial(_share, "references", name)) for name in REFERENCES[1:]),
+            *(Column(name, partial(_share, "shares", name)) for name in WAYS),
+            Column("× naive", lambda one: f"{one.times_naive:.2f}"),
+            Column("of floor", lambda one: _share("floor", one.best, one)),
+            Column("± run", lambda one: f"{abs(1 - one.references.get(REFERENCES[0], math.nan)):.2f}"),
+            Column("target", lambda one: _asked_of(one)[0]),
+            Column("", lambda one: _asked_of(one)[1]),
+        ],
+        summaries,
+        lambda found: (
+            f"{_each_once(one.dtype for one in found)}, speed per step size as a share of the bare product's, median "
+            "over shapes"
+        ),
+    ),
+    "head": Table(
+        [
+            Column("loss", lambda row: f"{row['case']}: {row['variant']}"),
+            Column("ms", _field("median", 2, 1e3)),
+            Column("share of product", _field("share", 3)),
+            _PEAK,
+            *_ENDING,
+        ],
+        lambda rows: [row for row in _timed(rows) if not row["variant"].endswith("again")],
+        lambda lines: _each_once(f"vocabulary {row['vocabulary']}, width {row['width']}" for row in lines),
+    ),
+    "passes": Table(
+        [
+            Column("model", lambda row: row["case"]),
+            Column("engine", lambda row: row["variant"]),
+            _AT_ONCE,
+            Column("ms per step size", lambda row: row.get("outcome") or f"{row['ms_per_step_size']:.2f}"),
+            _TIMES_PLAIN,
+            Column("× virtual pass", _field("pass_over_virtual", 2)),
+            _PEAK,
+            Column("in all GB", _field("total_bytes", 2, 1e-9)),
+            *_ENDING,
+        ],
+        _timed,
+        lambda lines: "losses along a direction in memory",
+    ),
+    "model": Table(
+        [
+            Column("model", _model_name),
+            Column("ms per forward", _model_text),
+            _TIMES_PLAIN,
+            _PEAK,
+            Column("reserved GB", _field("reserved", 2, 1e-9)),
+            Column("beyond plain GB", _field("beyond_plain", 2, 1e-9)),
+            Column("λ_c", lambda row: _number(row["sharpness"])),
+            *_ENDING,
+        ],
+        _timed,
+        lambda lines: _each_once(map(_model_size, lines)),
+    ),
+    "streaming": Table(
+        [
+            Column("kernel", lambda row: row["case"]),
+            Column("backend", lambda row: row["variant"]),
+            Column("ms", _field("median", 3, 1e3)),
+            Column("host ms", _field("host", 3, 1e3)),
+            Column("share of copy", _field("share", 3)),
+            Column("± run", lambda row: f"{abs(row['again']['share'] - row['share']):.3f}"),
+            Column("torch", lambda row: _field("share", 3)(row["in_torch"] or {})),
+            *_ENDING,
+        ],
+        _one_per_case,
+    ),
+}
+# What a column's title leaves open.
+_NOTES = {
+    "host ms": "what the host takes to launch it",
+    "share of copy": "bytes per second over those of a copy that took turns with it",
+    "share of product": "speed over that of the bare matrix product, which took turns with it",
+    "± run": "how far the share was off when the same was timed a second time",
+    "at once": "step sizes that one pass serves",
+    "× virtual pass": "time of a pass over that of one for one step size",
+    "in all GB": "peak, weights and direction",
+    "× naive": "speed of the quickest way over that of clone, add and multiply",
+    "of floor": "what reading W and D would take at the speed of a copy, over what the quickest way takes",
+    "torch": "the share of plain torch doing the same",
+    "target": "share to reach, and in brackets the least that is accepted",
+    "× plain": "ms per forward over those of a plain one that took turns with it; a measurement's checks count too",
+    "peak GB": "memory of tensors above what was there before the call",
+    "reserved GB": "memory that the allocator took from the device for it",
+    "beyond plain GB": "peak above that of the plain forward pass with a chunked head",
+}
+
+
+def show(record: Record, sections: Iterable[Section]) -> None:
+    """Print the tables of these sections of a sitting, and how each section ended."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    console = Console(width=WIDTH, highlight=False, markup=False)
+    chosen = {section.name: section for section in sections}
+    console.print(_header(record.environment), soft_wrap=True)
+    if reached := _rows_of(record.cases("ceilings")):
+        console.print(f"Ceilings: {_ceilings(reached)}")
+    for name, table in TABLES.items():
+        if name in chosen and (rows := _rows_of(record.cases(name))):
+            columns, lines, about = table.filled(rows)
+            console.print(f"\n{chosen[name].title}{': ' if about else ''}{about}", style="italic")
+            grid = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+            for i, column in enumerate(columns):
+                grid.add_column(column.title, justify="left" if i == 0 else "right", no_wrap=i > 0)
+            for cells in lines:
+                grid.add_row(*cells)
+            console.print(grid)
+            for column in columns:
+                if column.title in _NOTES:
+                    console.print(f"  {column.title}: {_NOTES[column.title]}")
+    console.print()
+    if GATE in chosen and (checked := _rows_of(record.cases(GATE), done=False)):
+        console.print(f"{chosen[GATE].title}: {_correctness(checked)}")
+    for line in _outcomes(record, chosen.values()):
+        console.print(line, soft_wrap=True)
+
+
+def _header(environment: Json) -> str:
+    commit = environment["commit"][:12] if environment["commit"] else "commit unknown"
+    commit += " with changes" if environment["dirty"] else ""
+    device = environment["gpu"] or f"{environment['machine']} CPU, one thread"
+    versions = [f"{name} {environment[name]}" for name in ("driver", "torch", "triton") if environment[name]]
+    return f"{device}: {', '.join(versions)}, sharpkern {environment['sharpkern']} ({commit})"
+
+
+def _ceilings(rows: Rows) -> str:
+    """Return, in a line, what a copy and a matrix product reach."""
+
+    def rate(row: Json) -> str:
+        if "bytes_per_second" in row:
+            return f"{significant(row['bytes_per_second'] / 1e9)} GB/s"
+        return f"{significant(row['flop_per_second'] / 1e12)} TFLOP/s"
+
+    return ", ".join(f"{row['variant']} {rate(row)}" for of_case in rows.values() for row in of_case)
+
+
+def _correctness(rows: Rows) -> str:
+    """Return, in a line, what was compared with float64 and how close it came."""
+
+    def share(row: Json) -> float:
+        # Infinity is recorded by name.
+        return float(row["error_of_budget"] if "error_of_budget" in row else row["error"] / row["tolerance"])
+
+    judged = [(name, row) for name, of_case in rows.items() for row in of_case]
+    worst, operation = max((share(row), name) for name, row in judged)
+    repeats = sum(row.get("repeats", 0) for _, row in judged)
+    differing = sum(row.get("repeats_with_other_bits", 0) for _, row in judged)
+    return (
+        f"{len(judged)} calls of {', '.join(dict.fromkeys(name for name, _ in judged))}; largest error "
+        f"{significant(worst)} of its budget, by {operation}; {repeats} repeats, {differing} of them with other bits"
+    )
+
+
+def _outcomes(record: Record, sections: Iterable[Section]) -> Iterator[str]:
+    """Say of every section how it went, and name the cases that did not go well."""
+    for section in sections:
+        entry = record.sections.get(section.name, {"status": NOT_RUN, "cases": {}})
+        cases = entry["cases"]
+        done = sum(case["status"] == DONE for case in cases.values())
+        counted = "" if entry["status"] == LEFT_OUT else f", {done} of {len(cases)} cases"
+        reason = f": {entry['error']}" if entry.get("error") else ""
+        yield f"{section.name}: {entry['status']}{counted}{reason}"
+        for name, case in cases.items():
+            if case["status"] != DONE:
+                yield f"  {name}: {case['status'].upper()}{': ' + case['error'] if case.get('error') else ''}"
+                for row in case.get("rows", []):
+                    if row.get("passed") is False:
+                        yield "    " + ", ".join(
+                            f"{key} {_number(value)}" for key, value in row.items() if key != "passed"
+                        )
+
+
+def _rows_of(cases: Json, *, done: bool = True) -> Rows:
+    """Return the rows of the cases that are done, or of all that have some."""
+    return {
+        name: case["rows"] for name, case in cases.items() if (case["status"] == DONE if done else case.get("rows"))
+    }

@@ -1,0 +1,462 @@
+"""One sitting at a machine, of which nothing can get lost.
+
+Every section runs in processes of its own and within its own time. Crashes, hangs, faults of the device and wrong
+results are recorded as that, and the next case goes on. The record is on the disk after every step, and a later call on
+the same machine, versions and sources goes on where it ended.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import math
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from sharpkern._files import replacing
+
+from .cases import Bench, BlockedError
+from .environment import child_environment, look_from_outside
+from .timing import Json, machine_here
+
+# How a case can end. Only those that are done are kept when a sitting is continued.
+DONE, WRONG, FAILED, CRASHED = "done", "wrong", "failed", "crashed"
+TIMEOUT, INTERRUPTED, BLOCKED, NOT_RUN = "timeout", "interrupted", "blocked", "not run"
+# How a section can stand besides "done": cases are missing or failed, it is under way, or it needs another machine.
+INCOMPLETE, RUNNING, LEFT_OUT = "incomplete", "running", "left out"
+# Seconds between two looks at the clock, between two writes of the record while rows come in, and that a worker may
+# take to import what it needs, wake the device, and tidy up between cases.
+_TICK, _SAVE_EVERY, _STARTUP = 0.2, 1.0, 60.0
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the bench that runs in processes of its own.
+
+    Attributes:
+        name: what ``--section`` takes, and the key in the record.
+        title: for the table.
+        module: what the process imports; its ``cases(bench)``, or a function named after a colon, returns the cases.
+        limit: seconds for the whole section on a GPU.
+        patience: seconds that a case may give no row before its process is ended and the next case begun.
+        lanes: processes at once; more than one only where nothing is timed.
+        gated: whether it times kernels, which have to have passed their check.
+        cpu: whether it has something to do without a GPU.
+    """
+
+    name: str
+    title: str
+    module: str
+    limit: float
+    patience: float
+    lanes: int = 1
+    gated: bool = False
+    cpu: bool = True
+
+
+# Where correctness is checked, and hence what a gated section waits for.
+GATE = "correctness"
+
+# In order of worth. Ten minutes on a lent machine end at the 600th second: these limits and the look at the machine add
+# up to 9½.
+SECTIONS = (
+    Section("ceilings", "Ceilings: copy and matrix product", "sharpkern.bench.timing", 30, 30),
+    Section(GATE, "Correctness against float64", "sharpkern.bench.accuracy", 105, 80, lanes=8),
+    Section("streaming", "Streaming kernels", "sharpkern.bench.streaming", 90, 30, gated=True),
+    Section("head", "LM head and cross-entropy", "sharpkern.bench.head", 35, 25, gated=True),
+    Section("model", "Whole model", "sharpkern.bench.whole_model:measurements", 120, 90, gated=True),
+    Section("passes", "Several step sizes in one pass", "sharpkern.bench.whole_model:passes", 65, 40, gated=True),
+    Section("linear", "Linear layer", "sharpkern.bench.linear", 75, 20, gated=True),
+    Section("compiled", "Registers and shared memory", "sharpkern.bench.compiled", 30, 20, gated=True, cpu=False),
+)
+BUDGET = 570.0
+
+
+def with_gate(sections: Sequence[Section], names: Sequence[str]) -> list[Section]:
+    """Return the named sections, or all, in the order of the plan; the check too where one of them needs it."""
+    known = [section.name for section in sections]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"section must be one of {', '.join(known)}, got {name!r}; leave it out for all")
+    chosen = [section for section in sections if not names or section.name in names]
+    gated = any(section.gated for section in chosen)
+    return [section for section in sections if section in chosen or (gated and section.name == GATE)]
+
+
+def begin(
+    output: Path, names: Sequence[str], *, quick: bool, limit: float, commit: str | None
+) -> tuple["Record", list[Section]]:
+    """Look at the machine and open the record, before anything is measured.
+
+    Raises:
+        ValueError: a section is unknown, or the output is something else or cannot be written.
+        RuntimeError: the machine did not answer in ``limit`` seconds.
+    """
+    sections = with_gate(SECTIONS, names)
+    environment = look_from_outside(limit)
+    environment["commit"] = environment["commit"] or commit
+    record = Record(output, environment, quick)
+    try:
+        record.save()
+    except OSError as error:
+        said = f"output must be a file that can be written, got {output}"
+        raise ValueError(f"{said} ({error.strerror}: {error.filename}); choose another name") from error
+    return record, sections
+
+
+# -- the record -------------------------------------------------------------------------------------------------------
+
+
+class Record:
+    """The current sitting in a file of sittings.
+
+    The last sitting in the file is continued if its environment equals the present one (GPU, driver, versions, and the
+    digest of sharpkern's own sources; the commit does not count) and both are quick or both are not. Its cases that are
+    done are then kept. Any other call adds a new sitting; earlier ones are never changed.
+
+    Attributes:
+        sections: {section: {"status", "seconds", "cases": {case: {"status", "seconds", "rows", "error"}}}}.
+        environment: the machine and versions.
+        resumed: whether a sitting of the file is continued.
+    """
+
+    def __init__(self, path: Path, environment: Json, quick: bool) -> None:
+        self._path, self._sittings = path, _read(path)
+        last = self._sittings[-1] if self._sittings else None
+        self.resumed = last is not None and last["quick"] == quick and _same(last["environment"], environment)
+        if not self.resumed:
+            started = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+            self._sittings.append({"started": started, "environment": environment, "quick": quick, "sections": {}})
+        self.sections: Json = self._sittings[-1]["sections"]
+        self.environment: Json = self._sittings[-1]["environment"]
+
+    def cases(self, section: str) -> Json:
+        """Return the cases of a section, empty if it has not run."""
+        cases: Json = self.sections.get(section, {}).get("cases", {})
+        return cases
+
+    def done(self, section: str) -> list[str]:
+        """Return the names of the cases of a section that are done."""
+        return [name for name, case in self.cases(section).items() if case["status"] == DONE]
+
+    def save(self) -> None:
+        """Write the file as one step: a reader, or the next call, sees the old contents or the new ones."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path) as beside:
+            beside.write_text(json.dumps(self._sittings, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: nan and the infinities by name."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _same(one: Json, other: Json) -> bool:
+    """Whether two environments are the same machine, versions and sources."""
+    differs = dict.fromkeys(("date", "commit", "dirty"))
+    return one | differs == other | differs
+
+
+def _read(path: Path) -> list[Json]:
+    """Return the sittings in a file; ValueError if it is something else, which must not be overwritten."""
+    if path.is_dir():
+        raise ValueError(f"output must be a file, got the folder {path}; name one in it: {path / 'bench.json'}")
+    if not path.exists():
+        return []
+    try:
+        sittings = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(sittings, list) and all({"environment", "quick", "sections"} <= set(one) for one in sittings):
+            return sittings
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+        pass
+    raise ValueError(f"output must be a file of an earlier bench or none yet, got {path}; choose another name")
+
+
+# -- the process that runs cases --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to do: of a section's cases the i-th, (i + n)-th and so on, but not those to skip."""
+
+    module: str
+    quick: bool
+    passed: Sequence[str]
+    share: Sequence[int]
+    skip: Sequence[str]
+
+
+def work(job: Job, send: Callable[..., None]) -> None:
+    """Run the cases of a job; say what begins before it does, so that a crash has a name."""
+    bench = Bench(machine_here(), job.quick, frozenset(job.passed))
+    module, _, function = job.module.partition(":")
+    cases = getattr(importlib.import_module(module), function or "cases")(bench)
+    first, step = job.share
+    mine = {name: cases[name] for name in list(cases)[first::step] if name not in job.skip}
+    send(cases=list(mine))
+    for name, case in mine.items():
+        send(begin=name)
+        started = time.perf_counter()
+        status, error = _run_case(bench, case, send)
+        send(end=name, status=status, error=error, seconds=round(time.perf_counter() - started, 3))
+        gc.collect()
+        # A fault of the device leaves it unusable for this process: the next one goes on.
+        bench.machine.synchronize()
+        bench.machine.release_memory()
+
+
+def _run_case(bench: Bench, case: Callable[[], Iterator[Json]], send: Callable[..., None]) -> tuple[str, str | None]:
+    """Run one case and return how it ended; a row that has not passed makes it wrong."""
+    wrong = 0
+    try:
+        with torch.no_grad():
+            for row in case():
+                wrong += row.get("passed") is False
+                send(row=row)
+        bench.machine.synchronize()
+    except BlockedError as error:
+        return BLOCKED, str(error)
+    except Exception as error:
+        return FAILED, without_paths(f"{type(error).__name__}: {error}")
+    return (WRONG, f"{wrong} wrong") if wrong else (DONE, None)
+
+
+def without_paths(text: str, limit: int = 400) -> str:
+    """Return a message shortened, and without the folders of the machine it comes from."""
+    return re.sub(r"(?<![\w.])~?(/[\w.+@-]+)+/", "", " ".join(text.split()))[:limit]
+
+
+def _end_with(parent: int) -> None:
+    """End this process and whatever it started once its parent has gone: nobody else would free the device."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def worker() -> None:
+    """Do the job that stands on the input as JSON, and say in one JSON message per line what happens."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # Messages have the standard output to themselves: whatever else prints goes to the error stream.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(**message: Any) -> None:
+        channel.write(json.dumps(plain(message)) + "\n")
+        channel.flush()
+
+    work(Job(**json.load(sys.stdin)), send)
+
+
+# -- its supervisor ---------------------------------------------------------------------------------------------------
+
+# What the workers of all lanes put in: their lane, and a message; None when the worker has ended.
+Inbox = queue.Queue[tuple["Lane", Json | None]]
+
+
+class Lane:
+    """The part of a section's cases that run one after another, in one worker process after another.
+
+    A crash or a hang costs one case. The lane writes the cases of its job into ``cases``, those of the record.
+
+    Attributes:
+        running: whether cases are left and a worker is at them.
+        error: what ended a worker before it began a case, or None.
+    """
+
+    def __init__(self, job: Job, patience: float, cases: Json, inbox: Inbox) -> None:
+        self._job, self._patience, self._cases, self._inbox = job, patience, cases, inbox
+        self._begun: str | None = None
+        self._announced: list[str] = []
+        self.error: str | None = None
+        self.running = True
+        self._start()
+
+    def _start(self) -> None:
+        # Whatever a worker starts, such as a compiler, ends with it: it leads a group of its own.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as the worker runs
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import worker; worker()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=child_environment(),
+            start_new_session=True,
+            encoding="utf-8",
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        # A worker that dies at once leaves its reason on the error stream.
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(json.dumps(asdict(self._job)))
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        self._last_sign = time.monotonic()
+        self._timed_out = self._progressed = False
+
+    def _listen(self, stdout: IO[str]) -> None:
+        """Pass on what a worker says, and that it has ended."""
+        with stdout:
+            for line in stdout:
+                # The last line of a worker that is killed may have no end.
+                if line.endswith("\n"):
+                    self._inbox.put((self, json.loads(line)))
+        self._inbox.put((self, None))
+
+    def hear(self, message: Json | None) -> None:
+        """Take a worker's message into the record; start another worker if it has ended with cases left."""
+        self._last_sign = time.monotonic()
+        if message is None:
+            self._ended()
+        elif "cases" in message:
+            self._announced = message["cases"]
+            self._cases.update({name: {"status": NOT_RUN} for name in self._announced})
+        elif "begin" in message:
+            self._begun, self._progressed = message["begin"], True
+            self._cases[self._begun] = {"status": RUNNING, "rows": []}
+        elif "row" in message:
+            assert self._begun is not None
+            self._cases[self._begun]["rows"].append(message["row"])
+        else:
+            self._close(message["status"], message["error"], message["seconds"])
+
+    def _ended(self) -> None:
+        code = self._process.wait()
+        why = f"{_ending(code)}{self._last_words()}"
+        self._stderr.close()
+        if self._begun is not None and self._timed_out:
+            self._close(TIMEOUT, f"no sign of life for {self._patience:.0f} s")
+        elif self._begun is not None:
+            self._close(CRASHED, why)
+        left = [name for name in self._announced if self._cases[name]["status"] == NOT_RUN]
+        if not self._progressed and (left or code != 0):
+            # Not one case begun: the next worker would fare no better.
+            self.error = why
+        self.running = bool(left) and self.error is None
+        if self.running:
+            through = [name for name, case in self._cases.items() if case["status"] != NOT_RUN]
+            self._job = replace(self._job, skip=sorted({*self._job.skip, *through}))
+            self._start()
+
+    def _close(self, status: str, error: str | None, seconds: float | None = None) -> None:
+        """Write how the case that was begun ended."""
+        assert self._begun is not None
+        self._cases[self._begun] |= {"status": status, "seconds": seconds, "error": error}
+        self._begun = None
+
+    def check_patience(self) -> None:
+        """End a worker that has been silent for too long; its next message is that it has ended."""
+        allowed = _STARTUP if self._begun is None else self._patience
+        if self.running and time.monotonic() - self._last_sign > allowed:
+            self._timed_out = True
+            self._kill()
+
+    def stop(self, status: str, error: str | None) -> None:
+        """End the worker for good, and its case with this status and error."""
+        if self.running:
+            self.running = False
+            self._kill()
+            self._process.wait()
+            self._stderr.close()
+            if self._begun is not None:
+                self._close(status, error)
+
+    def _kill(self) -> None:
+        # It may just have ended by itself.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _last_words(self) -> str:
+        """Return the last line that the worker left on its error stream."""
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode("utf-8", "replace").split("\n")
+        words = next((line for line in reversed(lines) if line.strip()), "")
+        return f": {without_paths(words)}" if words else ""
+
+
+def _ending(code: int) -> str:
+    """Return how a process ended, in words."""
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def run(
+    record: Record, sections: Sequence[Section], *, quick: bool, budget: float, tell: Callable[[str], None]
+) -> None:
+    """Run what is missing of a sitting, for ``budget`` seconds; nothing that a section does ends the sitting."""
+    deadline = time.monotonic() + budget
+    gpu = record.environment["gpu"] is not None
+    for section in sections:
+        if not gpu and not section.cpu:
+            record.sections[section.name] = {"status": LEFT_OUT, "error": "needs a GPU", "cases": {}}
+        elif record.sections.get(section.name, {}).get("status") == DONE:
+            tell(f"{section.name}: done in an earlier call")
+        else:
+            limit = min(section.limit, deadline - time.monotonic())
+            tell(f"{section.name}: at most {max(limit, 0):.0f} s")
+            _run_section(record, section, quick=quick, gpu=gpu, limit=limit)
+            entry = record.sections[section.name]
+            tell(f"{section.name}: {entry['status']} after {entry['seconds']:.0f} s")
+        record.save()
+
+
+def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, limit: float) -> None:
+    """Run the cases of a section that are not done, for at most ``limit`` seconds."""
+    started = time.monotonic()
+    done = record.done(section.name)
+    cases = {name: record.cases(section.name)[name] for name in done}
+    entry: Json = {"status": RUNNING, "seconds": 0.0, "cases": cases}
+    record.sections[section.name] = entry
+    record.save()
+    if limit <= 0:
+        entry |= {"status": INCOMPLETE, "error": f"{NOT_RUN}: the budget was used up"}
+        return
+    inbox: Inbox = queue.Queue()
+    lanes: list[Lane] = []
+    # Until the clock has ended it, whatever ends it does so from outside: Ctrl-C.
+    ended: tuple[str, str | None] = INTERRUPTED, None
+    try:
+        num_lanes = max(1, min(section.lanes, (os.cpu_count() or 1) // 2)) if gpu else 1
+        for i in range(num_lanes):
+            job = Job(section.module, quick, record.done(GATE), (i, num_lanes), done)
+            lanes.append(Lane(job, section.patience, cases, inbox))
+        _listen(lanes, inbox, started + limit, record)
+        ended = TIMEOUT, "the section's time was up"
+    finally:
+        # Also on Ctrl-C: no process outlives the bench.
+        for lane in lanes:
+            lane.stop(*ended)
+        errors = [lane.error for lane in lanes if lane.error]
+        complete = bool(cases) and all(case["status"] == DONE for case in cases.values()) and not errors
+        entry |= {"status": DONE if complete else INCOMPLETE, "seconds": round(time.monotonic() - started, 1)}
+        if errors:
+            entry["error"] = errors[0]
+        record.save()
+
+
+def _listen(lanes: Sequence[Lane], inbox: Inbox, deadline: float, record: Record) -> None:
+    """Take in what the workers say until they are through or the time is up."""
+    saved = time.monotonic()
+    while any(lane.running for lane in lanes) and time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            lane, message = inbox.get(timeout=_TICK)
+            lane.hear(message)
+        for lane in lanes:
+            lane.check_patience()
+        if time.monotonic() - saved > _SAVE_EVERY:
+            record.save()
+            saved = time.monotonic()

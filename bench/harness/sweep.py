@@ -1,0 +1,167 @@
+"""One operation over sizes, in the form of `triton.testing`: a CSV and a picture, beside torch, eager and compiled.
+
+Every line is checked against float64 at every size, and timed there only if it is right.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharpkern._files import write_rows
+from sharpkern.plot import COLORS, light_grid, new_figure, save_figure
+
+from .accuracy import checked, judge
+from .cases import Bench, BlockedError, Call, Timed, timed
+from .formulas import FORMULAS
+from .timing import Json, Variant, machine_here
+
+LINES = ("sharpkern", "torch", "torch.compile")
+# More buffers are not rotated: where operands are this small it is the launch that takes the time.
+_MOST_BUFFERS = 64
+
+Say = Callable[[str], None]
+
+
+def operations(bench: Bench) -> list[str]:
+    """Return the names of what can be swept: operations as their checks name them."""
+    return list(dict.fromkeys(case.operation for case in timed(bench, 1 << 12).values()))
+
+
+def sizes(bench: Bench) -> list[int]:
+    """Return numbers of elements, a factor of four apart."""
+    return [1 << power for power in range(12, bench.pick(gpu=28, cpu=24, quick=20) + 1, 2)]
+
+
+def sweep_here(operation: str, beside: Path, *, quick: bool, say: Say) -> int:
+    """Sweep an operation in this process and return the exit code: 1 where something was wrong."""
+    bench = Bench(machine_here(), quick)
+    try:
+        with torch.no_grad():
+            return 0 if sweep(bench, operation, beside, say) else 1
+    except BlockedError as error:
+        say(str(error))
+        return 1
+
+
+def sweep(bench: Bench, operation: str, beside: Path, say: Say) -> bool:
+    """Write a CSV and a PNG per case of an operation beside a path; return whether every line was right everywhere.
+
+    Raises:
+        ValueError: there is no such operation.
+        BlockedError: it did not pass its check.
+    """
+    if operation not in operations(bench):
+        raise ValueError(f"sweep must be one of {', '.join(operations(bench))}, got {operation!r}")
+    bench = checked(bench, operation)
+    right = True
+    for name, case in timed(bench, 1 << 12).items():
+        if case.operation == operation:
+            # Graphs of other shapes are forgotten.
+            torch._dynamo.reset()
+            rows, all_right = points(bench, name, sizes(bench), say)
+            right &= all_right
+            path = beside.with_name(f"{beside.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.csv")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path, rows)
+            draw(rows, f"{name}, {_device(bench)}", path.with_suffix(".png"))
+            say(f"{name}: wrote {path} and {path.with_suffix('.png').name}")
+    return right
+
+
+def points(bench: Bench, name: str, numbers: Sequence[int], say: Say) -> tuple[list[Json], bool]:
+    """Return a row per size with the rate of every line that is right there, and whether all were."""
+    rows, right = [], True
+    compiled: dict[str, Any] = {}
+    for numel in numbers:
+        case = timed(bench, numel)[name]
+        rates = dict(_rates(bench, case, compiled))
+        unit = rates.pop("unit")
+        row: Json = {"elements": numel}
+        for line in LINES:
+            if isinstance(rates[line], str):
+                right = False
+                say(f"{name}, {numel} elements, {line}: not timed: {rates[line]}")
+            middle, slow, fast = [""] * 3 if isinstance(rates[line], str) else rates[line]
+            row |= {f"{line} ({unit})": middle, f"{line}-min ({unit})": slow, f"{line}-max ({unit})": fast}
+        rows.append(row)
+        say(f"{name}, {numel} elements: " + ", ".join(f"{line} {row[f'{line} ({unit})']} {unit}" for line in LINES))
+    return rows, right
+
+
+def _rates(bench: Bench, case: Timed, compiled: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the unit, and of every line the median, least and most of it, or in words why it is not timed."""
+    load = case.load(bench)
+    call = load.calls[0]
+    count = min(_MOST_BUFFERS, bench.machine.rotations(load.nbytes))
+    calls = [call, *(case.load(bench).calls[0] for _ in range(count - 1))]
+    functions: dict[str, Callable[[Call], Any]] = {
+        "sharpkern": lambda one: one.run(bench.backend),
+        "torch": Call.formula,
+        "torch.compile": lambda one: one.formula(_compiled(one.operation, compiled)),
+    }
+    to_check: dict[str, Callable[..., Any] | None] = {
+        "sharpkern": None,
+        "torch": FORMULAS[call.operation],
+        "torch.compile": _compiled(call.operation, compiled),
+    }
+    variants: dict[str, Variant] = {}
+    wrong: dict[str, str] = {}
+    for line, function in functions.items():
+        try:
+            row = judge(bench, call, to_check[line])
+        except Exception as error:
+            wrong[line] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        if row["passed"]:
+            variants[line] = partial(_nth, function, calls)
+        else:
+            wrong[line] = f"error {row['error_of_budget']:.3g} of its budget"
+    timings = bench.machine.time(variants, 0.5 if bench.machine.is_gpu else 0.1) if variants else {}
+    amount, unit = (load.flops / 1e12, "TFLOP/s") if load.flops else (load.nbytes / 1e9, "GB/s")
+    yield "unit", unit
+    for line in LINES:
+        one = timings.get(line)
+        yield line, wrong[line] if one is None else [_rounded(amount / s) for s in (one.median, one.p80, one.p20)]
+
+
+def _nth(function: Callable[[Call], Any], calls: Sequence[Call], number: int) -> None:
+    function(calls[number % len(calls)])
+
+
+def _compiled(operation: str, compiled: dict[str, Any]) -> Callable[..., Any]:
+    if operation not in compiled:
+        compiled[operation] = torch.compile(FORMULAS[operation])
+    function: Callable[..., Any] = compiled[operation]
+    return function
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _device(bench: Bench) -> str:
+    return torch.cuda.get_device_name(bench.machine.device) if bench.machine.is_gpu else "CPU, one thread"
+
+
+def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw rates against sizes, with a band from the 20th to the 80th percentile."""
+    figure = new_figure(6, 4)
+    axes = figure.subplots()
+    unit = next(name for name in rows[0] if name != "elements").rsplit("(", 1)[1].rstrip(")")
+    for line, color in zip(LINES, COLORS, strict=False):
+        names = [f"{line}{end} ({unit})" for end in ("", "-min", "-max")]
+        found = [(row["elements"], *(row[name] for name in names)) for row in rows if row[names[0]] != ""]
+        if found:
+            x, middle, slow, fast = zip(*found, strict=True)
+            axes.plot(x, middle, color=color, marker=".", label=line)
+            axes.fill_between(x, slow, fast, color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="elements", ylabel=unit, title=title)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    light_grid(axes)
+    save_figure(figure, path)
