@@ -32,7 +32,7 @@ from workloads import GPT, Batch, Counted, Loss, Point, Run, Seconds, digits, ml
 
 import sharpkern
 from sharpkern.bench.models import engines
-from sharpkern.engines.batched import NUM_PARALLEL
+from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.memory.counter import peak_bytes
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, warm_grid
 

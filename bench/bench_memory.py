@@ -13,7 +13,7 @@ import torch
 
 from sharpkern import memory_plan
 from sharpkern.memory.plan import MemoryPlan
-from sharpkern.memory.show import cells, columns, draw, label
+from sharpkern.memory.report import cells, columns, draw, label
 
 # AdamW with float32 moments on bfloat16 weights, one sequence of 4096 tokens on each GPU: model, GPUs.
 PLANS = [("olmo2-1b", 1), ("olmo2-7b", 1), ("olmo2-13b", 1), ("olmo2-32b", 8), ("llama3-70b", 16)]

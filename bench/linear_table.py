@@ -1,9 +1,9 @@
-"""Which way to take K step sizes through a linear layer is quickest, and whether `sharpkern.linear` takes it.
+"""Which way to take K step sizes through a linear layer is quickest, and whether `sharpkern.engines.virtual.linear` takes it.
 
     python bench/linear_table.py [PATH]
 
 Reads the section "linear" of a file of `sharpkern bench`: of each architecture the last sitting that has it, and of
-each number of tokens the median over shapes. Ends with code 1 where the way that `sharpkern.linear.choose` takes for a
+each number of tokens the median over shapes. Ends with code 1 where the way that `sharpkern.engines.virtual.linear.choose` takes for a
 full pass of the batched engine is more than a tenth slower than the quickest.
 """
 
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from sharpkern.bench.report import Summary, summaries
-from sharpkern.engines.batched import NUM_PARALLEL
-from sharpkern.linear import choose
+from sharpkern.engines.batched.engine import NUM_PARALLEL
+from sharpkern.engines.virtual.linear import choose
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 # Slower than the quickest way by more than this is a wrong choice; less is noise, or not worth a row of the table.

@@ -11,12 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sharpkern import ops as ops
-    from sharpkern.accumulate import adamw_direction as adamw_direction
-    from sharpkern.accumulate import gradient_direction as gradient_direction
-    from sharpkern.critical import critical_sharpness as critical_sharpness
-    from sharpkern.direction import Direction as Direction
-    from sharpkern.directional import DirectionalSharpness as DirectionalSharpness
-    from sharpkern.directional import directional_sharpness as directional_sharpness
+    from sharpkern.directions.direction import Direction as Direction
     from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
     from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
     from sharpkern.errors import HeadroomWarning as HeadroomWarning
@@ -29,28 +24,33 @@ if TYPE_CHECKING:
     from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
     from sharpkern.errors import UncheckedWarning as UncheckedWarning
     from sharpkern.errors import UnmovedWarning as UnmovedWarning
-    from sharpkern.hessian import HessianResult as HessianResult
-    from sharpkern.hessian import hessian_sharpness as hessian_sharpness
-    from sharpkern.measurement import Measurement as Measurement
+    from sharpkern.measures.batch_directions import adamw_direction as adamw_direction
+    from sharpkern.measures.batch_directions import gradient_direction as gradient_direction
+    from sharpkern.measures.critical import critical_sharpness as critical_sharpness
+    from sharpkern.measures.directional import DirectionalSharpness as DirectionalSharpness
+    from sharpkern.measures.directional import directional_sharpness as directional_sharpness
+    from sharpkern.measures.hessian import HessianResult as HessianResult
+    from sharpkern.measures.hessian import hessian_sharpness as hessian_sharpness
+    from sharpkern.measures.relative import relative_critical_sharpness as relative_critical_sharpness
+    from sharpkern.measures.result import Measurement as Measurement
+    from sharpkern.measures.thresholds import stability_threshold as stability_threshold
     from sharpkern.memory.plan import MemoryPlan as MemoryPlan
     from sharpkern.memory.planning import memory_plan as memory_plan
-    from sharpkern.mixture import mixture_sweep as mixture_sweep
-    from sharpkern.monitor import Monitor as Monitor
-    from sharpkern.monitor import Record as Record
+    from sharpkern.mixtures.results import MixtureSweep as MixtureSweep
+    from sharpkern.mixtures.results import SweetSpot as SweetSpot
+    from sharpkern.mixtures.sweep import mixture_sweep as mixture_sweep
+    from sharpkern.monitoring.monitor import Monitor as Monitor
+    from sharpkern.monitoring.monitor import Record as Record
     from sharpkern.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from sharpkern.relative import relative_critical_sharpness as relative_critical_sharpness
-    from sharpkern.sweep import MixtureSweep as MixtureSweep
-    from sharpkern.sweep import SweetSpot as SweetSpot
-    from sharpkern.thresholds import stability_threshold as stability_threshold
 
 # Loaded when first asked for: importing the package costs next to nothing on top of torch.
 _HOME = {
-    "adamw_direction": "accumulate",
-    "gradient_direction": "accumulate",
-    "critical_sharpness": "critical",
-    "Direction": "direction",
-    "DirectionalSharpness": "directional",
-    "directional_sharpness": "directional",
+    "adamw_direction": "measures.batch_directions",
+    "gradient_direction": "measures.batch_directions",
+    "critical_sharpness": "measures.critical",
+    "Direction": "directions.direction",
+    "DirectionalSharpness": "measures.directional",
+    "directional_sharpness": "measures.directional",
     "EngineFallbackWarning": "errors",
     "EngineUnsupportedError": "errors",
     "HeadroomWarning": "errors",
@@ -64,18 +64,18 @@ _HOME = {
     "UncheckedWarning": "errors",
     "UnmovedWarning": "errors",
     "linear_cross_entropy": "ops.linear_cross_entropy",
-    "HessianResult": "hessian",
-    "hessian_sharpness": "hessian",
-    "Measurement": "measurement",
+    "HessianResult": "measures.hessian",
+    "hessian_sharpness": "measures.hessian",
+    "Measurement": "measures.result",
     "MemoryPlan": "memory.plan",
     "memory_plan": "memory.planning",
-    "mixture_sweep": "mixture",
-    "Monitor": "monitor",
-    "Record": "monitor",
-    "relative_critical_sharpness": "relative",
-    "MixtureSweep": "sweep",
-    "SweetSpot": "sweep",
-    "stability_threshold": "thresholds",
+    "mixture_sweep": "mixtures.sweep",
+    "Monitor": "monitoring.monitor",
+    "Record": "monitoring.monitor",
+    "relative_critical_sharpness": "measures.relative",
+    "MixtureSweep": "mixtures.results",
+    "SweetSpot": "mixtures.results",
+    "stability_threshold": "measures.thresholds",
 }
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from sharpkern.engines import layers, tail
+from sharpkern.engines.virtual import layers
+from sharpkern.engines.virtual import lm_head as tail
 from sharpkern.ops import linear_cross_entropy as head
 from tests.cases import tokens
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, random_direction

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sharpkern import Direction
-from sharpkern.accumulate import adamw_direction, gradient_direction
+from sharpkern.measures.batch_directions import adamw_direction, gradient_direction
 from tests.cases import tokens
 from tests.models import GPT, ResNet
 

@@ -15,15 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern import critical, ops
-from sharpkern.critical import measure
-from sharpkern.engines import batched, calls
-from sharpkern.engines.batched import NUM_PARALLEL, BatchedEngine
-from sharpkern.engines.pace import Pace
+from sharpkern import ops
+from sharpkern.engines.batched import engine as batched
+from sharpkern.engines.batched.engine import NUM_PARALLEL, BatchedEngine
 from sharpkern.engines.session import Checks
-from sharpkern.engines.verify import confirm
-from sharpkern.engines.virtual import VirtualEngine
-from sharpkern.measurement import Options
+from sharpkern.engines.timing import Pace
+from sharpkern.engines.virtual import torch_calls as calls
+from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.measures import critical
+from sharpkern.measures.critical import measure
+from sharpkern.measures.result import Options
+from sharpkern.measures.self_checks import confirm
 from tests.cases import CASES
 from tests.models import MLP
 from tests.oracle import LossFn, deep_copy_losses, engine_losses, engine_on, random_direction

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern.engines.batched import BatchedEngine
-from sharpkern.engines.mode import VirtualParameters
+from sharpkern.engines.batched.engine import BatchedEngine
+from sharpkern.engines.virtual.mode import VirtualParameters
 from sharpkern.ops import arithmetic
 from tests.cases import Case
 from tests.oracle import LossFn, assert_as_exact_as_copies, deep_copy_losses, engine_losses, engine_on, random_direction

@@ -14,7 +14,7 @@ from torch import nn
 
 import sharpkern
 from sharpkern.bench.cases import BlockedError
-from sharpkern.engines import pace
+from sharpkern.engines import timing as pace
 
 ROOT = Path(__file__).parents[1]
 

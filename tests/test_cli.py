@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import sharpkern
 from sharpkern.cli import app, demo
+from sharpkern.cli.demo_summary import summary
 from sharpkern.cli.digits import DemoRun, HessianPoint, digits, network, train
-from sharpkern.cli.summary import summary
-from sharpkern.measurement import Measurement
-from sharpkern.monitor import Record
+from sharpkern.measures.result import Measurement
+from sharpkern.monitoring.monitor import Record
 
 COLUMNS = ["step", "loss", "lambda_c", "status", "error", "forwards", "lambda_max", "lambda_dir", "two_over_lr"]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import sharpkern
-from sharpkern import _marks
 from sharpkern.cli import app, checkpoint, revisions
 from sharpkern.cli.corpus import read_text, row_loss, rows_of, spread
+from sharpkern.mixtures import fingerprint as _marks
 from tests import checkpoints
 from tests.checkpoints import ENGLISH, REVISIONS
 

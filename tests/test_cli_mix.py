@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sharpkern import mixture
 from sharpkern.cli import app, checkpoint, mix
-from sharpkern.sweep import MixturePoint, MixtureSweep, Summary
+from sharpkern.mixtures import sweep as mixture
+from sharpkern.mixtures.results import MixturePoint, MixtureSweep, Summary
 from tests import checkpoints
 from tests.checkpoints import ENGLISH, REVISIONS
 

@@ -264,7 +264,7 @@ def test_warnings_point_at_the_callers_line() -> None:
 
 
 def test_ignored_labels_do_not_make_the_loss_more_exact() -> None:
-    from sharpkern.engines.precision import LossPrecision
+    from sharpkern.engines.evaluation.precision import LossPrecision
 
     precision = LossPrecision()
     labels = torch.tensor([1, 2, -100, -100])

@@ -15,8 +15,8 @@ from torch import nn
 
 import sharpkern
 from sharpkern import Direction
-from sharpkern.measurement import MeasureOptions, Options
-from sharpkern.monitor import MonitorOptions
+from sharpkern.measures.result import MeasureOptions, Options
+from sharpkern.monitoring.monitor import MonitorOptions
 from tests.cases import tokens
 from tests.models import GPT
 
@@ -174,7 +174,7 @@ def test_a_check_that_does_not_fit_into_memory_is_left_out_once(monkeypatch: pyt
     def too_large(self: object, eta: float) -> float:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("sharpkern.engines.virtual.VirtualEngine.oracle_loss", too_large)
+    monkeypatch.setattr("sharpkern.engines.virtual.engine.VirtualEngine.oracle_loss", too_large)
     model = Point(torch.tensor([1.0, 2.0]), lambda theta: theta.square().sum())
     model().backward()
     direction = Direction.from_gradients(model)

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharpkern._differences import at_step, three_point
-from sharpkern.direction import Direction
-from sharpkern.directional import directional_sharpness
+from sharpkern.directions.direction import Direction
+from sharpkern.measures.directional import directional_sharpness
+from sharpkern.search.finite_differences import at_step, three_point
 
 
 def measured(f, first_step, noise=1e-14):

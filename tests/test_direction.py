@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from sharpkern.direction import Direction
+from sharpkern.directions.direction import Direction
+from sharpkern.directions.names import NameTable
 from sharpkern.ops.reductions import inner_product
-from sharpkern.updates.names import NameTable
 
 SGD, ADAM, ADAMW, NADAM = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharpkern.direction import Direction
+from sharpkern.directions.direction import Direction
 from sharpkern.errors import NoUpdateError
 
 SGD, ADAM, ADAMW, NADAM = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam

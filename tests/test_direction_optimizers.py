@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import sharpkern
-from sharpkern.direction import Direction
+from sharpkern.directions.direction import Direction
 from sharpkern.errors import NoUpdateError
 from sharpkern.memory.counter import bytes_of, peak_bytes
 

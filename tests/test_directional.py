@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sharpkern.direction import Direction
-from sharpkern.directional import DirectionalSharpness, directional_sharpness
+from sharpkern.directions.direction import Direction
 from sharpkern.errors import EngineFallbackWarning, RetainedWarning
+from sharpkern.measures.directional import DirectionalSharpness, directional_sharpness
 from tests.models import OutOfSight
 
 
@@ -180,7 +180,7 @@ def test_falls_back_to_the_inplace_engine_with_a_warning():
 
 def test_steps_that_rounding_swallows_are_told(monkeypatch):
     # The share itself has its own tests; here it is only bad luck.
-    monkeypatch.setattr("sharpkern.directional.retained_share", lambda pairs, rounded, alpha: 0.5)
+    monkeypatch.setattr("sharpkern.measures.directional.retained_share", lambda pairs, rounded, alpha: 0.5)
     model, _, _, loss_fn = classifier()
     with pytest.warns(RetainedWarning, match=r"only 0\.50 of the displacement by ±.*·Δθ survives .*float32 masters"):
         directional_sharpness(model, loss_fn, Direction.from_gradients(model))
@@ -258,7 +258,7 @@ def test_what_rounding_of_the_weights_left_out_is_in_the_error(monkeypatch):
     model, _, _, loss_fn = classifier()
     direction = Direction.from_gradients(model)
     whole = directional_sharpness(model, loss_fn, direction)
-    monkeypatch.setattr("sharpkern.directional.retained_share", lambda pairs, rounded, alpha: 0.93)
+    monkeypatch.setattr("sharpkern.measures.directional.retained_share", lambda pairs, rounded, alpha: 0.93)
     part = directional_sharpness(model, loss_fn, direction)
     assert part == whole
     assert part.error == pytest.approx(whole.error + 0.07, abs=1e-5)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import sharpkern
 from sharpkern import errors
-from sharpkern.measurement import Measurement
+from sharpkern.measures.result import Measurement
 from sharpkern.ops.registry import VARIABLE
 from tests.models import GPT, MLP
 

@@ -13,9 +13,9 @@ import pytest
 from sharpkern.cli import demo, revisions
 from sharpkern.cli.digits import DemoRun
 from sharpkern.memory.plan import MemoryPlan, MethodMemory
-from sharpkern.monitor import Monitor
-from sharpkern.plot import plot_history
-from sharpkern.sweep import MixturePoint, MixtureSweep
+from sharpkern.mixtures.results import MixturePoint, MixtureSweep
+from sharpkern.monitoring.monitor import Monitor
+from sharpkern.monitoring.plot import plot_history
 from tests.test_monitor import Loop
 from tests.test_plot import record
 

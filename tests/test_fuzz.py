@@ -2,9 +2,9 @@
 
 import pytest
 
-from sharpkern.engines.guards import Guard
+from sharpkern.engines.evaluation.guard import Guard
 from sharpkern.engines.inplace import InPlaceEngine
-from sharpkern.engines.virtual import VirtualEngine
+from sharpkern.engines.virtual.engine import VirtualEngine
 from tests.fuzz import outcome
 
 

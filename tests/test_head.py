@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sharpkern.engines import calls
+from sharpkern.engines.virtual import torch_calls as calls
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from sharpkern.ops import linear_cross_entropy as head
 from sharpkern.ops.linear_cross_entropy import cross_entropy_of_rows, linear_cross_entropy

@@ -9,7 +9,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 from torch.nn import functional as F
 
-from sharpkern.hessian import hessian_sharpness
+from sharpkern.measures.hessian import hessian_sharpness
 from tests.models import OutOfSight
 
 

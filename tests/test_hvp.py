@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from sharpkern.direction import Direction
-from sharpkern.directional import directional_sharpness
+from sharpkern.directions.direction import Direction
 from sharpkern.errors import UncheckedWarning
-from sharpkern.hessian import hessian_sharpness
+from sharpkern.measures.directional import directional_sharpness
+from sharpkern.measures.hessian import hessian_sharpness
 from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 from tests.models import OutOfSight
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import sharpkern
 from sharpkern import _undo
-from sharpkern.engines import guards
+from sharpkern.engines.evaluation import guard as guards
 
 ENGINES = ["virtual", "batched", "inplace"]
 NUM_FAULTS = 4

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sharpkern._journal import Journal
+from sharpkern.mixtures.resume import Journal
 from tests.test_files import full_disk
 
 SETTINGS = {"ratios": (0.0, 0.5), "seed": 0}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sharpkern
 from sharpkern import Direction, ops
 from sharpkern.engines.retained import retained_share
-from sharpkern.engines.table import make_pairs
+from sharpkern.engines.tracked import make_pairs
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.cases import TORCH_CASES, Case
 from tests.models import GPT

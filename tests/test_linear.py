@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpkern import linear, ops
-from sharpkern.linear import choose, moving_linear
+from sharpkern import ops
+from sharpkern.engines.virtual import linear
+from sharpkern.engines.virtual.linear import choose, moving_linear
 from sharpkern.ops.matmul import product_dtype
 from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
 from tests.kernels.budget import assert_within_budget, randn

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from sharpkern import _marks
-from sharpkern._marks import mark_of, mark_of_function, mark_of_model
+from sharpkern.mixtures import fingerprint as _marks
+from sharpkern.mixtures.fingerprint import mark_of, mark_of_function, mark_of_model
 
 
 class Model(nn.Module):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
-from sharpkern import linear
-from sharpkern.engines.batched import NUM_PARALLEL
+from sharpkern.engines.batched.engine import NUM_PARALLEL
+from sharpkern.engines.virtual import linear
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.models import GPT
 from tests.oracle import random_direction

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sharpkern.engines import batched
-from sharpkern.fakes import planned_for
+from sharpkern.engines.batched import engine as batched
 from sharpkern.memory import architectures
 from sharpkern.memory.methods import _Engine, _forward
-from sharpkern.memory.scene import Scene, fake_copy
+from sharpkern.memory.training_state import Scene, fake_copy
+from sharpkern.tensors.fake import planned_for
 
 GIB = 2**30
 # The largest layer: one matrix of an MLP.

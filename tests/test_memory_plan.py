@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 import sharpkern
 from sharpkern.cli import app, memory
 from sharpkern.cli.memory import Head, Optimizer
-from sharpkern.fakes import planned_for
 from sharpkern.memory import architectures, planning
 from sharpkern.memory.architectures import ARCHITECTURES
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS
 from sharpkern.memory.plan import CARDS, USABLE, MemoryPlan, MethodMemory
-from sharpkern.memory.scene import Scene, fake_copy
+from sharpkern.memory.training_state import Scene, fake_copy
+from sharpkern.tensors.fake import planned_for
 from tests.processes import on_ranks
 
 GIB = 2**30

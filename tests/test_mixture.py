@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import sharpkern
-from sharpkern import mixture
-from sharpkern._mix import Mix
-from sharpkern.sweep import MixturePoint, MixtureSweep, SweetSpot
+from sharpkern.mixtures import sweep as mixture
+from sharpkern.mixtures.results import MixturePoint, MixtureSweep, SweetSpot
+from sharpkern.mixtures.sampling import Mix
 from tests.models import GPT
 
 RATIOS = [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
-from sharpkern.engines import guards, session
+from sharpkern.engines import session
+from sharpkern.engines.evaluation import guard as guards
 from tests.oracle import random_direction
 
 ENGINES = ["virtual", "batched", "inplace"]

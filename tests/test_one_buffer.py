@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import sharpkern
 from sharpkern import Direction
-from sharpkern.overlaps import Owners, overlapping
+from sharpkern.tensors.storage import Owners, overlapping
 from tests.cases import TORCH_CASES, Case
 from tests.oracle import deep_copy_losses, engine_losses, engine_on, random_direction
 from tests.test_non_intrusive import differing, snapshot

@@ -362,7 +362,7 @@ def test_several_optimizers_make_one_direction(name: str) -> None:
 
 
 def test_a_container_that_only_hands_its_step_on_needs_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharpkern.updates.optimizer.shadow_step", lambda *_: pytest.fail("stepped on a copy"))
+    monkeypatch.setattr("sharpkern.directions.from_optimizer.shadow_step", lambda *_: pytest.fail("stepped on a copy"))
     model = make_model()
     backward(model)
     made = [SGD(model[0].parameters(), lr=0.1), ADAMW(model[2:].parameters(), lr=1e-2)]

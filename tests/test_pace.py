@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sharpkern
-from sharpkern import critical
-from sharpkern._run import ENOUGH_FORWARDS
-from sharpkern.engines.batched import NUM_PARALLEL
-from sharpkern.engines.pace import Pace
+from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.engines.session import open_session
+from sharpkern.engines.timing import Pace
+from sharpkern.measures import critical
+from sharpkern.measures.run import ENOUGH_FORWARDS
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, find_critical_lr, warm_grid
 from tests.models import GPT, MLP
 from tests.oracle import engine_on, random_direction

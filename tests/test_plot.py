@@ -9,9 +9,9 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
-from sharpkern.measurement import Measurement
-from sharpkern.monitor import Record
-from sharpkern.plot import plot_history
+from sharpkern.measures.result import Measurement
+from sharpkern.monitoring.monitor import Record
+from sharpkern.monitoring.plot import plot_history
 
 
 def record(step, sharpness, status="converged", lr=0.1, heldout=None):

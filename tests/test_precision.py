@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sharpkern
-from sharpkern.engines.precision import _is_tf32
+from sharpkern.engines.evaluation.precision import _is_tf32
 from tests.models import MLP
 from tests.oracle import engine_on, random_direction
 

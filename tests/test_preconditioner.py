@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sharpkern.direction import Direction
-from sharpkern.directional import directional_sharpness
-from sharpkern.hessian import hessian_sharpness
+from sharpkern.directions.direction import Direction
+from sharpkern.measures.directional import directional_sharpness
+from sharpkern.measures.hessian import hessian_sharpness
 from tests.models import GPT
 from tests.test_hessian import dense_hessian
 

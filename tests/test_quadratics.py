@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from sharpkern.critical import critical_sharpness
-from sharpkern.direction import Direction
-from sharpkern.directional import directional_sharpness
-from sharpkern.hessian import hessian_sharpness
+from sharpkern.directions.direction import Direction
+from sharpkern.measures.critical import critical_sharpness
+from sharpkern.measures.directional import directional_sharpness
+from sharpkern.measures.hessian import hessian_sharpness
 from tests.test_hessian import Quadratic
 
 SPECTRA = {

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern.engines import guards
-from sharpkern.engines.reach import Reached, fingerprint
+from sharpkern.engines.evaluation import guard as guards
+from sharpkern.engines.evaluation.reach import Reached, fingerprint
 
 ENGINES = ["virtual", "batched", "inplace"]
 X = torch.linspace(-1, 1, 32).reshape(8, 4)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
-from sharpkern import ops, relative
-from sharpkern.engines import layers
+from sharpkern import ops
+from sharpkern.engines.virtual import layers
+from sharpkern.measures import relative
 from tests.cases import tokens
 from tests.models import GPT
 from tests.oracle import random_direction

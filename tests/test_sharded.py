@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sharpkern
-from sharpkern.engines.lockstep import Lockstep
+from sharpkern.distributed.lockstep import Lockstep
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.models import GPT, MLP, Block
 from tests.processes import on_ranks

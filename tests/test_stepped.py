@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sharpkern.engines import attention as attention_module
-from sharpkern.engines.attention import attention
-from sharpkern.engines.batch_norms import batch_norm, instance_norm
-from sharpkern.engines.draws import dropout
-from sharpkern.engines.stepped import STEPPED, _calling_ours
-from sharpkern.randomness import torch_states
+from sharpkern.engines.batched import attention as attention_module
+from sharpkern.engines.batched.attention import attention
+from sharpkern.engines.batched.batch_norms import batch_norm, instance_norm
+from sharpkern.engines.batched.random_draws import dropout
+from sharpkern.engines.batched.rules import STEPPED, _calling_ours
+from sharpkern.tensors.random_state import torch_states
 
 K, B, H, T, S, E = 3, 2, 4, 5, 7, 8
 ON_A_GPU = [

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern.engines import tail
-from sharpkern.engines.batched import NUM_PARALLEL
-from sharpkern.engines.deferred import Head
-from sharpkern.engines.precision import LossPrecision
-from sharpkern.engines.tail import Tail
+from sharpkern.engines.batched.engine import NUM_PARALLEL
+from sharpkern.engines.evaluation.precision import LossPrecision
+from sharpkern.engines.virtual import lm_head as tail
+from sharpkern.engines.virtual.deferred_logits import Head
+from sharpkern.engines.virtual.lm_head import Tail
 from sharpkern.memory.counter import peak_bytes
 from tests import tails
 from tests.cases import TORCH_CASES, TRANSFORMERS_CASES, tokens

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern.engines import tail
-from sharpkern.engines.deferred import Deferred, Head, _has_whole_rows
-from sharpkern.engines.tail import Tail
-from sharpkern.engines.virtual import VirtualEngine
+from sharpkern.engines.virtual import lm_head as tail
+from sharpkern.engines.virtual.deferred_logits import Deferred, Head, _has_whole_rows
+from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.engines.virtual.lm_head import Tail
 from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 from tests import tails
 from tests.models import GPT

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
 
-from sharpkern.hessian import hessian_sharpness
-from sharpkern.thresholds import stability_threshold
+from sharpkern.measures.hessian import hessian_sharpness
+from sharpkern.measures.thresholds import stability_threshold
 
 LR = 0.1
 SGD_SETTINGS = {

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern import _run
-from sharpkern.engines.virtual import VirtualEngine
-from sharpkern.randomness import stream_states
+from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.measures import run as _run
+from sharpkern.tensors.random_state import stream_states
 from tests.models import MLP
 from tests.oracle import random_direction
 

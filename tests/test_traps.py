@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import sharpkern
-from sharpkern import _run
-from sharpkern.engines import calls, guards
+from sharpkern.engines.evaluation import guard as guards
 from sharpkern.engines.retained import retained_share
-from sharpkern.engines.table import make_pairs
-from sharpkern.engines.virtual import VirtualEngine
+from sharpkern.engines.tracked import make_pairs
+from sharpkern.engines.virtual import torch_calls as calls
+from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.measures import run as _run
 from sharpkern.memory.counter import peak_bytes
 from tests.cases import TORCH_CASES
 from tests.models import MLP

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import sharpkern
+from sharpkern.distributed.ranks import KINDS
 from sharpkern.engines import settling
-from sharpkern.engines.ranks import KINDS
 from sharpkern.engines.settling import Facts, judged
 from tests.processes import on_ranks
 

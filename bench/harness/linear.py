@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern import ops
-from sharpkern.linear import moving_linear
+from sharpkern.engines.virtual.linear import moving_linear
 from sharpkern.ops.update import StoredUpdate
 
 from .cases import Bench, Cases, fused_linear

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sharpkern._files import write_rows
-from sharpkern.plot import COLORS, light_grid, new_figure, save_figure
+from sharpkern.monitoring.plot import COLORS, light_grid, new_figure, save_figure
 
 from .accuracy import checked, judge
 from .cases import Bench, BlockedError, Call, Timed, timed

@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 
 import sharpkern
-from sharpkern.engines.batched import NUM_PARALLEL, BatchedEngine
+from sharpkern.engines.batched.engine import NUM_PARALLEL, BatchedEngine
 from sharpkern.engines.session import Engine
 from sharpkern.errors import EngineUnsupportedError
 

@@ -27,7 +27,7 @@ from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
 from scaffold import Figure, Order, Piece, Row, main
 
 from sharpkern.cli import app
-from sharpkern.plot import BLUE, COLORS, ORANGE, columns, draw_measurements, legend_below, light_grid
+from sharpkern.monitoring.plot import BLUE, COLORS, ORANGE, columns, draw_measurements, legend_below, light_grid
 
 FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
 QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from facts import median, no_value, number, percent, sentences
 from scaffold import Row
 
-from sharpkern.sweep import MixturePoint, MixtureSweep, SweetSpot
+from sharpkern.mixtures.results import MixturePoint, MixtureSweep, SweetSpot
 
 TASKS = ("English", "code")
 # The sweet spot of the paper.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sharpkern._extras import missing
-from sharpkern._marks import mark_of, mark_of_file
+from sharpkern.mixtures.fingerprint import mark_of, mark_of_file
 
 # transformers takes the first that is there, or its shards.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

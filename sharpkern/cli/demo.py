@@ -16,10 +16,10 @@ import typer
 from sharpkern._extras import missing
 from sharpkern._files import write_rows
 from sharpkern._progress import progress_bar
+from sharpkern.cli.demo_summary import summary
 from sharpkern.cli.digits import DemoRun, train
 from sharpkern.cli.refusals import check_output, refusals
-from sharpkern.cli.summary import summary
-from sharpkern.plot import plot_history
+from sharpkern.monitoring.plot import plot_history
 
 HELP = (
     "Train a small network on handwritten digits to the edge of stability, in under a minute on one CPU core. "

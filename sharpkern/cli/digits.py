@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sharpkern._extras import missing
-from sharpkern.direction import Direction
-from sharpkern.directional import directional_sharpness
-from sharpkern.hessian import hessian_sharpness
-from sharpkern.monitor import Monitor, Record
-from sharpkern.thresholds import stability_threshold
+from sharpkern.directions.direction import Direction
+from sharpkern.measures.directional import directional_sharpness
+from sharpkern.measures.hessian import hessian_sharpness
+from sharpkern.measures.thresholds import stability_threshold
+from sharpkern.monitoring.monitor import Monitor, Record
 
 # Odd, both: at the edge of stability the iterate swings from side to side with a period of two steps, and an even
 # stride would only ever see one of the sides.

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from sharpkern.cli.lm import Dtype
+from sharpkern.cli.lm_options import Dtype
 from sharpkern.cli.refusals import check_file, refusals
 from sharpkern.memory.architectures import ARCHITECTURES
 from sharpkern.memory.optimizers import OPTIMIZERS

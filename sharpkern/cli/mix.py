@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, row_loss, rows_of, spread
-from sharpkern.cli.lm import Dtype, Kind, device_of, listed, maker
+from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker
 from sharpkern.cli.refusals import check_output, refusals
-from sharpkern.mixture import mixture_sweep
-from sharpkern.plot import new_figure
-from sharpkern.sweep import MixtureSweep, Summary
+from sharpkern.mixtures.results import MixtureSweep, Summary
+from sharpkern.mixtures.sweep import mixture_sweep
+from sharpkern.monitoring.plot import new_figure
 
 HELP = (
     "Measure, for every share of old text in a mix with new text, how far a language model could step along the mix's "

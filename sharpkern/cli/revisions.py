@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._files import write_rows
-from sharpkern._journal import Journal, Row, restored
 from sharpkern._progress import progress_bar
 from sharpkern.cli.checkpoint import Checkpoint
 from sharpkern.cli.corpus import row_loss
-from sharpkern.critical import critical_sharpness
-from sharpkern.measurement import Measurement, check_values
-from sharpkern.mixture import MakeDirection
-from sharpkern.monitor import Record
-from sharpkern.plot import plot_history
+from sharpkern.measures.critical import critical_sharpness
+from sharpkern.measures.result import Measurement, check_values
+from sharpkern.mixtures.resume import Journal, Row, restored
+from sharpkern.mixtures.sweep import MakeDirection
+from sharpkern.monitoring.monitor import Record
+from sharpkern.monitoring.plot import plot_history
 
 
 def measure_all(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sharpkern import ops
-from sharpkern.engines.closure import Closure
-from sharpkern.engines.table import Pair, Step
+from sharpkern.engines.evaluation.closure import Closure
+from sharpkern.engines.tracked import Pair, Step
 from sharpkern.errors import EngineFallbackWarning, warn
 from sharpkern.ops.update import StoredUpdate
 

@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from sharpkern.engines.table import Pair
+from sharpkern.distributed.sharding import over_shards
+from sharpkern.engines.tracked import Pair
 from sharpkern.ops.reductions import total
-from sharpkern.shards import over_shards
 
 # Elements looked at in each tensor; there are many tensors.
 _SAMPLE = 1 << 12

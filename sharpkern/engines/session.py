@@ -14,25 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._undo import Trace, alone, undone
-from sharpkern.engines.batched import BatchedEngine
-from sharpkern.engines.closure import Closure, LossFn
-from sharpkern.engines.compiled import Eagerly, FromGraphs
+from sharpkern.distributed.lockstep import Lockstep
+from sharpkern.distributed.ranks import Alone, Ranks, as_one
+from sharpkern.distributed.sharding import is_sharded
+from sharpkern.engines.batched.engine import BatchedEngine
+from sharpkern.engines.evaluation.closure import Closure, LossFn
+from sharpkern.engines.evaluation.compiled import Eagerly, FromGraphs
+from sharpkern.engines.evaluation.guard import Guard, evaluating
+from sharpkern.engines.evaluation.parametrizations import empty_cache
+from sharpkern.engines.evaluation.precision import LossPrecision
+from sharpkern.engines.evaluation.reach import fingerprint
 from sharpkern.engines.evidence import Slopes, TrainedLoss, is_power
-from sharpkern.engines.guards import Guard, evaluating
 from sharpkern.engines.inplace import Backup, InPlaceEngine
-from sharpkern.engines.layers import Kept
-from sharpkern.engines.lockstep import Lockstep
-from sharpkern.engines.mode import VirtualParameters
-from sharpkern.engines.parametrizations import empty_cache
-from sharpkern.engines.precision import LossPrecision
-from sharpkern.engines.ranks import Alone, Ranks, as_one
-from sharpkern.engines.reach import fingerprint
 from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost, ranks_for, size_of
-from sharpkern.engines.table import Pair, make_pairs
-from sharpkern.engines.virtual import VirtualEngine
+from sharpkern.engines.tracked import Pair, make_pairs
+from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.engines.virtual.layers import Kept
+from sharpkern.engines.virtual.mode import VirtualParameters
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
 from sharpkern.ops.update import ParamUpdate
-from sharpkern.shards import is_sharded
 
 Result = TypeVar("Result")
 

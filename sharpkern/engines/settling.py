@@ -34,12 +34,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharpkern.engines.lockstep import reducers_of, replicate_state
-from sharpkern.engines.ranks import KINDS, Alone, Ranks, Together, kind_of, raise_gravest
-from sharpkern.engines.reach import Reached
+from sharpkern.distributed.lockstep import reducers_of, replicate_state
+from sharpkern.distributed.ranks import KINDS, Alone, Ranks, Together, kind_of, raise_gravest
+from sharpkern.distributed.sharding import is_sharded, local, local_as, over_shards, reshard
+from sharpkern.engines.evaluation.reach import Reached
 from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.ops.reductions import inner_product, to_host
-from sharpkern.shards import is_sharded, local, local_as, over_shards, reshard
 
 # Seconds that ranks wait for others, the first time that one does not come, and from then on.
 _PATIENCE = 5.0

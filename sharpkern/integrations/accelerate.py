@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from sharpkern._extras import missing
-from sharpkern.direction import Direction
-from sharpkern.measurement import Measurement
-from sharpkern.monitor import LossFn, Monitor, MonitorOptions
+from sharpkern.directions.direction import Direction
+from sharpkern.measures.result import Measurement
+from sharpkern.monitoring.monitor import LossFn, Monitor, MonitorOptions
 
 # They keep gradients of their own, and some step inside the backward pass.
 _REFUSED = ("DEEPSPEED", "MEGATRON_LM", "XLA")

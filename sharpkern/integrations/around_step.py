@@ -14,11 +14,11 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
 from sharpkern._undo import Trace, alone, undone
-from sharpkern.direction import Direction
+from sharpkern.directions.direction import Direction
+from sharpkern.directions.parts import BETWEEN, Place, check_steps, parts_of
+from sharpkern.distributed.sharding import local
 from sharpkern.errors import NoUpdateError, RetainedWarning, warn
 from sharpkern.ops.reductions import to_host
-from sharpkern.shards import local
-from sharpkern.updates.parts import BETWEEN, Place, check_steps, parts_of
 
 # Root mean square of what rounding to the nearest adds to x, over eps·|x|, for x of any binary digits.
 _ROUNDING = 0.21

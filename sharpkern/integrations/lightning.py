@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from sharpkern._extras import missing
-from sharpkern.direction import Direction
+from sharpkern.directions.direction import Direction
 from sharpkern.errors import NoUpdateError
 from sharpkern.integrations.around_step import AroundStep
-from sharpkern.measurement import MeasureOptions, Options
-from sharpkern.monitor import CallbackOptions, Monitor
+from sharpkern.measures.result import MeasureOptions, Options
+from sharpkern.monitoring.monitor import CallbackOptions, Monitor
 
 
 def _lightning() -> Any:

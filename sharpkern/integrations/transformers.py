@@ -15,9 +15,9 @@ from typing_extensions import Unpack
 
 from sharpkern._extras import missing
 from sharpkern.engines.session import is_compiled
-from sharpkern.measurement import MeasureOptions, Options
-from sharpkern.monitor import CallbackOptions, Monitor
-from sharpkern.randomness import note_streams
+from sharpkern.measures.result import MeasureOptions, Options
+from sharpkern.monitoring.monitor import CallbackOptions, Monitor
+from sharpkern.tensors.random_state import note_streams
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerState

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharpkern.shards import local
+from sharpkern.distributed.sharding import local
 
 ON_HOST = "on the host"
 

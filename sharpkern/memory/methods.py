@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkern.directions.from_optimizer import steps_by_rule
+from sharpkern.directions.optimizer_state import read_slots
+from sharpkern.directions.parts import parts_of
+from sharpkern.directions.shadow_step import shadow_step, undisturbed
+from sharpkern.distributed.sharding import local, local_as
 from sharpkern.engines.inplace import Backup
 from sharpkern.engines.session import Session, in_session
 from sharpkern.memory.counter import PeakBytes
-from sharpkern.memory.scene import ACTIVATIONS, BACKWARD, Scene
+from sharpkern.memory.training_state import ACTIVATIONS, BACKWARD, Scene
 from sharpkern.ops.rules import rule_of
 from sharpkern.ops.update import ParamUpdate, StoredUpdate
-from sharpkern.shards import local, local_as
-from sharpkern.updates.optimizer import steps_by_rule
-from sharpkern.updates.parts import parts_of
-from sharpkern.updates.shadow_step import shadow_step, undisturbed
-from sharpkern.updates.slots import read_slots
 
 COPIES, DIRECTION = "copies", "direction"
 

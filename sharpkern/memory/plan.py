@@ -99,12 +99,12 @@ class MemoryPlan:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from sharpkern.memory.show import draw
+        from sharpkern.memory.report import draw
 
         draw(self, path)
 
     def __rich__(self) -> Any:
-        from sharpkern.memory.show import table
+        from sharpkern.memory.report import table
 
         return table(self)
 

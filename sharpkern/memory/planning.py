@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from sharpkern._progress import progress_bar
-from sharpkern.engines.batched import NUM_PARALLEL
+from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.errors import EngineUnsupportedError
-from sharpkern.fakes import planned_for
 from sharpkern.memory.architectures import HEADS, check_positions, language_loss, language_model
+from sharpkern.memory.gpus import ranks, shard
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS, has_formula
 from sharpkern.memory.plan import MemoryPlan, MethodMemory
-from sharpkern.memory.scene import Scene, fake_copy
-from sharpkern.memory.shards import ranks, shard
+from sharpkern.memory.training_state import Scene, fake_copy
+from sharpkern.tensors.fake import planned_for
 
 _RANGES = {"tokens": (2, 2**24), "batch_size": (1, 2**20), "num_gpus": (1, 2**16), "num_steps": (1, NUM_PARALLEL)}
 _NO_VALUES = (

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from sharpkern.fakes import is_fake
 from sharpkern.ops.matmul import accumulator_dtype, matmul_operand, mixed_matmul, product_dtype
 from sharpkern.ops.online_cross_entropy import online_cross_entropy_
 from sharpkern.ops.registry import Backend
+from sharpkern.tensors.fake import is_fake
 
 VOCABULARY_CHUNK = 4096
 

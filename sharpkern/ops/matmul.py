@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sharpkern.fakes import kind_of
+from sharpkern.tensors.fake import kind_of
 
 # Products of 16-bit matrices with an fp32 result: torch 2.8 and later, with CUDA.
 _IN_TORCH = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()

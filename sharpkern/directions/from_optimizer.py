@@ -1,0 +1,214 @@
+"""What the next ``optimizer.step()`` would do to each parameter, per unit learning rate."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from sharpkern import ops
+from sharpkern.directions.optimizer_state import Slot, read_slots
+from sharpkern.directions.parts import Optimizers, check_steps, parts_of
+from sharpkern.directions.shadow_step import shadow_step, undisturbed
+from sharpkern.directions.shared_memory import summed
+from sharpkern.distributed.sharding import local, local_as, over_shards, whole
+from sharpkern.errors import NoUpdateError
+from sharpkern.ops.reductions import slopes_and_norms, to_host
+from sharpkern.ops.rules import Reading, Rule, rule_of
+from sharpkern.ops.update import LazyUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """The update of one parameter per unit of the reference learning rate.
+
+    Attributes:
+        slot: the parameter as the optimizer holds it.
+        source: its Δθ, or the step that it can be worked out of.
+        slope: its share of Δθᵀg, g being the gradient of what falls; or None where it moves without a gradient.
+        norm_sq: its |Δθ|².
+    """
+
+    slot: Slot
+    source: Tensor | LazyUpdate
+    slope: float | None
+    norm_sq: float
+
+
+# A parameter, and its Δθ or the step that it can be worked out of.
+Moving = tuple[Slot, Tensor | LazyUpdate]
+
+
+def optimizer_update(
+    optimizer: Optimizers,
+    masters: Mapping[nn.Parameter, Tensor] | None,
+    scaler: GradScaler | None,
+    resident: bool | None,
+) -> tuple[list[Update], float]:
+    """Return the update that the next step would make, per unit learning rate of the reference group.
+
+    Args:
+        optimizer: whatever `parts_of` takes, with parameters that hold their gradients.
+        masters: higher-precision copies by model parameter, or None.
+        scaler: the loss scaler, or None.
+        resident: whether Δθ is to be in memory; None for where that is the better choice.
+
+    Returns:
+        The updates of all parameters that would move, and the learning rate of the reference group: the first with a
+        positive rate and a gradient. Other groups move by their own ratio to it.
+
+    Raises:
+        TypeError: if an argument or a parameter is of a kind that is not supported, or the step cannot run on a copy.
+        ValueError: if there is no gradient, none other than zero, no positive learning rate, or a gradient that is
+            sparse or not finite.
+
+    Memory:
+        Optimizers with a rule: one tensor of each parameter's size if resident, otherwise what `ops.step_sums` needs
+        on the way; see `shadow_step` for the others.
+    """
+    parts = parts_of(optimizer)
+    check_steps(parts)
+    slots_of = read_slots(parts, masters, scaler)
+    slots = [slot for each in slots_of for slot in each]
+    lr = _reference_lr(slots)
+    rules = [rule_of(part.optimizer) for part in parts]
+
+    def steps() -> list[Moving]:
+        moving: list[Moving] = []
+        for part, rule, own in zip(parts, rules, slots_of, strict=True):
+            if rule is None:
+                moving += _by_shadow_step(part.optimizer, own, lr)
+            else:
+                moving += _by_rule(rule, part.optimizer, own, lr, resident)
+        return moving
+
+    moving = undisturbed((slot.held.device for slot in slots), steps) if None in rules else steps()
+    updates = _with_sums([slot for slot, _ in moving], [source for _, source in moving])
+    slopes = [update.slope for update in updates if update.slope is not None]
+    # A gradient that is not finite leaves no slope finite, whatever the update makes of it; zeros leave none but zero.
+    if not math.isfinite(sum(slopes)):
+        _refuse_nonfinite_gradients(slots)
+    elif not any(slopes):
+        _refuse_zero_gradients(slots)
+    return updates, lr
+
+
+def _by_rule(
+    rule: Rule,
+    optimizer: torch.optim.Optimizer,
+    slots: Sequence[Slot],
+    reference_lr: float,
+    resident: bool | None,
+) -> list[Moving]:
+    """Return the closed-form update of every parameter that has a gradient and a positive learning rate."""
+    slots = [slot for slot in slots if slot.held.grad is not None and slot.lr > 0]
+    steps = steps_by_rule(rule, optimizer, slots, reference_lr)
+    # On a GPU working Δθ out anew takes little time beside a forward pass, and memory is short.
+    return [
+        (slot, step.update() if resident or (resident is None and not ops.has_kernels(step.base.device)) else step)
+        for slot, step in zip(slots, steps, strict=True)
+    ]
+
+
+def steps_by_rule(
+    rule: Rule, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float
+) -> list[LazyUpdate]:
+    """Return the step of every slot as a formula of the optimizer's state; nothing of a slot's own size is read."""
+    # .get: the state is a defaultdict, and indexing it would create an entry before the first step.
+    states = [optimizer.state.get(slot.held, {}) for slot in slots]
+    counts = to_host([torch.as_tensor(state.get("step", 0.0)) for state in states])
+    return [
+        _step(slot, rule.name, rule.read(optimizer, slot.group, state, count), slot.lr / reference_lr)
+        for slot, state, count in zip(slots, states, counts, strict=True)
+    ]
+
+
+def _step(slot: Slot, rule: str, reading: Reading, rate: float) -> LazyUpdate:
+    """Return the step of what this rank holds of a parameter, from its master where there is one."""
+    assert slot.held.grad is not None
+    state = (None if tensor is None else local_as(tensor, slot.held) for tensor in reading.state)
+    # What undoes the loss scale, negative where the optimizer ascends.
+    grad_factor = (-1 if slot.climbs else 1) / slot.scale
+    return LazyUpdate(
+        rule,
+        local(slot.theta),
+        local_as(slot.held.grad.detach(), slot.held),
+        tuple(state),
+        (reading.weight_decay, grad_factor, rate, *reading.numbers),
+        reading.decoupled,
+        reading.flag,
+    )
+
+
+def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> list[Moving]:
+    """Return the update of every parameter that a step on a copy of everything moves."""
+    return [
+        (slot, local_as(displacement, slot.held).div_(reference_lr))
+        for slot, displacement in zip(slots, shadow_step(optimizer, slots), strict=True)
+        if whole(displacement.any())
+    ]
+
+
+def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | LazyUpdate]) -> list[Update]:
+    """Return the updates with their slopes and norms, read back at once; memory that parameters share moves as one."""
+    sources = summed(
+        [slot.parameter for slot in slots],
+        sources,
+        labels=[slot.label for slot in slots],
+        masters=[slot.master for slot in slots],
+    )
+    stored = [(source, slot) for slot, source in zip(slots, sources, strict=True) if isinstance(source, Tensor)]
+    # What moves without a gradient has no slope: any tensor of its shape will do.
+    gradients = [
+        source if slot.held.grad is None else local_as(slot.held.grad.detach(), slot.held) for source, slot in stored
+    ]
+    sums = iter(slopes_and_norms([source for source, _ in stored], gradients))
+    each = [source.slope_and_norm() if isinstance(source, LazyUpdate) else next(sums) for source in sources]
+    each = over_shards([slot.held for slot in slots], each)
+    slopes, norms = to_host([one[0] for one in each]), to_host([one[1] for one in each])
+    # Of what falls: the gradient as it is stored may be scaled, and of what the optimizer climbs.
+    factors = [None if slot.held.grad is None else (-1 if slot.climbs else 1) / slot.scale for slot in slots]
+    return [
+        Update(slot, source, None if factor is None else slope * factor, norm_sq)
+        for slot, source, factor, slope, norm_sq in zip(slots, sources, factors, slopes, norms, strict=True)
+    ]
+
+
+def _reference_lr(slots: Sequence[Slot]) -> float:
+    """Return the learning rate of the first group that has a positive one and a gradient."""
+    rates = [slot.lr for slot in slots if slot.held.grad is not None]
+    if not rates:
+        raise ValueError(
+            f"optimizer must hold a gradient, got none in {len(slots)} parameters; call Direction.from_optimizer after "
+            "loss.backward() and before zero_grad(), and not inside of a loss_fn (where it holds masters: after the "
+            "gradients were copied to them; where hooks step inside of backward(): use Direction.between around it)"
+        )
+    reference = next((lr for lr in rates if lr > 0), None)
+    if reference is None:
+        raise NoUpdateError(
+            "optimizer must have a positive learning rate in a group with a gradient, got 0 in all of them; measure "
+            "when the schedule has started, or use Direction.from_gradients(model)"
+        )
+    return reference
+
+
+def _refuse_nonfinite_gradients(slots: Sequence[Slot]) -> None:
+    """Raise on the first gradient that is not finite."""
+    for slot in slots:
+        if slot.held.grad is not None and not whole(slot.held.grad.isfinite().all()):
+            remedy = "skip this measurement: GradScaler will skip the step"
+            if slot.scale == 1:
+                remedy = "find what overflowed, or skip this measurement where a GradScaler will skip the step"
+            raise NoUpdateError(f"the gradient of {slot.label} must be finite, got nan or inf; {remedy}")
+
+
+def _refuse_zero_gradients(slots: Sequence[Slot]) -> None:
+    """Raise if no gradient has an element other than zero: momentum may still move the weights, but by no slope."""
+    gradients = [slot.held.grad for slot in slots if slot.held.grad is not None]
+    if not any(bool(whole(gradient.any())) for gradient in gradients):
+        raise NoUpdateError(
+            f"optimizer must hold a gradient other than zero, got {len(gradients)} and all gradients are zero: measure "
+            "between backward() and zero_grad(), and check that the loss depends on the optimizer's parameters"
+        )

@@ -1,0 +1,1 @@
+"""Losses of several step sizes in one call of the closure."""

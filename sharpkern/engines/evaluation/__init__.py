@@ -1,0 +1,1 @@
+"""Calls of the closure: repeatable, in the right precision, and without a trace."""

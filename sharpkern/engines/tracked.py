@@ -1,0 +1,130 @@
+"""The pairs (θ, Δθ) an engine works on, and the buffer that formed weights share."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpkern.distributed.sharding import local
+from sharpkern.ops.update import ParamUpdate
+from sharpkern.tensors.storage import overlapping, storage_pointer
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream that a device works on: a closure may use several at once, and what one made another must not read."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class Step:
+    """A signed step α as the tensors that operations take: one per device and dtype, made once.
+
+    Args:
+        alpha: a number; or, inside of torch.func.vmap, a 0-dim float64 tensor on the CPU that stands for several.
+
+    Attributes:
+        is_several: α stands for several step sizes, each of which gives a result of its own.
+    """
+
+    def __init__(self, alpha: float | Tensor) -> None:
+        self._alpha = alpha
+        self.is_several = isinstance(alpha, Tensor)
+        self._tensors: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return self.is_several or bool(self._alpha != 0)
+
+    def of(self, move: ParamUpdate) -> Tensor:
+        """α as a move takes it, [1]."""
+        return self.on(move.base.device, torch.float64 if move.wide == torch.float64 else torch.float32)
+
+    def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """α on a device, [1]."""
+        key = (device, dtype, stream_of(device))
+        if key not in self._tensors:
+            if isinstance(self._alpha, Tensor):
+                tensor = self._alpha.to(device, dtype).unsqueeze(0)
+            else:
+                tensor = torch.full((1,), self._alpha, dtype=dtype, device=device)
+            self._tensors[key] = tensor
+        return self._tensors[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A parameter, or a view of one, and how it moves.
+
+    Attributes:
+        weight: what the model holds, of a DTensor this rank's shard; recognised by identity.
+        move: θ + αΔθ, from ``weight`` itself or from its full-precision master.
+        owner: index of the parameter.
+        parameter: the parameter itself.
+        memory: ``owner`` of the first parameter that it shares memory with: its own, where it has that to itself.
+    """
+
+    weight: Tensor
+    move: ParamUpdate
+    owner: int
+    parameter: Tensor
+    memory: int
+
+    def view(self, func: Callable[[Tensor], Tensor]) -> "Pair":
+        """The pair of a part: ``func`` is a view or a gather."""
+        weight = func(self.weight)
+        move = self.move.map(lambda tensor: weight if tensor is self.weight else func(tensor))
+        return Pair(weight, move, self.owner, self.parameter, self.memory)
+
+    def form(self, step: Step, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """θ + αΔθ in the weight's dtype, or in ``dtype``.
+
+        Where autograd is on, the result belongs to the graph of the weight: a closure may differentiate by parameters.
+
+        Memory: one tensor of the weight's size unless ``out`` is given.
+        """
+        dtype = dtype or self.weight.dtype
+        if out is None and self.move.base.requires_grad and torch.is_grad_enabled():
+            wide = self.move.wide
+            alpha = step.on(self.move.base.device, wide).squeeze(0)
+            return (self.move.base.to(wide) + alpha * self.move.update().to(wide)).to(dtype)
+        with torch.no_grad():
+            return self.move.form(step.of(self.move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
+
+
+def make_pairs(moves: Iterable[tuple[Tensor, ParamUpdate]]) -> list[Pair]:
+    """Pairs of the parameters that move."""
+    moving = [(local(parameter), move, parameter) for parameter, move in moves]
+    first = list(range(len(moving)))
+    for group in overlapping([weight for weight, *_ in moving]):
+        for index in group:
+            first[index] = group[0]
+    return [Pair(weight, move, owner, p, first[owner]) for owner, (weight, move, p) in enumerate(moving)]
+
+
+class Scratch:
+    """One buffer per dtype, device and stream that formed weights take turns in; it grows to the largest of them.
+
+    What was made in inference mode must not be written outside of it: it has buffers of its own.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, torch.device, int, bool], Tensor] = {}
+
+    def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of the shape of ``like``, with its strides where they are dense; the contents are undefined.
+
+        Memory: grows to the largest tensor asked for.
+        """
+        key = (dtype, like.device, stream_of(like.device), torch.is_inference_mode_enabled())
+        if key in self._buffers and self._buffers[key].numel() < like.numel():
+            # The smaller buffer goes before the larger one comes.
+            del self._buffers[key]
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        flat = self._buffers[key][: like.numel()]
+        dense = torch.empty_like(like, device="meta")
+        return flat.as_strided(dense.size(), dense.stride())
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of the buffers."""
+        pointer = storage_pointer(tensor)
+        return any(pointer == storage_pointer(buffer) for buffer in self._buffers.values())

@@ -1,0 +1,1 @@
+"""Losses with weights that are formed where they are read; θ is never written."""

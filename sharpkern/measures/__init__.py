@@ -1,0 +1,1 @@
+"""Numbers made of losses: critical, relative, directional and Hessian sharpness."""

@@ -1,0 +1,221 @@
+"""Critical sharpness: how far along the optimizer's own update the loss starts to rise, by forward passes only."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sharpkern import ops
+from sharpkern.directions.direction import Direction
+from sharpkern.distributed.ranks import Ranks
+from sharpkern.distributed.sharding import whole
+from sharpkern.engines.session import Engine, Session, in_session
+from sharpkern.engines.timing import Pace
+from sharpkern.engines.tracked import Pair
+from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.measures.result import Measurement, Options
+from sharpkern.measures.run import ENOUGH_FORWARDS, ConstantLossError, Run, finish
+from sharpkern.search.line_search import SearchMemory, SearchResult
+
+
+def critical_sharpness(
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor],
+    direction: Direction,
+    *,
+    initial_lr: float | None = None,
+    rtol: float = 0.01,
+    method: str = "auto",
+    engine: str = "auto",
+    base_loss: float | Tensor | None = None,
+    certify: bool = False,
+    noise: float | None = None,
+    max_forwards: int = 40,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Measurement:
+    """Measure λ_c = 2/η_c, η_c being the smallest η with L(θ − ηΔθ) > L(θ).
+
+    Nothing of the run changes: parameters, gradients, optimizer state, buffers, flags and random streams are bit for
+    bit what they were, also when ``loss_fn`` raises. Every evaluation starts from the random state at entry, so that
+    dropout masks are equal.
+
+    Args:
+        model: evaluated by ``loss_fn``; its parameters are recognised by identity.
+        loss_fn: takes no argument and returns the scalar loss of the model's current parameters, of the batch that the
+            gradient is of. Called unchanged, several times; it has to give the same loss each time.
+        direction: Δθ, parameter change per unit learning rate.
+        initial_lr: first guess of η_c; the optimizer's learning rate by default.
+        rtol: relative error of η_c to reach, in (0, 1).
+        method: "auto", or "bisection" (doubling and bisection to 1/16, the published search).
+        engine: "auto"; "virtual" computes with θ − ηΔθ without ever writing θ; "batched" the same for up to 8 step
+            sizes in one call of ``loss_fn``, which pays for small models and few tokens on a GPU; "inplace" writes and
+            restores θ. An engine that is named is used or raises; "auto" begins with the virtual one, and warns when it
+            has to leave it.
+        base_loss: L(θ), if it is known already, each rank's own: the loss that was trained. It is compared with what
+            ``loss_fn`` returns in the first three calls for a model and closure and every twentieth, and used in its
+            place in the others, which saves one evaluation. Where ``loss_fn`` draws random numbers (dropout), or 16-bit
+            arithmetic makes it differ from what the engine computes in float32, it is compared and never used.
+        certify: evaluate further until a fall and a rise beyond the noise enclose η_c, within 2.5·rtol of each other,
+            or, where noise hides all signs in so narrow a bracket, within a ratio of 1.5; ``error`` then covers all of
+            it. A bracket that stays open is "unresolved". A rise further down that no evaluation came near, or that
+            the noise exceeds, is not seen.
+        noise: relative standard error of one loss; by default from the precision seen in the pass. Losses at step sizes
+            beside the result show whether it is more: one evaluation, up to five where it is.
+        max_forwards: most evaluations of ``loss_fn``, the base loss included.
+        reduce: applied to the loss tensor before it is read, such as an all-reduce; every rank then decides alike. By
+            default the mean over the ranks of a `DistributedDataParallel` model or of the mesh of DTensor parameters
+            (FSDP2, tensor parallelism), or over all ranks where they are found to hold the same weights and update at
+            the first measurement, by one more evaluation; ranks then also fail alike, where one of them fails.
+
+    Returns:
+        Measurement: with ``sharpness`` in 1/learning-rate, and a ``status`` that says whether there is one.
+
+    Raises:
+        EngineUnsupportedError: the virtual or batched engine was named and cannot evaluate this model or closure.
+        RankError: the measurement failed on another rank.
+        TypeError: an argument is of the wrong kind, or ``loss_fn`` does not return a floating-point tensor.
+        ValueError: an argument is out of range, the direction moves none of the model's parameters, or ``loss_fn`` is
+            not repeatable or does not depend on the parameters; on several ranks, they hold different directions or
+            parts of a model.
+
+    Memory: virtual: the largest weight matrix and the buffers; batched: 8 times the activations besides; inplace: a
+    copy of the parameters that move.
+
+    Determinism: as deterministic as ``loss_fn``.
+
+    Source: Kalra et al. 2026, arXiv 2601.16979.
+
+    Example:
+        >>> import torch, sharpkern
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.randn(16, 3), torch.randn(16, 1)
+        >>> loss_fn = lambda: torch.nn.functional.mse_loss(model(x), y)
+        >>> loss_fn().backward()
+        >>> m = sharpkern.critical_sharpness(model, loss_fn, sharpkern.Direction.from_optimizer(optimizer))
+        >>> m.status, abs(m.sharpness - 2 / m.critical_lr) < 1e-12
+        ('converged', True)
+    """
+    options = Options(initial_lr, rtol, method, engine, certify, noise, max_forwards, reduce)
+    measurement, _ = measure(model, loss_fn, direction, options, base_loss=base_loss)
+    return measurement
+
+
+def measure(
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor],
+    direction: Direction,
+    options: Options,
+    *,
+    base_loss: float | Tensor | None = None,
+    trained_loss: float | Tensor | None = None,
+    memory: SearchMemory | None = None,
+    pace: Pace | None = None,
+) -> tuple[Measurement, SearchMemory]:
+    """`critical_sharpness` with a warm start.
+
+    Args:
+        model: as there.
+        loss_fn: as there.
+        direction: as there.
+        options: as there.
+        base_loss: as there.
+        trained_loss: the same, of a loop that goes on where it is another loss than the closure's.
+        memory: what the last search left.
+        pace: what passes took in the loop that this is a measurement of; engine="auto" then takes the quicker one, and
+            a loss that is the same everywhere is "unresolved", and no error that ends the loop.
+
+    Returns:
+        tuple: the measurement, and what to hand to the next one.
+
+    Raises:
+        EngineUnsupportedError: as there.
+        RankError: as there.
+        TypeError: as there.
+        ValueError: as there.
+    """
+    started = time.perf_counter()
+    check_arguments(model, loss_fn, direction)
+    known_base = _as_number("base_loss", base_loss) if trained_loss is None else _as_number("loss", trained_loss)
+
+    def measured(session: Session) -> tuple[Run, SearchResult]:
+        target = session.target(loss_fn)
+        left = _common(memory, session.ranks)
+
+        def search(engine: Engine) -> tuple[Run, SearchResult]:
+            run = Run(session, target, engine, options, must_agree=base_loss is not None)
+            result = finish(run, run.search(left))
+            if pace is not None and isinstance(engine, VirtualEngine):
+                pace.note(engine.name, engine.work, engine.seconds)
+            return run, result
+
+        quickest = "virtual" if pace is None or not _may_batch(session.pairs, options) else pace.engine()
+        return session.run(target, search, engine=options.engine, quickest=quickest)
+
+    try:
+        run, result = in_session(
+            measured,
+            model,
+            direction,
+            [loss_fn],
+            reduce=options.reduce,
+            base_loss=known_base,
+            plan=replace(options, reduce=None),
+        )
+    except ConstantLossError as constant:
+        if pace is None:
+            raise
+        run, result = constant.run, constant.result
+    return run.measurement(result, time.perf_counter() - started), result.memory
+
+
+def _common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
+    """What the last search left, unless a rank has searched by itself since: all have to begin alike."""
+    own = [number or 0.0 for number in (memory or SearchMemory()).to_dict().values()]
+    unlike = [not math.isclose(*pair, rel_tol=1e-12) for pair in zip(own, ranks.means(own), strict=True)]
+    return None if any(ranks.any_of(unlike)) else memory
+
+
+def _may_batch(pairs: Sequence[Pair], options: Options) -> bool:
+    """Whether several step sizes at a time may be quicker, and the choice is nobody else's."""
+    # Ranks would not agree on what is quickest.
+    distributed = torch.distributed
+    alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+    # On a CPU eight cost more than a whole search one at a time (bench/results/line_search.json).
+    on_gpu = all(ops.has_kernels(pair.weight.device) for pair in pairs)
+    searches = options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
+    return searches and options.reduce is None and alone and on_gpu
+
+
+def check_arguments(model: object, loss_fn: object, direction: object) -> None:
+    """Refuse arguments of the wrong kind.
+
+    Raises:
+        TypeError: one is.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that loss_fn evaluates"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be callable without arguments, got {type(loss_fn).__name__}; pass lambda: loss of the batch"
+        )
+    if not isinstance(direction, Direction):
+        raise TypeError(
+            f"direction must be a sharpkern.Direction, got {type(direction).__name__}; make one by "
+            "Direction.from_optimizer(optimizer)"
+        )
+
+
+def _as_number(name: str, loss: object) -> float | None:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(whole(loss.detach()))
+    if loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float, np.number))):
+        raise TypeError(f"{name} must be a number, got {loss!r}; leave it out to have it evaluated")
+    return None if loss is None else float(loss)

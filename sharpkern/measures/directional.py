@@ -1,0 +1,217 @@
+"""Directional sharpness λ_dir = ΔθᵀHΔθ / Δθᵀg: the curvature along the update, from a few losses or one exact product.
+
+With f(η) = L(θ − ηΔθ), λ_dir = −f″(0)/f′(0). Central differences at ±h give both derivatives from the same two losses,
+so a gradient that was clipped or scaled does not matter.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sharpkern.directions.direction import Direction
+from sharpkern.distributed.sharding import local, over_shards
+from sharpkern.engines.retained import retained_share
+from sharpkern.engines.session import Engine, Session, Target, in_session
+from sharpkern.errors import RetainedWarning, warn
+from sharpkern.measures.hvp import GradientGraph, check_symmetry
+from sharpkern.measures.self_checks import check_repeatable, confirm
+from sharpkern.ops.reductions import inner_product, total
+from sharpkern.search.finite_differences import Estimate, at_step, three_point
+
+_METHODS = ("forward", "hvp")
+_RETAINED_FLOOR = 0.9
+# Errors of an inner product of exact products, in units of the rounding seen in them.
+_ROUNDINGS = 5
+
+
+class DirectionalSharpness(float):
+    """λ_dir, a number in 1/learning-rate, and how it was measured; ``float(value)`` is the number alone.
+
+    Attributes:
+        error: relative uncertainty, nan where the value is. Of "forward" the truncation and rounding of the difference,
+            and what rounding of the weights left out; of "hvp" rounding alone.
+        step_size: the h of the difference, or the last one tried where the value is nan; None for "hvp".
+        forwards: losses evaluated, all of them: base loss, differences and checks.
+
+    Example:
+        >>> import copy
+        >>> value = DirectionalSharpness(6.0, error=0.01, step_size=0.1, forwards=5)
+        >>> f"{value:.2f}", value + 1, copy.copy(value).error
+        ('6.00', 7.0, 0.01)
+    """
+
+    error: float
+    step_size: float | None
+    forwards: int
+
+    def __new__(
+        cls, value: float, error: float = math.nan, step_size: float | None = None, forwards: int = 0
+    ) -> "DirectionalSharpness":
+        """Return ``value`` with what is known of it."""
+        self = super().__new__(cls, value)
+        self.error, self.step_size, self.forwards = error, step_size, forwards
+        return self
+
+
+def directional_sharpness(
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor],
+    direction: Direction,
+    *,
+    method: str = "forward",
+    step_size: float | None = None,
+) -> DirectionalSharpness:
+    """Measure the curvature of the loss along an update direction, without touching the run.
+
+    Args:
+        model: Evaluated by ``loss_fn``. Under `DistributedDataParallel` the loss is the mean over the ranks.
+        loss_fn: Returns the scalar loss of the model's current parameters, the same in every call.
+        direction: Δθ, parameter change per unit learning rate.
+        method: "forward": loss differences, usually 5 to 9 forward passes and at most 23, plus 2 checks in the first
+            call. "hvp": exact, one forward pass and three backward passes, two of them through the graph of the first;
+            not for models with fused kernels.
+        step_size: h of the three points 0 and ±h, a learning rate, for "forward"; by default the one at which
+            truncation and rounding balance. Two more losses, at ±h/2, tell the error, or four where they are coarse.
+
+    Returns:
+        λ_dir in 1/learning-rate: negative where the curvature is, nan where the loss does not resolve it
+        (``method="forward"``: |f″| within three standard errors) or has no slope or is not finite. It is a float with
+        its relative uncertainty in ``error``, which in float32 training runs covers the truth at nine points of ten or
+        more.
+
+    Raises:
+        TypeError: If ``loss_fn`` returns no tensor, or ``step_size`` is no number.
+        ValueError: If ``method`` is unknown, ``step_size`` is not positive and finite or given for "hvp", the direction
+            is not the model's, or the closure is not repeatable.
+        RuntimeError: If ``method="hvp"`` and the loss cannot be differentiated twice. Where that cannot be told of an
+            operator, because its gradient is not torch's own, a warning says so.
+
+    Memory: "forward": the largest weight matrix; "hvp": the graph of a forward and a backward pass and three copies of
+        the parameters.
+    Determinism: as deterministic as ``loss_fn``.
+    Source: Kalra et al. 2026, arXiv 2601.16979, for the quantity.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> loss_fn = lambda: 3 * model.weight.square().sum()
+        >>> loss_fn().backward()
+        >>> round(directional_sharpness(model, loss_fn, Direction.from_gradients(model), method="hvp"), 4)
+        6.0
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of 'forward', 'hvp', got {method!r}; leave it out for 'forward'")
+    _check_step_size(step_size, method)
+    if method == "hvp":
+        return _by_product(model, loss_fn, direction)
+    return _by_differences(model, loss_fn, direction, step_size)
+
+
+def _check_step_size(step_size: object, method: str) -> None:
+    """Refuse a step that is none, or has no place."""
+    if step_size is None:
+        return
+    if isinstance(step_size, bool) or not hasattr(step_size, "__float__"):
+        raise TypeError(
+            f"step_size must be a number, positive and finite, got {step_size!r}; leave it out for the best"
+        )
+    if not 0 < float(step_size) < torch.finfo(torch.float32).max:
+        raise ValueError(f"step_size must be positive and finite, got {step_size}; leave it out for the best")
+    if method == "hvp":
+        raise ValueError(f"step_size must be left out with method='hvp', which takes no step, got {step_size}")
+
+
+def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction) -> DirectionalSharpness:
+    """Return ΔθᵀHΔθ / Δθᵀg by an exact Hessian-vector product, slope and curvature from one graph."""
+    generator = torch.Generator().manual_seed(0)
+
+    def measured(session: Session) -> DirectionalSharpness:
+        direction = session.direction
+        for parameter in direction.parameters:
+            # A frozen parameter moves too if the direction says so.
+            parameter.requires_grad_()
+        graph = GradientGraph(session, loss_fn, direction.parameters)
+        forwards = 1 if session.settled_by is None else 2
+        delta = direction.tensors
+        curved = graph.product(delta)
+        if not math.isfinite(graph.loss):
+            return DirectionalSharpness(math.nan, forwards=forwards)
+        others = [torch.randn(t.shape, generator=generator).to(t) for t in delta]
+        length, size = math.sqrt(_dot(curved, curved)), math.sqrt(direction.norm_sq)
+        other = graph.product(others)
+        # Where there is no curvature along Δθ both are rounding, of products as large as the other's; where there is
+        # none along that one either, of what cancels in them, which is as large as the loss.
+        reach = 100 * math.sqrt(_dot(other, other)) + abs(graph.loss) * math.sqrt(_dot(others, others))
+        rounding = graph.rounding * size * reach
+        check_symmetry(forth=_dot(others, curved), back=_dot(delta, other), scale=length + rounding)
+        graph.tell_unchecked()
+        slope, curvature = _dot(delta, graph.gradient), _dot(delta, curved)
+        if not slope:
+            return DirectionalSharpness(math.nan, forwards=forwards)
+        # What cancels in the inner products enlarges the share of rounding.
+        shares = size * length / abs(curvature) + size * graph.length / abs(slope) if curvature else math.inf
+        return DirectionalSharpness(curvature / slope, _ROUNDINGS * graph.rounding * shares, forwards=forwards)
+
+    return in_session(measured, model, direction, [loss_fn], grad=True, plan=())
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Return the inner product, accumulated in float64."""
+    return total(inner_product(a.detach(), b.detach()) for a, b in zip(left, right, strict=True))
+
+
+def _by_differences(
+    model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction, step_size: float | None
+) -> DirectionalSharpness:
+    """Return λ_dir from losses at ±h."""
+
+    def measured(session: Session) -> tuple[Estimate, float, int]:
+        target = session.target(loss_fn)
+
+        def measure(engine: Engine) -> tuple[Estimate, float]:
+            estimate, last = _by_engine(engine, target, step_size, session.direction)
+            return estimate, retained_share(session.pairs, engine.rounded, last)
+
+        return *session.run(target, measure), target.closure.calls
+
+    estimate, kept, forwards = in_session(measured, model, direction, [loss_fn], plan=(step_size,))
+    if kept < _RETAINED_FLOOR:
+        warn(
+            f"only {kept:.2f} of the displacement by ±{estimate.step:.2g}·Δθ survives rounding to the weights' "
+            "dtype; pass the optimizer's float32 masters to Direction.from_optimizer(masters=...)",
+            RetainedWarning,
+        )
+    # What the displacement lacks, the slope lacks once and the curvature twice.
+    error = estimate.error + abs(1 - kept)
+    return DirectionalSharpness(estimate.value, error, step_size=estimate.step, forwards=forwards)
+
+
+def _by_engine(engine: Engine, target: Target, step_size: float | None, direction: Direction) -> tuple[Estimate, float]:
+    """Return the estimate, checked for what this engine may get wrong, and the last step it evaluated."""
+    checks, noise_of = target.checks, target.closure.precision.noise
+    (base,) = engine.losses([0.0])
+    noise = noise_of()
+    if not checks.repeatable and math.isfinite(base):
+        check_repeatable(base, engine.losses([0.0])[0], noise)
+        checks.repeatable = True
+    probes: list[tuple[float, float]] = []
+
+    def losses(step_sizes: Sequence[float]) -> list[float]:
+        values = engine.losses(step_sizes)
+        probes.extend(zip(step_sizes, values, strict=True))
+        return values
+
+    if step_size is None:
+        estimate = three_point(losses, base, first_step=direction.lr or _small_step(direction), noise=noise)
+    else:
+        estimate = at_step(losses, base, step=float(step_size), noise=noise)
+    confirm(engine, checks, base, probes, noise)
+    return estimate, probes[-1][0]
+
+
+def _small_step(direction: Direction) -> float:
+    """Return the step that moves the parameters by a thousandth of their norm."""
+    shards = [local(parameter.detach()) for parameter in direction.parameters]
+    norms_sq = [inner_product(shard, shard) for shard in shards]
+    return 1e-3 * math.sqrt(total(over_shards(direction.parameters, norms_sq)) / direction.norm_sq) or 1e-3

@@ -1,0 +1,187 @@
+"""Checks that turn a silent wrong number into an error: repeatable losses, an independent evaluation, the slope."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sharpkern.engines.evidence import LEAST_CERTAIN_RATIO
+from sharpkern.engines.session import Checks, Engine
+from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.errors import EngineUnsupportedError, UncheckedWarning, warn
+from sharpkern.search.line_search import SearchResult
+
+# The loss falls by less than this share of what the gradient says: another batch, or another scale.
+_LEAST_RATIO = 0.8
+# The same where curvature may have bent the loss already, at the smallest step that stands out of the noise.
+_LEAST_BENT_RATIO = 0.2
+# At four times a small step a loss changes four times as much: off by this share of what it lacks, it is noise.
+_SCATTER = 0.2
+# With dropout the gradient is of other masks than the probes, and its slope is only near theirs; a loss scale is far.
+_LEAST_RANDOM_RATIO = 0.02
+# Share of the displacement below which rounding of the weights hides the slope, and above which it plays no part.
+_LEAST_RETAINED, _ALL = 0.9, 0.999
+# A fall of so many standard errors of one loss stands out of the noise; it is wrong by at most so many of its own.
+_RESOLVED, _CERTAIN = 20, 4
+# A slope that grows by at most this share of itself at a smaller step is nearly that at 0.
+_STRAIGHT = 0.1
+# Relative standard error of losses that tell slopes to a few hundredths, and by how much larger than the smallest step
+# that stands out of the noise those steps are.
+_EXACT, _FINE = 1e-5, 20.0
+
+
+def check_repeatable(first: float, second: float, noise: float) -> None:
+    """Refuse a closure that gives another loss at the same parameters.
+
+    Args:
+        first: the loss at θ.
+        second: the same, evaluated again.
+        noise: relative standard error of one loss.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    if abs(first - second) > max(1e-5, 20 * noise) * max(abs(first), abs(second)):
+        raise ValueError(
+            f"loss_fn must return the same loss whenever it is called, got {first} and then {second} at the same "
+            "parameters; fetch the batch once, outside of the closure"
+        )
+
+
+def confirm(
+    engine: Engine,
+    checks: Checks,
+    base: float,
+    probes: Sequence[tuple[float, float]],
+    noise: float,
+    reach: float = math.inf,
+) -> None:
+    """Compare an engine that does not write θ with the storage oracle, if due, where a probe shows the largest effect.
+
+    Where no probe stands out of the noise, that is left to the next measurement.
+
+    Args:
+        engine: that evaluated the probes; the in-place one needs no comparison.
+        checks: told that it agrees.
+        base: loss at θ.
+        probes: step sizes and losses that it evaluated.
+        noise: relative standard error of one loss.
+        reach: step size beyond which another term of the loss may be larger than the one that counts.
+
+    Raises:
+        EngineUnsupportedError: they differ.
+    """
+    floor = noise * abs(base)
+    effects = {(eta, loss): abs(loss - base) for eta, loss in probes if math.isfinite(loss)}
+    near = {probe: effect for probe, effect in effects.items() if probe[0] <= reach}
+    if near and max(near.values()) >= 50 * floor:
+        effects = near
+    if not effects or not isinstance(engine, VirtualEngine) or engine.name in checks.agrees | checks.unchecked:
+        return
+    (eta, loss), effect = max(effects.items(), key=lambda item: item[1])
+    if effect < 50 * floor:
+        return
+    try:
+        oracle = engine.oracle_loss(eta)
+    except torch.OutOfMemoryError:
+        # It takes a formed copy of the largest parameter, and all logits of a language model.
+        warn(
+            f"the independent check of the {engine.name} engine does not fit into memory and is left out for this "
+            "model; measure it once with fewer tokens to have it made",
+            UncheckedWarning,
+        )
+        checks.unchecked.add(engine.name)
+        return
+    if abs(oracle - loss) > 0.02 * effect + 20 * floor:
+        raise EngineUnsupportedError(
+            f"at the step size {eta:.3g} the {engine.name} engine's loss is {loss}, "
+            f"an independent evaluation gives {oracle}"
+        )
+    checks.agrees.add(engine.name)
+
+
+def check_slope(
+    engine: Engine,
+    base: float,
+    slope: float,
+    result: SearchResult,
+    noise: float,
+    *,
+    kept: Callable[[float], float],
+    random: bool,
+    spare_forwards: int,
+) -> tuple[float | None, str | None]:
+    """Look whether the loss falls along the direction as fast as the gradient says.
+
+    Args:
+        engine: evaluates one small step, unless a probe was small already.
+        base: loss at θ.
+        slope: Δθᵀg.
+        result: of the line search.
+        noise: relative standard error of one loss.
+        kept: share of the displacement at a step size that survives rounding of the weights.
+        random: the closure draws random numbers, so that its losses are not exactly the gradient's.
+        spare_forwards: evaluations that may still be made, at least 1.
+
+    Returns:
+        tuple: how fast it falls over what the gradient says, at most, None where masks, noise or rounding may be the
+        reason, or the loss bends down to the smallest step; and what is to be warned of at once, or None.
+    """
+    upper = result.critical_lr if result.status == "converged" else min((eta for eta, _ in result.probes), default=0.0)
+    if result.status not in ("converged", "ascent") or upper <= 0:
+        return None, None
+    resolved = _RESOLVED * noise * abs(base) / slope
+    small = [(eta, loss) for eta, loss in result.probes if resolved <= eta <= 0.1 * upper and math.isfinite(loss)]
+    finite = [(eta, loss) for eta, loss in result.probes if math.isfinite(loss)]
+    if small or (result.status == "ascent" and finite):
+        eta, loss = min(small or finite)
+    elif resolved <= 0.1 * upper:
+        eta = max(resolved, 0.02 * upper)
+        loss = engine.losses([eta])[0]
+    else:
+        return None, None
+    ratio = (base - loss) / (eta * slope)
+    least = _LEAST_RANDOM_RATIO if random else _LEAST_RATIO
+    enough = least if random or noise > _EXACT else LEAST_CERTAIN_RATIO
+    certain = ratio if ratio >= enough else math.inf
+    closer = False
+    while ratio < enough <= certain and eta / 10 > resolved and spare_forwards > 1:
+        # Then a smaller step agrees with the slope: early in training the loss may bend at a ten thousandth of η_c.
+        before, larger = ratio, eta
+        # No closer than noise lets see small differences, as long as that is close enough.
+        eta = max(_FINE * resolved if _FINE * resolved < eta / 10 else resolved, eta / 100)
+        ratio = (base - engine.losses([eta])[0]) / (eta * slope)
+        spare_forwards -= 1
+        closer = True
+        # What still bends may go on bending, a little as the root of the step, and every loss has its noise.
+        bent = max(0.0, ratio - before)
+        straight = bent <= _STRAIGHT * abs(ratio)
+        most = ratio + bent / (math.sqrt(larger / eta) - 1) + _CERTAIN * math.sqrt(2) / _RESOLVED * resolved / eta
+        certain = most if straight else math.inf
+    if certain >= least and (not closer or eta / 10 > resolved):
+        least = min(least, _LEAST_BENT_RATIO)
+    share = kept(eta)
+    if share < _LEAST_RETAINED:
+        # Of the slope another part may be lost than of the displacement.
+        least = min(least, _LEAST_BENT_RATIO)
+    warning = None
+    if ratio < least * share and spare_forwards > 0 and _is_noise(engine, base, eta, ratio, slope):
+        return None, None
+    if ratio < least * share:
+        warning = (
+            f"the loss falls by {ratio * slope:.3g} per unit step along the direction, its gradient says {slope:.3g}: "
+            "loss_fn must evaluate the batch that the gradient is of, and the gradient must be unscaled; a loop that "
+            "prefetches holds the next batch already"
+        )
+    unsure = random or noise > _EXACT or share < _ALL or certain == math.inf
+    return None if unsure else certain, warning
+
+
+def _is_noise(engine: Engine, base: float, eta: float, ratio: float, slope: float) -> bool:
+    """Whether what the loss lacks at a small step is no more than noise there, or rounding that leaves the weights.
+
+    Near interpolation a loss is made of the rounding of outputs, which no dtype tells.
+    """
+    (further,) = engine.losses([4 * eta])
+    off = (base - further) / (4 * eta * slope) - ratio
+    return not abs(off) <= _SCATTER * abs(1 - ratio)

@@ -1,0 +1,1 @@
+"""Relative critical sharpness for many mixes of data."""

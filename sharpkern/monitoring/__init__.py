@@ -1,0 +1,1 @@
+"""Measurements in a training loop, their history and their picture."""

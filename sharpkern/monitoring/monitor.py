@@ -1,0 +1,411 @@
+"""Critical sharpness beside the loss, every few steps of a training loop."""
+
+import math
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from sharpkern._files import write_rows
+from sharpkern.directions.direction import Direction
+from sharpkern.directions.parts import parts_of
+from sharpkern.distributed.ranks import as_one
+from sharpkern.distributed.sharding import local, reshard
+from sharpkern.engines.settling import outermost, ranks_for
+from sharpkern.engines.timing import Pace
+from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
+from sharpkern.measures.critical import measure
+from sharpkern.measures.result import Measurement, MeasureOptions, Options
+from sharpkern.measures.run import constant_loss
+from sharpkern.monitoring.logs import sender
+from sharpkern.search.line_search import SearchMemory
+
+LossFn = Callable[[], Tensor]
+
+# Measured steps that a suggested learning rate is drawn from.
+_RECENT = 10
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured step.
+
+    Attributes:
+        step: number of the Monitor's call, from 0.
+        lr: learning rate of the direction's reference group at that step.
+        measurement: of the gradient's own batch.
+        heldout: of the held-out loss along the same direction, or None.
+    """
+
+    step: int
+    lr: float | None
+    measurement: Measurement
+    heldout: Measurement | None = None
+
+    def row(self) -> dict[str, float | int | str | None]:
+        """The record as one flat row; learning rates, and sharpness in 1/learning-rate."""
+        m, heldout = self.measurement, self.heldout
+        return {
+            "step": self.step,
+            "lr": self.lr,
+            "loss": m.base_loss,
+            "lambda_c": m.sharpness,
+            "critical_lr": m.critical_lr,
+            # How many times the learning rate could be taken before the loss rises; a bound on it says nothing.
+            "headroom": m.critical_lr / self.lr if self.lr and m.status != "unbounded" else None,
+            "status": m.status,
+            "error": m.error,
+            "directional_sharpness": m.directional_sharpness,
+            "forwards": m.forwards,
+            "engine": m.engine,
+            "retained": m.retained,
+            "seconds": m.seconds,
+            "heldout_loss": heldout.base_loss if heldout else None,
+            "heldout_lambda_c": heldout.sharpness if heldout else None,
+            "heldout_critical_lr": heldout.critical_lr if heldout else None,
+            "heldout_status": heldout.status if heldout else None,
+        }
+
+
+class CallbackOptions(MeasureOptions, total=False):
+    """The keyword arguments that `Monitor` shares with the callbacks of frameworks."""
+
+    every: int | Callable[[int], bool]
+    warn_below: float | None
+
+
+class MonitorOptions(CallbackOptions, total=False):
+    """The keyword arguments of `Monitor`."""
+
+    log: Any
+    masters: Mapping[nn.Parameter, Tensor] | None
+    scaler: Any
+
+
+class Monitor:
+    """Measures critical sharpness in a training loop; call it after ``backward()`` and before ``optimizer.step()``.
+
+    Args:
+        model: the model that is trained.
+        optimizer: its optimizer, or a list or container of those that step together; Δθ is the update that their next
+            step would make. An `UnmovedWarning` tells, once, of parameters with gradients that none of them holds.
+        every: measure on every so many calls, from the first on; or a function of the call's number that says whether.
+        log: called with a flat dictionary, and with ``step=`` where it takes that; or an object with ``add_scalar``,
+            such as TensorBoard's ``SummaryWriter``. ``wandb.log`` is called so that nothing of the loop's own is
+            dropped, and the curves stand against ``sharpness/step``. Where no rise was found there is
+            ``sharpness/critical_lr_bound`` in place of λ_c and η_c.
+        masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
+        scaler: the loop's ``GradScaler``, if it has one: scaled gradients cannot be told from others without it.
+        warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, once for each time that it is fallen below:
+            with 1.5, when the loss would rise at one and a half times the step. None for never.
+        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``. On a GPU, outside of distributed
+            runs, "auto" times passes of one and of 8 step sizes, once for each size of batch, and takes the quicker:
+            name an engine where two runs have to agree to the last bit.
+
+    Attributes:
+        history: one `Record` per measured step.
+        skipped: (step, reason) of steps that were due but whose update is none: learning rate 0, gradients that are all
+            0 or not finite, a step that moves nothing or not to finite weights; or whose loss is the same everywhere.
+        step: number of the next call, from 0; may be set, where a run that is taken up knows its step.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range.
+
+    Memory: while it measures, one Δθ of the size of the parameters, and what the engine takes; nothing between.
+
+    Example:
+        >>> import torch, sharpkern
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> monitor = sharpkern.Monitor(model, optimizer, every=10)
+        >>> x, y = torch.randn(8, 4), torch.randn(8, 1)
+        >>> for step in range(20):
+        ...     loss_fn = lambda: torch.nn.functional.mse_loss(model(x), y)
+        ...     optimizer.zero_grad()
+        ...     loss = loss_fn()
+        ...     loss.backward()
+        ...     _ = monitor(loss_fn, loss=loss)
+        ...     optimizer.step()
+        >>> [record.step for record in monitor.history]
+        [0, 10]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        every: int | Callable[[int], bool] = 1,
+        log: Any = None,
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
+        scaler: Any = None,
+        warn_below: float | None = None,
+        **options: Unpack[MeasureOptions],
+    ) -> None:
+        if not callable(every) and (isinstance(every, bool) or not isinstance(every, int)):
+            raise TypeError(f"every must be an int or a function of the step, got {every!r}; leave it out for 1")
+        if not callable(every) and every < 1:
+            raise ValueError(f"every must be at least 1, got {every}; leave it out for 1")
+        if log is not None and not callable(log) and not hasattr(log, "add_scalar"):
+            raise TypeError(f"log must be callable or have add_scalar, got {type(log).__name__}; pass wandb.log")
+        if warn_below is not None and (isinstance(warn_below, bool) or not isinstance(warn_below, (int, float))):
+            raise TypeError(f"warn_below must be a number or None, got {warn_below!r}; pass 1.5, or leave it out")
+        if warn_below is not None and not 0 < warn_below < math.inf:
+            raise ValueError(f"warn_below must be a positive finite ratio, got {warn_below}; pass 1.5, or leave it out")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that is trained"
+            )
+        parts_of(optimizer)
+        self._model = model
+        self._optimizer = optimizer
+        self._every = every
+        self._send_to = None if log is None else sender(log)
+        self._masters = masters
+        self._scaler = scaler
+        self._warn_below = warn_below
+        self._is_below = False
+        self._has_told_unmoved = False
+        self._options = Options.of(Monitor, options)
+        self.step = 0
+        self._memory: SearchMemory | None = None
+        self._heldout_memory: SearchMemory | None = None
+        self._pace, self._heldout_pace = Pace(), Pace()
+        self.history: list[Record] = []
+        self.skipped: list[tuple[int, str]] = []
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next call measures; asks ``every`` where that is a function, as the call will."""
+        return bool(self._every(self.step) if callable(self._every) else self.step % self._every == 0)
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        heldout: LossFn | None = None,
+        *,
+        loss: float | Tensor | None = None,
+        direction: Direction | Callable[[], Direction] | None = None,
+    ) -> Measurement | None:
+        """Measure if this step is due.
+
+        Args:
+            loss_fn: the scalar loss of the batch whose gradient the parameters hold.
+            heldout: the loss of another batch, measured along the same direction: in many runs it is this one whose λ_c
+                sits at 2/lr, while that of the gradient's own batch lies below.
+            loss: the loss that was trained, a number or a tensor of one: what ``backward()`` was called on, with
+                gradient accumulation the sum of that over the micro-batches. It saves one evaluation of ``loss_fn`` in
+                most measurements, unless ``loss_fn`` draws random numbers (dropout). And it shows mistakes of the loop,
+                such as a ``loss_fn`` of the next batch or in eval mode: where it differs from what ``loss_fn`` returns
+                by more than rounding and dropout masks explain, again and again, a `SlopeMismatchWarning` says so.
+                Both are compared in the first three measurements and every twentieth.
+            direction: Δθ where it is not the optimizer's next step, or a function that makes it on steps that are due,
+                such as one that calls `Direction.between` around a step that was taken.
+
+        Returns:
+            Measurement: of ``loss_fn``; None on steps that are not due, which cost nothing, and on skipped ones. A loss
+            that is the same at every step size is skipped too, and "unresolved".
+        """
+        due, step = self.is_due, self.step
+        self.step += 1
+        if not due:
+            return None
+        made = self._make(step, direction, [loss_fn] if heldout is None else [loss_fn, heldout])
+        if made is None:
+            return None
+        direction, other = made, None
+        measurement, self._memory = measure(
+            self._model,
+            loss_fn,
+            direction,
+            self._options,
+            trained_loss=loss,
+            memory=self._memory,
+            pace=self._pace,
+        )
+        reason = constant_loss(measurement.base_loss, measurement.probes)
+        if reason is not None:
+            # By design, perhaps, as a loss of ratios to itself is; on all ranks alike.
+            self.skipped.append((step, reason))
+            return measurement
+        if heldout is not None:
+            # The slope of another batch's loss is not the gradient's: the search finds it by itself.
+            sideways = replace(direction, slope=None)
+            other, self._heldout_memory = measure(
+                self._model, heldout, sideways, self._options, memory=self._heldout_memory, pace=self._heldout_pace
+            )
+        record = Record(step, direction.lr, measurement, other)
+        self.history.append(record)
+        self._send(record)
+        self._warn(record)
+        return measurement
+
+    def _make(
+        self, step: int, direction: Direction | Callable[[], Direction] | None, loss_fns: Sequence[LossFn]
+    ) -> Direction | None:
+        """The direction of a step, or None on all ranks where one has none."""
+        try:
+            with as_one(ranks_for(self._model, self._options.reduce, outermost(self._model, loss_fns))):
+                if direction is None:
+                    direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+                    self._tell_unmoved()
+                return direction if isinstance(direction, Direction) else direction()
+        except NoUpdateError as error:
+            # A warm-up that starts at 0, a step that the loss scaler will skip: the run goes on, and so does this.
+            self.skipped.append((step, str(error)))
+            return None
+
+    def _tell_unmoved(self) -> None:
+        """Warn once of parameters whose gradients belong to a step that another optimizer takes."""
+        if self._has_told_unmoved:
+            return
+        known = {id(place.parameter) for part in parts_of(self._optimizer) for place in part.places()}
+        known.update(id(p) for p, master in (self._masters or {}).items() if id(master) in known)
+        reshard(self._model)
+        unmoved = [
+            name
+            for name, p in self._model.named_parameters()
+            if id(p) not in known and p.requires_grad and p.grad is not None and local(p.grad).any()
+        ]
+        if unmoved and _is_first_rank():
+            self._has_told_unmoved = True
+            warn(
+                f"{len(unmoved)} parameters of the model hold gradients and stand in no optimizer of the monitor (the "
+                f"first is '{unmoved[0]}'), so the step that is measured leaves them where they are; where another "
+                "optimizer moves them in the same step, pass all of them, as Monitor(model, [optimizer, other])",
+                UnmovedWarning,
+            )
+
+    def suggest_lr(self) -> float | None:
+        """Half of the smallest η_c of the last 10 measured steps: the step that lowers the batch's loss the most.
+
+        So it is where the loss is quadratic along Δθ: it falls up to η_c/2, and is back where it was at η_c. It speaks
+        of single batches and single steps. That is a bound to look at when a run becomes unsteady, and a first guess
+        for a new one; it is no schedule, and no promise that training with it is quickest: noise between batches asks
+        for less, and many runs train well at the edge, η = η_c.
+
+        Returns:
+            float: a learning rate of the reference group, the other groups keeping their ratios to it; None where none
+            of these steps has converged, as just after a checkpoint was loaded, which holds no history.
+        """
+        recent = [record.measurement for record in self.history[-_RECENT:]]
+        return min((0.5 * m.critical_lr for m in recent if m.status == "converged"), default=None)
+
+    def __str__(self) -> str:
+        if not self.history:
+            return "λ_c not measured yet"
+        record = self.history[-1]
+        m = record.measurement
+        if m.status != "converged":
+            return f"step {record.step}: loss {m.base_loss:.4g}, λ_c {m.status}"
+        against = f" = {m.critical_lr / record.lr:.3g} × lr" if record.lr else ""
+        return f"step {record.step}: loss {m.base_loss:.4g}, λ_c {m.sharpness:.4g}, η_c {m.critical_lr:.3g}{against}"
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write one row per measured step.
+
+        Args:
+            path: of the file, written anew.
+
+        Raises:
+            ValueError: nothing was measured yet.
+        """
+        if not self.history:
+            raise ValueError("history must hold a measurement to be written, got none; call the monitor first")
+        write_rows(path, [record.row() for record in self.history])
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw λ_c, 2/η and the loss against the step; needs the extra ``plot``.
+
+        Args:
+            path: of the image, its format by the ending.
+        """
+        from sharpkern.monitoring.plot import plot_history
+
+        plot_history(self.history, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and what warm-starts the next search: plain numbers, for a checkpoint."""
+        return {
+            "step": self.step,
+            "memory": self._memory.to_dict() if self._memory else None,
+            "heldout_memory": self._heldout_memory.to_dict() if self._heldout_memory else None,
+            "is_below": self._is_below,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            state: what `state_dict` returned, of this version or an older one. Where its guess for the next search is
+                no possible one, such as nan, that search begins anew.
+
+        Raises:
+            ValueError: it is something else; the Monitor stays as it was.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state must be what state_dict() returned, got {type(state).__name__}")
+        missing = {"step", "memory", "heldout_memory"} - set(state)
+        if missing:
+            raise ValueError(f"state must be what state_dict() returned, got one without {sorted(missing)}")
+        step, is_below = state["step"], state.get("is_below", False)
+        if isinstance(step, bool) or not hasattr(step, "__index__") or step < 0:
+            raise ValueError(f"state['step'] must be a count of calls, got {step!r}; load what state_dict() gave")
+        if not isinstance(is_below, bool):
+            raise ValueError(f"state['is_below'] must be True or False, got {is_below!r}; load what state_dict() gave")
+        saved = (state["memory"], state["heldout_memory"])
+        memories = [None if memory is None else SearchMemory.from_dict(memory) for memory in saved]
+        # Nothing changes before all of it is known to be good.
+        self.step, self._is_below = operator.index(step), is_below
+        self._memory, self._heldout_memory = memories
+
+    def _warn(self, record: Record) -> None:
+        """Warn where η_c/η has fallen below the ratio since the last measurement."""
+        m = record.measurement
+        if self._warn_below is None or not record.lr or m.status not in {"converged", "ascent"}:
+            return
+        headroom = m.critical_lr / record.lr
+        fell, self._is_below = headroom < self._warn_below and not self._is_below, headroom < self._warn_below
+        if fell and _is_first_rank():
+            # What it is to be below, and what the last measurements ask for.
+            suggested = min(m.critical_lr / self._warn_below, self.suggest_lr() or math.inf)
+            uphill = m.status == "ascent"
+            remedy = "look at the direction, which goes uphill" if uphill else f"try {suggested:.3g} or less"
+            warn(
+                f"step {record.step}: the learning rate is {record.lr:.3g} and the loss rises from η_c = "
+                f"{m.critical_lr:.3g} on, {headroom:.3g} times the learning rate and below {self._warn_below:.3g}; "
+                f"{remedy}, or lengthen the warm-up",
+                HeadroomWarning,
+            )
+
+    def _send(self, record: Record) -> None:
+        if self._send_to is None:
+            return
+        status, heldout = record.measurement.status, record.heldout
+        # A bound is no value: of a curve it would leave nothing to see but itself.
+        names = [] if status == "unbounded" else ["lambda_c", "critical_lr", "headroom"]
+        names += ["forwards", "directional_sharpness"]
+        names += [] if heldout is None or heldout.status == "unbounded" else ["heldout_lambda_c"]
+        row = record.row()
+        # What is not a number stays out of the curves; what came of the measurement is told beside.
+        values = {f"sharpness/{name}": value for name in names if _is_finite(value := row[name])}
+        values |= {"sharpness/converged": 0.0, f"sharpness/{status}": 1.0}
+        if status == "unbounded":
+            values["sharpness/critical_lr_bound"] = record.measurement.critical_lr
+        self._send_to(values, record.step)
+
+
+def _is_finite(value: float | int | str | None) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -1,0 +1,206 @@
+"""Plots of a training run: sharpness against the step with the line 2/η, and the loss below; and how plots are drawn.
+
+Drawn on a `matplotlib.figure.Figure` of their own, so that neither the user's backend nor an open figure is touched.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sharpkern._extras import missing
+from sharpkern._files import replacing
+
+if TYPE_CHECKING:
+    from sharpkern.measures.result import Measurement
+    from sharpkern.monitoring.monitor import Record
+
+# Okabe and Ito's palette, told apart with every kind of colour vision.
+BLUE, ORANGE, _GREY = "#0072B2", "#E69F00", "#555555"
+_EXTRA_STYLES = (("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "v"))
+COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#D55E00", "#56B4E9", _GREY)
+
+# Measurements without a value on a log axis: where they are marked, as a fraction of its height, and how.
+MARKS = {
+    "ascent": (0.97, "^", "uphill at once"),
+    "unresolved": (0.03, "x", "unresolved"),
+    "nonfinite": (0.03, "*", "loss not finite"),
+}
+BOUND = "no rise found: upper bound"
+
+
+def plot_history(
+    history: "Sequence[Record]",
+    path: str | os.PathLike[str],
+    *,
+    extra: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    title: str | None = None,
+    xlabel: str = "step",
+) -> None:
+    """Draw λ_c and 2/η against the step, and the loss below, into an image file.
+
+    No measurement is dropped: one that goes uphill at once stands at the upper edge, one that is unresolved at the
+    lower, and an "unbounded" one is an open triangle at its bound, below which the true value lies; at the lower edge
+    where the bound lies far below all else.
+
+    Args:
+        history: The records of a `Monitor`.
+        path: The file; its ending says the format.
+        extra: Further curves on the sharpness axis, {label: [(step, value), …]}; values at or below zero stand at the
+            lower edge.
+        title: Stands above the plot.
+        xlabel: What the records' steps are.
+
+    Raises:
+        ValueError: If the history is empty.
+        ImportError: If matplotlib is not installed.
+    """
+    if not history:
+        raise ValueError(
+            "history must hold at least one record to draw, got none; call the monitor in the training loop"
+        )
+    figure = new_figure(7.5, 5.0)
+    sharpness_axes, loss_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+
+    rated = [(record.step, 2 / record.lr) for record in history if record.lr]
+    if rated:
+        sharpness_axes.plot(*columns(rated), color="black", linestyle="--", linewidth=1.2, label=r"$2/\eta$", zorder=1)
+    draw_measurements(
+        sharpness_axes, history, lambda record: record.measurement, r"critical sharpness $\lambda_c$", BLUE
+    )
+    draw_measurements(sharpness_axes, history, lambda record: record.heldout, r"held-out $\lambda_c$", ORANGE)
+    for (label, points), (color, marker) in zip((extra or {}).items(), _EXTRA_STYLES, strict=False):
+        _draw_extra(sharpness_axes, label, points, color, marker)
+    sharpness_axes.set_yscale("log")
+    sharpness_axes.set_ylabel("sharpness (1/learning rate)")
+    legend_once(sharpness_axes)
+
+    loss_axes.plot(*columns([(r.step, r.measurement.base_loss) for r in history]), color=_GREY, linewidth=1.2)
+    heldout_losses = [(r.step, r.heldout.base_loss) for r in history if r.heldout]
+    if heldout_losses:
+        loss_axes.plot(*columns(heldout_losses), color=ORANGE, linewidth=1.2)
+    loss_axes.set_ylabel("loss")
+    loss_axes.set_xlabel(xlabel)
+
+    for axes in (sharpness_axes, loss_axes):
+        light_grid(axes)
+    if title is not None:
+        figure.suptitle(title, fontsize="medium")
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return a figure of its own, of inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing("matplotlib", "plot", "plotting") from error
+    return Figure(figsize=(width, height), dpi=140, layout="constrained")
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure into an image file, its format by the ending; PNG, and its ending, where there is none.
+
+    Args:
+        figure: Of matplotlib.
+        path: The file.
+    """
+    ending = os.path.splitext(path)[1][1:]
+    if not ending and not os.path.exists(path):
+        path = f"{os.fspath(path)}.png"
+    # A pipe takes no path, whose writer goes back and forth in the file.
+    with replacing(path) as beside, beside.open("wb") as file:
+        figure.savefig(file, format=ending or "png")
+
+
+def legend_once(axes: Any) -> None:
+    """Name each label once; those of points at an edge repeat."""
+    handles, labels = axes.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    axes.legend(entries.values(), entries.keys(), loc="best", fontsize="small", framealpha=0.9)
+
+
+def legend_below(figure: Any, panels: Iterable[Any], words: str | None = None) -> None:
+    """Name every label once, whichever panel has it, where the legend covers nothing.
+
+    Args:
+        figure: Of matplotlib.
+        panels: Axes of the figure.
+        words: Above the labels.
+    """
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    style = {"loc": "outside lower center", "ncols": 4, "fontsize": "small", "frameon": False}
+    figure.legend(entries.values(), entries.keys(), title=words, title_fontsize="small", **style)
+
+
+def light_grid(axes: Any) -> None:
+    """Draw a light grid and no frame."""
+    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Return the steps and the values of a curve."""
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_measurements(
+    axes: Any, history: "Sequence[Record]", pick: "Callable[[Record], Measurement | None]", label: str, color: str
+) -> None:
+    """Draw one series of measurements: a line through those that converged, and a mark for each of the others."""
+    picked = [(record.step, pick(record)) for record in history]
+    taken = [(step, measurement) for step, measurement in picked if measurement is not None]
+    if not taken:
+        return
+    # nan interrupts the line where there is no value to go through.
+    line = [(step, m.sharpness if m.status == "converged" else math.nan) for step, m in taken]
+    # A line does not show a point between two gaps.
+    values = [math.nan, *(value for _, value in line), math.nan]
+    lonely = [i for i in range(len(line)) if math.isnan(values[i]) and math.isnan(values[i + 2])]
+    marks = {"marker": "o", "markersize": 4, "markevery": lonely}
+    axes.plot(*columns(line), color=color, linewidth=1.4, label=label, zorder=3, **marks)
+    bounds = [(step, m.sharpness) for step, m in taken if m.status == "unbounded"]
+    least = least_beside(axes.dataLim.minposy)
+    near = [(step, bound) for step, bound in bounds if bound >= least]
+    if near:
+        axes.plot(*columns(near), "v", color=color, fillstyle="none", label=BOUND, zorder=3)
+    draw_at_edge(axes, [step for step, bound in bounds if bound < least], 0.03, "v", color, BOUND, fillstyle="none")
+    for status, (height, marker, meaning) in MARKS.items():
+        steps = [step for step, m in taken if m.status == status]
+        draw_at_edge(axes, steps, height, marker, color, meaning)
+
+
+def least_beside(lowest: float) -> float:
+    """Return the least bound that is drawn at its value: from one far below the curves nothing could be seen of them.
+
+    Args:
+        lowest: Of the values; inf where there are none, and bounds all that there is to see.
+    """
+    return lowest / 10 if lowest < math.inf else 0.0
+
+
+def _draw_extra(axes: Any, label: str, points: Sequence[tuple[int, float]], color: str, marker: str) -> None:
+    """Draw a further curve, its values at or below zero at the lower edge."""
+    positive = [(step, value if value > 0 else math.nan) for step, value in points]
+    style = {"color": color, "linewidth": 1.0, "marker": marker, "markersize": 3, "zorder": 2}
+    axes.plot(*columns(positive), label=label, **style)
+    draw_at_edge(axes, [step for step, value in points if value <= 0], 0.03, "_", color, "at or below zero")
+
+
+def draw_at_edge(
+    axes: Any,
+    places: Sequence[float],
+    height: float,
+    marker: str,
+    color: str,
+    label: str | None,
+    size: float = 5.0,
+    fillstyle: str = "full",
+) -> None:
+    """Mark places on the x axis at a height of the axes instead of at a value."""
+    if places:
+        style = {"color": color, "markersize": size, "fillstyle": fillstyle}
+        axes.plot(places, [height] * len(places), marker, transform=axes.get_xaxis_transform(), label=label, **style)
