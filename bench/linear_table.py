@@ -1,9 +1,9 @@
-"""Which way to take K step sizes through a linear layer is quickest, and whether `sharpkern.engines.virtual.linear` takes it.
+"""Which way to take K step sizes through a linear layer is quickest, and whether the virtual engine takes it.
 
     python bench/linear_table.py [PATH]
 
 Reads the section "linear" of a file of `sharpkern bench`: of each architecture the last sitting that has it, and of
-each number of tokens the median over shapes. Ends with code 1 where the way that `sharpkern.engines.virtual.linear.choose` takes for a
+each number of tokens the median over shapes. Ends with code 1 where the way that `choose` of the engine takes for a
 full pass of the batched engine is more than a tenth slower than the quickest.
 """
 
@@ -94,7 +94,11 @@ def main(path: Path = RESULTS) -> int:
     for line in table:
         print(line)
     wrong = sum(not line.agrees for line in table)
-    print(f"{wrong} of {len(table)} lines disagree with sharpkern/linear.py" if table else "Nothing was measured yet")
+    print(
+        f"{wrong} of {len(table)} lines disagree with sharpkern/engines/virtual/linear.py"
+        if table
+        else "Nothing was measured yet"
+    )
     return int(wrong > 0 or not table)
 
 

@@ -7,7 +7,7 @@ an environment of its own (pip may say that torch asks for a newer one, which ma
     /tmp/triton36/bin/pip install torch numpy pytest pytest-benchmark
     /tmp/triton36/bin/pip install triton==3.6.0
     /tmp/triton36/bin/python -m bench.static_table
-    /tmp/triton36/bin/python -m pytest tests/test_compile_only.py
+    /tmp/triton36/bin/python -m pytest tests/ops/test_compile_only.py
     TRITON_INTERPRET=1 /tmp/triton36/bin/python -m pytest tests/kernels
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import triton
 
-from tests.compiled import TARGETS
-from tests.launches import CASES, TABLE, case_facts
+from tests.helpers.compiled import TARGETS
+from tests.helpers.launches import CASES, TABLE, case_facts
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sharpkern
 from sharpkern.errors import EngineUnsupportedError, NoUpdateError, RetainedWarning, SharpkernWarning
-from tests.random_runs import LossFn, RandomRun, context_of
+from tests.helpers.random_runs import LossFn, RandomRun, context_of
 
 Measured = sharpkern.Measurement | str
 # Relative roundings of one loss.

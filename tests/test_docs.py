@@ -18,7 +18,7 @@ import sharpkern
 from sharpkern import errors
 from sharpkern.measures.result import Measurement
 from sharpkern.ops.registry import VARIABLE
-from tests.models import GPT, MLP
+from tests.helpers.models import GPT, MLP
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from sharpkern.memory.plan import MemoryPlan, MethodMemory
 from sharpkern.mixtures.results import MixturePoint, MixtureSweep
 from sharpkern.monitoring.monitor import Monitor
 from sharpkern.monitoring.plot import plot_history
-from tests.test_monitor import Loop
-from tests.test_plot import record
+from tests.monitoring.test_monitor import Loop
+from tests.monitoring.test_plot import record
 
 HISTORY = [record(step, 1.0 + step) for step in range(40)]
 SWEEP = MixtureSweep(

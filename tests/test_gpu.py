@@ -12,9 +12,9 @@ from sharpkern import ops
 from sharpkern.bench.accuracy import judged
 from sharpkern.bench.cases import Bench, checks
 from sharpkern.bench.timing import Machine
-from tests.cases import CASES, TORCH_CASES, Case, tokens
-from tests.models import GPT
-from tests.oracle import LossFn, assert_as_exact_as_copies, deep_copy_losses, engine_losses, random_direction
+from tests.helpers.cases import CASES, TORCH_CASES, Case, tokens
+from tests.helpers.models import GPT
+from tests.helpers.oracle import LossFn, assert_as_exact_as_copies, deep_copy_losses, engine_losses, random_direction
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""Numerics of the kernels under Triton's interpreter, in a process of their own: tests/test_kernels.py starts it."""
+"""Numerics of the kernels under Triton's interpreter, in a process of their own that tests/ops/test_kernels.py starts."""
 
 import os
 
@@ -11,7 +11,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
 if INTERPRETED:
-    from tests import triton_shim
+    from tests.helpers import triton_shim
 
     triton_shim.install()
 

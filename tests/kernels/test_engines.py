@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from sharpkern import Direction, ops
 from sharpkern.ops import registry
-from tests.cases import CASES, Case, tokens
-from tests.models import GPT, ResNet
-from tests.oracle import engine_losses, random_direction
+from tests.helpers.cases import CASES, Case, tokens
+from tests.helpers.models import GPT, ResNet
+from tests.helpers.oracle import engine_losses, random_direction
 
 STEP_SIZES = (0.0, 0.02)
 

@@ -10,8 +10,8 @@ from sharpkern.kernels.form import form
 from sharpkern.kernels.optimizer_steps import form_step
 from torch import Tensor
 
+from tests.helpers.rules import FULLEST, RULES, reading
 from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, same_bits
-from tests.rules import FULLEST, RULES, reading
 
 # Every size with a state, and a state of every kind: how a tensor ends has nothing to do with what is in the state.
 SIZES_AND_STEPS = [*((size, 5) for size in SIZES), (1000, 0), (1000, 1)]

@@ -12,9 +12,9 @@ from sharpkern.kernels import optimizer_steps as module
 from sharpkern.kernels._launch import Case, Config, device_numbers
 from sharpkern.kernels.optimizer_steps import _rule, _step_sums_kernel, form_step, step_sums
 
+from tests.helpers.rules import FULLEST, RULES, reading
 from tests.kernels.budget import DTYPES, same_bits
 from tests.kernels.test_form_from_state import SIZES_AND_STEPS, trained
-from tests.rules import FULLEST, RULES, reading
 
 
 @pytest.fixture(autouse=True)
