@@ -37,8 +37,8 @@ from rich.table import Table
 from workloads import Counted, Point, Seconds, Training
 
 import sharpkern
+from sharpkern._support.figures import COLORS, legend_below, light_grid, new_figure
 from sharpkern.memory.counter import peak_bytes
-from sharpkern.monitoring.plot import COLORS, legend_below, light_grid, new_figure
 
 TOL = 1e-2
 # Measured steps before those that count. Measurements 1, 2, 4, 8, 16, ... of a model make checks of their own.

@@ -95,7 +95,7 @@ def main(path: Path = RESULTS) -> int:
         print(line)
     wrong = sum(not line.agrees for line in table)
     print(
-        f"{wrong} of {len(table)} lines disagree with sharpkern/engines/virtual/linear.py"
+        f"{wrong} of {len(table)} lines disagree with engines/virtual/linear.py"
         if table
         else "Nothing was measured yet"
     )

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sharpkern._checkout import expose_folders
+from sharpkern._support.checkout import expose_folders
 
 expose_folders()
 

@@ -12,7 +12,8 @@ import pytest
 
 from sharpkern.cli import demo, revisions
 from sharpkern.cli.digits import DemoRun
-from sharpkern.memory.plan import MemoryPlan, MethodMemory
+from sharpkern.memory.cards import MethodMemory
+from sharpkern.memory.plan import MemoryPlan
 from sharpkern.mixtures.results import MixturePoint, MixtureSweep
 from sharpkern.monitoring.monitor import Monitor
 from sharpkern.monitoring.plot import plot_history

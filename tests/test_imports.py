@@ -15,98 +15,133 @@ from tests import conftest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sharpkern"
 
-# From the outermost room inwards: a module imports its own room and rooms further in, never outwards.
-ROOMS = {
-    "command line and frameworks": ["cli", "bench", "integrations"],
-    "loop": ["monitor", "mixture", "sweep", "_marks", "mixture_plot", "plot", "memory"],
-    "quantities": [
-        "critical",
-        "accumulate",
-        "_run",
-        "relative",
-        "directional",
-        "hessian",
-        "thresholds",
-        "_hvp",
-    ],
-    "results": ["measurement"],
-    "parts": ["search", "_acceptance", "_curve", "_strategies", "_differences", "direction", "updates", "engines"],
-    "ground": [
-        "linear",
-        "overlaps",
-        "shards",
-        "fakes",
-        "ops",
-        "randomness",
-        "_undo",
-        "errors",
-        "_checkout",
-        "_extras",
-        "_files",
-        "_journal",
-        "_logs",
-        "_mix",
-        "_progress",
-    ],
+ANYWHERE = {"errors", "_support", "_undo", "tensors"}
+BELOW_MEASURES = {"distributed", "search", "ops", "directions", "engines"}
+# docs/architecture.md: which rooms each may import, beside those that every room may. The command line is outermost.
+LAW = {
+    "errors": set(),
+    "_support": set(),
+    "_undo": set(),
+    "tensors": set(),
+    "distributed": set(),
+    "search": set(),
+    "ops": {"kernels"},
+    "directions": {"ops", "distributed"},
+    "engines": {"ops", "distributed"},
+    "measures": BELOW_MEASURES,
+    "monitoring": {"measures", *BELOW_MEASURES},
+    "mixtures": {"measures", *BELOW_MEASURES},
+    "memory": {"measures", *BELOW_MEASURES},
+    "integrations": {"monitoring", "measures", *BELOW_MEASURES},
+    "cli": {"integrations", "mixtures", "monitoring", "memory", "bench", "measures", *BELOW_MEASURES},
 }
-LEVEL = {module: level for level, modules in enumerate(ROOMS.values()) for module in modules}
-# Within "parts", the search, the directions and the engines know nothing of each other, with one exception.
-PARTS = {
-    "search": {"search", "_acceptance", "_curve", "_strategies", "_differences"},
-    "direction": {"direction", "updates"},
-    "engines": {"engines"},
-}
+# What nothing but the standard library and torch may be imported by.
+ALONE = {"errors", "_undo", "search"}
 
 
 def imports(path: Path) -> Iterator[str]:
     """Full names that a file imports, inside functions too, but not for type checking only."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield "." * node.level + (node.module or "")
-            if node.module == "sharpkern":
-                yield from (f"sharpkern.{alias.name}" for alias in node.names)
+            if (node.module or "").startswith("sharpkern"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Every file of the package but its __init__.py, by the name it is imported by."""
+    files = (
+        path.relative_to(package.parent)
+        for path in package.rglob("*.py")
+        if path.parent != package or path.stem != "__init__"
+    )
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): package.parent / path for path in files}
+
+
+def arrows(package: Path) -> dict[str, set[str]]:
+    """For every file of the package, which others it imports; of a package that hands on names, the name's own file."""
+    known = modules(package)
+    found = {}
+    for name, path in known.items():
+        others = {other for other in imports(path) if other in known} - {name}
+        packages = {other.rpartition(".")[0] for other in others}
+        found[name] = others - packages
+    return found
 
 
 def room(module: str) -> str:
     return module.split(".")[1]
 
 
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def between_rooms(package: Path) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {room(name): set() for name in modules(package)}
+    for name, path in modules(package).items():
+        others = {room(other) for other in imports(path) if other.startswith("sharpkern.")}
+        found[room(name)] |= {other for other in others if other in LAW or other in {"kernels", "bench"}} - {room(name)}
+    return found
 
 
-def wrong_arrows(path: Path) -> list[str]:
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    arrows = []
-    for name in imports(path):
-        if not name.startswith("sharpkern.") or room(name) not in LEVEL:
-            continue
-        other = room(name)
-        outward = LEVEL[other] < LEVEL[own]
-        family = next((members for members in PARTS.values() if own in members), None)
-        sideways = family is not None and any(other in members for members in PARTS.values()) and other not in family
-        if outward or sideways:
-            arrows.append(f"{own} → {other}")
-    return arrows
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """What is left when those are taken away, again and again, that nothing leads on from."""
+    left = dict(graph)
+    while ends := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ends:
+            del left[name]
+    return set(left)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_arrows_point_inwards(path: Path) -> None:
-    assert path.relative_to(PACKAGE).parts[0].removesuffix(".py") in LEVEL, "give the new module a room above"
-    # The checks after a search read its result.
-    allowed = ["engines → search"] if path.name == "verify.py" else []
-    assert [arrow for arrow in wrong_arrows(path) if arrow not in allowed] == []
+def against_the_law(package: Path) -> list[str]:
+    return [
+        f"{own} → {other}"
+        for own, others in sorted(between_rooms(package).items())
+        for other in sorted(others - LAW.get(own, set()) - (set() if own in ALONE else ANYWHERE))
+    ]
 
 
-def test_a_wrong_arrow_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    planted = tmp_path / "engines" / "planted.py"
-    planted.parent.mkdir()
-    planted.write_text(
-        "def f():\n    from sharpkern.monitor import Monitor\nimport sharpkern.direction\n", encoding="utf-8"
-    )
-    assert wrong_arrows(planted) == ["engines → direction", "engines → monitor"]
+def test_rooms_import_what_the_law_lets_them() -> None:
+    assert between_rooms(PACKAGE).keys() == LAW.keys(), "give the new room a line in LAW and in docs/architecture.md"
+    assert against_the_law(PACKAGE) == []
+
+
+def test_there_are_few_rooms_on_few_floors_and_no_circles() -> None:
+    rooms = between_rooms(PACKAGE)
+    assert len(rooms) <= 20
+    assert circles(rooms) == set()
+    assert circles(arrows(PACKAGE)) == set()
+
+    def floor(name: str) -> int:
+        return 1 + max(map(floor, rooms[name] & rooms.keys()), default=0)
+
+    assert max(map(floor, rooms)) <= 10
+
+
+def test_wrong_arrows_and_circles_are_found(tmp_path: Path) -> None:
+    for name, text in {
+        "sharpkern/engines/planted.py": (
+            "def f():\n    from sharpkern.monitoring import monitor\nimport sharpkern.directions"
+        ),
+        "sharpkern/monitoring/monitor.py": "from sharpkern.engines import planted",
+        "sharpkern/monitoring/__init__.py": "",
+        "sharpkern/search/curve.py": "from sharpkern.errors import warn",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    package = tmp_path / "sharpkern"
+    assert against_the_law(package) == ["engines → directions", "engines → monitoring", "search → errors"]
+    assert circles(between_rooms(package)) == {"engines", "monitoring"}
+    assert circles(arrows(package)) == {"sharpkern.engines.planted", "sharpkern.monitoring.monitor"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.name)
@@ -150,8 +185,8 @@ def test_gpu_tests_run_where_optional_packages_are_absent() -> None:
     collect = f"import pytest; sys.exit(pytest.main({options.split()}))"
     # Nor are pytest's plugins there.
     listed = python(BLOCK.format(names=conftest.OPTIONAL) + collect, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    found = {line.split("::")[0].removeprefix("tests/") for line in listed.splitlines() if "::" in line}
-    marked = {path.name for path in ROOT.glob("tests/test_*.py") if "pytest.mark.gpu" in path.read_text("utf-8")}
+    found = {line.split("::")[0].rpartition("/")[2] for line in listed.splitlines() if "::" in line}
+    marked = {path.name for path in ROOT.glob("tests/**/test_*.py") if "pytest.mark.gpu" in path.read_text("utf-8")}
     # What device maps are tested with on a GPU is accelerate's.
     assert found == marked - {"test_device_maps.py", Path(__file__).name} != set()
 

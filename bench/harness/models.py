@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sharpkern
-from sharpkern._extras import missing
+from sharpkern._support.optional import missing
 from sharpkern.engines.session import Engine, open_session
 
 from .timing import Json, Machine

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import torch
 
-from sharpkern._files import replacing
+from sharpkern._support.files import replacing
 
 from .cases import Bench, BlockedError
 from .environment import child_environment, look_from_outside

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sharpkern._files import write_rows
-from sharpkern.monitoring.plot import COLORS, light_grid, new_figure, save_figure
+from sharpkern._support.figures import COLORS, light_grid, new_figure, save_figure
+from sharpkern._support.files import write_rows
 
 from .accuracy import checked, judge
 from .cases import Bench, BlockedError, Call, Timed, timed

@@ -26,8 +26,9 @@ from facts import median, no_value, number, sentences
 from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
 from scaffold import Figure, Order, Piece, Row, main
 
+from sharpkern._support.figures import BLUE, COLORS, ORANGE, columns, legend_below, light_grid
 from sharpkern.cli import app
-from sharpkern.monitoring.plot import BLUE, COLORS, ORANGE, columns, draw_measurements, legend_below, light_grid
+from sharpkern.monitoring.plot import draw_measurements
 
 FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
 QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)

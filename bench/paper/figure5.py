@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from workloads import GPT, token_loss
 
 import sharpkern
+from sharpkern._support.figures import COLORS, legend_below
 from sharpkern.mixtures.plot import draw_mixture
-from sharpkern.monitoring.plot import COLORS, legend_below
 
 _CONTEXT = 64
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sharpkern.monitoring.plot import MARKS, columns, draw_at_edge, legend_below
+from sharpkern._support.figures import MARKS, columns, draw_at_edge, legend_below
 
 # Measurements that the lines are a median of, this one in the middle.
 _WINDOW = 7

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import sharpkern
-from sharpkern._progress import progress_bar
+from sharpkern._support.progress import progress_bar
 from sharpkern.mixtures.resume import Journal
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharpkern._extras import missing
+from sharpkern._support.optional import missing
 from sharpkern.mixtures.fingerprint import mark_of, mark_of_file
 
 # transformers takes the first that is there, or its shards.

@@ -13,9 +13,9 @@ from typing import Annotated
 import torch
 import typer
 
-from sharpkern._extras import missing
-from sharpkern._files import write_rows
-from sharpkern._progress import progress_bar
+from sharpkern._support.files import write_rows
+from sharpkern._support.optional import missing
+from sharpkern._support.progress import progress_bar
 from sharpkern.cli.demo_summary import summary
 from sharpkern.cli.digits import DemoRun, train
 from sharpkern.cli.refusals import check_output, refusals

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sharpkern._extras import missing
+from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
 from sharpkern.measures.directional import directional_sharpness
 from sharpkern.measures.hessian import hessian_sharpness

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sharpkern._support.figures import new_figure
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, rows_of, spread
 from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker
@@ -12,7 +13,6 @@ from sharpkern.cli.refusals import check_output, refusals
 from sharpkern.cli.revisions import check_row, measure_all, show, write
 from sharpkern.mixtures.fingerprint import mark_of
 from sharpkern.mixtures.resume import Journal
-from sharpkern.monitoring.plot import new_figure
 
 HELP = (
     "Measure the critical sharpness of a language model's checkpoints on a text, along the update that batches of the "

@@ -9,13 +9,13 @@ import torch
 import typer
 from torch import Tensor
 
+from sharpkern._support.figures import new_figure
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, row_loss, rows_of, spread
 from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker
 from sharpkern.cli.refusals import check_output, refusals
 from sharpkern.mixtures.results import MixtureSweep, Summary
 from sharpkern.mixtures.sweep import mixture_sweep
-from sharpkern.monitoring.plot import new_figure
 
 HELP = (
     "Measure, for every share of old text in a mix with new text, how far a language model could step along the mix's "

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sharpkern._files import write_rows
-from sharpkern._progress import progress_bar
+from sharpkern._support.files import write_rows
+from sharpkern._support.progress import progress_bar
 from sharpkern.cli.checkpoint import Checkpoint
 from sharpkern.cli.corpus import row_loss
 from sharpkern.measures.critical import critical_sharpness

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from sharpkern._extras import missing
+from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
 from sharpkern.measures.result import Measurement
 from sharpkern.monitoring.monitor import LossFn, Monitor, MonitorOptions

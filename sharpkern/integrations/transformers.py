@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from sharpkern._extras import missing
+from sharpkern._support.optional import missing
 from sharpkern.engines.session import is_compiled
 from sharpkern.measures.result import MeasureOptions, Options
 from sharpkern.monitoring.monitor import CallbackOptions, Monitor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpkern._extras import missing
+from sharpkern._support.optional import missing
 from sharpkern.directions.preconditioner import inverse_preconditioner
 from sharpkern.distributed.sharding import local
 from sharpkern.engines.session import Session, in_session

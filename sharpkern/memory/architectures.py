@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpkern._extras import missing
+from sharpkern._support.optional import missing
 from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 
 HEADS = ("stock", "chunked")

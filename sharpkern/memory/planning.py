@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from sharpkern._progress import progress_bar
+from sharpkern._support.progress import progress_bar
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.memory.architectures import HEADS, check_positions, language_loss, language_model
+from sharpkern.memory.cards import MethodMemory
 from sharpkern.memory.gpus import ranks, shard
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS, has_formula
-from sharpkern.memory.plan import MemoryPlan, MethodMemory
+from sharpkern.memory.plan import MemoryPlan
 from sharpkern.memory.training_state import Scene, fake_copy
 from sharpkern.tensors.fake import planned_for
 

@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sharpkern.memory.plan import CARDS, USABLE, MemoryPlan, MethodMemory
-from sharpkern.monitoring.plot import COLORS, light_grid, new_figure, save_figure
+from sharpkern._support.figures import COLORS, light_grid, new_figure, save_figure
+from sharpkern.memory.cards import CARDS, USABLE, MethodMemory
+
+if TYPE_CHECKING:
+    from sharpkern.memory.plan import MemoryPlan
 
 _GIB = 2**30
 # The order in which parts are told and stacked.
@@ -37,7 +40,7 @@ _COLUMNS = {
 }
 
 
-def table(plan: MemoryPlan) -> Table:
+def table(plan: "MemoryPlan") -> Table:
     """Return a plan as a table, in GiB."""
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.conditions.items())
     shown = Table(title=f"{plan.model}: {about}", caption=_caption(plan), box=SIMPLE_HEAD, pad_edge=False)
@@ -50,7 +53,7 @@ def table(plan: MemoryPlan) -> Table:
     return shown
 
 
-def columns(plan: MemoryPlan) -> list[str]:
+def columns(plan: "MemoryPlan") -> list[str]:
     """Return the columns of a plan's table that hold anything, between peak and card."""
     return [name for name, parts in _COLUMNS.items() if any(row.sum(parts) for row in plan.rows)]
 
@@ -62,7 +65,7 @@ def cells(row: MethodMemory, names: Iterable[str] = ()) -> list[str]:
     return [*(f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else "" for size in sizes), card]
 
 
-def _caption(plan: MemoryPlan) -> str:
+def _caption(plan: "MemoryPlan") -> str:
     held = ", ".join(f"{part} {plan.rows[-1].parts.get(part, 0) / _GIB:.2f}" for part in _HELD)
     host = max(row.host_bytes for row in plan.rows)
     return (
@@ -71,7 +74,7 @@ def _caption(plan: MemoryPlan) -> str:
     )
 
 
-def draw(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
+def draw(plan: "MemoryPlan", path: str | os.PathLike[str]) -> None:
     """Draw the parts of every method as stacked bars, with lines for what cards hold.
 
     Args:

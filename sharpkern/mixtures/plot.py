@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sharpkern.monitoring.plot import (
+from sharpkern._support.figures import (
     BOUND,
     COLORS,
     draw_at_edge,

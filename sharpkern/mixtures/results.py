@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sharpkern._extras import missing
-from sharpkern._files import write_rows
+from sharpkern._support.files import write_rows
+from sharpkern._support.optional import missing
 from sharpkern.measures.result import Measurement
 from sharpkern.search.line_search import Status
 

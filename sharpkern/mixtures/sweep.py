@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from typing_extensions import Unpack
 
-from sharpkern._progress import progress_bar
+from sharpkern._support.progress import progress_bar
 from sharpkern.directions.direction import Direction
 from sharpkern.distributed.ranks import Ranks, Together, as_one
 from sharpkern.engines.evaluation.closure import check_loss

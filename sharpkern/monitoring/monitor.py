@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from sharpkern._files import write_rows
+from sharpkern._support.files import write_rows
 from sharpkern.directions.direction import Direction
 from sharpkern.directions.parts import parts_of
 from sharpkern.distributed.ranks import as_one

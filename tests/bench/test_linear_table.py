@@ -49,7 +49,7 @@ def test_a_choice_more_than_a_tenth_slower_is_wrong(shares, code, said, tmp_path
     assert linear_table.main(path) == code
     printed = capsys.readouterr().out
     assert said in printed
-    assert f"{code} of 1 lines disagree with sharpkern/engines/virtual/linear.py" in printed
+    assert f"{code} of 1 lines disagree with engines/virtual/linear.py" in printed
 
 
 def test_only_full_passes_are_held_against_the_choice(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Numerics of the kernels under Triton's interpreter, in a process of their own that tests/ops/test_kernels.py starts."""
+"""Numerics of the kernels under Triton's interpreter, in a process that tests/ops/test_kernels.py starts."""
 
 import os
 

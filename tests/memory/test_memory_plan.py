@@ -18,10 +18,11 @@ from sharpkern.cli import app, memory
 from sharpkern.cli.memory import Head, Optimizer
 from sharpkern.memory import architectures, planning
 from sharpkern.memory.architectures import ARCHITECTURES
+from sharpkern.memory.cards import CARDS, USABLE, MethodMemory
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS
-from sharpkern.memory.plan import CARDS, USABLE, MemoryPlan, MethodMemory
+from sharpkern.memory.plan import MemoryPlan
 from sharpkern.memory.training_state import Scene, fake_copy
 from sharpkern.tensors.fake import planned_for
 from tests.helpers.processes import on_ranks

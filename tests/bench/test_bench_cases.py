@@ -15,7 +15,7 @@ from sharpkern.bench.formulas import FORMULAS
 from sharpkern.bench.timing import Machine
 from sharpkern.cli import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = Bench(Machine(torch.device("cpu")), quick=True)
 NUMEL = 1 << 12
 BLOCKED = "not timed: form did not pass the check of correctness"

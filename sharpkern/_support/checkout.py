@@ -5,7 +5,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parents[1]
 # As pyproject.toml maps them.
 _FOLDERS = {"kernels": "kernels", "bench": "bench/harness"}
 

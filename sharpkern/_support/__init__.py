@@ -1,0 +1,1 @@
+"""What every room may lean on: optional packages, progress bars, whole files, figures."""
