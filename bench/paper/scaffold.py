@@ -23,7 +23,7 @@ import torch
 
 import sharpkern
 from sharpkern._support.progress import progress_bar
-from sharpkern.mixtures.resume import Journal
+from sharpkern.mixtures.resume import ResumableLog
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -143,7 +143,7 @@ def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
         "setting": repr(figure.setting(order)),
     }
     pieces = figure.pieces(order)
-    journal = Journal(order.work / "pieces.jsonl", settings)
+    journal = ResumableLog(order.work / "pieces.jsonl", settings)
     done = {entry["piece"] for entry in journal.rows}
     with progress_bar(len(pieces), done=len(done), shown=sys.stderr.isatty()) as advance:
         for name, compute in pieces.items():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sharpkern._support.optional import missing
-from sharpkern.mixtures.fingerprint import mark_of, mark_of_file
+from sharpkern.mixtures.fingerprint import fingerprint_of, fingerprint_of_file
 
 # transformers takes the first that is there, or its shards.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -64,7 +64,11 @@ class Checkpoint:
         folder = Path(self.source)
         if not folder.is_dir():
             return str(getattr(self.config(), "_commit_hash", None))
-        return str(mark_of([(path.name, mark_of_file(path)) for path in (folder / "config.json", *_weights(folder))]))
+        return str(
+            fingerprint_of(
+                [(path.name, fingerprint_of_file(path)) for path in (folder / "config.json", *_weights(folder))]
+            )
+        )
 
     def check_weights(self) -> None:
         """Refuse a folder without weights, and files of weights that were not written or copied to their end.

@@ -11,8 +11,8 @@ from sharpkern.cli.corpus import check_context, encoder, rows_of, spread
 from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker
 from sharpkern.cli.refusals import check_output, refusals
 from sharpkern.cli.revisions import check_row, measure_all, show, write
-from sharpkern.mixtures.fingerprint import mark_of
-from sharpkern.mixtures.resume import Journal
+from sharpkern.mixtures.fingerprint import fingerprint_of
+from sharpkern.mixtures.resume import ResumableLog
 
 HELP = (
     "Measure the critical sharpness of a language model's checkpoints on a text, along the update that batches of the "
@@ -66,7 +66,7 @@ def command(
         rows = rows[spread(len(rows), num_rows)]
         settings = {
             "model": model,
-            "rows": mark_of(rows),
+            "rows": fingerprint_of(rows),
             "direction": direction.value,
             "batches": batches,
             "batch_size": batch_size,
@@ -75,7 +75,7 @@ def command(
             "weight_decay": weight_decay,
             "dtype": dtype.value,
         }
-        journal = Journal(output / "measure.jsonl", settings, check=check_row)
+        journal = ResumableLog(output / "measure.jsonl", settings, check=check_row)
         make_direction = maker(direction, beta2, weight_decay)
         measured = measure_all(found, rows.split(batch_size), make_direction, journal, device=place, dtype=dtype.value)
         show(measured)

@@ -16,7 +16,7 @@ from sharpkern.cli.checkpoint import Checkpoint
 from sharpkern.cli.corpus import row_loss
 from sharpkern.measures.critical import critical_sharpness
 from sharpkern.measures.result import Measurement, check_values
-from sharpkern.mixtures.resume import Journal, Row, restored
+from sharpkern.mixtures.resume import ResumableLog, Row, restored
 from sharpkern.mixtures.sweep import MakeDirection
 from sharpkern.monitoring.monitor import Record
 from sharpkern.monitoring.plot import plot_history
@@ -26,7 +26,7 @@ def measure_all(
     found: Sequence[Checkpoint],
     data: Sequence[Tensor],
     make_direction: MakeDirection,
-    journal: Journal,
+    journal: ResumableLog,
     *,
     device: torch.device,
     dtype: str,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from sharpkern import ops
-from sharpkern.directions.optimizer_state import Slot, read_slots
+from sharpkern.directions.optimizer_state import ParamState, read_slots
 from sharpkern.directions.parts import Optimizers, check_steps, parts_of
 from sharpkern.directions.shadow_step import shadow_step, undisturbed
 from sharpkern.directions.shared_memory import summed
@@ -31,14 +31,14 @@ class Update:
         norm_sq: its |Δθ|².
     """
 
-    slot: Slot
+    slot: ParamState
     source: Tensor | LazyUpdate
     slope: float | None
     norm_sq: float
 
 
 # A parameter, and its Δθ or the step that it can be worked out of.
-Moving = tuple[Slot, Tensor | LazyUpdate]
+Moving = tuple[ParamState, Tensor | LazyUpdate]
 
 
 def optimizer_update(
@@ -98,7 +98,7 @@ def optimizer_update(
 def _by_rule(
     rule: Rule,
     optimizer: torch.optim.Optimizer,
-    slots: Sequence[Slot],
+    slots: Sequence[ParamState],
     reference_lr: float,
     resident: bool | None,
 ) -> list[Moving]:
@@ -113,7 +113,7 @@ def _by_rule(
 
 
 def steps_by_rule(
-    rule: Rule, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float
+    rule: Rule, optimizer: torch.optim.Optimizer, slots: Sequence[ParamState], reference_lr: float
 ) -> list[LazyUpdate]:
     """Return the step of every slot as a formula of the optimizer's state; nothing of a slot's own size is read."""
     # .get: the state is a defaultdict, and indexing it would create an entry before the first step.
@@ -125,7 +125,7 @@ def steps_by_rule(
     ]
 
 
-def _step(slot: Slot, rule: str, reading: Reading, rate: float) -> LazyUpdate:
+def _step(slot: ParamState, rule: str, reading: Reading, rate: float) -> LazyUpdate:
     """Return the step of what this rank holds of a parameter, from its master where there is one."""
     assert slot.held.grad is not None
     state = (None if tensor is None else local_as(tensor, slot.held) for tensor in reading.state)
@@ -142,7 +142,7 @@ def _step(slot: Slot, rule: str, reading: Reading, rate: float) -> LazyUpdate:
     )
 
 
-def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], reference_lr: float) -> list[Moving]:
+def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[ParamState], reference_lr: float) -> list[Moving]:
     """Return the update of every parameter that a step on a copy of everything moves."""
     return [
         (slot, local_as(displacement, slot.held).div_(reference_lr))
@@ -151,7 +151,7 @@ def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot], ref
     ]
 
 
-def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | LazyUpdate]) -> list[Update]:
+def _with_sums(slots: Sequence[ParamState], sources: Sequence[Tensor | LazyUpdate]) -> list[Update]:
     """Return the updates with their slopes and norms, read back at once; memory that parameters share moves as one."""
     sources = summed(
         [slot.parameter for slot in slots],
@@ -176,7 +176,7 @@ def _with_sums(slots: Sequence[Slot], sources: Sequence[Tensor | LazyUpdate]) ->
     ]
 
 
-def _reference_lr(slots: Sequence[Slot]) -> float:
+def _reference_lr(slots: Sequence[ParamState]) -> float:
     """Return the learning rate of the first group that has a positive one and a gradient."""
     rates = [slot.lr for slot in slots if slot.held.grad is not None]
     if not rates:
@@ -194,7 +194,7 @@ def _reference_lr(slots: Sequence[Slot]) -> float:
     return reference
 
 
-def _refuse_nonfinite_gradients(slots: Sequence[Slot]) -> None:
+def _refuse_nonfinite_gradients(slots: Sequence[ParamState]) -> None:
     """Raise on the first gradient that is not finite."""
     for slot in slots:
         if slot.held.grad is not None and not whole(slot.held.grad.isfinite().all()):
@@ -204,7 +204,7 @@ def _refuse_nonfinite_gradients(slots: Sequence[Slot]) -> None:
             raise NoUpdateError(f"the gradient of {slot.label} must be finite, got nan or inf; {remedy}")
 
 
-def _refuse_zero_gradients(slots: Sequence[Slot]) -> None:
+def _refuse_zero_gradients(slots: Sequence[ParamState]) -> None:
     """Raise if no gradient has an element other than zero: momentum may still move the weights, but by no slope."""
     gradients = [slot.held.grad for slot in slots if slot.held.grad is not None]
     if not any(bool(whole(gradient.any())) for gradient in gradients):

@@ -13,7 +13,7 @@ from sharpkern.distributed.sharding import is_sharded, partial_placement
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
+class ParamState:
     """One parameter as the optimizer holds it.
 
     Attributes:
@@ -54,7 +54,7 @@ class Slot:
 
 def read_slots(
     parts: Sequence[Part], masters: Mapping[nn.Parameter, Tensor] | None, scaler: GradScaler | None
-) -> list[list[Slot]]:
+) -> list[list[ParamState]]:
     """Return every parameter of some optimizers with what belongs to it.
 
     Args:
@@ -133,7 +133,9 @@ def check_gradient(label: str, gradient: Tensor) -> None:
         )
 
 
-def _slots(part: Part, where: str, masters: Mapping[nn.Parameter, Tensor], scaler: GradScaler | None) -> Iterator[Slot]:
+def _slots(
+    part: Part, where: str, masters: Mapping[nn.Parameter, Tensor], scaler: GradScaler | None
+) -> Iterator[ParamState]:
     """Yield a slot for each parameter, its master found by the mapping either way, or in the state."""
     scale = _loss_scale(part, scaler)
     parameter_of = {id(master): parameter for parameter, master in masters.items()}
@@ -160,7 +162,7 @@ def _slots(part: Part, where: str, masters: Mapping[nn.Parameter, Tensor], scale
         else:
             # .get: the state is a defaultdict, and indexing it would create an entry.
             parameter, master = held, masters.get(held, mover.state.get(held, {}).get("master_param"))
-        yield Slot(label, held, parameter, master, place.group, lr, scale, place.climbs)
+        yield ParamState(label, held, parameter, master, place.group, lr, scale, place.climbs)
 
 
 def _checked_masters(masters: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:

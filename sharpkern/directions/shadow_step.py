@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sharpkern._undo import Trace, alone, undone
 from sharpkern.directions.copies import copy_on
-from sharpkern.directions.optimizer_state import Slot
+from sharpkern.directions.optimizer_state import ParamState
 from sharpkern.directions.parts import AROUND_STEP
 from sharpkern.tensors.random_state import note_streams
 
@@ -23,7 +23,7 @@ _TORCHS_OWN = sys.modules[torch.optim.Optimizer.__module__]
 _REGISTRIES = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
-def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[Slot]) -> list[Tensor]:
+def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[ParamState]) -> list[Tensor]:
     """Return θ − θ′ of every parameter, θ′ being what the next step would make of it; to be called `undisturbed`.
 
     The optimizer is copied with its state and the optimizers that it wraps, its parameters replaced by stand-ins, and
@@ -109,7 +109,7 @@ def undisturbed(devices: Iterable[torch.device], steps: Callable[[], Result]) ->
         return undone(aside, trace)
 
 
-def _stand_in(slot: Slot) -> nn.Parameter:
+def _stand_in(slot: ParamState) -> nn.Parameter:
     """Return a parameter of the same value and gradient that the step may write."""
     theta = slot.theta
     dtype = torch.promote_types(theta.dtype, torch.float32)

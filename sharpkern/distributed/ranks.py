@@ -113,7 +113,7 @@ class Together:
             told[0] = loss
         told[1] = asks
         if failure is not None:
-            told[2 + kind_of(failure)] = 1
+            told[2 + device_kind(failure)] = 1
         try:
             for group in self._groups:
                 work = torch.distributed.all_reduce(told, group=group, async_op=True)
@@ -159,7 +159,7 @@ def as_one(ranks: Ranks) -> Iterator[None]:
         del failure
 
 
-def kind_of(failure: BaseException) -> int:
+def device_kind(failure: BaseException) -> int:
     """How grave a failure is: one of `KINDS`."""
     if isinstance(failure, NoUpdateError):
         return _NO_UPDATE
@@ -195,7 +195,7 @@ def raise_gravest(failure: BaseException | None, failures: Sequence[float], size
         RankError: another rank failed otherwise.
     """
     gravest = max(kind for kind, number in enumerate(failures) if number)
-    if failure is not None and kind_of(failure) == gravest:
+    if failure is not None and device_kind(failure) == gravest:
         try:
             raise failure
         finally:

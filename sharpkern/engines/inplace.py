@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharpkern import ops
 from sharpkern.engines.evaluation.closure import Closure
-from sharpkern.engines.tracked import Pair, Step
+from sharpkern.engines.tracked import Step, TrackedParam
 from sharpkern.errors import EngineFallbackWarning, warn
 from sharpkern.ops.update import StoredUpdate
 
@@ -40,7 +40,7 @@ class InPlaceEngine:
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[TrackedParam],
         closure: Closure,
         around: AbstractContextManager[object],
         backup: Backup = "auto",
@@ -110,7 +110,7 @@ class InPlaceEngine:
         self._alpha = alpha
 
 
-def _on_device(pairs: Sequence[Pair], *, may_fail: bool) -> list[Tensor | None] | None:
+def _on_device(pairs: Sequence[TrackedParam], *, may_fail: bool) -> list[Tensor | None] | None:
     """Copies of the weights that have no master, beside them; None where there is no room and that may be."""
     try:
         return [pair.weight.detach().clone() if pair.move.base is pair.weight else None for pair in pairs]
@@ -125,7 +125,7 @@ def _on_device(pairs: Sequence[Pair], *, may_fail: bool) -> list[Tensor | None] 
     return None
 
 
-def _on_host(pair: Pair) -> Tensor | None:
+def _on_host(pair: TrackedParam) -> Tensor | None:
     """A copy of a weight that has no master, where a GPU reads it the quickest."""
     if pair.move.base is not pair.weight:
         return None

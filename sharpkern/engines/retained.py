@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from sharpkern.distributed.sharding import over_shards
-from sharpkern.engines.tracked import Pair
+from sharpkern.engines.tracked import TrackedParam
 from sharpkern.ops.reductions import total
 
 # Elements looked at in each tensor; there are many tensors.
 _SAMPLE = 1 << 12
 
 
-def retained_share(pairs: Sequence[Pair], rounded: Collection[int], alpha: float) -> float:
+def retained_share(pairs: Sequence[TrackedParam], rounded: Collection[int], alpha: float) -> float:
     """⟨dW, αΔθ⟩/|αΔθ|² over all pairs, dW being the change of the rounded weights.
 
     Args:

@@ -27,7 +27,7 @@ from sharpkern.engines.evaluation.reach import fingerprint
 from sharpkern.engines.evidence import Slopes, TrainedLoss, is_power
 from sharpkern.engines.inplace import Backup, InPlaceEngine
 from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost, ranks_for, size_of
-from sharpkern.engines.tracked import Pair, make_pairs
+from sharpkern.engines.tracked import TrackedParam, track
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.engines.virtual.mode import VirtualParameters
@@ -86,7 +86,7 @@ class Moving(Protocol):
 
 
 @dataclass
-class Checks:
+class KnownFacts:
     """What has been found out about one model and the code of one closure.
 
     Attributes:
@@ -117,15 +117,15 @@ class Checks:
             self.agrees.clear()
 
 
-_known: WeakKeyDictionary[nn.Module, dict[Any, Checks]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[Any, KnownFacts]] = WeakKeyDictionary()
 
 
-def checks_of(model: nn.Module, loss_fn: LossFn, *, alone: bool) -> Checks:
+def checks_of(model: nn.Module, loss_fn: LossFn, *, alone: bool) -> KnownFacts:
     """The findings about ``model`` and what ``loss_fn`` calls; a new closure over the next batch shares them.
 
     Ranks check in step: what one has found out by itself is kept apart.
     """
-    return _known.setdefault(model, {}).setdefault((fingerprint(loss_fn), model.training, alone), Checks())
+    return _known.setdefault(model, {}).setdefault((fingerprint(loss_fn), model.training, alone), KnownFacts())
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Target:
 
     loss_fn: LossFn
     closure: Closure
-    checks: Checks
+    checks: KnownFacts
     compiled: bool
 
 
@@ -163,7 +163,7 @@ class Session:
         self,
         model: nn.Module,
         direction: Any,
-        pairs: Sequence[Pair],
+        pairs: Sequence[TrackedParam],
         ranks: Ranks,
         guard: Guard,
         lockstep: Lockstep,
@@ -173,7 +173,7 @@ class Session:
         self.model, self.direction, self.pairs, self.ranks, self.base_loss = model, direction, pairs, ranks, base_loss
         self.guard, self._lockstep, self.outer = guard, lockstep, outer
         self.settled_by: LossFn | None = None
-        self._begun: list[Checks] = []
+        self._begun: list[KnownFacts] = []
 
     def settle(self, ranks: Unsettled, loss_fn: LossFn | None, plan: str) -> None:
         """Find out which ranks decide together where nothing tells of them.
@@ -223,7 +223,7 @@ class Session:
         checks = checks_of(self.model, loss_fn, alone=isinstance(self.ranks, Alone))
         return Target(loss_fn, closure, checks, is_compiled(self.model, loss_fn))
 
-    def begin(self, checks: Checks) -> None:
+    def begin(self, checks: KnownFacts) -> None:
         """Count a measurement, once for all closures of the same code, which check for one another."""
         if not any(checks is begun for begun in self._begun):
             self._begun.append(checks)
@@ -415,11 +415,11 @@ def _begin(
     ranks = ranks_for(model, reduce, outer)
     if isinstance(ranks, Unsettled) and compared is None and not ranks.were_together:
         ranks = named_ranks(outer) or Alone(reduce)
-    pairs: Sequence[Pair] = ()
+    pairs: Sequence[TrackedParam] = ()
     with as_one(ranks):
         if direction is not None:
             direction = direction.bind(model)
-            pairs = make_pairs(direction.moves())
+            pairs = track(direction.moves())
         lockstep = Lockstep(outer)
         # Before the guard, which notes the modules' hooks.
         lockstep.watch(trace)

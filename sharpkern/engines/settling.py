@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.distributed.lockstep import reducers_of, replicate_state
-from sharpkern.distributed.ranks import KINDS, Alone, Ranks, Together, kind_of, raise_gravest
+from sharpkern.distributed.ranks import KINDS, Alone, Ranks, Together, device_kind, raise_gravest
 from sharpkern.distributed.sharding import is_sharded, local, local_as, over_shards, reshard
 from sharpkern.engines.evaluation.reach import Reached
 from sharpkern.errors import UncheckedWarning, warn
@@ -313,7 +313,7 @@ class Unsettled(Alone):
         """As alone, having told others of a failure; with a function of the caller's own they wait in that."""
         try:
             if self._reduce is None and isinstance(failure, Exception):
-                _meet({"failure": kind_of(failure)})
+                _meet({"failure": device_kind(failure)})
             with self.listening:
                 value, asks = super().agree(loss, failure, asks=asks)
             self.listening.heard |= loss is not None and self._reduce is not None and value != float(loss)

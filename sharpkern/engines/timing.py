@@ -14,7 +14,7 @@ _LEAST = 2
 
 
 @dataclass
-class Pace:
+class EngineTimes:
     """Times of passes of one model and closure, by the size of their work.
 
     Batches are told apart by their size; what was measured for one size holds for the next ones of that size.

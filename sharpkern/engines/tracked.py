@@ -51,7 +51,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class TrackedParam:
     """A parameter, or a view of one, and how it moves.
 
     Attributes:
@@ -68,11 +68,11 @@ class Pair:
     parameter: Tensor
     memory: int
 
-    def view(self, func: Callable[[Tensor], Tensor]) -> "Pair":
+    def view(self, func: Callable[[Tensor], Tensor]) -> "TrackedParam":
         """The pair of a part: ``func`` is a view or a gather."""
         weight = func(self.weight)
         move = self.move.map(lambda tensor: weight if tensor is self.weight else func(tensor))
-        return Pair(weight, move, self.owner, self.parameter, self.memory)
+        return TrackedParam(weight, move, self.owner, self.parameter, self.memory)
 
     def form(self, step: Step, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ in the weight's dtype, or in ``dtype``.
@@ -90,14 +90,14 @@ class Pair:
             return self.move.form(step.of(self.move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
 
 
-def make_pairs(moves: Iterable[tuple[Tensor, ParamUpdate]]) -> list[Pair]:
+def track(moves: Iterable[tuple[Tensor, ParamUpdate]]) -> list[TrackedParam]:
     """Pairs of the parameters that move."""
     moving = [(local(parameter), move, parameter) for parameter, move in moves]
     first = list(range(len(moving)))
     for group in overlapping([weight for weight, *_ in moving]):
         for index in group:
             first[index] = group[0]
-    return [Pair(weight, move, owner, p, first[owner]) for owner, (weight, move, p) in enumerate(moving)]
+    return [TrackedParam(weight, move, owner, p, first[owner]) for owner, (weight, move, p) in enumerate(moving)]
 
 
 class Scratch:

@@ -14,8 +14,8 @@ from sharpkern.directions.direction import Direction
 from sharpkern.distributed.ranks import Ranks
 from sharpkern.distributed.sharding import whole
 from sharpkern.engines.session import Engine, Session, in_session
-from sharpkern.engines.timing import Pace
-from sharpkern.engines.tracked import Pair
+from sharpkern.engines.timing import EngineTimes
+from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.measures.result import Measurement, Options
 from sharpkern.measures.run import ENOUGH_FORWARDS, ConstantLossError, Run, finish
@@ -115,7 +115,7 @@ def measure(
     base_loss: float | Tensor | None = None,
     trained_loss: float | Tensor | None = None,
     memory: SearchMemory | None = None,
-    pace: Pace | None = None,
+    pace: EngineTimes | None = None,
 ) -> tuple[Measurement, SearchMemory]:
     """`critical_sharpness` with a warm start.
 
@@ -181,7 +181,7 @@ def _common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
     return None if any(ranks.any_of(unlike)) else memory
 
 
-def _may_batch(pairs: Sequence[Pair], options: Options) -> bool:
+def _may_batch(pairs: Sequence[TrackedParam], options: Options) -> bool:
     """Whether several step sizes at a time may be quicker, and the choice is nobody else's."""
     # Ranks would not agree on what is quickest.
     distributed = torch.distributed

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from sharpkern.directions.direction import Direction
 from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.session import Session, in_session
-from sharpkern.engines.tracked import Pair
+from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.measures.critical import check_arguments, measure
@@ -148,7 +148,7 @@ class _Task:
         self._seconds += time.perf_counter() - started
 
 
-def _room(pairs: Sequence[Pair]) -> int:
+def _room(pairs: Sequence[TrackedParam]) -> int:
     """Bytes that formed weights may take between tasks."""
     devices = {pair.weight.device for pair in pairs}
     device = devices.pop()

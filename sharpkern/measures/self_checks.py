@@ -1,4 +1,4 @@
-"""Checks that turn a silent wrong number into an error: repeatable losses, an independent evaluation, the slope."""
+"""KnownFacts that turn a silent wrong number into an error: repeatable losses, an independent evaluation, the slope."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sharpkern.engines.evidence import LEAST_CERTAIN_RATIO
-from sharpkern.engines.session import Checks, Engine
+from sharpkern.engines.session import Engine, KnownFacts
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.errors import EngineUnsupportedError, UncheckedWarning, warn
 from sharpkern.search.line_search import SearchResult
@@ -50,7 +50,7 @@ def check_repeatable(first: float, second: float, noise: float) -> None:
 
 def confirm(
     engine: Engine,
-    checks: Checks,
+    checks: KnownFacts,
     base: float,
     probes: Sequence[tuple[float, float]],
     noise: float,

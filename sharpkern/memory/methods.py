@@ -18,7 +18,7 @@ from sharpkern.distributed.sharding import local, local_as
 from sharpkern.engines.inplace import Backup
 from sharpkern.engines.session import Session, in_session
 from sharpkern.memory.counter import PeakBytes
-from sharpkern.memory.training_state import ACTIVATIONS, BACKWARD, Scene
+from sharpkern.memory.training_state import ACTIVATIONS, BACKWARD, TrainingState
 from sharpkern.ops.rules import rule_of
 from sharpkern.ops.update import ParamUpdate, StoredUpdate
 
@@ -39,7 +39,7 @@ class Method:
     """
 
     name: str
-    run: Callable[[Scene, PeakBytes], None]
+    run: Callable[[TrainingState, PeakBytes], None]
     measures: bool = True
     direction: str = ""
     num_steps: int = 1
@@ -79,12 +79,12 @@ def methods(num_steps: int, *, from_state: bool) -> list[Method]:
     return found
 
 
-def _forward(scene: Scene, counter: PeakBytes) -> None:
+def _forward(scene: TrainingState, counter: PeakBytes) -> None:
     with torch.no_grad(), counter.under(ACTIVATIONS):
         scene.loss(counter)
 
 
-def _training(scene: Scene, counter: PeakBytes) -> None:
+def _training(scene: TrainingState, counter: PeakBytes) -> None:
     with counter.under(ACTIVATIONS):
         loss = scene.loss(counter)
     with counter, counter.under(BACKWARD):
@@ -93,7 +93,7 @@ def _training(scene: Scene, counter: PeakBytes) -> None:
         parameter.grad = None
 
 
-def _clone_and_dictionary(scene: Scene, counter: PeakBytes) -> None:
+def _clone_and_dictionary(scene: TrainingState, counter: PeakBytes) -> None:
     """The published method: update and weights in dictionaries, θ − ηΔθ built from both at every probe.
 
     The update is in the weights' dtype, which is the least that it can take.
@@ -112,7 +112,7 @@ def _clone_and_dictionary(scene: Scene, counter: PeakBytes) -> None:
             scene.loss(counter)
 
 
-def _deep_copy(scene: Scene, counter: PeakBytes) -> None:
+def _deep_copy(scene: TrainingState, counter: PeakBytes) -> None:
     with torch.no_grad():
         with counter, counter.under(DIRECTION):
             update = [torch.zeros_like(parameter) for parameter in scene.parameters]
@@ -136,7 +136,7 @@ class _Engine:
     num_steps: int = 2
     backup: Backup = "device"
 
-    def __call__(self, scene: Scene, counter: PeakBytes) -> None:
+    def __call__(self, scene: TrainingState, counter: PeakBytes) -> None:
         def loss_fn() -> Tensor:
             with counter.under(ACTIVATIONS):
                 return scene.loss(counter)
@@ -173,7 +173,7 @@ class _Planned:
 
 
 @contextmanager
-def _gradients(scene: Scene) -> Iterator[None]:
+def _gradients(scene: TrainingState) -> Iterator[None]:
     for parameter, gradient in zip(scene.parameters, scene.gradients, strict=False):
         parameter.grad = gradient
     try:
@@ -183,7 +183,7 @@ def _gradients(scene: Scene) -> Iterator[None]:
             parameter.grad = None
 
 
-def _moves(scene: Scene, *, resident: bool) -> list[tuple[Tensor, ParamUpdate]]:
+def _moves(scene: TrainingState, *, resident: bool) -> list[tuple[Tensor, ParamUpdate]]:
     """θ + αΔθ of every parameter, made as `Direction.from_optimizer` makes it."""
     if scene.optimizer is None:
         shards = [(p, local(p)) for p in scene.parameters]

@@ -18,8 +18,8 @@ from sharpkern.memory.gpus import ranks, shard
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS, has_formula
 from sharpkern.memory.plan import MemoryPlan
-from sharpkern.memory.training_state import Scene, fake_copy
-from sharpkern.tensors.fake import planned_for
+from sharpkern.memory.training_state import TrainingState, fake_copy
+from sharpkern.tensors.fake import pretend_device
 
 _RANGES = {"tokens": (2, 2**24), "batch_size": (1, 2**20), "num_gpus": (1, 2**16), "num_steps": (1, NUM_PARALLEL)}
 _NO_VALUES = (
@@ -112,11 +112,11 @@ def memory_plan(
             'torch.device("meta")'
         )
 
-    def scene() -> Scene:
+    def scene() -> TrainingState:
         fake = fake_copy(original, mode)
         if num_gpus > 1:
             shard(fake, num_gpus, mode)
-        return Scene(fake, loss, optimizer, mode, vocabulary)
+        return TrainingState(fake, loss, optimizer, mode, vocabulary)
 
     if not any(parameter.requires_grad for parameter in original.parameters()):
         raise ValueError("model must have parameters that are trained, got none; unfreeze what is to move")
@@ -127,7 +127,7 @@ def memory_plan(
     rows: list[MethodMemory] = []
     with (
         ranks(num_gpus),
-        planned_for("cuda"),
+        pretend_device("cuda"),
         _values_refused(),
         progress_bar(len(ways), shown=progress) as advance,
     ):
@@ -143,7 +143,7 @@ def memory_plan(
     return MemoryPlan(name, conditions, tuple(rows))
 
 
-def _row(scene: Scene, method: Method) -> MethodMemory:
+def _row(scene: TrainingState, method: Method) -> MethodMemory:
     counter = scene.counter()
     held = scene.held(gradients=method.measures)
     method.run(scene, counter)

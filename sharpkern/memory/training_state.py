@@ -34,7 +34,7 @@ _FSDP = os.path.join("torch", "distributed", "fsdp")
 _FRAMES = 12
 
 
-class Scene:
+class TrainingState:
     """A model, its loss, and all that a training loop holds.
 
     Args:

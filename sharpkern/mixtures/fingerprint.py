@@ -21,7 +21,7 @@ _BLOCK = 2**26
 _BLOCKS = 8
 
 
-def mark_of(data: Any) -> int:
+def fingerprint_of(data: Any) -> int:
     """Return a mark of data, of all values of the tensors in it and their order.
 
     Args:
@@ -34,7 +34,7 @@ def mark_of(data: Any) -> int:
     return _number(_digest(data))
 
 
-def mark_of_model(model: nn.Module) -> int:
+def fingerprint_of_model(model: nn.Module) -> int:
     """Return a mark of a model: of its parameters and buffers with their names, what is tied, frozen, and its mode.
 
     Args:
@@ -53,10 +53,10 @@ def mark_of_model(model: nn.Module) -> int:
         known = first.setdefault(id(tensor), name)
         tensors.append((name, tensor.requires_grad, tensor if known == name else known))
     odd = {bare_name(name) for name, module in model.named_modules() if module.training != model.training}
-    return mark_of((model.training, sorted(odd), tensors))
+    return fingerprint_of((model.training, sorted(odd), tensors))
 
 
-def mark_of_file(path: str | os.PathLike[str]) -> int:
+def fingerprint_of_file(path: str | os.PathLike[str]) -> int:
     """Return a mark of a file: of its size and all of its bytes, of a large one of blocks that are spread all over it.
 
     Args:
@@ -79,7 +79,7 @@ def mark_of_file(path: str | os.PathLike[str]) -> int:
     return _number(found.digest())
 
 
-def mark_of_function(function: Callable[..., Any]) -> int:
+def fingerprint_of_function(function: Callable[..., Any]) -> int:
     """Return a mark of a function: of its code, its defaults, and the numbers with a point and the texts it holds.
 
     Whole numbers that it holds do not count: they may be counters.
@@ -95,7 +95,9 @@ def mark_of_function(function: Callable[..., Any]) -> int:
         held, function = [*getattr(function, "__dict__", {}).items()], type(function).__call__
     code = getattr(function, "__code__", None)
     defaults = (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None))
-    return mark_of((None if code is None else list(_code(code)), defaults, [one for one in held if _is_setting(one)]))
+    return fingerprint_of(
+        (None if code is None else list(_code(code)), defaults, [one for one in held if _is_setting(one)])
+    )
 
 
 def _is_setting(value: Any) -> bool:

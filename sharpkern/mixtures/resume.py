@@ -21,7 +21,7 @@ _ROUNDING = 1e-3
 _NUMBERS = (float, int)
 
 
-class Journal:
+class ResumableLog:
     """Rows that are kept in memory, and in a file if there is one.
 
     Args:

@@ -34,7 +34,7 @@ def positive_int(name: str, value: Any) -> int:
     return operator.index(value)
 
 
-class Mix:
+class MixSampler:
     """Gives the losses of mixed batches.
 
     The samples of a source come in an order that depends on the seed, the repeat and the number of the batch, and a

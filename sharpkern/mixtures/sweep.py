@@ -31,10 +31,10 @@ from sharpkern.errors import NoUpdateError
 from sharpkern.measures.batch_directions import gradient_direction
 from sharpkern.measures.relative import relative_critical_sharpness
 from sharpkern.measures.result import MeasureOptions, Options, check_values
-from sharpkern.mixtures.fingerprint import mark_of, mark_of_function, mark_of_model
+from sharpkern.mixtures.fingerprint import fingerprint_of, fingerprint_of_function, fingerprint_of_model
 from sharpkern.mixtures.results import MixturePoint, MixtureSweep
-from sharpkern.mixtures.resume import Journal, Row, restored
-from sharpkern.mixtures.sampling import Mix, Ratio, Shares, positive_int
+from sharpkern.mixtures.resume import ResumableLog, Row, restored
+from sharpkern.mixtures.sampling import MixSampler, Ratio, Shares, positive_int
 from sharpkern.tensors.random_state import seed_streams
 
 LossFn = Callable[[], Tensor]
@@ -120,7 +120,7 @@ def mixture_sweep(
     num_batches, repeats = positive_int("num_batches", num_batches), positive_int("repeats", repeats)
     Options.of(mixture_sweep, options)
     seed = operator.index(seed)
-    mixer = Mix(mix, batch_loss, batch_size, seed, collate)
+    mixer = MixSampler(mix, batch_loss, batch_size, seed, collate)
     mixes = _mixes(mixer, ratios)
     # All mixes of a repeat before the next repeat: what is there when the sweep is stopped covers all of them.
     cells = [(shares, repeat) for repeat in range(repeats) for shares in mixes]
@@ -128,11 +128,12 @@ def mixture_sweep(
     def described(losses: Mapping[str, LossFn]) -> Row:
         return {
             "tasks": [
-                [name, mark_of(loss.args if isinstance(loss, partial) else loss)] for name, loss in losses.items()
+                [name, fingerprint_of(loss.args if isinstance(loss, partial) else loss)]
+                for name, loss in losses.items()
             ],
             # In order, since shares are.
-            "sources": [[name, mark_of(source)] for name, source in mixer.sources.items()],
-            "model": mark_of_model(model),
+            "sources": [[name, fingerprint_of(source)] for name, source in mixer.sources.items()],
+            "model": fingerprint_of_model(model),
             "direction": _described(make_direction),
             "batch_size": mixer.batch_size,
             "num_batches": num_batches,
@@ -140,7 +141,7 @@ def mixture_sweep(
             "options": {name: _described(value) for name, value in options.items()},
         }
 
-    def swept(session: Session) -> tuple[Journal, list[str]]:
+    def swept(session: Session) -> tuple[ResumableLog, list[str]]:
         guard = session.guard
         # A shuffled loader gives the same batches whenever the sweep goes on.
         seed_streams(str(seed), guard.devices)
@@ -153,7 +154,7 @@ def mixture_sweep(
             _refuse_without_value(of_tasks)
             settings = {} if path is None else described(losses)
             check = partial(_points, mixer.sources, losses)
-            journal = Journal(_file_of(path, session.ranks), settings, losses=of_tasks | of_sources, check=check)
+            journal = ResumableLog(_file_of(path, session.ranks), settings, losses=of_tasks | of_sources, check=check)
         done = {_cell(row) for row in journal.rows}
         # One rank may have been stopped before it wrote what the others did.
         lacking = session.ranks.any_of([cell not in done for cell in cells])
@@ -187,7 +188,7 @@ def mixture_sweep(
     return MixtureSweep(tuple(mixer.sources), tuple(names), tuple(mixes), measured)
 
 
-def _mixes(mixer: Mix, ratios: Sequence[Ratio]) -> list[Shares]:
+def _mixes(mixer: MixSampler, ratios: Sequence[Ratio]) -> list[Shares]:
     """Return the shares of every mix."""
     if isinstance(ratios, (str, Mapping)) or not hasattr(ratios, "__iter__"):
         raise TypeError(f"ratios must be several, got {ratios!r}; pass such as [0, 0.5, 1]")
@@ -235,7 +236,7 @@ def _evaluated(losses: Mapping[str, LossFn], guard: Guard, seed: int) -> dict[st
     return values
 
 
-def _source_losses(mixer: Mix) -> dict[str, LossFn]:
+def _source_losses(mixer: MixSampler) -> dict[str, LossFn]:
     """Return the loss of a first batch of every source alone."""
     names = list(mixer.sources)
     alone = {name: tuple(float(other == name) for other in names) for name in names}
@@ -310,7 +311,7 @@ def _described(value: Any) -> Any:
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__qualname__)
         own = str(getattr(value, "__module__", "")).startswith("sharpkern.")
-        return name if own else f"{name} {mark_of_function(value)}"
+        return name if own else f"{name} {fingerprint_of_function(value)}"
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 

@@ -18,7 +18,7 @@ from sharpkern.directions.parts import parts_of
 from sharpkern.distributed.ranks import as_one
 from sharpkern.distributed.sharding import local, reshard
 from sharpkern.engines.settling import outermost, ranks_for
-from sharpkern.engines.timing import Pace
+from sharpkern.engines.timing import EngineTimes
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
 from sharpkern.measures.critical import measure
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
@@ -177,7 +177,7 @@ class Monitor:
         self.step = 0
         self._memory: SearchMemory | None = None
         self._heldout_memory: SearchMemory | None = None
-        self._pace, self._heldout_pace = Pace(), Pace()
+        self._pace, self._heldout_pace = EngineTimes(), EngineTimes()
         self.history: list[Record] = []
         self.skipped: list[tuple[int, str]] = []
 

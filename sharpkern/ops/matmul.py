@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sharpkern.tensors.fake import kind_of
+from sharpkern.tensors.fake import device_kind
 
 # Products of 16-bit matrices with an fp32 result: torch 2.8 and later, with CUDA.
 _IN_TORCH = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
@@ -24,7 +24,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def accumulates_in_fp32(device: torch.device) -> bool:
     """Whether a product of 16-bit factors can be had in fp32 without widening them first."""
-    return kind_of(device) == "cuda" and _IN_TORCH
+    return device_kind(device) == "cuda" and _IN_TORCH
 
 
 def matmul_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,13 +24,13 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN
 
 
-def kind_of(device: torch.device) -> str:
+def device_kind(device: torch.device) -> str:
     """The type of device whose ways are gone: the tensor's own, or the one that is planned for."""
     return _planned or device.type
 
 
 @contextmanager
-def planned_for(kind: str) -> Iterator[None]:
+def pretend_device(kind: str) -> Iterator[None]:
     """Go the ways of another type of device; fake tensors for "cuda" could not lie there without a build for CUDA.
 
     Args:

@@ -379,7 +379,7 @@ def test_of_a_large_file_blocks_all_over_it_count(tmp_path, monkeypatch) -> None
         if changed is not None:
             one[changed] ^= 1
         path.write_bytes(one + more)
-        return _marks.mark_of_file(path)
+        return _marks.fingerprint_of_file(path)
 
     marks = [mark(), mark(0), mark(len(content) - 1), mark(more=b"x")]
     assert len(set(marks)) == 4

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sharpkern
 from sharpkern import Direction, ops
 from sharpkern.engines.retained import retained_share
-from sharpkern.engines.tracked import make_pairs
+from sharpkern.engines.tracked import track
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.directions.test_direction_optimizers import EXACT, WITHIN_ULPS, backward, make_model
 from tests.helpers.cases import TORCH_CASES, Case
@@ -89,7 +89,7 @@ def test_learning_rates_scales_and_masters_enter(engine: str) -> None:
     assert unscaled.slope == pytest.approx(1024 * lazy.slope, rel=1e-2)
     expected = engine_losses(engine, model, loss_fn, resident, STEP_SIZES)
     assert engine_losses(engine, model, loss_fn, lazy, STEP_SIZES) == pytest.approx(expected, rel=1e-6)
-    shares = [retained_share(make_pairs(direction.moves()), range(99), -1e-3) for direction in (resident, lazy)]
+    shares = [retained_share(track(direction.moves()), range(99), -1e-3) for direction in (resident, lazy)]
     assert shares[0] == pytest.approx(shares[1], rel=1e-9)
     assert shares[0] != 1
 

@@ -18,8 +18,8 @@ import sharpkern
 from sharpkern import ops
 from sharpkern.engines.batched import engine as batched
 from sharpkern.engines.batched.engine import NUM_PARALLEL, BatchedEngine
-from sharpkern.engines.session import Checks
-from sharpkern.engines.timing import Pace
+from sharpkern.engines.session import KnownFacts
+from sharpkern.engines.timing import EngineTimes
 from sharpkern.engines.virtual import torch_calls as calls
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.measures import critical
@@ -114,11 +114,11 @@ LSTM = next(case for case in CASES if case.name == "lstm")
 def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """In loops engine="auto" begins with the batched engine, as on a GPU where it is quicker."""
     monkeypatch.setattr(critical, "_may_batch", lambda *_: True)
-    monkeypatch.setattr(Pace, "engine", lambda self: "batched")
+    monkeypatch.setattr(EngineTimes, "engine", lambda self: "batched")
 
 
 def measured(model: nn.Module, loss_fn: LossFn, direction: sharpkern.Direction) -> sharpkern.Measurement:
-    return measure(model, loss_fn, direction, Options(), pace=Pace())[0]
+    return measure(model, loss_fn, direction, Options(), pace=EngineTimes())[0]
 
 
 def test_what_vmap_cannot_do_is_said_by_the_engine_that_was_named() -> None:
@@ -220,15 +220,15 @@ class WrongNearby(VirtualEngine):
 
 def test_an_engine_is_compared_near_the_crossing() -> None:
     with pytest.raises(sharpkern.EngineUnsupportedError, match=r"at the step size 0\.5 the virtual engine's loss is"):
-        confirm(WrongNearby(), Checks(), 1.0, PROBES, 1e-6, reach=1.5)
+        confirm(WrongNearby(), KnownFacts(), 1.0, PROBES, 1e-6, reach=1.5)
     # Where the loss is large it is right, which tells nothing of the crossing.
-    checks = Checks()
+    checks = KnownFacts()
     confirm(WrongNearby(), checks, 1.0, PROBES, 1e-6)
     assert checks.agrees == {"virtual"}, "the trap no longer springs"
 
 
 def test_without_a_probe_near_the_crossing_that_stands_out_a_far_one_is_compared() -> None:
-    engine, checks = WrongNearby(), Checks()
+    engine, checks = WrongNearby(), KnownFacts()
     confirm(engine, checks, 1.0, [(1e-6, 1 - 1e-6), (10.0, 91.0)], 1e-6, reach=1.5)
     assert (engine.compared, checks.agrees) == ([10.0], {"virtual"})
 
@@ -342,7 +342,7 @@ def test_without_the_refusal_the_run_would_fail_later(monkeypatch: pytest.Monkey
         kept.logits = model(X)
         return kept.logits.square().mean()
 
-    monkeypatch.setattr(batched, "none_survive", lambda _: nullcontext())
+    monkeypatch.setattr(batched, "refuse_leaked_tensors", lambda _: nullcontext())
     engine_losses("batched", model, loss_fn, direction, STEP_SIZES)
     with pytest.raises(RuntimeError, match="escaped from inside a function being vmapped"):
         kept.logits.argmax(-1)

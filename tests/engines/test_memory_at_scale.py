@@ -14,7 +14,7 @@ from sharpkern.engines.batched import engine as batched
 from sharpkern.memory import architectures
 from sharpkern.memory.methods import _Engine, _forward
 from sharpkern.memory.training_state import Scene, fake_copy
-from sharpkern.tensors.fake import planned_for
+from sharpkern.tensors.fake import pretend_device
 
 GIB = 2**30
 # The largest layer: one matrix of an MLP.
@@ -48,7 +48,7 @@ def seven_billion(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scene]:
 def forward_bytes(scene: Scene) -> int:
     """Peak of a plain forward pass, above weights and direction."""
     counter = scene.counter()
-    with planned_for("cuda"):
+    with pretend_device("cuda"):
         _forward(scene, counter)
     return counter.peak
 
@@ -56,7 +56,7 @@ def forward_bytes(scene: Scene) -> int:
 def engine_bytes(scene: Scene, engine: str, num_steps: int) -> int:
     """Peak of an engine's losses, above weights and direction."""
     counter = scene.counter()
-    with planned_for("cuda"):
+    with pretend_device("cuda"):
         _Engine(engine, "resident", num_steps)(scene, counter)
     return counter.peak - counter.parts["direction"]
 

@@ -15,7 +15,7 @@ from torch import nn
 import sharpkern
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.engines.session import open_session
-from sharpkern.engines.timing import Pace
+from sharpkern.engines.timing import EngineTimes
 from sharpkern.measures import critical
 from sharpkern.measures.run import ENOUGH_FORWARDS
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, find_critical_lr, warm_grid
@@ -31,7 +31,7 @@ FIXED = settings(derandomize=True, max_examples=100, deadline=None)
 
 def test_both_engines_are_tried_and_the_quicker_one_is_taken() -> None:
     for seconds, quicker in ((2.5, "batched"), (2.6, "virtual")):
-        pace = Pace()
+        pace = EngineTimes()
         assert pace.engine() == "virtual"
         pace.note("virtual", 1000, [1.5, 1.0, 1.1])
         assert pace.engine() == "batched"
@@ -43,7 +43,7 @@ def test_both_engines_are_tried_and_the_quicker_one_is_taken() -> None:
 
 
 def test_times_are_of_the_last_passes() -> None:
-    pace = Pace()
+    pace = EngineTimes()
     pace.note("virtual", 1000, [1.0])
     pace.note("batched", 1000, [2.0, 2.0])
     assert pace.engine() == "batched"
@@ -52,7 +52,7 @@ def test_times_are_of_the_last_passes() -> None:
 
 
 def test_another_batch_size_is_measured_anew_and_the_first_remembered() -> None:
-    pace = Pace()
+    pace = EngineTimes()
     pace.note("virtual", 1000, [1.0])
     pace.note("batched", 1000, [2.0, 2.0])
     assert pace.engine() == "batched"
@@ -82,12 +82,14 @@ def test_passes_that_form_no_weights_are_not_timed() -> None:
 def paced(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Makes loops choose as on a GPU where a pass of eight step sizes takes so many times as long as one of one."""
     monkeypatch.setattr(critical, "_may_batch", lambda *_: True)
-    note = Pace.note
+    note = EngineTimes.note
 
     def set_ratio(ratio: float) -> None:
         seconds = {"virtual": 1.0, "batched": ratio}
         monkeypatch.setattr(
-            Pace, "note", lambda pace, engine, work, times: note(pace, engine, work, [seconds[engine]] * len(times))
+            EngineTimes,
+            "note",
+            lambda pace, engine, work, times: note(pace, engine, work, [seconds[engine]] * len(times)),
         )
 
     return set_ratio

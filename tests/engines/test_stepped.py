@@ -14,7 +14,7 @@ from sharpkern.engines.batched import attention as attention_module
 from sharpkern.engines.batched.attention import attention
 from sharpkern.engines.batched.batch_norms import batch_norm, instance_norm
 from sharpkern.engines.batched.random_draws import dropout
-from sharpkern.engines.batched.rules import STEPPED, _calling_ours
+from sharpkern.engines.batched.rules import REPLACEMENTS, _calling_ours
 from sharpkern.tensors.random_state import torch_states
 
 K, B, H, T, S, E = 3, 2, 4, 5, 7, 8
@@ -38,7 +38,7 @@ class InPlaceOfTorch(TorchFunctionMode):
     """What the engine does: calls our functions where torch's are called."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return STEPPED.get(func, func)(*args, **(kwargs or {}))
+        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
 @dataclass

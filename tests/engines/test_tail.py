@@ -12,7 +12,7 @@ from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.engines.evaluation.precision import LossPrecision
 from sharpkern.engines.virtual import lm_head as tail
 from sharpkern.engines.virtual.deferred_logits import Head
-from sharpkern.engines.virtual.lm_head import Tail
+from sharpkern.engines.virtual.lm_head import LMHead
 from sharpkern.memory.counter import peak_bytes
 from tests.helpers import tails
 from tests.helpers.cases import TORCH_CASES, TRANSFORMERS_CASES, tokens
@@ -61,7 +61,7 @@ def test_small_heads_go_the_usual_way_bit_for_bit(name: str, taken: Taken, monke
     losses = [
         engine_losses("virtual", model, case.closure(model), random_direction(model), STEP_SIZES) for _ in range(2)
     ]
-    monkeypatch.setattr(Tail, "defer", lambda *_: None)
+    monkeypatch.setattr(LMHead, "defer", lambda *_: None)
     assert losses == [
         engine_losses("virtual", model, case.closure(model), random_direction(model), STEP_SIZES) for _ in range(2)
     ]
@@ -111,7 +111,7 @@ def test_wide_layers_of_an_mlp_are_not_taken_for_heads(
     # Their memory is not touched.
     hidden, weight = torch.empty(1, 2, width), torch.empty(rows, width)
     with torch.no_grad():
-        logits = Tail(LossPrecision()).defer(hidden, weight, lambda dtype: None, lambda: None)
+        logits = LMHead(LossPrecision()).defer(hidden, weight, lambda dtype: None, lambda: None)
     assert (logits is not None) == deferred
 
 

@@ -13,7 +13,7 @@ import sharpkern
 from sharpkern.engines.virtual import lm_head as tail
 from sharpkern.engines.virtual.deferred_logits import Deferred, Head, _has_whole_rows
 from sharpkern.engines.virtual.engine import VirtualEngine
-from sharpkern.engines.virtual.lm_head import Tail
+from sharpkern.engines.virtual.lm_head import LMHead
 from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 from tests.engines.test_tail import copied_before_the_write, smoothed, written_through_a_view
 from tests.helpers import tails
@@ -37,15 +37,15 @@ def test_views_share_memory_and_copies_do_not(taken: Taken, monkeypatch: pytest.
         patch.setattr(Deferred, "made", lambda self: self.make())
         assert wrong(losses_of(model, written_through_a_view), through_view), "the trap no longer springs"
     with monkeypatch.context() as patch:
-        patch.setattr(Tail, "_make", lambda *_: None)
+        patch.setattr(LMHead, "_make", lambda *_: None)
         assert wrong(losses_of(model, copied_before_the_write), copies), "the trap no longer springs"
 
 
 def test_what_was_made_is_used_from_then_on(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT()
-    chunked = Tail._cross_entropy
+    chunked = LMHead._cross_entropy
 
-    def forgetful(self: Tail, input: Tensor, *args: Any, **options: Any) -> Any:
+    def forgetful(self: LMHead, input: Tensor, *args: Any, **options: Any) -> Any:
         if (logits := self._get(input)) is not None:
             logits.real = None
         return chunked(self, input, *args, **options)
@@ -57,7 +57,7 @@ def test_what_was_made_is_used_from_then_on(taken: Taken, monkeypatch: pytest.Mo
 
     right = undeferred_losses(model, scaled)
     assert losses_of(model, scaled) == right
-    monkeypatch.setattr(Tail, "_cross_entropy", forgetful)
+    monkeypatch.setattr(LMHead, "_cross_entropy", forgetful)
     assert wrong(losses_of(model, scaled), right), "the trap no longer springs"
 
 
@@ -75,7 +75,7 @@ def test_reads_that_no_mode_sees_never_get_a_number(engine: str, taken: Taken, m
     assert losses_of(model, loss, engine=engine) == right
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tail, "enabled", property(lambda self: True, lambda self, value: None), raising=False)
+        patch.setattr(LMHead, "enabled", property(lambda self: True, lambda self, value: None), raising=False)
         patch.setattr(VirtualEngine, "_deferral_works", property(lambda self: True, lambda *_: None), raising=False)
         assert all(value != value for value in losses_of(model, loss, engine=engine))
     with monkeypatch.context() as patch:
@@ -135,7 +135,7 @@ def test_hidden_states_written_after_the_head(engine: str, taken: Taken, monkeyp
     seen = losses_of(model, loss, engine=engine)
     assert seen == undeferred_losses(model, loss, engine=engine)
     with monkeypatch.context() as patch:
-        patch.setattr(Tail, "before_write", lambda *_: None)
+        patch.setattr(LMHead, "before_write", lambda *_: None)
         with pytest.raises(sharpkern.EngineUnsupportedError, match="writes the hidden states after the language-model"):
             losses_of(model, loss, engine=engine)
         patch.setattr(Head, "check", lambda self: None)

@@ -16,7 +16,7 @@ from torch import nn
 import sharpkern
 from sharpkern.engines.evaluation import guard as guards
 from sharpkern.engines.retained import retained_share
-from sharpkern.engines.tracked import make_pairs
+from sharpkern.engines.tracked import track
 from sharpkern.engines.virtual import torch_calls as calls
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.measures import run as _run
@@ -297,7 +297,7 @@ def test_the_share_that_rounding_swallows_is_reported(monkeypatch: pytest.Monkey
 
     shares = {}
     for name, direction in {"plain": plain, "masters": mastered}.items():
-        pairs = make_pairs(direction.moves())
+        pairs = track(direction.moves())
         shares[name] = retained_share(pairs, {pair.owner for pair in pairs}, -1e-3)
     assert shares["plain"] < 0.5
     assert shares["masters"] == pytest.approx(1, abs=0.1)

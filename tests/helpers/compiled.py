@@ -108,7 +108,7 @@ def compile_launch(launch: Launch, architecture: str) -> Any:
     return triton.compile(_source(launch), target=TARGETS[architecture], options=launch.options)
 
 
-def mark_of(launch: Launch, architecture: str) -> str:
+def fingerprint_of(launch: Launch, architecture: str) -> str:
     """A mark of all that the compiler's result depends on, as Triton's own cache has it."""
     parts = _source(launch).hash(), sorted(launch.options.items()), TARGETS[architecture], triton.__version__
     return hashlib.sha256(repr(parts).encode()).hexdigest()

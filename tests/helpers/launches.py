@@ -18,7 +18,7 @@ from sharpkern.kernels.optimizer_steps import form_step, step_sums
 from sharpkern.kernels.reduce import reduce
 from torch import Tensor
 
-from tests.helpers.compiled import Facts, compile_launch, facts_of, launches_of, mark_of
+from tests.helpers.compiled import Facts, compile_launch, facts_of, fingerprint_of, launches_of
 
 # Committed facts by Triton version, case and architecture.
 TABLE = Path(__file__).parents[2] / "bench" / "results" / "static.json"
@@ -280,7 +280,7 @@ def case_facts(name: str, architecture: str, known: Iterable[Facts] = ()) -> lis
     launches = {launch.kernel: launch for launch in launches_of(CASES[name].call, architecture)}
     found = []
     for launch in launches.values():
-        mark = mark_of(launch, architecture)
+        mark = fingerprint_of(launch, architecture)
         same = next((facts for facts in known if facts.source == mark), None) if architecture != ALWAYS else None
         facts = same or facts_of(compile_launch(launch, architecture), architecture, known)
         found.append(replace(facts, source=mark))

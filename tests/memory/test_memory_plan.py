@@ -23,8 +23,8 @@ from sharpkern.memory.counter import bytes_of, peak_bytes
 from sharpkern.memory.methods import Method, methods
 from sharpkern.memory.optimizers import OPTIMIZERS
 from sharpkern.memory.plan import MemoryPlan
-from sharpkern.memory.training_state import Scene, fake_copy
-from sharpkern.tensors.fake import planned_for
+from sharpkern.memory.training_state import TrainingState, fake_copy
+from sharpkern.tensors.fake import pretend_device
 from tests.helpers.processes import on_ranks
 
 GIB = 2**30
@@ -40,7 +40,9 @@ def olmo2(path: Path, **shape: int) -> str:
     return str(path)
 
 
-def on_real_tensors(name: str, optimizer: str, head: str, shard: Callable[[nn.Module], object] | None = None) -> Scene:
+def on_real_tensors(
+    name: str, optimizer: str, head: str, shard: Callable[[nn.Module], object] | None = None
+) -> TrainingState:
     """The scene of a plan, on tensors that have values."""
     model, vocabulary = architectures.language_model(name, None)
     model = model.to_empty(device="cpu")
@@ -49,12 +51,14 @@ def on_real_tensors(name: str, optimizer: str, head: str, shard: Callable[[nn.Mo
     if shard is not None:
         shard(model)
     loss = architectures.language_loss(TOKENS, BATCH, head)
-    return Scene(model, loss, optimizer, nullcontext(), vocabulary)
+    return TrainingState(model, loss, optimizer, nullcontext(), vocabulary)
 
 
-def rows_of(scene: Scene, optimizer: str, only: Callable[[Method], bool] = lambda method: True) -> list[MethodMemory]:
+def rows_of(
+    scene: TrainingState, optimizer: str, only: Callable[[Method], bool] = lambda method: True
+) -> list[MethodMemory]:
     found = methods(4, from_state=optimizer.startswith("adamw") and optimizer != "adamw-8bit")
-    with planned_for("cuda"):
+    with pretend_device("cuda"):
         return [planning._row(scene, method) for method in found if only(method)]
 
 
@@ -138,7 +142,7 @@ def per_rank(rank: int, name: str) -> dict[tuple[str, str], int]:
     for method in methods(4, from_state=True):
         if method.sharded and method.direction != "resident":
             scene = on_real_tensors(name, "adamw-fp32", "stock", shard)
-            with planned_for("cuda"):
+            with pretend_device("cuda"):
                 found[method.name, method.direction] = planning._row(scene, method).peak_bytes
     return found
 
@@ -174,7 +178,7 @@ def test_seven_billion_from_the_optimizers_state_take_a_gibibyte_more_than_a_for
     model, vocabulary = architectures.language_model("olmo2-7b", torch.bfloat16)
     mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     loss = architectures.language_loss(4096, 1, "chunked")
-    scene = Scene(fake_copy(model, mode), loss, "adamw-fp32", mode, vocabulary)
+    scene = TrainingState(fake_copy(model, mode), loss, "adamw-fp32", mode, vocabulary)
     wanted = {("plain forward", ""), ("virtual", "state"), ("in place", "state")}
     forward, in_place, virtual = rows_of(scene, "adamw-fp32", lambda method: (method.name, method.direction) in wanted)
     # Gradients are there whenever an optimizer's next step is asked for.

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sharpkern.mixtures.resume import Journal
+from sharpkern.mixtures.resume import ResumableLog
 from tests.test_files import full_disk
 
 SETTINGS = {"ratios": (0.0, 0.5), "seed": 0}
@@ -13,32 +13,32 @@ SETTINGS = {"ratios": (0.0, 0.5), "seed": 0}
 
 def test_rows_are_found_again_to_the_last_bit(tmp_path):
     path = tmp_path / "made" / "anew.jsonl"
-    journal = Journal(path, SETTINGS)
+    journal = ResumableLog(path, SETTINGS)
     rows = [{"value": 0.1 + 0.2, "task": "é"}, {"value": math.inf}, {"value": [1, None]}]
     for row in rows:
         journal.add(row)
-    assert Journal(path, SETTINGS).rows == journal.rows == rows
-    assert Journal(None, SETTINGS).rows == []
+    assert ResumableLog(path, SETTINGS).rows == journal.rows == rows
+    assert ResumableLog(None, SETTINGS).rows == []
 
 
 def test_a_line_that_was_not_finished_is_cut_off_and_written_anew(tmp_path):
     path = tmp_path / "journal.jsonl"
-    journal = Journal(path, SETTINGS)
+    journal = ResumableLog(path, SETTINGS)
     journal.add({"value": 1})
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"value": 2')
-    again = Journal(path, SETTINGS)
+    again = ResumableLog(path, SETTINGS)
     assert again.rows == [{"value": 1}]
     assert path.read_bytes() == whole
     again.add({"value": 2})
-    assert Journal(path, SETTINGS).rows == [{"value": 1}, {"value": 2}]
+    assert ResumableLog(path, SETTINGS).rows == [{"value": 1}, {"value": 2}]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"setti'])
 def test_a_file_without_a_finished_line_is_begun_anew(tmp_path, content):
     path = tmp_path / "journal.jsonl"
     path.write_bytes(content)
-    Journal(path, SETTINGS).add({"value": 1})
+    ResumableLog(path, SETTINGS).add({"value": 1})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"settings": {"ratios": [0.0, 0.5], "seed": 0}},
         {"value": 1},
@@ -47,13 +47,13 @@ def test_a_file_without_a_finished_line_is_begun_anew(tmp_path, content):
 
 def test_other_settings_are_refused_by_name_and_nothing_is_lost(tmp_path):
     path = tmp_path / "journal.jsonl"
-    Journal(path, SETTINGS).add({"value": 1})
+    ResumableLog(path, SETTINGS).add({"value": 1})
     before = path.read_bytes()
     message = (
         r"same settings to go on with, got others: seed was 0, is 1; tasks was None, is \['a'\]; give another path"
     )
     with pytest.raises(ValueError, match=message):
-        Journal(path, {**SETTINGS, "seed": 1, "tasks": ["a"]})
+        ResumableLog(path, {**SETTINGS, "seed": 1, "tasks": ["a"]})
     assert path.read_bytes() == before
 
 
@@ -64,15 +64,15 @@ def test_one_line_that_is_not_ours_is_not_begun_anew(tmp_path, content):
     path = tmp_path / "settings.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"settings\.json must be of the same settings to go on with"):
-        Journal(path, SETTINGS)
+        ResumableLog(path, SETTINGS)
     assert path.read_text(encoding="utf-8") == content
 
 
 def test_a_file_of_other_settings_without_a_row_is_begun_anew(tmp_path):
     path = tmp_path / "journal.jsonl"
-    Journal(path, {**SETTINGS, "seed": 1})
-    Journal(path, SETTINGS).add({"value": 1})
-    assert Journal(path, SETTINGS).rows == [{"value": 1}]
+    ResumableLog(path, {**SETTINGS, "seed": 1})
+    ResumableLog(path, SETTINGS).add({"value": 1})
+    assert ResumableLog(path, SETTINGS).rows == [{"value": 1}]
 
 
 @pytest.mark.parametrize(
@@ -83,16 +83,16 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     path.write_text(content, encoding="utf-16" if "\ufeff" in content else "utf-8")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"table\.csv must be a journal that this function wrote, got something else"):
-        Journal(path, SETTINGS)
+        ResumableLog(path, SETTINGS)
     assert path.read_bytes() == before
 
 
 def test_losses_may_differ_by_rounding_alone(tmp_path):
     path = tmp_path / "journal.jsonl"
-    Journal(path, SETTINGS, losses={"a": 2.0, "b": math.nan, "c": math.inf}).add({"value": 1})
-    assert Journal(path, SETTINGS, losses={"a": 2.001, "b": math.nan, "c": math.inf}).rows == [{"value": 1}]
+    ResumableLog(path, SETTINGS, losses={"a": 2.0, "b": math.nan, "c": math.inf}).add({"value": 1})
+    assert ResumableLog(path, SETTINGS, losses={"a": 2.001, "b": math.nan, "c": math.inf}).rows == [{"value": 1}]
     with pytest.raises(ValueError, match=r"others: the loss of a was 2\.0, is 2\.1; the loss of d was None, is 0\.5"):
-        Journal(path, SETTINGS, losses={"a": 2.1, "b": math.nan, "c": math.inf, "d": 0.5})
+        ResumableLog(path, SETTINGS, losses={"a": 2.1, "b": math.nan, "c": math.inf, "d": 0.5})
 
 
 def refuse_other_rows(row):
@@ -113,21 +113,21 @@ def refuse_other_rows(row):
 )
 def test_a_row_that_was_not_written_so_is_refused_by_its_line(tmp_path, line, reason):
     path = tmp_path / "journal.jsonl"
-    Journal(path, SETTINGS).add({"value": 1})
+    ResumableLog(path, SETTINGS).add({"value": 1})
     path.write_text(path.read_text() + line + "\n")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=rf"rows that this function wrote, got another in line 3 \(.*{reason}.*delete"):
-        Journal(path, SETTINGS, check=refuse_other_rows)
+        ResumableLog(path, SETTINGS, check=refuse_other_rows)
     assert path.read_bytes() == before
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):
     path = tmp_path / "journal.jsonl"
-    journal = Journal(path, SETTINGS)
+    journal = ResumableLog(path, SETTINGS)
     journal.add({"value": 1})
     before = path.read_bytes()
     with full_disk(), pytest.raises(OSError, match="File too large"):
         journal.add({"value": "long " * 200})
     assert path.read_bytes() == before
     journal.add({"value": 2})
-    assert Journal(path, SETTINGS).rows == journal.rows == [{"value": 1}, {"value": 2}]
+    assert ResumableLog(path, SETTINGS).rows == journal.rows == [{"value": 1}, {"value": 2}]

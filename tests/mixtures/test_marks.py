@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sharpkern.mixtures import fingerprint as _marks
-from sharpkern.mixtures.fingerprint import mark_of, mark_of_function, mark_of_model
+from sharpkern.mixtures.fingerprint import fingerprint_of, fingerprint_of_function, fingerprint_of_model
 
 
 class Model(nn.Module):
@@ -71,9 +71,9 @@ CHANGES: dict[str, Callable[[Model], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_differs_has_another_mark(change: str) -> None:
     model = Model()
-    before = mark_of_model(model)
+    before = fingerprint_of_model(model)
     CHANGES[change](model)
-    assert mark_of_model(model) != before
+    assert fingerprint_of_model(model) != before
 
 
 def column_major(model: Model) -> None:
@@ -94,26 +94,26 @@ SAME: dict[str, Callable[[Model], nn.Module]] = {
 @pytest.mark.parametrize("change", SAME)
 def test_a_model_that_holds_the_same_has_the_same_mark(change: str) -> None:
     model = Model()
-    before = mark_of_model(model)
-    assert mark_of_model(SAME[change](model)) == before
+    before = fingerprint_of_model(model)
+    assert fingerprint_of_model(SAME[change](model)) == before
 
 
 def test_blocks_of_any_size_give_the_same_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
-    whole = mark_of_model(model)
+    whole = fingerprint_of_model(model)
     for size in (1, 7, 16, 64):
         monkeypatch.setattr(_marks, "_BLOCK", size)
-        assert mark_of_model(model) == whole
+        assert fingerprint_of_model(model) == whole
 
 
 def test_marks_are_the_same_in_every_process() -> None:
     program = """
-from tests.mixtures.test_marks import DATA, Model, function, mark_of, mark_of_function, mark_of_model
-print(mark_of_model(Model()), mark_of(DATA), mark_of_function(function))
+from tests.mixtures.test_marks import DATA, Model, function, fingerprint_of, fingerprint_of_function, fingerprint_of_model
+print(fingerprint_of_model(Model()), fingerprint_of(DATA), fingerprint_of_function(function))
 """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    marks = [mark_of_model(Model()), mark_of(DATA), mark_of_function(function)]
+    marks = [fingerprint_of_model(Model()), fingerprint_of(DATA), fingerprint_of_function(function)]
     assert list(map(int, done.stdout.split())) == marks
     # On every machine too.
     assert marks[:2] == [16646481982445610039, 3368803743657371166]
@@ -141,7 +141,7 @@ DATA = {
     ],
 )
 def test_data_that_differs_has_another_mark(other: object) -> None:
-    assert mark_of(other) != mark_of(DATA)
+    assert fingerprint_of(other) != fingerprint_of(DATA)
 
 
 def function(x: float, y: float = 2.0) -> float:
@@ -166,9 +166,9 @@ class Called:
 def test_a_function_is_known_by_what_it_does_and_holds() -> None:
     called = Called(2.0)
     functions = [function, of(2.0), of(3.0), lambda x: x, lambda x: x + 1, called, Called(3.0)]
-    marks = [mark_of_function(one) for one in functions]
+    marks = [fingerprint_of_function(one) for one in functions]
     assert len(set(marks)) == len(marks)
     # That it was called makes it no other.
     called(1.0)
-    assert mark_of_function(called) == marks[5]
-    assert mark_of_function(of(2.0)) == marks[1]
+    assert fingerprint_of_function(called) == marks[5]
+    assert fingerprint_of_function(of(2.0)) == marks[1]

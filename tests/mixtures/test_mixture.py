@@ -18,7 +18,7 @@ from torch import nn
 import sharpkern
 from sharpkern.mixtures import sweep as mixture
 from sharpkern.mixtures.results import MixturePoint, MixtureSweep, SweetSpot
-from sharpkern.mixtures.sampling import Mix
+from sharpkern.mixtures.sampling import MixSampler
 from tests.helpers.models import GPT
 
 RATIOS = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -364,7 +364,7 @@ def test_a_row_that_no_sweep_wrote_is_refused_and_the_file_left_alone(damage, re
 
 
 def test_without_a_file_nothing_is_marked(monkeypatch) -> None:
-    monkeypatch.setattr(mixture, "mark_of_model", None)
+    monkeypatch.setattr(mixture, "fingerprint_of_model", None)
     assert len(sweep(ratios=[0.5]).points) == 4
 
 
@@ -494,7 +494,7 @@ def test_a_direction_of_ones_own_sees_the_losses_of_mixed_batches() -> None:
 
 
 def test_mixes_of_a_repeat_share_their_samples_and_repeats_do_not() -> None:
-    mix = Mix({"a": torch.arange(100), "b": torch.arange(100, 200)}, torch.sum, batch_size=10, seed=0)
+    mix = MixSampler({"a": torch.arange(100), "b": torch.arange(100, 200)}, torch.sum, batch_size=10, seed=0)
     few, many = mix.batch(mix.shares(0.3), 0, 0).tolist(), mix.batch(mix.shares(0.7), 0, 0).tolist()
     assert few[:3] == many[:3]
     assert few[3:6] == many[7:]
@@ -507,7 +507,7 @@ def test_mixes_of_a_repeat_share_their_samples_and_repeats_do_not() -> None:
 
 @pytest.mark.parametrize(("share", "count"), [(0.29, 29), (0.57, 57), (1 / 3, 33), (0.005, 1), (0.995, 99)])
 def test_shares_become_whole_samples(share: float, count: int) -> None:
-    mix = Mix({"a": torch.zeros(100), "b": torch.ones(100)}, torch.sum, batch_size=100, seed=0)
+    mix = MixSampler({"a": torch.zeros(100), "b": torch.ones(100)}, torch.sum, batch_size=100, seed=0)
     batch = mix.batch(mix.shares(share), 0, 0)
     assert (len(batch), int((batch == 0).sum())) == (100, count)
 

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is a Linux package")
 import triton.language as tl  # noqa: E402
 
 from tests.helpers import sass  # noqa: E402
-from tests.helpers.compiled import SHARED_LIMIT, TARGETS, compile_launch, launches_of, mark_of, sass_of  # noqa: E402
+from tests.helpers.compiled import SHARED_LIMIT, TARGETS, compile_launch, fingerprint_of, launches_of, sass_of  # noqa: E402
 from tests.helpers.launches import ALWAYS, CASES, RULES, SMALLEST, case_facts, committed_facts, form_state  # noqa: E402
 
 # Three programs of 256 threads fit the registers of a multiprocessor, four waves those of a CDNA SIMD.
@@ -79,9 +79,13 @@ def test_the_mark_of_a_source_is_of_all_that_is_compiled():
         replace(launch, arguments={**launch.arguments, "chunks": launch.arguments["chunks"][1:]}),
         replace(launch, kernel=_formed_product_kernel, arguments=dict.fromkeys(_formed_product_kernel.arg_names)),
     ]
-    marks = [mark_of(launch, "sm_90"), mark_of(launch, "sm_80"), *(mark_of(other, "sm_90") for other in others)]
+    marks = [
+        fingerprint_of(launch, "sm_90"),
+        fingerprint_of(launch, "sm_80"),
+        *(fingerprint_of(other, "sm_90") for other in others),
+    ]
     assert len(set(marks)) == len(marks)
-    assert mark_of(launch, "sm_90") == marks[0]
+    assert fingerprint_of(launch, "sm_90") == marks[0]
 
 
 def assert_rounds_of(found, expected):

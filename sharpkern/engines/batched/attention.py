@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern.engines.batched.random_draws import one_by_one
-from sharpkern.engines.batched.vmap import Rule, on_steps
+from sharpkern.engines.batched.vmap import Rule, outside_vmap
 
 _MOST_SAMPLES = 65535
 # More than any engine has at a time.
@@ -55,7 +55,7 @@ def attention(
     # Kernels of CUDA take no more samples at once, and say so in an error that a loop does not survive.
     fits = math.prod(torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])) * _MOST_STEPS <= _MOST_SAMPLES
     rule = _in_the_batch(stock) if fits and not dropout_p else one_by_one(stock)
-    return on_steps(stock, rule, query, key, value, attn_mask)
+    return outside_vmap(stock, rule, query, key, value, attn_mask)
 
 
 def _in_the_batch(stock: Callable[..., Tensor]) -> Rule:

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from sharpkern.engines.batched.vmap import Rule, on_steps
+from sharpkern.engines.batched.vmap import Rule, outside_vmap
 from sharpkern.tensors.storage import storage_pointer
 
 NORMS_OF_BATCHES = ("batch_norm", "instance_norm")
@@ -88,7 +88,7 @@ def _on_steps(
     normalise: Callable[..., Tensor], mean: Tensor | None, var: Tensor | None, *tensors: Tensor | None
 ) -> Tensor:
     """Normalise, and update the running statistics only where torch.func.vmap batches nothing."""
-    return on_steps(lambda *tensors: normalise(mean, var, *tensors), _in_the_channels(normalise), *tensors)
+    return outside_vmap(lambda *tensors: normalise(mean, var, *tensors), _in_the_channels(normalise), *tensors)
 
 
 def _in_the_channels(normalise: Callable[..., Tensor]) -> Rule:

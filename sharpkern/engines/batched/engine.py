@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sharpkern.engines.batched.leaks import none_survive
+from sharpkern.engines.batched.leaks import refuse_leaked_tensors
 from sharpkern.engines.evaluation.closure import Closure
 from sharpkern.engines.evaluation.compiled import Eagerly
-from sharpkern.engines.tracked import Pair, Step
+from sharpkern.engines.tracked import Step, TrackedParam
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.errors import EngineUnsupportedError
@@ -42,7 +42,7 @@ class BatchedEngine(VirtualEngine):
 
     name = "batched"
 
-    def __init__(self, pairs: Sequence[Pair], closure: Closure, kept: Kept | None = None) -> None:
+    def __init__(self, pairs: Sequence[TrackedParam], closure: Closure, kept: Kept | None = None) -> None:
         super().__init__(pairs, closure, NUM_PARALLEL, kept)
         self.chunk_size = NUM_PARALLEL
 
@@ -77,7 +77,7 @@ class BatchedEngine(VirtualEngine):
         self._kept.begin(tuple(step_sizes))
         # That vmap goes through some functions slice by slice is right, and we time it.
         _warn_of_slices(False)
-        with none_survive(self._closure.guard.rewind):
+        with refuse_leaked_tensors(self._closure.guard.rewind):
             losses = self._closure.several(
                 self._around, [-eta for eta in step_sizes], ask=lambda: bool(self._unread()), translate=_unable
             )

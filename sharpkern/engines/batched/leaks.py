@@ -11,7 +11,7 @@ from sharpkern.errors import EngineUnsupportedError
 
 
 @contextmanager
-def none_survive(put_back: Callable[[], object]) -> Iterator[None]:
+def refuse_leaked_tensors(put_back: Callable[[], object]) -> Iterator[None]:
     """Refuse a closure that keeps its tensors, as by ``nonlocal logits``: the run would fail where it uses them.
 
     Args:

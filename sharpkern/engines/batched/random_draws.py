@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sharpkern.engines.batched.vmap import Rule, on_steps
+from sharpkern.engines.batched.vmap import Rule, outside_vmap
 from sharpkern.tensors.random_state import note_generators, note_streams
 
 
@@ -46,7 +46,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
             factor = stock(torch.ones_like(input[0]))
         return torch.mul(input, factor, out=torch.empty_like(input))
 
-    result = on_steps(stock, rule, input)
+    result = outside_vmap(stock, rule, input)
     return input.copy_(result) if inplace else result
 
 
@@ -73,7 +73,7 @@ def drawn_alike(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             rest = [filled[place] for place in range(len(values))]
             return function(*rest[: len(args)], **dict(zip(kwargs, rest[len(args) :], strict=True)))
 
-        return on_steps(stock, one_by_one(stock, kwargs.get("generator")), *(values[place] for place in places))
+        return outside_vmap(stock, one_by_one(stock, kwargs.get("generator")), *(values[place] for place in places))
 
     return alike
 

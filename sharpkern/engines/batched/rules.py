@@ -39,7 +39,7 @@ def _calling_ours(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # By the functions as a torch-function mode sees them.
-STEPPED: dict[Callable[..., Any], Callable[..., Any]] = {
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: attention,
     F.multi_head_attention_forward: _calling_ours(F.multi_head_attention_forward),
     F.dropout: dropout,

@@ -36,7 +36,7 @@ class _OnSteps(torch.autograd.Function):
         return rule(info.batch_size, [dim is not None for dim in dims], front), 0
 
 
-def on_steps(stock: Callable[..., Tensor], rule: Rule, *tensors: Tensor | None) -> Tensor:
+def outside_vmap(stock: Callable[..., Tensor], rule: Rule, *tensors: Tensor | None) -> Tensor:
     """Call a rule on everything that torch.func.vmap batches at once, or the stock function where it batches nothing.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharpkern.engines.tracked import Pair, Step
+from sharpkern.engines.tracked import Step, TrackedParam
 from sharpkern.engines.virtual.torch_calls import map_tensors
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.tensors.storage import Owners, byte_span
@@ -51,10 +51,10 @@ class StorageWatch(_BelowPython):
     """Notes which parameters' memory any operator reads.
 
     Attributes:
-        touched: what `Pair.memory` is of them.
+        touched: what `TrackedParam.memory` is of them.
     """
 
-    def __init__(self, pairs: Iterable[Pair]) -> None:
+    def __init__(self, pairs: Iterable[TrackedParam]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._owners = Owners((pair.weight, pair.memory) for pair in pairs)
         self.touched: set[int] = set()
@@ -77,7 +77,7 @@ class StorageOracle(_BelowPython):
     Memory: a formed copy of the parameters that one operator reads.
     """
 
-    def __init__(self, pairs: Iterable[Pair], alpha: float) -> None:
+    def __init__(self, pairs: Iterable[TrackedParam], alpha: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pairs = Owners((pair.weight, pair) for pair in pairs)
         self._step = Step(alpha)
@@ -96,7 +96,7 @@ class StorageOracle(_BelowPython):
 
 
 @torch.no_grad()
-def moved(tensor: Tensor, pairs: Sequence[Pair], step: Step) -> Tensor:
+def moved(tensor: Tensor, pairs: Sequence[TrackedParam], step: Step) -> Tensor:
     """A copy of a tensor as it would be, had the parameters in its memory moved.
 
     It may hold several parameters, a part of one, or the bytes of one as another dtype.

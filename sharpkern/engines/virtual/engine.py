@@ -8,7 +8,7 @@ import torch
 
 from sharpkern.engines.evaluation.closure import Closure
 from sharpkern.engines.evaluation.compiled import Eagerly
-from sharpkern.engines.tracked import Pair
+from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.audit import StorageOracle, StorageWatch
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.engines.virtual.mode import VirtualParameters
@@ -32,7 +32,9 @@ class VirtualEngine:
 
     name = "virtual"
 
-    def __init__(self, pairs: Sequence[Pair], closure: Closure, num_steps: int = 1, kept: Kept | None = None) -> None:
+    def __init__(
+        self, pairs: Sequence[TrackedParam], closure: Closure, num_steps: int = 1, kept: Kept | None = None
+    ) -> None:
         self._pairs = pairs
         self._closure = closure
         self._kept = kept or Kept(0)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpkern.engines.batched.vmap import on_steps
-from sharpkern.engines.tracked import Pair, Scratch, Step, stream_of
+from sharpkern.engines.batched.vmap import outside_vmap
+from sharpkern.engines.tracked import Scratch, Step, TrackedParam, stream_of
 from sharpkern.engines.virtual import linear
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.ops.linear_cross_entropy import cross_entropy_of_rows
-from sharpkern.tensors.fake import kind_of
+from sharpkern.tensors.fake import device_kind
 
 # Where several step sizes are formed in the cache block by block, quicker than they would be read from memory again.
 _IN_CACHE = ("cpu",)
@@ -42,7 +42,7 @@ class Kept:
             self._weights, self._room = {}, self._num_bytes
         self._step_sizes = step_sizes
 
-    def weights(self, pair: Pair, alpha: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def weights(self, pair: TrackedParam, alpha: Tensor, dtype: torch.dtype) -> Tensor | None:
         """W + α_k D, [K, N, C], formed where it is not there yet; None where there is no room for it."""
         weight = pair.weight
         key = (pair.owner, weight.storage_offset(), weight.shape, weight.stride(), dtype, stream_of(weight.device))
@@ -56,7 +56,7 @@ class Kept:
 
 
 def linear_on_steps(
-    pair: Pair, bias: Pair | None, step: Step, x: Tensor, dtype: torch.dtype, way: str, kept: Kept
+    pair: TrackedParam, bias: TrackedParam | None, step: Step, x: Tensor, dtype: torch.dtype, way: str, kept: Kept
 ) -> Tensor:
     """The layer x (W + αD)ᵀ + b + αd for all step sizes that α stands for.
 
@@ -74,7 +74,7 @@ def linear_on_steps(
     """
 
     def of_all(x: Tensor, alpha: Tensor) -> Tensor:
-        keeps = way == "formed" and kind_of(x.device) not in _IN_CACHE
+        keeps = way == "formed" and device_kind(x.device) not in _IN_CACHE
         weights = kept.weights(pair, alpha, dtype) if keeps else None
         vectors = None if bias is None else bias.move.form(alpha, dtype=dtype)
         if weights is None:
@@ -85,7 +85,7 @@ def linear_on_steps(
     return _on_steps(of_all, pair, step, x)
 
 
-def head_loss(pair: Pair, step: Step, dtype: torch.dtype, scratch: Scratch) -> HeadLoss:
+def head_loss(pair: TrackedParam, step: Step, dtype: torch.dtype, scratch: Scratch) -> HeadLoss:
     """The cross-entropy of a head, some rows of which are formed at a time.
 
     Args:
@@ -119,7 +119,7 @@ def head_loss(pair: Pair, step: Step, dtype: torch.dtype, scratch: Scratch) -> H
     return of_several if step.is_several else of_one
 
 
-def _on_steps(of_all: Callable[[Tensor, Tensor], Tensor], pair: Pair, step: Step, x: Tensor) -> Tensor:
+def _on_steps(of_all: Callable[[Tensor, Tensor], Tensor], pair: TrackedParam, step: Step, x: Tensor) -> Tensor:
     """Call with x, [K, ...] or [1, ...] where all step sizes share it, and α, [K], outside of torch.func.vmap."""
 
     def rule(num_steps: int, several: Sequence[bool], tensors: Sequence[Tensor]) -> Tensor:
@@ -128,4 +128,4 @@ def _on_steps(of_all: Callable[[Tensor, Tensor], Tensor], pair: Pair, step: Step
             raise EngineUnsupportedError("loss_fn batches a layer by torch.func.vmap itself")
         return of_all(x if several[0] else x.unsqueeze(0), alpha.flatten())
 
-    return on_steps(of_all, rule, x, step.of(pair.move))
+    return outside_vmap(of_all, rule, x, step.of(pair.move))

@@ -17,7 +17,7 @@ from torch import Tensor
 from sharpkern import ops
 from sharpkern.ops.matmul import accumulates_in_fp32, accumulator_dtype, matmul_operand, mixed_matmul
 from sharpkern.ops.update import ParamUpdate
-from sharpkern.tensors.fake import kind_of
+from sharpkern.tensors.fake import device_kind
 
 # Memory for formed rows. On a GPU more would not be quicker: the product of 1024 rows of width 4096 fills it. A CPU
 # forms for one step size after the other what stays in its cache, with W and D.
@@ -41,7 +41,7 @@ def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
     # A product of 16-bit factors is rounded to 16 bits on some devices, and its sum with another one once more; and in
     # float16 a direction may be too small to be seen.
     exact = dtype.itemsize >= 4 or (dtype == torch.bfloat16 and accumulates_in_fp32(device))
-    return "products" if exact and num_tokens < FEW_TOKENS.get(kind_of(device), 0) else "formed"
+    return "products" if exact and num_tokens < FEW_TOKENS.get(device_kind(device), 0) else "formed"
 
 
 def moving_linear(
@@ -119,7 +119,7 @@ def _empty_rows(rows: Tensor, matrix: Tensor) -> Tensor:
 def _block(x: Tensor, num_rows: int, width: int, num_steps: int) -> tuple[int, int]:
     """Return how many step sizes, and rows of each, are formed at a time."""
     num_bytes = max(1, width * x.element_size())
-    if kind_of(x.device) != "cpu":
+    if device_kind(x.device) != "cpu":
         return num_steps, min(num_rows, max(1, SCRATCH_BYTES // (num_steps * num_bytes)))
     height = min(num_rows, max(1, CACHE_BYTES // num_bytes))
     return min(num_steps, max(1, CACHE_BYTES // (height * num_bytes))), height

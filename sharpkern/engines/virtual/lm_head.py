@@ -43,7 +43,7 @@ _METADATA = frozenset(
 _STRIDES = frozenset("stride storage_offset is_contiguous".split())
 
 
-class Tail:
+class LMHead:
     """The deferred logits of one pass, recognised by identity.
 
     Args:

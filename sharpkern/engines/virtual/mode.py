@@ -16,16 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from sharpkern import ops
 from sharpkern.engines.batched.batch_norms import statistics_left_alone
-from sharpkern.engines.batched.rules import STEPPED
+from sharpkern.engines.batched.rules import REPLACEMENTS
 from sharpkern.engines.evaluation.guard import Guard
 from sharpkern.engines.evaluation.precision import LossPrecision, is_low
-from sharpkern.engines.tracked import Pair, Scratch, Step
+from sharpkern.engines.tracked import Scratch, Step, TrackedParam
 from sharpkern.engines.virtual import torch_calls as calls
 from sharpkern.engines.virtual.audit import StorageWatch, moved
 from sharpkern.engines.virtual.deferred_logits import tensors_in
 from sharpkern.engines.virtual.layers import HeadLoss, Kept, head_loss, linear_on_steps
 from sharpkern.engines.virtual.linear import choose as choose_way
-from sharpkern.engines.virtual.lm_head import Tail, cross_entropy_by_name, linear_operands
+from sharpkern.engines.virtual.lm_head import LMHead, cross_entropy_by_name, linear_operands
 from sharpkern.engines.virtual.norms import moving_norm
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
@@ -52,7 +52,7 @@ class VirtualParameters(TorchFunctionMode):
 
     def __init__(
         self,
-        pairs: Iterable[Pair],
+        pairs: Iterable[TrackedParam],
         precision: LossPrecision,
         guard: Guard | None = None,
         num_steps: int = 1,
@@ -74,7 +74,7 @@ class VirtualParameters(TorchFunctionMode):
         self._precision = precision
         self._scratch = Scratch()
         self._kept = kept or Kept(0)
-        self.tail = Tail(precision, num_steps)
+        self.tail = LMHead(precision, num_steps)
         self.alpha = Step(0.0)
         self.work = 0
         self._outdated: dict[int | None, list[Tensor]] = {}
@@ -103,7 +103,7 @@ class VirtualParameters(TorchFunctionMode):
         name = calls.name_of(func)
         if self.alpha.is_several and not torch.is_grad_enabled():
             self._watch_statistics(name, args, kwargs)
-            func = STEPPED.get(func, func)
+            func = REPLACEMENTS.get(func, func)
         if calls.writes(name) and args:
             self._refuse_write(name, args[0])
             self._before_write(args[0])
@@ -172,7 +172,7 @@ class VirtualParameters(TorchFunctionMode):
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
-    def _apply_to_both(self, func: Any, pair: Pair, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _apply_to_both(self, func: Any, pair: TrackedParam, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Views and gathers are linear: f(W + αD) = f(W) + αf(D). A view stays a pair; a copy is formed."""
         tensors = {id(tensor): tensor for tensor in (pair.weight, *pair.move.operands)}
         results = {key: func(tensor, *rest, **kwargs) for key, tensor in tensors.items()}
@@ -185,7 +185,7 @@ class VirtualParameters(TorchFunctionMode):
         )
         return type(weights)(parts) if type(weights) in (tuple, list) else tuple(parts)
 
-    def _register(self, pair: Pair, part: Pair) -> Tensor:
+    def _register(self, pair: TrackedParam, part: TrackedParam) -> Tensor:
         if part.weight is pair.weight:
             return part.weight
         if storage_pointer(part.weight) != storage_pointer(pair.weight):
@@ -194,7 +194,7 @@ class VirtualParameters(TorchFunctionMode):
         self._table[id(part.weight)] = part
         return part.weight
 
-    def _cast(self, func: Any, pair: Pair, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _cast(self, func: Any, pair: TrackedParam, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Casts widen before they round: a bf16 weight taken to float32 keeps the whole displacement."""
         empty = pair.weight.detach().new_empty(0)
         result = func(empty, *rest, **kwargs)
@@ -208,7 +208,7 @@ class VirtualParameters(TorchFunctionMode):
             self.rounded.add(pair.owner)
         return func(pair.form(self.alpha, dtype=pair.move.wide if exact else pair.weight.dtype), *rest, **kwargs)
 
-    def _gather_rows(self, func: Any, pair: Pair, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _gather_rows(self, func: Any, pair: TrackedParam, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         def rows(source: Tensor) -> Any:
             if len(args) > 1:
                 return func(args[0], source, *args[2:], **kwargs)
@@ -282,7 +282,7 @@ class VirtualParameters(TorchFunctionMode):
                 return logits
         return self._product(func, pair, x, bias)
 
-    def _product(self, func: Any, pair: Pair, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(self, func: Any, pair: TrackedParam, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.alpha.is_several and not torch.is_grad_enabled():
             return self._product_on_steps(pair, x, bias)
         weight = pair.weight
@@ -295,7 +295,7 @@ class VirtualParameters(TorchFunctionMode):
         product: Tensor = self._with_formed(func, "linear", (x, weight, bias), {})
         return product
 
-    def _product_on_steps(self, pair: Pair, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _product_on_steps(self, pair: TrackedParam, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = product_dtype(x)
         way = choose_way(x.device, dtype, x.numel() // max(1, x.shape[-1]))
         self.read.add(pair.owner)
@@ -308,7 +308,7 @@ class VirtualParameters(TorchFunctionMode):
         y = linear_on_steps(pair, moved, self.alpha, x, dtype, way, self._kept)
         return y if bias is None or moved is not None else y + bias.to(dtype)
 
-    def _head(self, pair: Pair) -> Callable[[torch.dtype], HeadLoss]:
+    def _head(self, pair: TrackedParam) -> Callable[[torch.dtype], HeadLoss]:
         """What gives, for the dtype of the product, the cross-entropy of a head."""
 
         def in_dtype(dtype: torch.dtype) -> HeadLoss:
@@ -389,16 +389,16 @@ class VirtualParameters(TorchFunctionMode):
 
     # -- the table ----------------------------------------------------------------------------------------------------
 
-    def _form(self, pair: Pair, out: Tensor | None = None) -> Tensor:
+    def _form(self, pair: TrackedParam, out: Tensor | None = None) -> Tensor:
         self.read.add(pair.owner)
         self.rounded.add(pair.owner)
         return pair.form(self.alpha, out=out) if self.alpha else pair.weight
 
-    def _pair(self, value: Any) -> Pair | None:
+    def _pair(self, value: Any) -> TrackedParam | None:
         return self._table.get(id(value)) if isinstance(value, Tensor) else None
 
-    def _pairs_in(self, values: Any) -> list[Pair]:
-        found: list[Pair] = []
+    def _pairs_in(self, values: Any) -> list[TrackedParam]:
+        found: list[TrackedParam] = []
         calls.map_values(lambda value: found.append(pair) if (pair := self._pair(value)) else None, values)
         return found
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpkern import ops
-from sharpkern.engines.tracked import Pair, Step
+from sharpkern.engines.tracked import Step, TrackedParam
 
-PairOf = Callable[[Any], Pair | None]
+PairOf = Callable[[Any], TrackedParam | None]
 
 
 def moving_norm(
