@@ -108,7 +108,8 @@ def test_blocks_of_any_size_give_the_same_mark(monkeypatch: pytest.MonkeyPatch) 
 
 def test_marks_are_the_same_in_every_process() -> None:
     program = """
-from tests.mixtures.test_marks import DATA, Model, function, fingerprint_of, fingerprint_of_function, fingerprint_of_model
+from tests.mixtures.test_marks import DATA, Model, function
+from sharpkern.mixtures.fingerprint import fingerprint_of, fingerprint_of_function, fingerprint_of_model
 print(fingerprint_of_model(Model()), fingerprint_of(DATA), fingerprint_of_function(function))
 """
     root = Path(__file__).parents[2]

@@ -154,7 +154,7 @@ def test_no_backend_is_chosen_for_the_user(tmp_path):
     # Only pyplot chooses one.
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_plot import plot_history, record
 plot_history([record(0, 1.0), record(1, 2.0)], {str(tmp_path / "run.png")!r})
 assert "matplotlib.pyplot" not in sys.modules
