@@ -69,15 +69,16 @@ def _update(
     MASKED: tl.constexpr,
 ):
     """Return Δθ from tiles of θ and g and pointers to the state; θ is None where nothing reads it."""
+    weight_decay = tl.load(numbers)
     grad_factor = tl.load(numbers + 1)
     rate = tl.load(numbers + 2)
     if g is not None:
         g = g * grad_factor
         if DECAYED and not DECOUPLED:
-            g = tl.fma(w, tl.load(numbers), g)
+            g = tl.fma(w, weight_decay, g)
     update = RULE(g, state, numbers + 3, offsets, inside, FLAG, MASKED)
     if DECAYED and DECOUPLED:
-        update = tl.fma(w, tl.load(numbers), update)
+        update = tl.fma(w, weight_decay, update)
     return update * rate
 
 
