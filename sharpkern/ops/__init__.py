@@ -16,6 +16,7 @@ Triton's interpreter (``TRITON_INTERPRET=1``) runs the kernels on CPU tensors, f
 stores to bfloat16, where a GPU rounds to nearest.
 """
 
+# A file of rules/ that is imported here is in RULES.
 from sharpkern.ops.form import axpy_ as axpy_
 from sharpkern.ops.form import form as form
 from sharpkern.ops.layers import embedding as embedding
