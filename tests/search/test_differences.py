@@ -153,7 +153,7 @@ def test_the_error_covers_the_truth_in_training(monkeypatch):
     for run in importlib.import_module("workloads").standard_runs(quick=True):
         points = [
             [value_at(point, torch.float64, "hvp"), *(value_at(point, torch.float32, m) for m in ("forward", "hvp"))]
-            for point in dataclasses.replace(run, measured=run.measured[::3]).points()
+            for point in dataclasses.replace(run, measured=run.measured[::2]).points()
         ]
         # Each is no empty promise either.
         for which, most in ((1, 0.03), (2, 1e-4)):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sharpkern.engines.batched import engine as batched
 from sharpkern.memory import architectures
 from sharpkern.memory.methods import _Engine, _forward
-from sharpkern.memory.training_state import Scene, fake_copy
+from sharpkern.memory.training_state import TrainingState, fake_copy
 from sharpkern.tensors.fake import pretend_device
 
 GIB = 2**30
@@ -23,7 +23,7 @@ MLP_BYTES = 4096 * 11008 * 2
 pytest.importorskip("transformers", reason="the model is of transformers")
 
 
-def scene_of(monkeypatch: pytest.MonkeyPatch, layers: int, tokens: int = 4096, head: str = "stock") -> Scene:
+def scene_of(monkeypatch: pytest.MonkeyPatch, layers: int, tokens: int = 4096, head: str = "stock") -> TrainingState:
     whole = architectures.configuration
 
     def shortened(name: str) -> object:
@@ -36,16 +36,16 @@ def scene_of(monkeypatch: pytest.MonkeyPatch, layers: int, tokens: int = 4096, h
         patch.setattr(architectures, "configuration", shortened)
         model, vocabulary = architectures.language_model("olmo2-7b", torch.bfloat16)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return Scene(fake_copy(model, mode), architectures.language_loss(tokens, 1, head), "none", mode, vocabulary)
+    return TrainingState(fake_copy(model, mode), architectures.language_loss(tokens, 1, head), "none", mode, vocabulary)
 
 
 @pytest.fixture
-def seven_billion(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scene]:
+def seven_billion(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainingState]:
     """Takes the number of layers."""
     return partial(scene_of, monkeypatch)
 
 
-def forward_bytes(scene: Scene) -> int:
+def forward_bytes(scene: TrainingState) -> int:
     """Peak of a plain forward pass, above weights and direction."""
     counter = scene.counter()
     with pretend_device("cuda"):
@@ -53,7 +53,7 @@ def forward_bytes(scene: Scene) -> int:
     return counter.peak
 
 
-def engine_bytes(scene: Scene, engine: str, num_steps: int) -> int:
+def engine_bytes(scene: TrainingState, engine: str, num_steps: int) -> int:
     """Peak of an engine's losses, above weights and direction."""
     counter = scene.counter()
     with pretend_device("cuda"):
@@ -61,11 +61,11 @@ def engine_bytes(scene: Scene, engine: str, num_steps: int) -> int:
     return counter.peak - counter.parts["direction"]
 
 
-def gib(scene: Scene, above: int) -> float:
+def gib(scene: TrainingState, above: int) -> float:
     return (2 * scene.held(gradients=False)["weights"] + above) / GIB
 
 
-def test_all_layers(seven_billion: Callable[..., Scene]) -> None:
+def test_all_layers(seven_billion: Callable[..., TrainingState]) -> None:
     stock = seven_billion(layers=32)
     assert gib(stock, forward_bytes(stock)) == pytest.approx(31.05, abs=0.01)
     assert gib(stock, forward_bytes(seven_billion(layers=32, head="chunked"))) == pytest.approx(27.60, abs=0.01)
@@ -74,7 +74,7 @@ def test_all_layers(seven_billion: Callable[..., Scene]) -> None:
     assert gib(stock, engine_bytes(seven_billion(layers=3), "batched", 8)) <= 30.5
 
 
-def test_the_virtual_engine_forms_one_layer_at_a_time(seven_billion: Callable[..., Scene]) -> None:
+def test_the_virtual_engine_forms_one_layer_at_a_time(seven_billion: Callable[..., TrainingState]) -> None:
     plain = forward_bytes(seven_billion(layers=2, head="chunked"))
     assert engine_bytes(seven_billion(layers=2), "virtual", 2) <= 1.001 * (plain + MLP_BYTES)
 
@@ -82,14 +82,14 @@ def test_the_virtual_engine_forms_one_layer_at_a_time(seven_billion: Callable[..
 # With few tokens formed weights would count for more than activations.
 @pytest.mark.parametrize(("num_steps", "tokens"), [(1, 4096), (4, 4096), (8, 4096), (8, 256)])
 def test_the_batched_engine_needs_activations_alone(
-    seven_billion: Callable[..., Scene], num_steps: int, tokens: int
+    seven_billion: Callable[..., TrainingState], num_steps: int, tokens: int
 ) -> None:
     plain = forward_bytes(seven_billion(layers=2, tokens=tokens, head="chunked"))
     assert engine_bytes(seven_billion(layers=2, tokens=tokens), "batched", num_steps) <= 1.001 * num_steps * plain
 
 
 def test_fewer_step_sizes_per_pass_take_less(
-    seven_billion: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+    seven_billion: Callable[..., TrainingState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = seven_billion(layers=2)
     eight = engine_bytes(scene, "batched", 8)
@@ -98,6 +98,6 @@ def test_fewer_step_sizes_per_pass_take_less(
 
 
 @pytest.mark.parametrize("engine", ["virtual", "batched"])
-def test_more_layers_take_no_more(seven_billion: Callable[..., Scene], engine: str) -> None:
+def test_more_layers_take_no_more(seven_billion: Callable[..., TrainingState], engine: str) -> None:
     two, four = (engine_bytes(seven_billion(layers=layers), engine, 2) for layers in (2, 4))
     assert four <= 1.001 * two
