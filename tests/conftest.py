@@ -10,7 +10,7 @@ torch.set_num_threads(1)
 
 # Packages that only some tests need. A machine that is lent with a GPU rarely has them, and must run the others.
 OPTIONAL = set("accelerate hessian_eigenthings hypothesis lightning matplotlib pandas peft PIL scipy sklearn".split())
-OPTIONAL |= {"torchao", "transformers"}
+OPTIONAL |= {"lion_pytorch", "torchao", "transformers"}
 
 
 class _TestFile(pytest.Module):

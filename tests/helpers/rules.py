@@ -1,9 +1,9 @@
 """Optimizers whose next step is a formula of their state, with every option that it has; see sharpkern.ops.rules."""
 
+import contextlib
 from typing import Any
 
 import torch
-from lion_pytorch import Lion
 
 from sharpkern.ops.rules import rule_of
 
@@ -20,9 +20,6 @@ RULES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "Adam, decay": (ADAM, {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}),
     "Adam, amsgrad": (ADAM, {"amsgrad": True, "weight_decay": 0.1}),
     "Adam, no first moment": (ADAM, {"betas": (0.0, 0.99)}),
-    "Lion": (Lion, {"weight_decay": 0.1}),
-    "Lion, betas": (Lion, {"betas": (0.4, 0.7)}),
-    "Lion, decoupled": (Lion, {"weight_decay": 0.003, "decoupled_weight_decay": True}),
     "RMSprop": (RMSPROP, {}),
     "RMSprop, decay": (RMSPROP, {"weight_decay": 0.1, "alpha": 0.4, "eps": 1e-6}),
     "RMSprop, momentum": (RMSPROP, {"momentum": 0.9, "maximize": True}),
@@ -30,8 +27,20 @@ RULES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "RMSprop, all": (RMSPROP, {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "maximize": True}),
 }
 
+# A machine that is lent with a GPU rarely has it.
+with contextlib.suppress(ModuleNotFoundError):
+    from lion_pytorch import Lion
+
+    RULES |= {
+        "Lion": (Lion, {"weight_decay": 0.1}),
+        "Lion, betas": (Lion, {"betas": (0.4, 0.7)}),
+        "Lion, decoupled": (Lion, {"weight_decay": 0.003, "decoupled_weight_decay": True}),
+    }
+
 # One of each with everything that its update can have.
-FULLEST = {name: RULES[name] for name in ("AdamW", "Adam, amsgrad", "SGD, Nesterov", "Lion", "RMSprop, all")}
+FULLEST = {
+    name: RULES[name] for name in ("AdamW", "Adam, amsgrad", "SGD, Nesterov", "Lion", "RMSprop, all") if name in RULES
+}
 
 
 def reading(
