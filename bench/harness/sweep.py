@@ -4,7 +4,7 @@ Every line is checked against float64 at every size, and timed there only if it 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from sharpkern._support.figures import COLORS, light_grid, new_figure, save_figu
 from sharpkern._support.files import write_rows
 
 from .accuracy import checked, judge
-from .cases import Bench, BlockedError, Call, Timed, timed
+from .cases import Bench, BlockedError, Load, Timed, timed
 from .formulas import FORMULAS
-from .timing import Json, Variant, machine_here
+from .timing import Json, Timing, Variant, machine_here
 
 LINES = ("sharpkern", "torch", "torch.compile")
 # More buffers are not rotated: where operands are this small it is the launch that takes the time.
@@ -60,101 +60,79 @@ def sweep(bench: Bench, operation: str, beside: Path, say: Say) -> bool:
     right = True
     for name, case in timed(bench, 1 << 12).items():
         if case.operation == operation:
-            # Graphs of other shapes are forgotten.
-            torch._dynamo.reset()
-            rows, all_right = points(bench, name, sizes(bench), say)
+            rows, all_right = _rows(bench, name, say)
             right &= all_right
             path = beside.with_name(f"{beside.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.csv")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path, rows)
-            draw(rows, f"{name}, {_device(bench)}", path.with_suffix(".png"))
+            _draw(rows, f"{name}, {_device(bench)}", path.with_suffix(".png"))
             say(f"{name}: wrote {path} and {path.with_suffix('.png').name}")
     return right
 
 
-def points(bench: Bench, name: str, numbers: Sequence[int], say: Say) -> tuple[list[Json], bool]:
+def _rows(bench: Bench, name: str, say: Say) -> tuple[list[Json], bool]:
     """Return a row per size with the rate of every line that is right there, and whether all were."""
     rows, right = [], True
-    compiled: dict[str, Any] = {}
-    for numel in numbers:
-        case = timed(bench, numel)[name]
-        rates = dict(_rates(bench, case, compiled))
-        unit = rates.pop("unit")
+    # Graphs of other shapes are forgotten.
+    torch._dynamo.reset()
+    operation = timed(bench, 1 << 12)[name].make()[0].operation
+    functions = {"torch": FORMULAS[operation], "torch.compile": torch.compile(FORMULAS[operation])}
+    for numel in sizes(bench):
+        load, timings, wrong = _timings(bench, timed(bench, numel)[name], functions)
+        amount, unit = (load.flops / 1e12, "TFLOP/s") if load.flops else (load.nbytes / 1e9, "GB/s")
         row: Json = {"elements": numel}
         for line in LINES:
-            if isinstance(rates[line], str):
-                right = False
-                say(f"{name}, {numel} elements, {line}: not timed: {rates[line]}")
-            middle, slow, fast = [""] * 3 if isinstance(rates[line], str) else rates[line]
-            row |= {f"{line} ({unit})": middle, f"{line}-min ({unit})": slow, f"{line}-max ({unit})": fast}
+            found = timings.get(line)
+            rates = [f"{amount / s:.4g}" for s in (found.median, found.p80, found.p20)] if found else [""] * 3
+            row |= {f"{line}{end} ({unit})": rate for end, rate in zip(("", "-min", "-max"), rates, strict=True)}
         rows.append(row)
-        say(f"{name}, {numel} elements: " + ", ".join(f"{line} {row[f'{line} ({unit})']} {unit}" for line in LINES))
+        right &= not wrong
+        told = [f"{line} {row[f'{line} ({unit})']} {unit}" for line in timings]
+        say(f"{name}, {numel} elements: {', '.join(told)}")
+        for line, why in wrong.items():
+            say(f"{name}, {numel} elements, {line}: not timed: {why}")
     return rows, right
 
 
-def _rates(bench: Bench, case: Timed, compiled: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the unit, and of every line the median, least and most of it, or in words why it is not timed."""
+def _timings(
+    bench: Bench, case: Timed, functions: Mapping[str, Callable[..., Any]]
+) -> tuple[Load, dict[str, Timing], dict[str, str]]:
+    """Return what was timed, the timing of every line that is right, and of the others in words what is wrong."""
     load = case.load(bench)
-    call = load.calls[0]
     count = min(_MOST_BUFFERS, bench.machine.rotations(load.nbytes))
-    calls = [call, *(case.load(bench).calls[0] for _ in range(count - 1))]
-    functions: dict[str, Callable[[Call], Any]] = {
-        "sharpkern": lambda one: one.run(bench.backend),
-        "torch": Call.formula,
-        "torch.compile": lambda one: one.formula(_compiled(one.operation, compiled)),
-    }
-    to_check: dict[str, Callable[..., Any] | None] = {
-        "sharpkern": None,
-        "torch": FORMULAS[call.operation],
-        "torch.compile": _compiled(call.operation, compiled),
-    }
+    calls = [load.calls[0], *(case.load(bench).calls[0] for _ in range(count - 1))]
+
+    def run(line: str, number: int) -> Any:
+        call = calls[number % count]
+        return call.formula(functions[line]) if line in functions else call.run(bench.backend)
+
     variants: dict[str, Variant] = {}
     wrong: dict[str, str] = {}
-    for line, function in functions.items():
+    for line in LINES:
         try:
-            row = judge(bench, call, to_check[line])
+            row = judge(bench, calls[0], functions.get(line))
         except Exception as error:
             wrong[line] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         if row["passed"]:
-            variants[line] = partial(_nth, function, calls)
+            variants[line] = partial(run, line)
         else:
             wrong[line] = f"error {row['error_of_budget']:.3g} of its budget"
-    timings = bench.machine.time(variants, 0.5 if bench.machine.is_gpu else 0.1) if variants else {}
-    amount, unit = (load.flops / 1e12, "TFLOP/s") if load.flops else (load.nbytes / 1e9, "GB/s")
-    yield "unit", unit
-    for line in LINES:
-        one = timings.get(line)
-        yield line, wrong[line] if one is None else [_rounded(amount / s) for s in (one.median, one.p80, one.p20)]
-
-
-def _nth(function: Callable[[Call], Any], calls: Sequence[Call], number: int) -> None:
-    function(calls[number % len(calls)])
-
-
-def _compiled(operation: str, compiled: dict[str, Any]) -> Callable[..., Any]:
-    if operation not in compiled:
-        compiled[operation] = torch.compile(FORMULAS[operation])
-    function: Callable[..., Any] = compiled[operation]
-    return function
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+    return load, bench.machine.time(variants, 0.5 if bench.machine.is_gpu else 0.1) if variants else {}, wrong
 
 
 def _device(bench: Bench) -> str:
     return torch.cuda.get_device_name(bench.machine.device) if bench.machine.is_gpu else "CPU, one thread"
 
 
-def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def _draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Draw rates against sizes, with a band from the 20th to the 80th percentile."""
     figure = new_figure(6, 4)
     axes = figure.subplots()
     unit = next(name for name in rows[0] if name != "elements").rsplit("(", 1)[1].rstrip(")")
     for line, color in zip(LINES, COLORS, strict=False):
         names = [f"{line}{end} ({unit})" for end in ("", "-min", "-max")]
-        found = [(row["elements"], *(row[name] for name in names)) for row in rows if row[names[0]] != ""]
+        found = [(row["elements"], *(float(row[name]) for name in names)) for row in rows if row[names[0]]]
         if found:
             x, middle, slow, fast = zip(*found, strict=True)
             axes.plot(x, middle, color=color, marker=".", label=line)

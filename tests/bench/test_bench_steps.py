@@ -198,3 +198,16 @@ def test_what_cannot_be_timed_is_said(error, outcome, monkeypatch):
     *_, last = rows_of(whole_model.passes, "tiny, 16 tokens")
     assert (last["variant"], last["outcome"]) == ("batched", outcome)
     assert "pass_ms" not in last
+
+
+# -- whole models -----------------------------------------------------------------------------------------------------
+
+ALL = frozenset({"form", "form_adam", "adam_sums", "reduce", "axpy_", "embedding", "linear_cross_entropy"})
+
+
+@pytest.mark.parametrize("name", ["in place", "deep copy", "plain forward"])
+def test_no_way_of_other_losses_is_timed(name, monkeypatch):
+    monkeypatch.setitem(whole_model.SAME_LOSS, torch.float32, -1.0)
+    rows = rows_of(whole_model.measurements, name, Bench(CPU.machine, quick=True, passed=ALL))
+    assert rows[-1]["passed"] is False
+    assert not [row for row in rows if "variant" in row]
