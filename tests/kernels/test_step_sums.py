@@ -12,9 +12,9 @@ from sharpkern.kernels import optimizer_steps as module
 from sharpkern.kernels._launch import Case, Config, device_numbers
 from sharpkern.kernels.optimizer_steps import _rule, _step_sums_kernel, form_step, step_sums
 
-from tests.helpers.rules import FULLEST, RULES, reading
+from tests.helpers.rules import FULLEST, reading
 from tests.kernels.budget import DTYPES, same_bits
-from tests.kernels.test_form_from_state import SIZES_AND_STEPS, trained
+from tests.kernels.test_form_from_state import SITUATIONS, trained
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +38,15 @@ def assert_exact_to_fp64(operands, numbers, options):
     assert ((got - exact).abs() <= 1e-13 * magnitude).all()
 
 
-@pytest.mark.parametrize(("size", "steps"), SIZES_AND_STEPS)
-@pytest.mark.parametrize("name", RULES)
-def test_every_rule(name, steps, size):
+@pytest.mark.parametrize(("name", "size", "steps"), SITUATIONS)
+def test_every_rule(name, size, steps):
     assert_exact_to_fp64(*reading(*trained(name, size, steps)))
 
 
-@pytest.mark.parametrize(("dtype", "grad_dtype", "state_dtype"), list(itertools.product(DTYPES, DTYPES, DTYPES)))
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype", "state_dtype"),
+    [(a, b, DTYPES[(i + j) % 3]) for (i, a), (j, b) in itertools.product(enumerate(DTYPES), repeat=2)],
+)
 @pytest.mark.parametrize("name", FULLEST)
 def test_operands_of_different_dtypes(name, dtype, grad_dtype, state_dtype):
     (rule, theta, grad, state), numbers, options = reading(*trained(name, 1000, 3))
