@@ -34,9 +34,17 @@ from tests.helpers.random_runs import LossFn, RandomRun, context_of
 
 Measured = sharpkern.Measurement | str
 # Relative roundings of one loss.
+# Optimizers whose update is a formula of their state; others are stepped in float32.
+BY_FORMULA = (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop)
 ROUNDING = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 4e-3}
-# What may be, rarely: the error is a statistical one, and a rise that no probe came near is not seen.
-UNLIKELY = "converged further off than its error", "converged at a later crossing"
+# What may be, rarely: the error is a statistical one, a rise that no probe came near is not seen, and of rounding to 16
+# bits neither the check of an engine nor that of a slope knows the size.
+UNLIKELY = (
+    "converged further off than its error",
+    "converged at a later crossing",
+    "warned of an engine in 16 bits",
+    "warned of a slope in 16 bits",
+)
 # Between a step size and the next of a scan for rises before the critical one.
 SCAN = 300 ** (1 / 16)
 
@@ -252,7 +260,7 @@ class Moved:
             self.run.cast(dtype)
         parameters = list(self.run.model.parameters())
         groups = [group for optimizer in self.run.optimizers for group in optimizer.param_groups]
-        known = [one for one in self.run.optimizers if type(one) in (optim.SGD, optim.Adam, optim.AdamW)]
+        known = [one for one in self.run.optimizers if type(one) in BY_FORMULA]
         held = {id(p) for optimizer in known for group in optimizer.param_groups for p in group["params"]}
         self.by_formula = [id(parameter) in held for parameter in parameters]
         moving = [group["lr"] for group in groups if any(parameter.grad is not None for parameter in group["params"])]
@@ -313,7 +321,10 @@ def check(seed: int) -> str:
     # Nor is it where the pass that it was taken in has changed a state that later ones compute with.
     share = 0.3 if run.low else 0.05
     if warned and not (result.slope is not None and abs(falls - result.slope) > share * result.slope):
-        raise Differs(f"warning: {warned}")
+        if not run.low or not ("an independent evaluation gives" in warned or "its gradient says" in warned):
+            raise Differs(f"warning: {warned}")
+        check_crossing(run, result, exact, check_losses(run, result, exact, same), same)
+        return UNLIKELY[3 if "its gradient says" in warned else 2]
     return check_crossing(run, result, exact, check_losses(run, result, exact, same), same)
 
 
