@@ -28,6 +28,9 @@ _STRAIGHT = 0.1
 # Relative standard error of losses that tell slopes to a few hundredths, and by how much larger than the smallest step
 # that stands out of the noise those steps are.
 _EXACT, _FINE = 1e-5, 20.0
+# Two engines differ by at most this share of the effect of a step, and so many times the noise; an effect is compared
+# from so many times the noise on. In 16 bits they round other tensors, and differ by more than one of them scatters.
+_IN_FULL, _IN_16_BITS = (0.02, 20, 50), (0.1, 60, 100)
 
 
 def check_repeatable(first: float, second: float, noise: float) -> None:
@@ -72,14 +75,15 @@ def confirm(
         EngineUnsupportedError: they differ.
     """
     floor = noise * abs(base)
+    share, slack, least = _IN_16_BITS if noise > _EXACT else _IN_FULL
     effects = {(eta, loss): abs(loss - base) for eta, loss in probes if math.isfinite(loss)}
     near = {probe: effect for probe, effect in effects.items() if probe[0] <= reach}
-    if near and max(near.values()) >= 50 * floor:
+    if near and max(near.values()) >= least * floor:
         effects = near
     if not effects or not isinstance(engine, VirtualEngine) or engine.name in checks.agrees | checks.unchecked:
         return
     (eta, loss), effect = max(effects.items(), key=lambda item: item[1])
-    if effect < 50 * floor:
+    if effect < least * floor:
         return
     try:
         oracle = engine.oracle_loss(eta)
@@ -92,7 +96,7 @@ def confirm(
         )
         checks.unchecked.add(engine.name)
         return
-    if abs(oracle - loss) > 0.02 * effect + 20 * floor:
+    if abs(oracle - loss) > share * effect + slack * floor:
         raise EngineUnsupportedError(
             f"at the step size {eta:.3g} the {engine.name} engine's loss is {loss}, "
             f"an independent evaluation gives {oracle}"
