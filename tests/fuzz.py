@@ -364,14 +364,15 @@ def check_losses(run: RandomRun, result: sharpkern.Measurement, exact: Moved, sa
 
 def check_crossing(run: RandomRun, result: sharpkern.Measurement, exact: Moved, tolerance: float, same: Moved) -> str:
     """Compare status, bracket and η_c with a scan along copies; return how the measurement ended."""
-    base = exact.loss(0.0)
+    base, same_base = exact.loss(0.0), same.loss(0.0)
 
     def sign(eta: float) -> int:
         """Whether the loss has risen, 1, or fallen, −1, beyond the tolerance; what is not a number has risen."""
-        rise = exact.loss(eta) - base
-        if not math.isfinite(rise) or not math.isfinite(same.loss(eta)):
+        rise, rounded = exact.loss(eta) - base, same.loss(eta) - same_base
+        if not math.isfinite(rise) or not math.isfinite(rounded):
             return 1
-        return 0 if abs(rise) <= tolerance else int(math.copysign(1, rise))
+        # Far out rounding may make another function of the loss.
+        return 0 if abs(rise) <= tolerance or rise * rounded <= 0 else int(math.copysign(1, rise))
 
     def signs(low: float, high: float) -> list[tuple[int, float]]:
         num = 2 + round(math.log(high / low) / math.log(SCAN))
