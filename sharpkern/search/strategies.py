@@ -223,7 +223,9 @@ def _dead_end(curve: Curve) -> Outcome | None:
             return Outcome("unresolved")
     elif lo == 0:
         if hi <= 1.5 * _floor(curve) and curve.rises_at_once():
-            return Outcome("ascent")
+            # Noise that hides all but such a rise, as that of losses far out is, hides how the loss starts.
+            starts = _first_rise(curve).rise < _LOCAL * abs(curve.base_loss) or curve.given_slope is None
+            return Outcome("ascent" if starts else "unresolved")
         if _at_bottom(curve) and not _needs_company(curve):
             return Outcome("unresolved")
     return None
