@@ -748,6 +748,12 @@ def test_bisection_doubles_halves_and_reports_the_midpoint() -> None:
         assert result.exponent is None
 
 
+def test_a_rise_far_out_is_no_ascent_where_noise_hides_the_fall_that_the_slope_promises() -> None:
+    f = lambda x: 1 - 100 * x if x < 1e-3 else 1 + 3.5 * x
+    assert find_critical_lr(f, slope=100.0, initial_lr=10.0, noise=0.02).status == "unresolved"
+    assert find_critical_lr(lambda x: 1 + 3.5 * x, initial_lr=10.0, noise=0.002).status == "ascent"
+
+
 def test_bisection_answers_only_where_a_fall_and_a_rise_are_seen() -> None:
     # Rounded as in 16 bits: the plain sign of the last step between two numbers decides.
     f = lambda x: round(128 * (3 - 1e-4 * x + 1e-4 * x**2)) / 128
