@@ -259,8 +259,8 @@ class RandomRun:
         self._draw_loss(rng)
         self._draw_optimizers(rng)
         self._draw_measurement(rng)
-        # The compiler takes seconds, and has other gradients of these.
-        unlike = any(name in str(self) for name in ("reentrant", "remembers", "functional_call"))
+        # The compiler takes seconds, and draws other masks or has other gradients of these.
+        unlike = any(name in str(self) for name in ("checkpointed", "reentrant", "remembers", "functional_call"))
         self.is_compiled = rng.random() < 0.01 and compiled and not unlike
         self.called = torch.compile(self.model, backend="eager") if self.is_compiled else self.model
 
