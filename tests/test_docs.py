@@ -130,3 +130,12 @@ def test_the_readmes_example_of_several_ranks_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"step {step}" for step in range(0, 50, 10)]
     assert "λ_c" in done.stdout
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_files_that_the_pages_name_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = [name for name in re.findall(r"`([\w/]+\.py)`", text) if "/" in name]
+    assert len(named) > 5
+    assert [name for name in named if not ((ROOT / name).exists() or (ROOT / "sharpkern" / name).exists())] == []
+    assert [to for to in re.findall(r"\]\(([^):#]+)\)", text) if not (page.parent / to).exists()] == []
