@@ -160,11 +160,7 @@ class Workload:
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """Return what is measured: from models whose calls take longer than their products to one where these count.
-
-    Args:
-        quick: a few searches each, and no large model.
-    """
+    """Return what is measured: from models whose calls take longer than their products to one where these count."""
     small = [_digits(3 if quick else 31), _gpt(32, 3 if quick else 31)]
     if quick:
         return small
@@ -206,15 +202,6 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     """Train a model with a monitor per engine, warm-started each from its own last search, in turns.
 
     Passes, searches and plain forwards take turns, and medians are compared, so that a busy machine slows all alike.
-
-    Args:
-        workload: what to train.
-
-    Returns:
-        One row per engine.
-
-    Raises:
-        RuntimeError: the engines disagree, and times are worth nothing.
     """
     torch.manual_seed(0)
     model, optimizer = workload.make()
@@ -291,11 +278,7 @@ class _Search:
 
 
 def _converged(searches: dict[str, list[_Search]]) -> dict[str, list[_Search]]:
-    """Return the searches of the steps at which every engine found a crossing.
-
-    Raises:
-        RuntimeError: there are none, or the engines found different ones.
-    """
+    """Return the searches of the steps at which every engine found a crossing."""
     steps = [found for found in zip(*searches.values(), strict=True) if all(s.status == "converged" for s in found)]
     kept = {engine: [found[i] for found in steps] for i, engine in enumerate(searches)}
     for engine, found in kept.items():

@@ -33,23 +33,14 @@ _METHODS = (
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """Return one plan whole, and a few methods of all.
-
-    Args:
-        record: of the ledger.
-    """
+    """Return one plan whole, and a few methods of all."""
     plans = [MemoryPlan.from_json(plan) for plan in record["plans"]]
     (whole,) = (plan for plan in plans if plan.model == _WHOLE)
     return "\n".join([*_whole(whole), "", *_of_all(plans), "", _beside_training(plans)])
 
 
 def picture(record: Mapping[str, Any], path: Path) -> None:
-    """Draw the plan that is told whole.
-
-    Args:
-        record: of the ledger.
-        path: of the image.
-    """
+    """Draw the plan that is told whole."""
     (whole,) = (plan for plan in record["plans"] if plan["model"] == _WHOLE)
     draw(MemoryPlan.from_json(whole), path)
 

@@ -39,14 +39,7 @@ _SPACING = 4
 
 
 class Training:
-    """Next-byte prediction on Python's help topics, by AdamW.
-
-    Args:
-        width: of the model.
-        layers: of the model.
-        context: tokens of a step.
-        every: of the monitor.
-    """
+    """Next-byte prediction on Python's help topics, by AdamW."""
 
     def __init__(self, width: int, layers: int, context: int, every: int) -> None:
         torch.manual_seed(0)
@@ -58,12 +51,7 @@ class Training:
         self._data, self._context = text(), context
 
     def step(self, number: int, measured: bool) -> Seconds:
-        """Train one step.
-
-        Args:
-            number: of the batch.
-            measured: whether the monitor is called.
-        """
+        """Train one step."""
         first = number * self._context % (len(self._data) - self._context)
         tokens = self._data[None, first : first + self._context]
 
@@ -88,20 +76,7 @@ class Training:
 
 
 def windows(training: Training, twin: Training, num_steps: int, num_windows: int) -> list[dict[str, Any]]:
-    """Train twins in turns, step by step.
-
-    Args:
-        training: with its monitor, which measures every ``num_steps``.
-        twin: without.
-        num_steps: of a window.
-        num_windows: how many.
-
-    Returns:
-        One row per window.
-
-    Raises:
-        RuntimeError: the twins ended a window in different states.
-    """
+    """Train twins in turns, step by step."""
     rows = []
     # The first step is measured, which starts from the last result.
     training.monitor.step = 0
@@ -131,16 +106,7 @@ def windows(training: Training, twin: Training, num_steps: int, num_windows: int
 
 
 def measured_steps(training: Training, num: int, start: int) -> list[dict[str, Any]]:
-    """Train on, some steps measured, and compare each with the steps around it that are not.
-
-    Args:
-        training: to go on with.
-        num: measured steps.
-        start: batch to begin with.
-
-    Returns:
-        One row per measured step; "steps" is what it adds, in steps.
-    """
+    """Train on, some steps measured, and compare each with the steps around it that are not."""
     # The monitor is due on each call here.
     monitor = training.monitor
     taken, measurements = [], {}
@@ -169,17 +135,7 @@ def measured_steps(training: Training, num: int, start: int) -> list[dict[str, A
 
 
 def overhead(num_steps: int, num_windows: int, num_measured: int, quick: bool = False) -> dict[str, Any]:
-    """Run the benchmark.
-
-    Args:
-        num_steps: of a window.
-        num_windows: how many.
-        num_measured: steps that are compared with their neighbours.
-        quick: with a model that is too small to mean anything.
-
-    Returns:
-        The record.
-    """
+    """Run the benchmark."""
     width, layers, context = (32, 2, 32) if quick else (512, 10, 256)
     training, twin = (Training(width, layers, context, num_steps) for _ in range(2))
     first = [training.step(number, measured=number == 0) for number in range(_WARM_UP)]

@@ -68,21 +68,7 @@ class Taken:
 
 
 def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) -> list[dict[str, Any]]:
-    """Train a model, and measure its steps by every method.
-
-    Args:
-        size: of the model, of `gpts.SIZES`.
-        tokens: of a step.
-        trained: steps before, the learning rate rising in half of them.
-        steps: that count.
-        everything: also what `methods.MAIN` lacks, and the largest eigenvalues at the last step.
-
-    Returns:
-        One row per method.
-
-    Raises:
-        RuntimeError: a search is off, or a method has changed the weights.
-    """
+    """Train a model, and measure its steps by every method."""
     training = Training(size, max(1, trained // 2))
     methods = [method for method in cheap(training) if everything or method.name in MAIN]
     early = _train(training, trained, tokens)
@@ -129,11 +115,7 @@ def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) 
 
 
 def _turn(methods: Sequence[Method], loss_fn: Counted, step: int, taken: dict[str, list[Taken]]) -> list[Seconds]:
-    """Measure a step by every method, and return what the plain forward passes between them took.
-
-    Raises:
-        RuntimeError: a method has changed the weights.
-    """
+    """Measure a step by every method, and return what the plain forward passes between them took."""
     before = [parameter.detach().clone() for parameter in loss_fn.model.parameters()]
     first = step % len(methods)
     plain = []
@@ -157,13 +139,7 @@ def _train(training: Training, steps: int, tokens: int) -> list[dict[str, float]
 
 
 def true_sharpness(training: Training, loss_fn: Counted, near: Found) -> float | None:
-    """Return λ_c in float64, by a scan upward from a fifth of an η_c and bisection; None if there is none.
-
-    Args:
-        training: at the step.
-        loss_fn: of its batch.
-        near: what a search has found, from which the scan keeps away.
-    """
+    """Return λ_c in float64, by a scan upward from a fifth of an η_c and bisection; None if there is none."""
     if near.value is None:
         return None
     direction = sharpkern.Direction.from_optimizer(training.optimizer)
@@ -176,11 +152,7 @@ def true_sharpness(training: Training, loss_fn: Counted, near: Found) -> float |
 
 
 def _errors(name: str, taken: Sequence[Taken], truths: Sequence[float | None]) -> list[float]:
-    """Return the relative errors of η_c at the steps where there is one.
-
-    Raises:
-        RuntimeError: it is another crossing's, or there are none.
-    """
+    """Return the relative errors of η_c at the steps where there is one."""
     pairs = [(one.found.value, truth) for one, truth in zip(taken, truths, strict=True)]
     errors = [abs(truth / value - 1) for value, truth in pairs if value is not None and truth is not None]
     if not errors or median(errors) > _SAME:
@@ -293,14 +265,7 @@ _GROWTH_TRAINED, _GROWTH_WARM_UP = 60, 2
 
 
 def growth_rows(quick: bool) -> list[dict[str, Any]]:
-    """Measure steps of every model, of every number of tokens.
-
-    Args:
-        quick: tiny models, and few searches.
-
-    Returns:
-        One row for each.
-    """
+    """Measure steps of every model, of every number of tokens."""
     sizes, token_counts = (("tiny", "small", "1M"), (8, 32)) if quick else (SIZES, TOKENS)
     found = []
     for size in sizes:
@@ -348,12 +313,7 @@ def _growth_row(training: Training, size: str, tokens: int, searches: int) -> di
 
 
 def exponent(found: Sequence[dict[str, Any]], column: str) -> tuple[float, float]:
-    """Return by which power of the parameters a column grows, and the standard error of that: a line in logarithms.
-
-    Args:
-        found: rows of one number of tokens, three or more.
-        column: of them.
-    """
+    """Return by which power of the parameters a column grows, and the standard error of that: a line in logarithms."""
     x = np.log([row["parameters"] for row in found])
     y = np.log([row[column] for row in found])
     slope, constant = np.polyfit(x, y, 1)
@@ -362,11 +322,7 @@ def exponent(found: Sequence[dict[str, Any]], column: str) -> tuple[float, float
 
 
 def by_tokens(found: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    """Return the rows of each number of tokens, by the number of parameters.
-
-    Args:
-        found: rows of all.
-    """
+    """Return the rows of each number of tokens, by the number of parameters."""
     tokens = sorted({row["tokens"] for row in found})
     ordered = sorted(found, key=lambda row: row["parameters"])
     return {number: [row for row in ordered if row["tokens"] == number] for number in tokens}
@@ -409,12 +365,7 @@ def growth_table(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def draw_growth(record: dict[str, Any], path: Path) -> None:
-    """Draw seconds against parameters, one line for each number of tokens, into an image that names its record.
-
-    Args:
-        record: of the ledger.
-        path: of the image.
-    """
+    """Draw seconds against parameters, one line for each number of tokens, into an image that names its record."""
     figure = new_figure(8.0, 4.2)
     panels = figure.subplots(1, 2)
     titles = ("seconds for each loss, and of a plain forward pass", "one λ_c, in plain forward passes")
@@ -440,11 +391,7 @@ def draw_growth(record: dict[str, Any], path: Path) -> None:
 
 
 def growth_source(record: dict[str, Any]) -> str:
-    """Return what an image says it was drawn of.
-
-    Args:
-        record: of the ledger.
-    """
+    """Return what an image says it was drawn of."""
     figures = json.dumps(record["growth"], sort_keys=True).encode()
     return f"bench/results/peers.json, growth, SHA-256 {hashlib.sha256(figures).hexdigest()}"
 
@@ -478,11 +425,7 @@ def main() -> None:
 
 
 def comparisons(quick: bool) -> list[dict[str, Any]]:
-    """Return the arguments of `compare` for each model.
-
-    Args:
-        quick: one tiny model.
-    """
+    """Return the arguments of `compare` for each model."""
     if quick:
         return [{"size": "tiny", "tokens": 32, "trained": 20, "steps": 2, "everything": True}]
     return [

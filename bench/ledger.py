@@ -22,11 +22,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 class Sitting:
-    """One run of a benchmark, from its start to its record.
-
-    Args:
-        quick: whether it is a short run, whose figures mean nothing.
-    """
+    """One run of a benchmark, from its start to its record."""
 
     def __init__(self, quick: bool) -> None:
         self.quick = quick
@@ -36,11 +32,7 @@ class Sitting:
         self._load = os.getloadavg()[0]
 
     def record(self, **results: Any) -> dict[str, Any]:
-        """Return the record.
-
-        Args:
-            **results: what was measured, by name; "environment" adds to the conditions.
-        """
+        """Return the record."""
         conditions = {
             **self._environment,
             "load_average": [self._load, os.getloadavg()[0]],
@@ -71,12 +63,7 @@ def environment() -> dict[str, Any]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a record to the list in a file; those that are there stay, also if this is interrupted.
-
-    Args:
-        path: of the file, made if it is missing.
-        record: to add.
-    """
+    """Add a record to the list in a file; those that are there stay, also if this is interrupted."""
     records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(path.name + ".new")
@@ -85,11 +72,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def latest(name: str) -> dict[str, Any]:
-    """Return the last full record of a file.
-
-    Args:
-        name: of the file, without its ending.
-    """
+    """Return the last full record of a file."""
     records = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     record: dict[str, Any] = [record for record in records if not record["quick"]][-1]
     return record

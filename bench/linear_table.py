@@ -62,11 +62,7 @@ class Line:
 
 
 def lines(sittings: list[dict[str, Any]]) -> list[Line]:
-    """Return a line for everything that was measured, full sittings alone, later ones in the place of earlier ones.
-
-    Args:
-        sittings: of a file of `sharpkern bench`.
-    """
+    """Return a line for everything that was measured, full sittings alone, later ones in the place of earlier ones."""
     found: dict[str, list[Line]] = {}
     for sitting in sittings:
         environment = sitting["environment"]
@@ -84,11 +80,7 @@ def _chosen(device: str, summary: Summary) -> str:
 
 
 def main(path: Path = RESULTS) -> int:
-    """Print the table and return the exit code.
-
-    Args:
-        path: of the results.
-    """
+    """Print the table and return the exit code."""
     table = lines(json.loads(path.read_text(encoding="utf-8")))
     print("Speed per step size over that of the bare product, median over shapes; K step sizes at once, M tokens each")
     for line in table:

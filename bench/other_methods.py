@@ -60,15 +60,7 @@ class Published:
 def published_critical_lr(
     model: nn.Module, optimizer: torch.optim.AdamW, loss_fn: Callable[[], Tensor], guess: float, width: float = 1 / 16
 ) -> Published:
-    """Measure η_c as published; the model is left as it was.
-
-    Args:
-        model: evaluated by ``loss_fn``.
-        optimizer: that trains it, with the gradient of the batch.
-        loss_fn: returns the loss of that batch.
-        guess: first step size: the last result, or the learning rate.
-        width: of the last bracket, relative to its lower end.
-    """
+    """Measure η_c as published; the model is left as it was."""
     update = adamw_update(model, optimizer)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     base = float(loss_fn())
@@ -90,12 +82,7 @@ def published_critical_lr(
 
 @torch.no_grad()
 def adamw_update(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Return what the next step of AdamW subtracts from the weights, per unit learning rate, by name.
-
-    Args:
-        model: that is trained.
-        optimizer: after at least one step, with the next gradient.
-    """
+    """Return what the next step of AdamW subtracts from the weights, per unit learning rate, by name."""
     (group,) = optimizer.param_groups
     beta1, beta2 = group["betas"]
     update = {}
@@ -134,12 +121,7 @@ class Top:
 
 
 class EigenThings:
-    """hessian-eigenthings 1.0.0a5: its operator makes the graph anew for each product.
-
-    Args:
-        model: a language model, not touched.
-        batch: its inputs and targets.
-    """
+    """hessian-eigenthings 1.0.0a5: its operator makes the graph anew for each product."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         from hessian_eigenthings import HessianOperator
@@ -173,12 +155,7 @@ class EigenThings:
 
 
 class CurvLinOps:
-    """curvlinops 3.0.1 with scipy's eigsh; its check for determinism is left out.
-
-    Args:
-        model: a language model, not touched.
-        batch: its inputs and targets.
-    """
+    """curvlinops 3.0.1 with scipy's eigsh; its check for determinism is left out."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         from curvlinops import HessianLinearOperator
@@ -222,12 +199,7 @@ class CurvLinOps:
 
 
 class PyHessian:
-    """PyHessian 0.1: power iteration on one graph that it keeps.
-
-    Args:
-        model: a language model, not touched.
-        batch: its inputs and targets.
-    """
+    """PyHessian 0.1: power iteration on one graph that it keeps."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         import pyhessian
@@ -377,11 +349,7 @@ class Method:
 
 
 def cheap(training: Training) -> list[Method]:
-    """Return the methods that take up to some ten forward passes.
-
-    Args:
-        training: whose steps they measure.
-    """
+    """Return the methods that take up to some ten forward passes."""
     searches = [
         ("auto, virtual", {"engine": "virtual"}),
         ("auto, in place", {"engine": "inplace"}),
@@ -400,13 +368,7 @@ def cheap(training: Training) -> list[Method]:
 
 
 def tops(training: Training, loss_fn: Counted, tol: float) -> list[tuple[str, Callable[[], Callable[[], Found]]]]:
-    """Return what finds the largest eigenvalue, by name; a call prepares it, and fails if it is not installed.
-
-    Args:
-        training: at the step.
-        loss_fn: of its batch.
-        tol: relative residual, or relative change from one product to the next with PyHessian.
-    """
+    """Return what finds the largest eigenvalue, by name; a call prepares it, and fails if it is not installed."""
     given = training.model, loss_fn.batch
 
     def ours() -> Found:
@@ -437,12 +399,7 @@ def tops(training: Training, loss_fn: Counted, tol: float) -> list[tuple[str, Ca
 
 
 class Search:
-    """Critical sharpness by a Monitor of its own.
-
-    Args:
-        training: whose steps it measures.
-        **options: of the Monitor.
-    """
+    """Critical sharpness by a Monitor of its own."""
 
     def __init__(self, training: Training, **options: Any) -> None:
         self._monitor = sharpkern.Monitor(training.model, training.optimizer, **options)
@@ -458,11 +415,7 @@ class Search:
 
 
 class PublishedSearch:
-    """Critical sharpness by the published method.
-
-    Args:
-        training: whose steps it measures.
-    """
+    """Critical sharpness by the published method."""
 
     def __init__(self, training: Training) -> None:
         self._training = training

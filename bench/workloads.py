@@ -176,18 +176,7 @@ class Run:
 
 
 class Point:
-    """The loss along the update at one training step.
-
-    Args:
-        step: Training step.
-        lr: Learning rate there.
-        slope: Δθᵀg, None where the loss is not the gradient's.
-        model: For its architecture.
-        loss_of: Loss of outputs and targets.
-        batch: Inputs and targets.
-        weights: θ by name.
-        direction: Δθ by name.
-    """
+    """The loss along the update at one training step."""
 
     def __init__(
         self,
@@ -221,13 +210,7 @@ class Point:
         return model, lambda: self._loss_of(model(inputs), targets), direction
 
     def first_crossing(self, start: float | None = None, per_decade: int = 20) -> float | None:
-        """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none.
-
-        Args:
-            start: first step size of the scan; a thirtieth of the learning rate by default. It ends four and a half
-                decades above the learning rate.
-            per_decade: steps of the scan.
-        """
+        """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none."""
         model = copy.deepcopy(self._model).double()
         inputs, targets = self._batch
         batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
@@ -267,11 +250,7 @@ def _bisect(rise: Callable[[float], float], lo: float, hi: float) -> float:
 
 
 def standard_runs(quick: bool) -> list[Run]:
-    """Return the runs of the benchmark.
-
-    Args:
-        quick: A short version of each, for under a minute in all.
-    """
+    """Return the runs of the benchmark."""
     gpt = {"kind": "text", "batch_size": 16, "warmup": 100}
     if quick:
         return [
@@ -305,11 +284,7 @@ class Seconds:
 
     @classmethod
     def of(cls, function: Callable[[], object]) -> "Seconds":
-        """The time that a call takes.
-
-        Args:
-            function: to call.
-        """
+        """The time that a call takes."""
         start = cls.now()
         function()
         return cls.now().since(start)
@@ -320,13 +295,7 @@ class Seconds:
 
 
 class Counted:
-    """The loss of one batch, and how often it was asked for.
-
-    Args:
-        model: to evaluate.
-        loss_of: loss of outputs and targets.
-        batch: inputs and targets.
-    """
+    """The loss of one batch, and how often it was asked for."""
 
     def __init__(self, model: nn.Module, loss_of: Loss, batch: Batch) -> None:
         self.model, self.loss_of, self.batch = model, loss_of, batch
@@ -376,10 +345,6 @@ CONTEXT = 256
 class Training:
     """Next-byte prediction on Python's help topics by AdamW: each step the bytes that come next, in sequences of 256.
 
-    Args:
-        size: name of the model, of `SIZES`.
-        warm_up: steps in which the learning rate rises.
-
     Attributes:
         model: that is trained.
         optimizer: its optimizer.
@@ -404,11 +369,7 @@ class Training:
         return sum(p.numel() for p in self.model.parameters())
 
     def begin(self, tokens: int) -> Counted:
-        """Take the gradient of the next batch, and return the loss of that batch.
-
-        Args:
-            tokens: of the batch, a multiple of 256 or less.
-        """
+        """Take the gradient of the next batch, and return the loss of that batch."""
         self.optimizer.param_groups[0]["lr"] = self._peak_lr * min(1.0, (self._steps + 1) / self._warm_up)
         if self._next + tokens >= len(self._data):
             self._next = 0

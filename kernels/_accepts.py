@@ -15,11 +15,7 @@ MAX_STEP_SIZES = 16
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not dense CUDA tensors of one device, and those without memory; None is skipped.
-
-    Raises:
-        ValueError: if one is.
-    """
+    """Refuse tensors that are not dense CUDA tensors of one device, and those without memory; None is skipped."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, reference = next(iter(given.items()))
     for name, tensor in given.items():
@@ -41,12 +37,7 @@ def check_device(**tensors: Tensor | None) -> None:
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not float32, float16 or bfloat16 on one CUDA device; None is skipped.
-
-    Raises:
-        TypeError: if a dtype is another.
-        ValueError: if a device is another.
-    """
+    """Refuse tensors that are not float32, float16 or bfloat16 on one CUDA device; None is skipped."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
             raise TypeError(
@@ -57,11 +48,7 @@ def check_floats(**tensors: Tensor | None) -> None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse an output dtype that the kernels do not write.
-
-    Raises:
-        TypeError: if it is none of float32, float16, bfloat16.
-    """
+    """Refuse an output dtype that the kernels do not write."""
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}; convert the result instead")
 
@@ -71,17 +58,6 @@ def check_alpha(alpha: Tensor, like: Tensor) -> int:
 
     A Python float is not taken on purpose: reading step sizes from memory keeps one compiled kernel for all of them,
     and a float that passes through torch.compile would arrive as fp64.
-
-    Args:
-        alpha: signed step sizes, [K], float32.
-        like: an operand of the same launch.
-
-    Returns:
-        K.
-
-    Raises:
-        TypeError: if alpha is no float32 tensor.
-        ValueError: if its shape or device is another, or K is 0 or too large.
     """
     if not isinstance(alpha, Tensor) or alpha.dtype != torch.float32:
         got = alpha.dtype if isinstance(alpha, Tensor) else type(alpha).__name__
@@ -100,12 +76,7 @@ def check_alpha(alpha: Tensor, like: Tensor) -> int:
 
 
 def check_numbers(numbers: Sequence[float], names: Sequence[str]) -> None:
-    """Refuse hyperparameters that are not finite Python numbers.
-
-    Raises:
-        TypeError: if one is a tensor, say: reading it here would wait for the device at every call.
-        ValueError: if one is infinite or NaN.
-    """
+    """Refuse hyperparameters that are not finite Python numbers."""
     for name, number in zip(names, numbers, strict=True):
         if isinstance(number, (int, float)) and math.isfinite(number):
             continue
@@ -115,11 +86,7 @@ def check_numbers(numbers: Sequence[float], names: Sequence[str]) -> None:
 
 
 def check_layout(**tensors: Tensor | None) -> None:
-    """Refuse tensors that do not fill memory element by element in the order of the first; None is skipped.
-
-    Raises:
-        ValueError: if the first has gaps or overlaps, or another has different shape or strides.
-    """
+    """Refuse tensors that do not fill memory element by element in the order of the first; None is skipped."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, reference = next(iter(given.items()))
     if not is_dense(reference):
@@ -141,11 +108,7 @@ def check_layout(**tensors: Tensor | None) -> None:
 
 
 def check_rows(**tables: Tensor) -> None:
-    """Refuse tables that differ in shape, or whose rows are not each in one piece.
-
-    Raises:
-        ValueError: if one does.
-    """
+    """Refuse tables that differ in shape, or whose rows are not each in one piece."""
     first, reference = next(iter(tables.items()))
     for name, table in tables.items():
         if table.dim() != 2 or table.shape != reference.shape or (table.shape[1] > 1 and table.stride(1) != 1):
@@ -157,12 +120,7 @@ def check_rows(**tables: Tensor) -> None:
 
 
 def check_lists(**lists: Sequence[Tensor]) -> None:
-    """Refuse lists of operands, one tensor per parameter and role, that one launch could not walk.
-
-    Raises:
-        ValueError: if they differ in length, or what `check_layout` and `check_device` refuse.
-        TypeError: what `check_floats` refuses.
-    """
+    """Refuse lists of operands, one tensor per parameter and role, that one launch could not walk."""
     lengths = [len(tensors) for tensors in lists.values()]
     if len(set(lengths)) != 1:
         raise ValueError(f"{', '.join(lists)} must be equally long, got {lengths}; pass one of each per parameter")
@@ -189,11 +147,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def check_no_overlap(outputs: Sequence[Tensor], inputs: Iterable[Tensor | None]) -> None:
-    """Refuse outputs that share memory with an input or with each other: programs run in no order. None is skipped.
-
-    Raises:
-        ValueError: if one does.
-    """
+    """Refuse outputs that share memory with an input or with each other: programs run in no order. None is skipped."""
     spans = [(*_span(tensor), True) for tensor in outputs]
     spans += [(*_span(tensor), False) for tensor in inputs if tensor is not None]
     written = read = 0
@@ -209,19 +163,7 @@ def check_no_overlap(outputs: Sequence[Tensor], inputs: Iterable[Tensor | None])
 def check_output(
     out: Tensor | None, like: Tensor, num: int, dtype: torch.dtype | None, operands: Iterable[Tensor | None]
 ) -> torch.dtype:
-    """Return the dtype of an output of ``num`` tensors of the shape and strides of a dense one, if it may be written.
-
-    Args:
-        out: what is written, or None for `empty_steps`.
-        like: shape, strides, device, and the dtype where there is no other.
-        num: how many.
-        dtype: of what is allocated.
-        operands: what the output must not share memory with.
-
-    Raises:
-        TypeError: if the dtype is none of float32, float16, bfloat16.
-        ValueError: if shape or strides of ``out`` are others, or it overlaps an operand or itself.
-    """
+    """The dtype of an output of ``num`` tensors of the shape and strides of a dense one, if it may be written."""
     if out is None:
         dtype = dtype or like.dtype
         check_dtype(dtype)

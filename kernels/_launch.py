@@ -151,11 +151,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def grid(num_programs: int, config: Threads) -> tuple[int]:
-    """Return the grid of a launch, all of it on axis 0: the other axes end at 65535.
-
-    Raises:
-        ValueError: if a GPU cannot start that many programs at once.
-    """
+    """Return the grid of a launch, all of it on axis 0: the other axes end at 65535."""
     # CUDA counts the programs of an axis in 31 bits, HIP its threads in 32.
     limit = (2**32 - 1) // config.threads if torch.version.hip else MAX_PROGRAMS
     if num_programs > limit:
@@ -168,10 +164,6 @@ def device_numbers(*numbers: float, like: Tensor) -> Tensor:
 
     As an argument a Python float would be fp64 in one call and a constant of the compiled kernel in the next. Every
     probe of a measurement has the same numbers: the 64 most recent vectors are kept, and copied once.
-
-    Args:
-        numbers: finite; each is rounded to float32 here and not before.
-        like: a tensor on the device.
     """
     return _device_numbers(numbers, like.device, _stream(like.device))
 
@@ -220,18 +212,7 @@ class Tables(NamedTuple):
 
 
 def tables(chunk: int, *roles: Sequence[Tensor]) -> Tables:
-    """Group the operands of a whole model into as few launches as their dtypes and alignments allow.
-
-    Args:
-        chunk: elements that one program walks.
-        roles: three lists of tensors, equally long and not empty; tensors at the same index have equally many elements.
-
-    Returns:
-        Tables: one row per index, on the device of the tensors.
-
-    Memory:
-        The tables of the 16 most recent calls stay on the device: 40 bytes per tensor and 8 per chunk.
-    """
+    """Group the operands of a whole model into as few launches as their dtypes and alignments allow."""
     operands = tuple(
         (tuple(tensor.dtype for tensor in row), tuple(tensor.data_ptr() for tensor in row), row[0].numel())
         for row in zip(*roles, strict=True)

@@ -107,12 +107,7 @@ def online_cross_entropy_(
 def _check(
     maximum: Tensor, total: Tensor, target: Tensor, logits: Tensor, labels: Tensor, first: int, softcap: float | None
 ) -> None:
-    """Refuse what does not fit.
-
-    Raises:
-        TypeError: if a dtype is another.
-        ValueError: if a device, shape, stride or number does not fit, or a written tensor overlaps another.
-    """
+    """Refuse what does not fit."""
     statistics = {"maximum": maximum, "total": total, "target": target}
     check_device(logits=logits, labels=labels, **statistics)
     for name, tensor in (("logits", logits), *statistics.items()):

@@ -113,12 +113,7 @@ def form(
 
 
 def _check_seed(seed: int | None, dtype: torch.dtype) -> None:
-    """Refuse stochastic rounding where it is not defined.
-
-    Raises:
-        TypeError: if the result is not bfloat16.
-        ValueError: if the seed is out of range.
-    """
+    """Refuse stochastic rounding where it is not defined."""
     if seed is None:
         return
     if dtype != torch.bfloat16:

@@ -284,12 +284,7 @@ def linear(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor, *, dtype: torch.dtype
 
 
 def _check(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor) -> int:
-    """Refuse operands that do not fit and return K.
-
-    Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a device, shape or stride does not fit.
-    """
+    """Refuse operands that do not fit and return K."""
     check_floats(x=x, W=W, D=D)
     check_rows(W=W, D=D)
     num_steps = check_alpha(alpha, x)

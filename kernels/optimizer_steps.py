@@ -321,11 +321,7 @@ def step_sums(
 
 @functools.cache
 def _rule(name: str) -> ModuleType:
-    """Return the file of a rule.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Return the file of a rule."""
     try:
         return import_module(f".rules.{name}", __package__)
     except ModuleNotFoundError as error:
@@ -337,12 +333,7 @@ def _rule(name: str) -> ModuleType:
 def _check(
     rule: ModuleType, theta: Tensor, grad: Tensor | None, state: Sequence[Tensor | None], numbers: Sequence[float]
 ) -> None:
-    """Refuse operands from which the rule's update of one parameter does not follow.
-
-    Raises:
-        TypeError: if there is no gradient that the rule needs, or what `check_floats` and `check_numbers` refuse.
-        ValueError: what those and `check_layout` refuse, or if a part of the state or of the numbers is missing.
-    """
+    """Refuse operands from which the rule's update of one parameter does not follow."""
     names = (*_SHARED, *rule.NUMBERS)
     if len(state) != len(rule.STATE) or len(numbers) != len(names):
         raise ValueError(

@@ -99,12 +99,7 @@ def with_gate(sections: Sequence[Section], names: Sequence[str]) -> list[Section
 def begin(
     output: Path, names: Sequence[str], *, quick: bool, limit: float, commit: str | None
 ) -> tuple["Record", list[Section]]:
-    """Look at the machine and open the record, before anything is measured.
-
-    Raises:
-        ValueError: a section is unknown, or the output is something else or cannot be written.
-        RuntimeError: the machine did not answer in ``limit`` seconds.
-    """
+    """Look at the machine and open the record, before anything is measured."""
     sections = with_gate(SECTIONS, names)
     environment = look_from_outside(limit)
     environment["commit"] = environment["commit"] or commit

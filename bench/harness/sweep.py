@@ -48,12 +48,7 @@ def sweep_here(operation: str, beside: Path, *, quick: bool, say: Say) -> int:
 
 
 def sweep(bench: Bench, operation: str, beside: Path, say: Say) -> bool:
-    """Write a CSV and a PNG per case of an operation beside a path; return whether every line was right everywhere.
-
-    Raises:
-        ValueError: there is no such operation.
-        BlockedError: it did not pass its check.
-    """
+    """Write a CSV and a PNG per case of an operation beside a path; return whether every line was right everywhere."""
     if operation not in operations(bench):
         raise ValueError(f"sweep must be one of {', '.join(operations(bench))}, got {operation!r}")
     bench = checked(bench, operation)

@@ -15,18 +15,7 @@ _REMEDY = "unpack cifar-10-python.tar.gz and name the folder that holds cifar-10
 
 
 def cifar10(folder: Path, num_images: int) -> tuple[Tensor, Tensor]:
-    """Read the first images of the training set.
-
-    Args:
-        folder: that holds ``cifar-10-batches-py``, or that folder itself.
-        num_images: how many.
-
-    Returns:
-        Inputs, float32 [num_images, 3072], each color with mean 0 and standard deviation 1; labels, int64 [num_images].
-
-    Raises:
-        ValueError: a file is missing, is not of CIFAR-10's form, or all of them hold too few images.
-    """
+    """Read the first images of the training set."""
     inside = folder / "cifar-10-batches-py"
     folder = inside if inside.is_dir() else folder
     pixels, labels, found = [], [], 0

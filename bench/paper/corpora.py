@@ -28,28 +28,12 @@ def code() -> str:
 
 
 def byte_rows(words: str, length: int) -> Tensor:
-    """Cut a text into rows of bytes.
-
-    Args:
-        words: the text.
-        length: bytes in a row.
-
-    Returns:
-        int64 [num_rows, length].
-    """
+    """Cut a text into rows of bytes."""
     data = torch.frombuffer(bytearray(words, "utf-8"), dtype=torch.uint8).long()
     return data[: len(data) // length * length].view(-1, length)
 
 
 def apart(rows: Tensor, every: int = 10) -> tuple[Tensor, Tensor]:
-    """Return rows to train on, and every so many-th to measure on.
-
-    Args:
-        rows: of a text.
-        every: which rows are measured.
-
-    Returns:
-        Both, in the text's order.
-    """
+    """Return rows to train on, and every so many-th to measure on."""
     measured = torch.arange(len(rows)) % every == every - 1
     return rows[~measured], rows[measured]

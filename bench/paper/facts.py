@@ -19,11 +19,7 @@ _MEANINGS = {
 
 
 def by_run(rows: Iterable[Row]) -> list[list[Row]]:
-    """Return the rows of each run, in order of appearance.
-
-    Args:
-        rows: with the run's name in ``run``.
-    """
+    """Return the rows of each run, in order of appearance."""
     runs: dict[str, list[Row]] = {}
     for row in rows:
         runs.setdefault(row["run"], []).append(row)
@@ -31,51 +27,29 @@ def by_run(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def ratios(rows: Iterable[Row], above: str, below: str) -> list[float]:
-    """Return the ratio of two columns wherever there is one; inf where λ_c is, of a direction that goes uphill.
-
-    Args:
-        rows: of a figure.
-        above: column of the numerator.
-        below: column of the denominator.
-    """
+    """Return the ratio of two columns wherever there is one; inf where λ_c is, of a direction that goes uphill."""
     pairs = [(row[above], row[below]) for row in rows if above in row and below in row]
     return [a / b for a, b in pairs if not math.isnan(a) and math.isfinite(b) and b]
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median of what is a number, nan if nothing is.
-
-    Args:
-        values: to take it of.
-    """
+    """Return the median of what is a number, nan if nothing is."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.median(known) if known else math.nan
 
 
 def number(value: float) -> str:
-    """Return a value to three digits.
-
-    Args:
-        value: a number or infinity.
-    """
+    """Return a value to three digits."""
     return "∞" if math.isinf(value) else f"{float(f'{value:.3g}'):g}"
 
 
 def sentences(*found: str) -> str:
-    """Return a paragraph of those sentences that there are.
-
-    Args:
-        *found: sentences, empty where there is nothing to say.
-    """
+    """Return a paragraph of those sentences that there are."""
     return " ".join(sentence for sentence in found if sentence)
 
 
 def percent(share: float) -> str:
-    """Return a share in whole percent, 0 or 100 of them only where it is none or all.
-
-    Args:
-        share: 1 is all.
-    """
+    """Return a share in whole percent, 0 or 100 of them only where it is none or all."""
     if math.isinf(share):
         return "∞"
     near_all = 0.99 < share < 1
@@ -84,14 +58,7 @@ def percent(share: float) -> str:
 
 
 def close(rows: list[Row]) -> str:
-    """Say how close λ_c is to λ_dir of the same update.
-
-    Args:
-        rows: of a figure.
-
-    Returns:
-        A clause.
-    """
+    """Say how close λ_c is to λ_dir of the same update."""
     deviations = [abs(ratio - 1) for ratio in ratios(rows, "lambda_c", "lambda_dir")]
     if not deviations:
         return "at no point have both λ_c and λ_dir a value"
@@ -104,29 +71,14 @@ def close(rows: list[Row]) -> str:
 
 
 def times(value: float, unit: str) -> str:
-    """Return a ratio to a threshold, such as "0.97 × 2/η"; words where there is none.
-
-    Args:
-        value: the ratio.
-        unit: what it is to.
-    """
+    """Return a ratio to a threshold, such as "0.97 × 2/η"; words where there is none."""
     if math.isnan(value):
         return "no value"
     return f"{'∞' if math.isinf(value) else f'{value:.2f}' if value >= 0.1 else f'{value:.2g}'} × {unit}"
 
 
 def bound(rows: list[Row], column: str, name: str, tolerance: float) -> str:
-    """Say whether a directional sharpness is at most λ_max at every point.
-
-    Args:
-        rows: of a figure.
-        column: of the directional sharpness.
-        name: of it in words.
-        tolerance: of the solver of λ_max, relative.
-
-    Returns:
-        One sentence.
-    """
+    """Say whether a directional sharpness is at most λ_max at every point."""
     pairs = [(row[column], row["lambda_max"]) for row in rows]
     pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
     if not pairs:
@@ -153,14 +105,7 @@ def bound(rows: list[Row], column: str, name: str, tolerance: float) -> str:
 
 
 def no_value(rows: list[Row]) -> str:
-    """Count the measurements that did not converge.
-
-    Args:
-        rows: of a figure.
-
-    Returns:
-        One sentence, or nothing if all did.
-    """
+    """Count the measurements that did not converge."""
     keys = ("status", "in_training_status", "heldout_status")
     statuses = [row[key] for row in rows for key in keys if key in row]
     failed = Counter(status for status in statuses if status != "converged")

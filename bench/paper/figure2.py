@@ -68,17 +68,7 @@ def network(num_inputs: int, width: int) -> nn.Sequential:
 
 
 def train(run: str, setting: Setting, data: Callable[[int], tuple[Tensor, Tensor]], batch_size: int) -> list[Row]:
-    """Train by SGD without momentum and measure on the way.
-
-    Args:
-        run: its name.
-        setting: of the figure.
-        data: returns so many inputs and labels.
-        batch_size: drawn anew in each step, without repetition.
-
-    Returns:
-        One row per measured step.
-    """
+    """Train by SGD without momentum and measure on the way."""
     torch.manual_seed(0)
     model = network(setting.num_inputs, setting.width)
     inputs, labels = data(setting.num_images)
@@ -105,22 +95,14 @@ def train(run: str, setting: Setting, data: Callable[[int], tuple[Tensor, Tensor
 
 
 def setting_of(order: Order) -> Setting:
-    """Return the setting that the command line asks for.
-
-    Args:
-        order: of the command line.
-    """
+    """Return the setting that the command line asks for."""
     if order.data is None:
         return DIGITS_QUICK if order.quick else DIGITS
     return CIFAR_QUICK if order.quick else CIFAR
 
 
 def pieces(order: Order) -> Mapping[str, Piece]:
-    """Return the three training runs.
-
-    Args:
-        order: of the command line.
-    """
+    """Return the three training runs."""
     setting = setting_of(order)
     data = digits if order.data is None else partial(cifar10, order.data)
     sizes = {"full batch": setting.num_images, "large batch": setting.large, "small batch": setting.small}
@@ -128,12 +110,7 @@ def pieces(order: Order) -> Mapping[str, Piece]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw one panel for each batch size.
-
-    Args:
-        rows: of the figure.
-        path: of the image.
-    """
+    """Draw one panel for each batch size."""
     draw_runs(
         rows,
         path,
@@ -149,14 +126,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def findings(rows: list[Row]) -> str:
-    """Say what the paper found, what these rows show, and where they differ.
-
-    Args:
-        rows: of the figure.
-
-    Returns:
-        Three paragraphs of Markdown.
-    """
+    """Say what the paper found, what these rows show, and where they differ."""
     full, *others = by_run(rows)
     found = [
         "**The paper** trains a fully connected network by SGD. With the full batch, λ_max climbs to 2/η (progressive "

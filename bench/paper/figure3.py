@@ -32,14 +32,7 @@ EVERY = 11
 
 
 def train(schedule: Run) -> list[Row]:
-    """Train by AdamW and measure on the way.
-
-    Args:
-        schedule: steps, phases, batch size and peak learning rate.
-
-    Returns:
-        One row per measured step, the first of which is 1: before it there is no preconditioner.
-    """
+    """Train by AdamW and measure on the way."""
     torch.manual_seed(schedule.seed)
     model, data = GPT(context=CONTEXT), text()
     generator = torch.Generator().manual_seed(schedule.seed + 1)
@@ -86,32 +79,19 @@ def _phase(schedule: Run, step: int) -> str:
 
 
 def setting_of(order: Order) -> object:
-    """Return what the runs depend on.
-
-    Args:
-        order: of the command line.
-    """
+    """Return what the runs depend on."""
     return {**(QUICK if order.quick else FULL), "lr": LEARNING_RATES, "context": CONTEXT, "every": EVERY}
 
 
 def pieces(order: Order) -> Mapping[str, Piece]:
-    """Return the training runs, one for each learning rate.
-
-    Args:
-        order: of the command line.
-    """
+    """Return the training runs, one for each learning rate."""
     size = QUICK if order.quick else FULL
     schedules = [Run(f"η = {lr:g}", "text", lr=lr, measured=(), **size) for lr in LEARNING_RATES]
     return {schedule.name: partial(train, schedule) for schedule in schedules}
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw one panel for each learning rate.
-
-    Args:
-        rows: of the figure.
-        path: of the image.
-    """
+    """Draw one panel for each learning rate."""
     draw_runs(
         rows,
         path,
@@ -131,14 +111,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def findings(rows: list[Row]) -> str:
-    """Say what the paper found, what these rows show, and where they differ.
-
-    Args:
-        rows: of the figure.
-
-    Returns:
-        Three paragraphs of Markdown.
-    """
+    """Say what the paper found, what these rows show, and where they differ."""
     runs = by_run(rows)
     found = [
         "**The paper** trains language models by AdamW with warm-up, a stable phase and decay. λ_c falls in the "

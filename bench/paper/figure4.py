@@ -91,12 +91,7 @@ def _measure(direction: str, batches: int, revisions: Path, work: Path) -> list[
 
 
 def of_direction(rows: list[Row], direction: str) -> list[Row]:
-    """Return the rows of one direction, each with the learning rate and λ_c of the run at its revision.
-
-    Args:
-        rows: of the figure.
-        direction: "adamw" or "sgd".
-    """
+    """Return the rows of one direction, each with the learning rate and λ_c of the run at its revision."""
     run = {row["revision"]: row for row in rows if row["direction"] == "in training"}
     return [{**run[row["revision"]], **row} for row in rows if row["direction"] == direction]
 

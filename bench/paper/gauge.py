@@ -14,14 +14,7 @@ TOLERANCE = 0.01
 
 
 class Gauge:
-    """Measures at chosen steps; call it after ``backward()`` and before ``optimizer.step()``.
-
-    Args:
-        model: that is trained.
-        optimizer: SGD without momentum; or AdamW, and λ_max is then the preconditioned one.
-        due: says of a step, from 0, whether to measure. With AdamW not the first one, before which there is no
-            preconditioner.
-    """
+    """Measures at chosen steps; call it after ``backward()`` and before ``optimizer.step()``."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, due: Callable[[int], bool]) -> None:
         self._model, self._optimizer = model, optimizer
@@ -31,15 +24,7 @@ class Gauge:
         self._eigenvector: Tensor | None = None
 
     def __call__(self, loss_fn: LossFn, heldout: LossFn | None = None) -> dict[str, Any] | None:
-        """Measure if this step is due.
-
-        Args:
-            loss_fn: the loss that the gradient is of.
-            heldout: another loss, whose λ_c along the same update is measured too.
-
-        Returns:
-            One row; None where nothing was due, or there is no update to measure.
-        """
+        """Measure if this step is due."""
         measured = self._monitor(loss_fn, heldout)
         if measured is None:
             return None

@@ -18,11 +18,7 @@ _HARM = 0.01
 
 
 def sweep_of(rows: Sequence[Row]) -> MixtureSweep:
-    """Return the sweep that a figure's rows hold.
-
-    Args:
-        rows: of the figure.
-    """
+    """Return the sweep that a figure's rows hold."""
     points = tuple(
         MixturePoint(
             _shares(row), int(row["repeat"]), row["task"], row["critical_lr"], row["lambda_c"], row["status"],
@@ -38,11 +34,7 @@ def _shares(row: Row) -> tuple[float, float]:
 
 
 def changes(rows: Sequence[Row]) -> dict[str, dict[float, list[float]]]:
-    """Return how training on each mix changed the loss of each task, {task: {share: one number per run}}.
-
-    Args:
-        rows: of the figure.
-    """
+    """Return how training on each mix changed the loss of each task, {task: {share: one number per run}}."""
     found: dict[str, dict[float, list[float]]] = {task: {} for task in TASKS}
     for row in rows:
         if row["kind"] == "training":
@@ -55,13 +47,6 @@ def crossing(sweep: MixtureSweep, points: Sequence[MixturePoint]) -> float | Non
 
     Critical learning rates are compared, medians of the points given, since those are finite where λ_c is not; between
     two shares (a − b)/(a + b) is taken to change linearly.
-
-    Args:
-        sweep: whose mixes count.
-        points: some of its points.
-
-    Returns:
-        The share; None if λ_c of one task is larger everywhere.
     """
     differences = []
     for shares in sweep.mixes:

@@ -56,13 +56,6 @@ def train(stages: Stages, folder: Path) -> list[dict[str, Any]]:
 
     It is measured of the training batch's loss, and of another batch's: eight times as many rows of the English that
     is trained on.
-
-    Args:
-        stages: how long.
-        folder: for the revisions.
-
-    Returns:
-        One row per revision, in the order of training.
     """
     logging.disable_progress_bar()
     texts = {"English": english(), "code": code()}

@@ -38,15 +38,7 @@ def draw_runs(
     thresholds: Sequence[Curve],
     title: Callable[[Mapping[str, Any]], str],
 ) -> None:
-    """Draw one panel for each run: every measurement as a dot, running medians as lines, thresholds dashed.
-
-    Args:
-        rows: of all runs, the run's name in ``run``.
-        path: of the image.
-        curves: what was measured.
-        thresholds: what it is held against.
-        title: of a panel, from any of its rows.
-    """
+    """Draw one panel for each run: every measurement as a dot, running medians as lines, thresholds dashed."""
     from matplotlib.figure import Figure
 
     runs = list(dict.fromkeys(row["run"] for row in rows))

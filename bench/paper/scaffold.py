@@ -69,12 +69,7 @@ class Figure:
 
 
 def main(figure: Figure, arguments: list[str] | None = None) -> None:
-    """Make a figure: its CSV, its PNG, the conditions it was made under, and what it shows in words.
-
-    Args:
-        figure: the figure.
-        arguments: of the command line, this process's own if left out.
-    """
+    """Make a figure: its CSV, its PNG, the conditions it was made under, and what it shows in words."""
     parser = argparse.ArgumentParser(description=figure.about)
     parser.add_argument("--quick", action="store_true", help="a small version, to see that everything runs")
     parser.add_argument("--output", type=Path, help="folder for the files (default: results beside the script)")
@@ -102,29 +97,13 @@ def main(figure: Figure, arguments: list[str] | None = None) -> None:
 
 
 def read_rows(name: str, folder: Path = RESULTS) -> list[Row]:
-    """Read the rows of a figure.
-
-    Args:
-        name: of the figure.
-        folder: that its files are in.
-
-    Returns:
-        One dict per row, numbers as floats, empty fields left out.
-    """
+    """Read the rows of a figure."""
     with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         return [{key: _value(text) for key, text in row.items() if text != ""} for row in csv.DictReader(file)]
 
 
 def runtime(name: str, folder: Path = RESULTS) -> str:
-    """Say how long a figure took, and on what.
-
-    Args:
-        name: of the figure.
-        folder: that its files are in.
-
-    Returns:
-        Such as "made in 4 minutes on 1 thread".
-    """
+    """Say how long a figure took, and on what."""
     conditions = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     minutes = conditions["seconds"] / 60
     threads = conditions["threads"]

@@ -15,11 +15,7 @@ FIGURES = (figure2.FIGURE, figure3.FIGURE, figure4.FIGURE, figure5.FIGURE)
 
 
 def section(figure: Figure) -> str:
-    """Return the picture of a figure, how long it took, and what it shows.
-
-    Args:
-        figure: whose results are in the folder beside this file.
-    """
+    """Return the picture of a figure, how long it took, and what it shows."""
     picture = f"![{figure.about}](results/{figure.name}.png)"
     made = f"`python bench/paper/{figure.name}.py`, {runtime(figure.name)}; numbers: [CSV](results/{figure.name}.csv)."
     return "\n\n".join([picture, made, figure.findings(read_rows(figure.name))])

@@ -31,12 +31,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure into an image file, its format by the ending; PNG, and its ending, where there is none.
-
-    Args:
-        figure: Of matplotlib.
-        path: The file.
-    """
+    """Write a figure into an image file, its format by the ending; PNG, and its ending, where there is none."""
     ending = os.path.splitext(path)[1][1:]
     if not ending and not os.path.exists(path):
         path = f"{os.fspath(path)}.png"
@@ -53,13 +48,7 @@ def legend_once(axes: Any) -> None:
 
 
 def legend_below(figure: Any, panels: Iterable[Any], words: str | None = None) -> None:
-    """Name every label once, whichever panel has it, where the legend covers nothing.
-
-    Args:
-        figure: Of matplotlib.
-        panels: Axes of the figure.
-        words: Above the labels.
-    """
+    """Name every label once, whichever panel has it, where the legend covers nothing."""
     entries = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -80,11 +69,7 @@ def columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]
 
 
 def least_beside(lowest: float) -> float:
-    """Return the least bound that is drawn at its value: from one far below the curves nothing could be seen of them.
-
-    Args:
-        lowest: Of the values; inf where there are none, and bounds all that there is to see.
-    """
+    """The least bound that is drawn at its value: from one far below the curves nothing could be seen of them."""
     return lowest / 10 if lowest < math.inf else 0.0
 
 

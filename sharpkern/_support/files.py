@@ -19,12 +19,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A link stays a link, and a file keeps its permissions. What cannot be replaced, such as a pipe or a device, is
     written as it stands.
-
-    Args:
-        path: of the file.
-
-    Yields:
-        Path: where to write, with the same ending.
     """
     target = Path(os.path.realpath(path))
     if not _replaceable(target):
@@ -41,12 +35,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table as CSV.
-
-    Args:
-        path: of the file, written anew.
-        rows: at least one, all with the columns of the first.
-    """
+    """Write a table as CSV."""
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -2,14 +2,5 @@
 
 
 def missing(package: str, extra: str, purpose: str) -> ImportError:
-    """Return the error that names the extra.
-
-    Args:
-        package: What could not be imported.
-        extra: The extra of sharpkern that brings it.
-        purpose: What it is needed for.
-
-    Returns:
-        The error to raise.
-    """
+    """Return the error that names the extra."""
     return ImportError(f"{purpose} needs {package}, which is not installed; run: pip install 'sharpkern[{extra}]'")

@@ -8,16 +8,7 @@ Advance = Callable[[str], None]
 
 @contextmanager
 def progress_bar(total: int, *, done: int = 0, shown: bool = True) -> Iterator[Advance]:
-    """Show how far a long run is, and take the bar away at the end.
-
-    Args:
-        total: steps in all.
-        done: steps that are done before.
-        shown: whether to show anything.
-
-    Yields:
-        Callable: counts one step, and says a few words beside the bar.
-    """
+    """Show how far a long run is, and take the bar away at the end."""
     if not shown:
         yield lambda words: None
         return

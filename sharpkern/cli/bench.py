@@ -38,12 +38,7 @@ def command(
     budget: Annotated[float, typer.Option(help="Seconds for everything.", min=1)] = BUDGET,
     commit: Annotated[str | None, typer.Option(help="Commit to record where there is no git to ask.")] = None,
 ) -> None:
-    """Run the bench and print its table.
-
-    Raises:
-        BadParameter: if a name is unknown, or the output is a folder, holds something else or cannot be written.
-        Exit: with code 1 where a case crashed, hung, failed or was wrong, and 130 on Ctrl-C.
-    """
+    """Run the bench and print its table."""
     started = time.monotonic()
     say = partial(typer.echo, err=True)
     if sweep is not None:

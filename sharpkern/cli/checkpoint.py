@@ -40,11 +40,7 @@ class Checkpoint:
     revision: str | None
 
     def config(self) -> Any:
-        """Read its configuration, which shows that there is such a checkpoint.
-
-        Raises:
-            ValueError: there is none, it cannot be reached, or it is of no causal language model.
-        """
+        """Read its configuration, which shows that there is such a checkpoint."""
         transformers = _transformers()
         at = f" at revision {self.revision!r}" if self.revision else ""
         rule = f"--model must be a folder with a saved model or the name of one on the hub, got {self.source!r}{at}"
@@ -71,11 +67,7 @@ class Checkpoint:
         )
 
     def check_weights(self) -> None:
-        """Refuse a folder without weights, and files of weights that were not written or copied to their end.
-
-        Raises:
-            ValueError: it is one.
-        """
+        """Refuse a folder without weights, and files of weights that were not written or copied to their end."""
         folder = Path(self.source)
         if not folder.is_dir():
             return
@@ -88,11 +80,7 @@ class Checkpoint:
                 _read_ends(path)
 
     def tokenizer(self) -> Any:
-        """Load its tokenizer.
-
-        Raises:
-            ValueError: it has none.
-        """
+        """Load its tokenizer."""
         remedy = "save it there with tokenizer.save_pretrained, or pass --bytes for a model of bytes"
         found = None
         try:
@@ -114,18 +102,7 @@ class Checkpoint:
         return tokenizer
 
     def load(self, device: torch.device, dtype: str) -> nn.Module:
-        """Load the model for measuring: in evaluation mode, without a cache of keys and values.
-
-        Args:
-            device: where to.
-            dtype: of the weights, "auto" for that they were saved in.
-
-        Returns:
-            The model, on the device.
-
-        Raises:
-            ValueError: it is no causal language model, or not complete.
-        """
+        """Load the model for measuring: in evaluation mode, without a cache of keys and values."""
         with _told(f"the checkpoint {self.label!r} must hold a causal language model"):
             model, found = _transformers().AutoModelForCausalLM.from_pretrained(
                 self.source, revision=self.revision, dtype=dtype, output_loading_info=True, trust_remote_code=False
@@ -142,19 +119,7 @@ class Checkpoint:
 
 
 def checkpoints(name: str, revisions: Sequence[str]) -> list[Checkpoint]:
-    """Find the checkpoints of a model, and make sure that all of them are there.
-
-    Args:
-        name: folder, or name on the hub.
-        revisions: names of folders in that folder, or of the hub's revisions; none for the model itself.
-
-    Returns:
-        One checkpoint for each revision, or the one of the model itself.
-
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: one of them is not there.
-    """
+    """Find the checkpoints of a model, and make sure that all of them are there."""
     folder = Path(name)
     if len(set(revisions)) < len(revisions):
         raise ValueError(f"--revisions must name each revision once, got {', '.join(revisions)}; leave out the others")
@@ -212,11 +177,7 @@ def _read_ends(path: Path) -> None:
 
 @contextmanager
 def _told(rule: str) -> Iterator[None]:
-    """Tell in one line what a library cannot read; a file that is cut off has it raise anything.
-
-    Args:
-        rule: what must be, and what it is of.
-    """
+    """Tell in one line what a library cannot read; a file that is cut off has it raise anything."""
     try:
         yield
     except (ImportError, MemoryError, torch.OutOfMemoryError):

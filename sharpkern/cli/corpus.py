@@ -13,17 +13,7 @@ Encode = Callable[[str], list[int]]
 
 
 def read_text(paths: Sequence[Path]) -> str:
-    """Read files, and all files of text below folders in the order of their names, hidden ones left out.
-
-    Args:
-        paths: files or folders.
-
-    Returns:
-        All text, files after each other with a blank line between.
-
-    Raises:
-        ValueError: there is no such file, a file that was named is no UTF-8, or there is no text.
-    """
+    """Read files, and all files of text below folders in the order of their names, hidden ones left out."""
     texts = list(_texts(paths))
     if not any(text.strip() for text in texts):
         raise ValueError(f"text must not be empty, got nothing in {', '.join(map(str, paths))}; name files with text")
@@ -31,18 +21,7 @@ def read_text(paths: Sequence[Path]) -> str:
 
 
 def encoder(checkpoint: Checkpoint, as_bytes: bool) -> Encode:
-    """Return how text becomes tokens.
-
-    Args:
-        checkpoint: whose tokenizer and vocabulary count.
-        as_bytes: whether the model's tokens are bytes.
-
-    Returns:
-        A function of a text, which raises ValueError where the model's vocabulary lacks a token.
-
-    Raises:
-        ValueError: there is no tokenizer.
-    """
+    """Return how text becomes tokens."""
     vocabulary = checkpoint.config().get_text_config().vocab_size
     tokenizer = None if as_bytes else checkpoint.tokenizer()
 
@@ -64,21 +43,7 @@ def encoder(checkpoint: Checkpoint, as_bytes: bool) -> Encode:
 
 
 def rows_of(paths: Sequence[Path], encode: Encode, length: int, *, at_least: int, option: str) -> Tensor:
-    """Read text and cut it into rows.
-
-    Args:
-        paths: files or folders.
-        encode: makes tokens of text.
-        length: tokens in a row.
-        at_least: rows that are needed.
-        option: of the command line that named the text.
-
-    Returns:
-        Tokens, int64 [num_rows, length]; what is left over at the end is left out.
-
-    Raises:
-        ValueError: the text is too short.
-    """
+    """Read text and cut it into rows."""
     tokens = torch.tensor(encode(read_text(paths)), dtype=torch.int64)
     rows = tokens[: len(tokens) // length * length].view(-1, length)
     if len(rows) < at_least:
@@ -90,43 +55,19 @@ def rows_of(paths: Sequence[Path], encode: Encode, length: int, *, at_least: int
 
 
 def spread(num_rows: int, count: int) -> Tensor:
-    """Return places all over a text.
-
-    Args:
-        num_rows: rows of the text.
-        count: how many to take, at most all.
-
-    Returns:
-        Indices in ascending order, int64 [count].
-    """
+    """Return places all over a text."""
     return torch.arange(count) * num_rows // count
 
 
 def check_context(checkpoint: Checkpoint, length: int) -> None:
-    """Refuse rows that are longer than the model's context.
-
-    Args:
-        checkpoint: of the model.
-        length: tokens in a row.
-
-    Raises:
-        ValueError: they are.
-    """
+    """Refuse rows that are longer than the model's context."""
     longest = getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ValueError(f"--tokens must be at most the model's context of {longest}, got {length}; lower it")
 
 
 def row_loss(model: nn.Module, rows: Tensor) -> Tensor:
-    """Return the mean loss of the next token over rows.
-
-    Args:
-        model: of transformers.
-        rows: tokens, int64 [num_rows, length], on any device.
-
-    Returns:
-        The scalar loss, with its graph where gradients are on.
-    """
+    """Return the mean loss of the next token over rows."""
     rows = rows.to(next(model.parameters()).device)
     loss: Tensor = model(input_ids=rows, labels=rows).loss
     return loss

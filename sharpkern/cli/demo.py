@@ -28,12 +28,7 @@ HELP = (
 
 
 def write_csv(run: DemoRun, path: Path) -> None:
-    """Write one row per measurement; second derivatives only where they were computed.
-
-    Args:
-        run: The run.
-        path: The file, written anew.
-    """
+    """Write one row per measurement; second derivatives only where they were computed."""
     second = {point.step: point for point in run.hessian}
     rows = []
     for record in run.history:
@@ -50,12 +45,7 @@ def write_csv(run: DemoRun, path: Path) -> None:
 
 
 def draw(run: DemoRun, path: Path) -> None:
-    """Draw the run into an image.
-
-    Args:
-        run: The run.
-        path: The file.
-    """
+    """Draw the run into an image."""
     plot_history(
         run.history,
         path,
@@ -74,18 +64,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the initialization and the label noise.")] = 0,
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for demo.csv and demo.png.")] = Path(),
 ) -> None:
-    """Train, measure, write and tell.
-
-    Args:
-        steps: Steps of gradient descent.
-        lr: Learning rate.
-        samples: How many digits.
-        seed: Of the run.
-        output: Folder that is written to; made if it is not there.
-
-    Raises:
-        Exit: With code 1 if an optional package is missing.
-    """
+    """Train, measure, write and tell."""
     for package in ("sklearn", "scipy", "matplotlib"):
         if find_spec(package) is None:
             typer.echo(str(missing(package, "demo", "sharpkern demo")), err=True)

@@ -11,14 +11,7 @@ LAST_SHARE = 0.4
 
 
 def summary(run: DemoRun) -> str:
-    """Say what the run shows, from its numbers.
-
-    Args:
-        run: The run, with at least one measurement.
-
-    Returns:
-        One paragraph.
-    """
+    """Say what the run shows, from its numbers."""
     return " ".join([_setting(run), _rise(run), _end(run), _cost(run)])
 
 

@@ -61,19 +61,7 @@ class DemoRun:
 
 
 def digits(num_samples: int = 1797, seed: int = 0, noisy_share: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Load scikit-learn's handwritten digits, some with a random label, which keeps the loss from reaching zero.
-
-    Args:
-        num_samples: How many, from the first on.
-        seed: Chooses the labels that are replaced, and by what.
-        noisy_share: Share of the labels to replace.
-
-    Returns:
-        Inputs, float32 [num_samples, 64] in 0 … 2, and labels, int64 [num_samples].
-
-    Raises:
-        ImportError: If scikit-learn is not installed.
-    """
+    """Load scikit-learn's handwritten digits, some with a random label, which keeps the loss from reaching zero."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -87,15 +75,7 @@ def digits(num_samples: int = 1797, seed: int = 0, noisy_share: float = 0.2) -> 
 
 
 def network(seed: int = 0, width: int = 128) -> nn.Sequential:
-    """Build an MLP of four linear layers with GELU between them, in torch's default initialization.
-
-    Args:
-        seed: Of the initialization; torch's random stream is left as it was.
-        width: Of the hidden layers.
-
-    Returns:
-        The model, 64 inputs and 10 outputs.
-    """
+    """Build an MLP of four linear layers with GELU between them, in torch's default initialization."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -112,18 +92,7 @@ def network(seed: int = 0, width: int = 128) -> nn.Sequential:
 def train(
     num_steps: int, lr: float, num_samples: int, seed: int, on_step: Callable[[Monitor], None] = lambda monitor: None
 ) -> DemoRun:
-    """Run gradient descent and measure all three sharpnesses on the way.
-
-    Args:
-        num_steps: Steps of gradient descent.
-        lr: Learning rate η.
-        num_samples: How many digits.
-        seed: Of the initialization and the label noise.
-        on_step: Called after every step.
-
-    Returns:
-        The run, which ends early where the loss is no longer finite.
-    """
+    """Run gradient descent and measure all three sharpnesses on the way."""
     inputs, labels = digits(num_samples, seed)
     model = network(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)

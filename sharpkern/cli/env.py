@@ -46,11 +46,7 @@ def command() -> None:
 
 
 def report() -> Iterator[tuple[str, str]]:
-    """List what the machine and the installation are.
-
-    Yields:
-        Pairs of a name and its value.
-    """
+    """List what the machine and the installation are."""
     yield "sharpkern", sharpkern.__version__
     yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "system", f"{platform.system()} {platform.machine()}"

@@ -26,34 +26,14 @@ class Dtype(str, Enum):
 
 
 def maker(kind: Kind, beta2: float, weight_decay: float) -> MakeDirection:
-    """Return the function that makes a direction.
-
-    Args:
-        kind: the mean gradient, or AdamW's update with moments accumulated.
-        beta2: decay of AdamW's second moment.
-        weight_decay: of AdamW.
-
-    Returns:
-        A function of the model and the losses of its batches.
-    """
+    """Return the function that makes a direction."""
     if kind is Kind.SGD:
         return gradient_direction
     return partial(adamw_direction, betas=(0.9, beta2), weight_decay=weight_decay)
 
 
 def listed(option: str, words: str) -> list[str]:
-    """Take a list with commas apart.
-
-    Args:
-        option: of the command line.
-        words: its value; nothing is an empty list.
-
-    Returns:
-        What stands between the commas, without blanks.
-
-    Raises:
-        ValueError: there are commas alone.
-    """
+    """Take a list with commas apart."""
     found = [word.strip() for word in words.split(",") if word.strip()]
     if words and not found:
         raise ValueError(f"{option} must hold something between commas, got {words!r}; leave it out for the default")
@@ -61,17 +41,7 @@ def listed(option: str, words: str) -> list[str]:
 
 
 def device_of(name: str | None) -> torch.device:
-    """Return the device that was named, or the GPU if there is one.
-
-    Args:
-        name: such as "cuda:1" or "cpu", or None.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: there is no such device.
-    """
+    """Return the device that was named, or the GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -37,23 +37,7 @@ def command(
     device: Annotated[str | None, typer.Option(help="Where to measure; the GPU if there is one.")] = None,
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the files.")] = Path(),
 ) -> None:
-    """Measure, write and tell.
-
-    Args:
-        model: the model.
-        text: what its loss is of.
-        revisions: which checkpoints.
-        direction: kind of update.
-        batches: how many.
-        batch_size: rows in one.
-        tokens: in a row.
-        as_bytes: whether tokens are bytes.
-        beta2: of AdamW.
-        weight_decay: of AdamW.
-        dtype: of the weights.
-        device: where.
-        output: folder that is written to; made if it is not there.
-    """
+    """Measure, write and tell."""
     with refusals():
         new_figure(1, 1)
         check_output(output, "measure.jsonl", "measure.csv", "measure.png")

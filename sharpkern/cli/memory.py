@@ -54,20 +54,7 @@ def command(
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="File for the numbers, in bytes.")] = None,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="File for a picture.")] = None,
 ) -> None:
-    """Plan, tell and write.
-
-    Args:
-        model: name or path.
-        tokens: in a sequence.
-        batch_size: sequences.
-        dtype: of the weights.
-        optimizer: that trains the model.
-        gpus: how many.
-        steps: at a time.
-        head: of the model's loss.
-        json: file that is written, if given.
-        plot: likewise.
-    """
+    """Plan, tell and write."""
     from rich.console import Console
 
     with refusals():

@@ -44,28 +44,7 @@ def command(
     device: Annotated[str | None, typer.Option(help="Where to measure; the GPU if there is one.")] = None,
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the files.")] = Path(),
 ) -> None:
-    """Sweep, write and tell.
-
-    Args:
-        old: text of before.
-        new: text to learn.
-        model: the model.
-        revision: of the model.
-        ratios: shares of old text.
-        direction: kind of update.
-        batches: mixed batches in an update.
-        batch_size: rows in one.
-        tokens: in a row.
-        heldout: rows of each text that are measured.
-        repeats: updates per share.
-        seed: of the rows.
-        as_bytes: whether tokens are bytes.
-        beta2: of AdamW.
-        weight_decay: of AdamW.
-        dtype: of the weights.
-        device: where.
-        output: folder that is written to; made if it is not there.
-    """
+    """Sweep, write and tell."""
     with refusals():
         new_figure(1, 1)
         check_output(output, "mix.jsonl", "mix.csv", "mix.png")

@@ -11,15 +11,7 @@ import typer
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Tell what is wrong with the input, or with a file, and stop.
-
-    Yields:
-        None: until the block ends.
-
-    Raises:
-        BadParameter: for a value that was refused, or a file that cannot be read or written; exit code 2.
-        Exit: with code 1 where an optional package is missing.
-    """
+    """Tell what is wrong with the input, or with a file, and stop."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -30,15 +22,7 @@ def refusals() -> Iterator[None]:
 
 
 def check_output(folder: Path, *names: str) -> None:
-    """Refuse a folder for results that could not be written in the end.
-
-    Args:
-        folder: made later, if it is not there.
-        names: of the files that will be written in it.
-
-    Raises:
-        ValueError: it cannot be made, or something is in the way.
-    """
+    """Refuse a folder for results that could not be written in the end."""
     for name in names:
         reason = _hindrance(folder / name)
         if reason:
@@ -48,15 +32,7 @@ def check_output(folder: Path, *names: str) -> None:
 
 
 def check_file(option: str, path: Path) -> None:
-    """Refuse a file for results that could not be written in the end.
-
-    Args:
-        option: of the command line that names it.
-        path: of the file; the folders above it are made later.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
+    """Refuse a file for results that could not be written in the end."""
     reason = _hindrance(path)
     if reason:
         raise ValueError(f"{option} must be a file that can be written, got {path} ({reason}); choose another")

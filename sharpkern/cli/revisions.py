@@ -34,20 +34,6 @@ def measure_all(
     """Measure checkpoint after checkpoint; those that the journal holds are not measured again.
 
     Each search starts from the last one's result.
-
-    Args:
-        found: the checkpoints, in the order of training.
-        data: batches of token rows, the same for all.
-        make_direction: makes Δθ of a model and the losses of the batches.
-        journal: takes the results as they come.
-        device: where to measure.
-        dtype: of the weights, or "auto".
-
-    Returns:
-        Label and measurement of each checkpoint: of the mean loss of all batches.
-
-    Raises:
-        ValueError: a checkpoint is not the one any more that was measured, or cannot be loaded.
     """
     done = {row["revision"]: row["mark"] for row in journal.rows}
     marks = {checkpoint.label: checkpoint.mark() for checkpoint in found}
@@ -70,14 +56,7 @@ def measure_all(
 
 
 def check_row(row: Row) -> None:
-    """Refuse a row of the journal that `measure_all` has not written.
-
-    Args:
-        row: of the file.
-
-    Raises:
-        ValueError: it is one.
-    """
+    """Refuse a row of the journal that `measure_all` has not written."""
     if row.keys() != {"revision", "mark", "measurement"}:
         raise ValueError(f"it holds {', '.join(row)}")
     if not isinstance(row["revision"], str) or not isinstance(row["mark"], str):
@@ -87,14 +66,7 @@ def check_row(row: Row) -> None:
 
 
 def steps_of(labels: Sequence[str]) -> list[int] | None:
-    """Read the training step out of every revision's name.
-
-    Args:
-        labels: such as "stage1-step10000-tokens42B" or "checkpoint-500".
-
-    Returns:
-        The steps, or None where some name holds none or they do not grow.
-    """
+    """Read the training step out of every revision's name."""
     found = [re.search(r"(?:step|checkpoint)[-_]?(\d+)", label) for label in labels]
     steps = [int(match[1]) for match in found if match is not None]
     grows = all(a < b for a, b in pairwise(steps))
@@ -102,13 +74,7 @@ def steps_of(labels: Sequence[str]) -> list[int] | None:
 
 
 def write(measured: Sequence[tuple[str, Measurement]], folder: Path, name: str) -> None:
-    """Write a table and a picture.
-
-    Args:
-        measured: label and measurement of each checkpoint.
-        folder: that is written to.
-        name: of both files, without their endings.
-    """
+    """Write a table and a picture."""
     labels = [label for label, _ in measured]
     steps = steps_of(labels)
     places = steps if steps is not None else range(len(labels))
@@ -124,11 +90,7 @@ def write(measured: Sequence[tuple[str, Measurement]], folder: Path, name: str) 
 
 
 def show(measured: Sequence[tuple[str, Measurement]]) -> None:
-    """Print a table.
-
-    Args:
-        measured: label and measurement of each checkpoint.
-    """
+    """Print a table."""
     from rich.console import Console
     from rich.table import Table
 

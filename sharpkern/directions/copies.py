@@ -24,20 +24,6 @@ def copy_on(optimizer: Optimizer, parameters: Iterable[Tensor], stand_ins: Itera
 
     Hooks stay behind, and so does a ``step`` patched onto the instance, as learning-rate schedulers do. State of a
     parameter's own dtype is cast to that of its stand-in.
-
-    Args:
-        optimizer: the optimizer, left as it is.
-        parameters: its parameters.
-        stand_ins: for each what takes its place.
-
-    Returns:
-        The copy, and those of the optimizers that it wraps.
-
-    Raises:
-        ValueError: if the optimizer reaches tensors in a way that no copy can follow.
-
-    Memory:
-        The optimizer's state.
     """
     originals = [optimizer, *optimizers_within(optimizer)]
     for one in originals:

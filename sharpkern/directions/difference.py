@@ -78,25 +78,7 @@ class _Side:
 
 
 def displacements(before: Weights, after: Weights, lr: float) -> list[Displacement]:
-    """Return (before − after)/lr of every entry that both sides hold.
-
-    Args:
-        before: a module, or a mapping of names or parameters to tensors.
-        after: the same, a step later. Where one side is a module, its parameters that the mapping lacks do not move;
-            of two mappings each must hold what the other holds.
-        lr: the learning rate of the step.
-
-    Returns:
-        One displacement for each parameter where a side holds parameters, those of ``before`` if both do, and buffers
-        are dropped; otherwise one for each name, buffers still among them.
-
-    Raises:
-        TypeError: if a side is neither, or a parameter is complex.
-        ValueError: if an entry has no match or another shape.
-
-    Memory:
-        Allocates the result, plus temporaries of one entry.
-    """
+    """Return (before − after)/lr of every entry that both sides hold."""
     sides = _Side("before", before), _Side("after", after)
     leading, other = sides if not sides[0].is_module or sides[1].is_module else sides[::-1]
     found: dict[int | str, Displacement] = {}

@@ -47,27 +47,7 @@ def optimizer_update(
     scaler: GradScaler | None,
     resident: bool | None,
 ) -> tuple[list[Update], float]:
-    """Return the update that the next step would make, per unit learning rate of the reference group.
-
-    Args:
-        optimizer: whatever `parts_of` takes, with parameters that hold their gradients.
-        masters: higher-precision copies by model parameter, or None.
-        scaler: the loss scaler, or None.
-        resident: whether Δθ is to be in memory; None for where that is the better choice.
-
-    Returns:
-        The updates of all parameters that would move, and the learning rate of the reference group: the first with a
-        positive rate and a gradient. Other groups move by their own ratio to it.
-
-    Raises:
-        TypeError: if an argument or a parameter is of a kind that is not supported, or the step cannot run on a copy.
-        ValueError: if there is no gradient, none other than zero, no positive learning rate, or a gradient that is
-            sparse or not finite.
-
-    Memory:
-        Optimizers with a rule: one tensor of each parameter's size if resident, otherwise what `ops.step_sums` needs
-        on the way; see `shadow_step` for the others.
-    """
+    """Return the update that the next step would make, per unit learning rate of the reference group."""
     parts = parts_of(optimizer)
     check_steps(parts)
     slots_of = read_slots(parts, masters, scaler)

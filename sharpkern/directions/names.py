@@ -14,12 +14,6 @@ _OUTER_WRAPPER = "module"
 def bare_name(name: str) -> str:
     """Return ``name`` without the prefixes of wrapper modules.
 
-    Args:
-        name: a parameter's dotted name.
-
-    Returns:
-        The dotted name inside the innermost module.
-
     Example:
         >>> bare_name("_orig_mod.module.blocks.0.weight")
         'blocks.0.weight'
@@ -31,11 +25,7 @@ def bare_name(name: str) -> str:
 
 
 class NameTable(Generic[_T]):
-    """Looks things up by name: an exact match first, then a match without wrapper prefixes on either side.
-
-    Args:
-        named: the things by name.
-    """
+    """Looks things up by name: an exact match first, then a match without wrapper prefixes on either side."""
 
     def __init__(self, named: Mapping[str, _T]) -> None:
         self._exact = dict(named)
@@ -49,39 +39,18 @@ class NameTable(Generic[_T]):
             del self._bare[bare]
 
     def find(self, name: str) -> _T | None:
-        """Return what ``name`` stands for.
-
-        Args:
-            name: a dotted name, with or without wrapper prefixes.
-
-        Returns:
-            The thing of that name, or None where there is none or where stripping the prefixes leaves several.
-        """
+        """Return what ``name`` stands for."""
         if name in self._exact:
             return self._exact[name]
         return self._bare.get(bare_name(name))
 
     def close_to(self, name: str) -> str:
-        """Return a hint for an error about an unknown ``name``.
-
-        Args:
-            name: the name that was not found.
-
-        Returns:
-            A few known names that look like it, or the first known ones.
-        """
+        """Return a hint for an error about an unknown ``name``."""
         names = {bare_name(known): known for known in self._exact}
         close = difflib.get_close_matches(bare_name(name), names, n=3, cutoff=0.6)
         return listed(names[bare] for bare in close) if close else listed(list(self._exact)[:3])
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return quoted names in one line, for error messages.
-
-    Args:
-        names: the names.
-
-    Returns:
-        ``'a', 'b'``, or "none" where there are no names.
-    """
+    """Return quoted names in one line, for error messages."""
     return ", ".join(f"'{name}'" for name in names) or "none"

@@ -42,11 +42,7 @@ class ParamState:
         return (self.held if self.master is None else self.master).detach()
 
     def gradient(self) -> Tensor:
-        """Return the gradient without the loss scale, which is removed in the precision of ``theta``.
-
-        Returns:
-            Tensor of the shape of ``held``, the very ``.grad`` where there is no scale: must not be written.
-        """
+        """Return the gradient without the loss scale, which is removed in the precision of ``theta``."""
         assert self.held.grad is not None
         grad = self.held.grad.detach()
         return grad if self.scale == 1 else grad.to(self.theta.dtype) * (1 / self.scale)
@@ -55,23 +51,7 @@ class ParamState:
 def read_slots(
     parts: Sequence[Part], masters: Mapping[nn.Parameter, Tensor] | None, scaler: GradScaler | None
 ) -> list[list[ParamState]]:
-    """Return every parameter of some optimizers with what belongs to it.
-
-    Args:
-        parts: the optimizers that make an update together.
-        masters: higher-precision copies by model parameter; an optimizer may hold either. None to look for
-            ``optimizer.state[parameter]["master_param"]`` only.
-        scaler: the loss scaler, or None.
-
-    Returns:
-        The slots of each optimizer, in the order of its groups. What is neither floating-point nor has a gradient, as
-        frozen quantised weights, is left out: optimizers step past it.
-
-    Raises:
-        TypeError: if an argument or a parameter is of a kind that is not supported.
-        ValueError: if a gradient is sparse, a group has no learning rate, a parameter stands there twice, or the
-            masters belong to something else.
-    """
+    """Return every parameter of some optimizers with what belongs to it."""
     masters = _checked_masters(masters or {})
     seen: dict[int, int] = {}
     slots = []
@@ -93,16 +73,7 @@ def read_slots(
 
 
 def check_parameter(label: str, parameter: Tensor) -> None:
-    """Refuse a parameter that no direction can be formed for.
-
-    Args:
-        label: what the error calls it.
-        parameter: the parameter.
-
-    Raises:
-        TypeError: if it is complex, not floating, or a DTensor of partial sums.
-        ValueError: if it is on the meta device.
-    """
+    """Refuse a parameter that no direction can be formed for."""
     if not parameter.is_floating_point():
         raise TypeError(
             f"{label} must be real and floating-point, got {parameter.dtype}; "
@@ -118,15 +89,7 @@ def check_parameter(label: str, parameter: Tensor) -> None:
 
 
 def check_gradient(label: str, gradient: Tensor) -> None:
-    """Refuse a gradient that is not a dense tensor.
-
-    Args:
-        label: what the error calls its parameter.
-        gradient: the gradient.
-
-    Raises:
-        ValueError: if it is sparse.
-    """
+    """Refuse a gradient that is not a dense tensor."""
     if gradient.layout is not torch.strided:
         raise ValueError(
             f"the gradient of {label} must be dense, got {gradient.layout}; build the embedding with sparse=False"

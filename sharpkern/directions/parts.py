@@ -69,14 +69,7 @@ class Place(NamedTuple):
         return bool(self.group.get("maximize", getattr(self.mover, "maximize", False)))
 
     def lr(self, where: str = "") -> float:
-        """Return the learning rate.
-
-        Args:
-            where: what an error says after the group's number.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Return the learning rate."""
         lr = self.group.get("lr")
         if lr is None or not 0 <= float(lr) < math.inf:
             raise ValueError(
@@ -118,20 +111,7 @@ class Part:
 
 
 def parts_of(optimizers: object) -> list[Part]:
-    """Return the optimizers whose steps make up one update.
-
-    Args:
-        optimizers: an optimizer; a list or tuple; a container, which holds several as ``optimizers`` or
-            ``chained_optimizers`` and only hands its step on to them; or a wrapper that is known to add nothing. Any
-            other wrapper is an optimizer of its own.
-
-    Returns:
-        One part for each, in their order.
-
-    Raises:
-        TypeError: if something else is among them.
-        ValueError: if there are none.
-    """
+    """Return the optimizers whose steps make up one update."""
     parts = list(_parts(optimizers, ()))
     if not parts:
         raise ValueError("optimizer must hold at least one optimizer, got an empty list; pass those of the loop")
@@ -139,11 +119,7 @@ def parts_of(optimizers: object) -> list[Part]:
 
 
 def check_steps(parts: Sequence[Part]) -> None:
-    """Refuse optimizers whose step is not one step from one gradient at θ.
-
-    Raises:
-        TypeError: one is such.
-    """
+    """Refuse optimizers whose step is not one step from one gradient at θ."""
     for part in parts:
         for one in (*part.holders, part.optimizer, *optimizers_within(part.optimizer)):
             _refuse_several_gradients(one)

@@ -11,17 +11,7 @@ from sharpkern.distributed.sharding import is_sharded, reshard
 
 
 def checked_module(model: nn.Module) -> nn.Module:
-    """Return ``model`` if it is a module.
-
-    Args:
-        model: what the user passed.
-
-    Returns:
-        The same.
-
-    Raises:
-        TypeError: if it is something else.
-    """
+    """Return ``model`` if it is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the module that is trained")
     return model
@@ -30,19 +20,7 @@ def checked_module(model: nn.Module) -> nn.Module:
 def placed(
     named: Iterable[tuple[str | nn.Parameter, Tensor]], model: nn.Module
 ) -> list[tuple[str, nn.Parameter, Tensor]]:
-    """Find the parameter of each tensor.
-
-    Args:
-        named: tensors by the parameter's name or by the parameter.
-        model: the module whose parameters they are.
-
-    Returns:
-        (name, parameter, tensor) for each parameter, a tied weight once.
-
-    Raises:
-        TypeError: if a key is neither a name nor a parameter.
-        ValueError: if a name or parameter is not the model's, or a parameter is given two different tensors.
-    """
+    """Find the parameter of each tensor."""
     reshard(checked_module(model))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     name_of = {id(parameter): name for name, parameter in parameters.items()}
@@ -78,17 +56,7 @@ def placed(
 
 
 def check_fit(name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
-    """Refuse a tensor that a parameter cannot move by.
-
-    Args:
-        name: the parameter's name, for the error.
-        parameter: the parameter.
-        tensor: its Δθ.
-
-    Raises:
-        TypeError: if the tensor or the parameter is not real and floating-point.
-        ValueError: if shape, device or layout differ.
-    """
+    """Refuse a tensor that a parameter cannot move by."""
     check_parameter(f"'{name}'", parameter)
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -12,23 +12,6 @@ def inverse_preconditioner(optimizer: Optimizers) -> tuple[dict[nn.Parameter, Te
 
     Steps are θ − ηP⁻¹g where the momentum is at rest, η being the learning rate of the first moving group; a group
     whose learning rate differs from it has its P divided by the ratio.
-
-    Args:
-        optimizer: an Adam or AdamW that has taken a step, several in a list or a container, or a wrapper of one that is
-            known to add nothing, as Accelerate's.
-
-    Returns:
-        The diagonal of P⁻¹ by parameter, of its shape and on its device, in no less than float32; and η.
-
-    Raises:
-        TypeError: if the optimizer is not a `torch.optim.Adam` or `AdamW`.
-        ValueError: if it has moved nothing yet.
-
-    Memory:
-        One tensor of each parameter's size.
-
-    Source:
-        Cohen et al. 2022, arXiv 2207.14484.
     """
     adams = [part.optimizer for part in parts_of(optimizer)]
     other = next((adam for adam in adams if type(adam) not in (Adam, AdamW)), None)

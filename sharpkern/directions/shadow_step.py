@@ -30,21 +30,6 @@ def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[ParamState]) -
     the step of its class runs on the copy. Hooks stay behind, and so does a ``step`` patched onto the instance, as
     learning-rate schedulers do. In 16 bits θ − θ′ would be lost to rounding: such parameters, their gradients and state
     are widened to float32.
-
-    Args:
-        optimizer: the optimizer, left as it is.
-        slots: its parameters.
-
-    Returns:
-        One new tensor for each slot: its shape and device, in the dtype of the master or of the stand-in. In float32
-        the difference carries a relative error of about 1e-7·|θ|/|θ − θ′|.
-
-    Raises:
-        TypeError: if the step needs a closure, or cannot run on a copy.
-
-    Memory:
-        A copy of parameters, gradients and state, and what the step itself allocates; of these the result, one tensor
-        per parameter, is kept.
     """
     kind = type(optimizer)
     parameters = list(inspect.signature(kind.step).parameters.values())[1:]
@@ -76,13 +61,6 @@ def undisturbed(devices: Iterable[torch.device], steps: Callable[[], Result]) ->
 
     Random numbers are those that the real steps will draw, and the streams are put back. Step hooks registered for all
     optimizers do not run, and an enclosing autocast, outside of which steps are taken, is off.
-
-    Args:
-        devices: that the parameters are on.
-        steps: calls `shadow_step`.
-
-    Returns:
-        What ``steps`` returns.
     """
     found = set(devices)
     with alone:

@@ -26,23 +26,7 @@ def summed(
     labels: Sequence[str],
     masters: Sequence[Tensor | None] = (),
 ) -> list[Given | Tensor]:
-    """Return updates in which those of parameters that share memory are what they move that memory by together.
-
-    Args:
-        parameters: the parameters that move.
-        sources: for each its own update.
-        labels: for each what errors call it.
-        masters: for each its higher-precision copy, or None; empty where there are none.
-
-    Returns:
-        The sources themselves, of parameters that share memory views of their sum.
-
-    Raises:
-        ValueError: if they share it in a way in which their sum is not defined.
-
-    Memory:
-        For parameters that share memory as much once more, in no less than float32.
-    """
+    """Return updates in which those of parameters that share memory are what they move that memory by together."""
     result: list[Given | Tensor] = list(sources)
     for group in overlapping([local(parameter) for parameter in parameters]):
         _check_group([parameters[i] for i in group], [labels[i] for i in group], [masters[i] for i in group if masters])
@@ -55,18 +39,7 @@ def summed(
 def norm_once(
     parameters: Sequence[Tensor], sources: Sequence[Source], norms_sq: Sequence[float], labels: Sequence[str]
 ) -> float:
-    """Return |Δθ|² with memory that parameters share counted once.
-
-    Args:
-        parameters: the parameters that move.
-        sources: how far each moves.
-        norms_sq: |Δθ|² of each.
-        labels: for each what errors call it.
-
-    Raises:
-        ValueError: if parameters that share memory are to move by different amounts, or share it in a way in which no
-            displacement is defined.
-    """
+    """Return |Δθ|² with memory that parameters share counted once."""
     for label, parameter, norm_sq in zip(labels, parameters, norms_sq, strict=True):
         if norm_sq and overlaps_itself(local(parameter)):
             raise ValueError(
@@ -97,17 +70,7 @@ def also_moved(
     masters: Sequence[Tensor | None],
     labels: Sequence[str],
 ) -> dict[nn.Parameter, Tensor]:
-    """Return what moves besides: parameters that share memory with one that does, and how far each moves.
-
-    Args:
-        parameters: those that move, and then all others.
-        sources: how far each of the first moves.
-        masters: for each of these its higher-precision copy, or None.
-        labels: for each parameter what errors call it.
-
-    Raises:
-        ValueError: if memory is shared in a way in which no displacement is defined.
-    """
+    """Return what moves besides: parameters that share memory with one that does, and how far each moves."""
     found: dict[nn.Parameter, Tensor] = {}
     for group in overlapping([local(parameter) for parameter in parameters]):
         mine = [i for i in group if i < len(sources)]
@@ -124,13 +87,7 @@ def also_moved(
 
 
 def _spread(parameters: Sequence[Tensor], deltas: Sequence[Tensor | None], *, add: bool) -> tuple[Tensor, list[Tensor]]:
-    """Return the displacement of the memory that parameters share, and what each of them sees of it.
-
-    Args:
-        parameters: that share memory.
-        deltas: their displacements, None for those that have none of their own.
-        add: whether they add up; otherwise each is what the memory moves by.
-    """
+    """Return the displacement of the memory that parameters share, and what each of them sees of it."""
     dtype = torch.float32
     for delta in deltas:
         dtype = dtype if delta is None else torch.promote_types(dtype, delta.dtype)

@@ -42,14 +42,7 @@ def replicate_state(module: nn.Module) -> Any:
 
 
 def reducers_of(model: nn.Module) -> Iterator[tuple[nn.Module, DistributedDataParallel]]:
-    """What averages gradients in a model, each behind the module whose forward pass it begins.
-
-    Args:
-        model: any module.
-
-    Yields:
-        tuple: the module and its reducer, which ``replicate`` makes when the module runs for the first time.
-    """
+    """What averages gradients in a model, each behind the module whose forward pass it begins."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             yield module.module, module
@@ -61,11 +54,7 @@ _known: WeakKeyDictionary[nn.Module, _Order] = WeakKeyDictionary()
 
 
 class Lockstep:
-    """The order in which modules communicate in a pass, noted in one and kept up in those that fail.
-
-    Args:
-        model: with FSDP2 modules or data-parallel ones in it, or without, where all of this does nothing.
-    """
+    """The order in which modules communicate in a pass, noted in one and kept up in those that fail."""
 
     def __init__(self, model: nn.Module) -> None:
         reducers = list(reducers_of(model))

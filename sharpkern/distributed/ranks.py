@@ -39,11 +39,7 @@ class Ranks(Protocol):
 
 
 class Alone:
-    """A single process, or ranks that the caller has a function of his own for.
-
-    Args:
-        reduce: applied to the loss before it is read, or None.
-    """
+    """A single process, or ranks that the caller has a function of his own for."""
 
     def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         self._reduce = reduce
@@ -75,12 +71,7 @@ class Alone:
 
 
 class Together:
-    """The ranks of process groups, which take the mean of their losses.
-
-    Args:
-        groups: of a data-parallel model its group; of a mesh one for each dimension.
-        device: where the groups can communicate.
-    """
+    """The ranks of process groups, which take the mean of their losses."""
 
     def __init__(self, groups: Sequence[Any], device: torch.device) -> None:
         self._groups = groups
@@ -99,15 +90,7 @@ class Together:
     def agree(
         self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
     ) -> tuple[float, bool]:
-        """The mean loss, and whether any rank asks; in one collective for each group, also on a rank that failed.
-
-        Raises:
-            BaseException: this rank's failure, if no other has a graver one.
-            NoUpdateError: another rank has no update.
-            EngineUnsupportedError: another rank's engine is unable.
-            OutOfMemoryError: another rank ran out of memory.
-            RankError: another rank failed otherwise.
-        """
+        """The mean loss, and whether any rank asks; in one collective for each group, also on a rank that failed."""
         told = torch.zeros(2 + len(KINDS), dtype=torch.float64, device=self._device)
         if loss is not None:
             told[0] = loss
@@ -140,14 +123,7 @@ class Together:
 
 @contextmanager
 def as_one(ranks: Ranks) -> Iterator[None]:
-    """Run a block without collectives of its own; if it fails on one rank, it fails on all.
-
-    Args:
-        ranks: that run it.
-
-    Yields:
-        None: until the block ends.
-    """
+    """Run a block without collectives of its own; if it fails on one rank, it fails on all."""
     failure = None
     try:
         yield
@@ -180,20 +156,7 @@ def _wait_for_a_while(work: Any, failure: BaseException) -> None:
 
 
 def raise_gravest(failure: BaseException | None, failures: Sequence[float], size: int) -> None:
-    """Raise the gravest failure of all ranks.
-
-    Args:
-        failure: of this rank, or None.
-        failures: how many ranks have one of each of `KINDS`.
-        size: number of ranks.
-
-    Raises:
-        BaseException: this rank's failure, if no other has a graver one.
-        NoUpdateError: another rank has no update.
-        EngineUnsupportedError: another rank's engine is unable.
-        OutOfMemoryError: another rank ran out of memory.
-        RankError: another rank failed otherwise.
-    """
+    """Raise the gravest failure of all ranks."""
     gravest = max(kind for kind, number in enumerate(failures) if number)
     if failure is not None and device_kind(failure) == gravest:
         try:

@@ -14,41 +14,19 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor.
-
-    Args:
-        tensor: anything.
-
-    Returns:
-        True for DTensors, also replicated ones.
-    """
+    """Whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor, which shares its memory; any other tensor as it is.
-
-    Args:
-        tensor: a DTensor or any other tensor.
-
-    Returns:
-        The very tensor that a DTensor keeps, the same object each time, so that it can be known by identity.
-    """
+    """Return what this rank holds of a tensor, which shares its memory; any other tensor as it is."""
     shard: Tensor = tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return shard
 
 
 def local_as(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a tensor that belongs to this rank's shard of a parameter.
-
-    Args:
-        tensor: of the shape of ``parameter``, such as its gradient.
-        parameter: a DTensor, or a plain one, for which ``tensor`` is returned as it is.
-
-    Returns:
-        Its shard, moved between the ranks first where it lies there in another way.
-    """
+    """Return the part of a tensor that belongs to this rank's shard of a parameter."""
     if not is_sharded(parameter) or not is_sharded(tensor):
         return local(tensor)
     mine: Any = parameter
@@ -59,27 +37,13 @@ def local_as(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with what all ranks hold of it; a collective for DTensors, nothing for others.
-
-    Args:
-        tensor: a small tensor, such as a loss.
-
-    Returns:
-        The plain tensor.
-    """
+    """Return a tensor with what all ranks hold of it; a collective for DTensors, nothing for others."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def partial_placement(parameter: Tensor) -> str | None:
-    """Name the placement of a parameter that no rank can work on its own part of.
-
-    Args:
-        parameter: any parameter.
-
-    Returns:
-        The name, or None where there is none such.
-    """
+    """Name the placement of a parameter that no rank can work on its own part of."""
     if not is_sharded(parameter):
         return None
     placements: Sequence[Any] = parameter.placements  # type: ignore[attr-defined]
@@ -88,15 +52,7 @@ def partial_placement(parameter: Tensor) -> str | None:
 
 @torch.no_grad()
 def over_shards(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> list[Tensor]:
-    """Add up sums over elements across the ranks that hold the shards; every rank has to call this alike.
-
-    Args:
-        parameters: the parameters that the sums are of.
-        sums: for each what this rank's shard gives, all of one shape, float64.
-
-    Returns:
-        The sums over whole parameters, the same on every rank that holds a part.
-    """
+    """Add up sums over elements across the ranks that hold the shards; every rank has to call this alike."""
     result = list(sums)
     groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for i, parameter in enumerate(parameters):
@@ -115,14 +71,7 @@ def over_shards(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> list[Te
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that ``fully_shard`` was applied to, the outermost first.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Its FSDP2 modules, in the order of ``model.modules()``.
-    """
+    """Return the modules that ``fully_shard`` was applied to, the outermost first."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
@@ -133,9 +82,6 @@ def reshard(model: nn.Module) -> None:
 
     After a forward pass without gradients the outermost module stays gathered, and what is written to a shard then is
     not what the next pass reads. Nothing is communicated, and no value changes.
-
-    Args:
-        model: any module.
     """
     for module in fsdp_modules(model):
         module.reshard()

@@ -96,16 +96,7 @@ class TrainedLoss:
     def note(
         self, trained: float, evaluated: float, other: float | None, tolerance: float, scale: float, *, same: bool
     ) -> None:
-        """Enter a comparison.
-
-        Args:
-            trained: as in a `Comparison`.
-            evaluated: likewise.
-            other: likewise, None where it was not evaluated.
-            tolerance: likewise.
-            scale: likewise.
-            same: both are one number, and will be.
-        """
+        """Enter a comparison."""
         self.num_same = self.num_same + 1 if same else 0
         # The same masks again, as where nothing was trained in between, are no further evidence.
         again = other != evaluated and bool(self.comparisons) and self.comparisons[-1][:2] == (trained, evaluated)
@@ -137,11 +128,7 @@ class TrainedLoss:
         return middle if alike and abs(middle - 1) > max(_SCALED, slack) else None
 
     def told_as(self, *, in_eval_mode: bool) -> str:
-        """Say what was seen, the likely mistake, and what mends it.
-
-        Args:
-            in_eval_mode: the closure evaluates the model as in evaluation.
-        """
+        """Say what was seen, the likely mistake, and what mends it."""
         self.told = True
         factor, last = self.factor, self.comparisons[-1]
         if factor is not None:

@@ -23,18 +23,7 @@ Backup = Literal["auto", "device", "host"]
 
 
 class InPlaceEngine:
-    """Evaluates losses at θ − ηΔθ by writing the parameters; `close` is an exact copy back, never a subtraction.
-
-    Args:
-        pairs: the parameters that move.
-        closure: evaluates the user's loss.
-        around: entered around every evaluation.
-        backup: where the copy is: "device", "host", or "auto" for the host where the device has no room for it. From
-            the host it comes back for every step size, which takes longer.
-
-    Memory: one copy of the parameters that move, on their devices or on the host; none for those with a full-precision
-    master, whose rounding they are.
-    """
+    """Evaluates losses at θ − ηΔθ by writing the parameters; `close` is an exact copy back, never a subtraction."""
 
     name = "inplace"
 

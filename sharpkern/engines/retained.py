@@ -14,18 +14,7 @@ _SAMPLE = 1 << 12
 
 
 def retained_share(pairs: Sequence[TrackedParam], rounded: Collection[int], alpha: float) -> float:
-    """⟨dW, αΔθ⟩/|αΔθ|² over all pairs, dW being the change of the rounded weights.
-
-    Args:
-        pairs: the parameters that move.
-        rounded: indices of those that are rounded to the weight's dtype; the others keep everything.
-        alpha: signed step, not 0.
-
-    Returns:
-        float: 1.0 if nothing is lost; may exceed 1 a little, where rounding goes up.
-
-    Memory: a few times 4096 elements of each tensor, which are looked at evenly spaced.
-    """
+    """⟨dW, αΔθ⟩/|αΔθ|² over all pairs, dW being the change of the rounded weights."""
     # Collected on the device, and read once at the end.
     sums: list[Tensor] = []
     for pair in pairs:

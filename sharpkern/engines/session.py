@@ -176,17 +176,7 @@ class Session:
         self._begun: list[KnownFacts] = []
 
     def settle(self, ranks: Unsettled, loss_fn: LossFn | None, plan: str) -> None:
-        """Find out which ranks decide together where nothing tells of them.
-
-        Args:
-            ranks: that have yet to compare themselves.
-            loss_fn: a closure that is evaluated for it; None for ranks that were together before.
-            plan: what is measured, and how.
-
-        Raises:
-            ValueError: the ranks do not fit together.
-            RankError: another rank failed.
-        """
+        """Find out which ranks decide together where nothing tells of them."""
         if not ranks.all_come():
             self.ranks = Alone()
             return
@@ -232,20 +222,7 @@ class Session:
     def run(
         self, target: Target, use: Callable[[Engine], Result], *, engine: str = "auto", quickest: str = "virtual"
     ) -> Result:
-        """Call ``use`` with an engine, and with the next one in its place if it turns out unable and none was named.
-
-        Args:
-            target: the closure.
-            use: handed the open engine.
-            engine: what the caller asked for, "auto" or a name.
-            quickest: as `choose` takes it.
-
-        Returns:
-            Result: what ``use`` returned.
-
-        Raises:
-            EngineUnsupportedError: the engine was named and is unable.
-        """
+        """Call ``use`` with an engine, and with the next one in its place if it turns out unable and none was named."""
         name = self.choose(target, engine, quickest)
         found: dict[str, str] = {}
         while True:
@@ -267,20 +244,7 @@ class Session:
                 return result
 
     def choose(self, target: Target, engine: str, quickest: str = "virtual") -> str:
-        """Name of the engine that ``engine`` stands for.
-
-        Args:
-            target: the closure.
-            engine: what the caller asked for, "auto" or a name.
-            quickest: the engine for ``"auto"`` where nothing speaks against it.
-
-        Returns:
-            str: ``"inplace"`` for ``"auto"`` where the model or the closure is compiled or scripted, or the parameters
-            are sharded; otherwise the first of ``quickest`` and what takes its place that was not found unable before.
-
-        Raises:
-            EngineUnsupportedError: an engine was named that a scripted or sharded model does not show its reads to.
-        """
+        """Name of the engine that ``engine`` stands for."""
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules())
         if engine in ("virtual", "batched") and scripted:
             raise EngineUnsupportedError(
@@ -301,17 +265,7 @@ class Session:
 
     @contextmanager
     def open(self, target: Target, name: str, *, kept: Kept | None = None, backup: Backup = "auto") -> Iterator[Engine]:
-        """Make an engine, and close it whatever happens: at the end of the session at the latest.
-
-        Args:
-            target: the closure that it evaluates.
-            name: ``"virtual"``, ``"batched"`` or ``"inplace"``.
-            kept: formed weights that engines of other closures share.
-            backup: where the in-place engine's copy is; see there.
-
-        Yields:
-            Engine: until the block ends.
-        """
+        """Make an engine, and close it whatever happens: at the end of the session at the latest."""
         engine: Engine
         closure, trace = target.closure, self.guard.trace
         if name == "virtual":
@@ -343,28 +297,7 @@ def in_session(
     grad: bool = False,
     plan: object = None,
 ) -> Result:
-    """Call ``use`` for losses along a direction that leave no trace, on all ranks alike.
-
-    Args:
-        use: handed the open session.
-        model: the model that is evaluated.
-        direction: a `Moving`, or None where nothing moves.
-        loss_fns: the closures that will be evaluated.
-        reduce: the caller's own function of a loss, in place of the mean over the model's ranks.
-        base_loss: L(θ) of this rank where it is known.
-        grad: leave autograd on, for derivatives by `torch.autograd.grad`.
-        plan: what is measured with, the same on ranks that work together; None where no loss of a closure is compared.
-
-    Returns:
-        Result: what ``use`` returned.
-
-    Raises:
-        ValueError: the ranks hold different directions.
-        RankError: another rank failed.
-        RuntimeError: a closure that is being evaluated asks for it.
-
-    Memory: see `Guard`.
-    """
+    """Call ``use`` for losses along a direction that leave no trace, on all ranks alike."""
     loss_fns = tuple(loss_fns)
     compared = None if plan is None else loss_fns[0]
     plan = f"{use.__qualname__} {plan}"
@@ -440,19 +373,7 @@ def _begin(
 
 
 def _agreed(ranks: Ranks, direction: Any, known_base: float | None) -> tuple[Any, float | None]:
-    """What steers the search, the same on every rank to the last bit.
-
-    Args:
-        ranks: that measure.
-        direction: of this rank.
-        known_base: the base loss that was given on this rank, or None.
-
-    Returns:
-        tuple: both, with the means over the ranks for numbers.
-
-    Raises:
-        ValueError: the ranks hold different directions.
-    """
+    """What steers the search, the same on every rank to the last bit."""
     own = [direction.slope, direction.norm_sq, direction.lr, known_base]
     missing = [float(number is None) for number in own]
     means = ranks.means([0.0 if number is None else number for number in own] + missing)

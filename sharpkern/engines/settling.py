@@ -67,15 +67,7 @@ def num_ranks() -> int:
 
 
 def outermost(model: nn.Module, loss_fns: Iterable[Callable[..., object]]) -> nn.Module:
-    """The wrapper that communicates in the passes of closures which call the model through one; else the model.
-
-    Args:
-        model: that is measured.
-        loss_fns: closures that evaluate it.
-
-    Returns:
-        Module: around the model, or itself.
-    """
+    """The wrapper that communicates in the passes of closures which call the model through one; else the model."""
     if num_ranks() == 1 or any(map(_is_wrapper, model.modules())):
         return model
     known = _around.get(model)
@@ -93,19 +85,7 @@ def outermost(model: nn.Module, loss_fns: Iterable[Callable[..., object]]) -> nn
 
 
 def ranks_for(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None, outer: nn.Module) -> Ranks:
-    """The ranks that decide alike, as far as it is known.
-
-    Args:
-        model: that is measured.
-        reduce: the caller's own function of a loss, or None.
-        outer: the outermost module around it, see there.
-
-    Returns:
-        Ranks: that the model's own wrappers or its DTensors name; `Unsettled` where nothing does.
-
-    Raises:
-        TypeError: the model is sharded in a way that cannot be measured.
-    """
+    """The ranks that decide alike, as far as it is known."""
     reshard(model)
     _refuse_shards(outer)
     # What is around the model may be for training alone, while one rank evaluates the model inside.
@@ -267,16 +247,7 @@ def _near(a: float, b: float, rel: float = _SAME, within: float = 0.0) -> bool:
 
 @torch.no_grad()
 def size_of(moves: Iterable[tuple[Tensor, Tensor | Callable[[], Tensor] | None]]) -> tuple[float, float, float]:
-    """|θ|², θᵀΔθ and |Δθ|².
-
-    Args:
-        moves: each parameter with its Δθ, a function that works it out, or None where there is none.
-
-    Returns:
-        tuple: the three, over all shards.
-
-    Memory: one Δθ at a time.
-    """
+    """|θ|², θᵀΔθ and |Δθ|²."""
     parameters, sums = [], []
     for parameter, update in moves:
         theta = local(parameter.detach())
@@ -291,10 +262,6 @@ def size_of(moves: Iterable[tuple[Tensor, Tensor | Callable[[], Tensor] | None]]
 
 class Unsettled(Alone):
     """Ranks that have yet to compare themselves: each alone until then, but that one which fails tells the others.
-
-    Args:
-        model: that is measured.
-        reduce: the caller's own function of a loss, or None.
 
     Attributes:
         listening: to be entered around the evaluation whose loss is compared.
@@ -322,11 +289,7 @@ class Unsettled(Alone):
             del failure
 
     def all_come(self) -> bool:
-        """Whether all ranks are there to evaluate their losses, in which they may need each other.
-
-        Raises:
-            RankError: another rank has failed.
-        """
+        """Whether all ranks are there to evaluate their losses, in which they may need each other."""
         if self.were_together or self._reduce is not None:
             return True
         verdict = self._heeded(_meet({"ready": True}))
@@ -335,18 +298,7 @@ class Unsettled(Alone):
         return "ready" in verdict
 
     def settled(self, facts: Facts) -> Ranks:
-        """Compare with the other ranks.
-
-        Args:
-            facts: of this rank, as far as they are known without having listened.
-
-        Returns:
-            Ranks: that decide alike.
-
-        Raises:
-            ValueError: the ranks do not fit together.
-            RankError: another rank has failed.
-        """
+        """Compare with the other ranks."""
         found = _known(self._model)
         talks, reduces = self.listening.heard, self._reduce is not None
         # A function that concerns this rank alone has nobody to compare with.
@@ -422,15 +374,7 @@ def _close(store: Any, number: int) -> None:
 
 
 def judged(said: Sequence[Mapping[str, Any]], size: int) -> Mapping[str, Any]:
-    """Judge what the ranks have said; see the table above.
-
-    Args:
-        said: by each that came, that it is ready, its facts, or the kind of its failure.
-        size: how many ranks there are.
-
-    Returns:
-        Mapping: "failures", "error" or "warning", "ready", or "together", and "mean" for this measurement.
-    """
+    """Judge what the ranks have said; see the table above."""
     failures = [sum(one.get("failure") == kind for one in said) for kind in KINDS]
     if any(failures[1:]):
         return {"failures": failures}

@@ -31,13 +31,7 @@ class EngineTimes:
         return "batched" if len(several) < _LEAST or min(several) < _WORTH * min(single) else "virtual"
 
     def note(self, engine: str, work: int, seconds: Sequence[float]) -> None:
-        """Remember a search.
-
-        Args:
-            engine: that evaluated its losses.
-            work: outputs of all matrix products of one step size.
-            seconds: of each pass with as many step sizes as the engine takes at a time.
-        """
+        """Remember a search."""
         # Batches of a similar length take a similar time.
         self._work = round(2 * math.log2(max(1, work)))
         times = self._seconds[engine, self._work]

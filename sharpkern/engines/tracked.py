@@ -19,9 +19,6 @@ def stream_of(device: torch.device) -> int:
 class Step:
     """A signed step α as the tensors that operations take: one per device and dtype, made once.
 
-    Args:
-        alpha: a number; or, inside of torch.func.vmap, a 0-dim float64 tensor on the CPU that stands for several.
-
     Attributes:
         is_several: α stands for several step sizes, each of which gives a result of its own.
     """
@@ -78,8 +75,6 @@ class TrackedParam:
         """θ + αΔθ in the weight's dtype, or in ``dtype``.
 
         Where autograd is on, the result belongs to the graph of the weight: a closure may differentiate by parameters.
-
-        Memory: one tensor of the weight's size unless ``out`` is given.
         """
         dtype = dtype or self.weight.dtype
         if out is None and self.move.base.requires_grad and torch.is_grad_enabled():
@@ -110,10 +105,7 @@ class Scratch:
         self._buffers: dict[tuple[torch.dtype, torch.device, int, bool], Tensor] = {}
 
     def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of the shape of ``like``, with its strides where they are dense; the contents are undefined.
-
-        Memory: grows to the largest tensor asked for.
-        """
+        """A tensor of the shape of ``like``, with its strides where they are dense; the contents are undefined."""
         key = (dtype, like.device, stream_of(like.device), torch.is_inference_mode_enabled())
         if key in self._buffers and self._buffers[key].numel() < like.numel():
             # The smaller buffer goes before the larger one comes.

@@ -111,23 +111,7 @@ class SharpnessMonitor(Monitor):
         loss: float | Tensor | None = None,
         direction: Direction | Callable[[], Direction] | None = None,
     ) -> Measurement | None:
-        """Take a micro-batch, and measure after the last one of a step that is due.
-
-        Args:
-            loss_fn: ``loss_fn(*batch)`` is the loss that was given to ``accelerator.backward``.
-            *batch: of this micro-batch alone. It is kept for the step: a closure over the loop's variable would see the
-                last batch in place of all.
-            heldout: as for `sharpkern.Monitor`.
-            loss: likewise, of this micro-batch. By default what ``accelerator.backward`` was given, if that was called
-                once since the last micro-batch.
-            direction: likewise.
-
-        Returns:
-            Measurement: of the mean loss of the step's micro-batches; None where nothing was measured.
-
-        Raises:
-            TypeError: if no batch is given.
-        """
+        """Take a micro-batch, and measure after the last one of a step that is due."""
         if not batch:
             raise TypeError(
                 "SharpnessMonitor must be called with the micro-batch, got a loss_fn alone; pass it as "
@@ -168,13 +152,7 @@ def _watch_backward(accelerator: Any, monitor: SharpnessMonitor) -> None:
 
 
 class _StepLoss:
-    """Σ loss_fn(*batch) / n over the micro-batches of one step, as ``accelerator.backward`` adds them up.
-
-    Args:
-        func: the user's; by this name it is known again, as that of a `functools.partial`.
-        batches: arguments of each call.
-        num_steps: n.
-    """
+    """Σ loss_fn(*batch) / n over the micro-batches of one step, as ``accelerator.backward`` adds them up."""
 
     def __init__(self, func: Callable[..., Tensor], batches: list[tuple[Any, ...]], num_steps: int) -> None:
         # Whether it is compiled is told by an attribute.

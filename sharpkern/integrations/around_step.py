@@ -170,11 +170,7 @@ class AroundStep:
 
 
 class _Start:
-    """Where a step starts: the weights, the learning rate, and which gradients there are.
-
-    Args:
-        optimizer: that is about to write its parameters.
-    """
+    """Where a step starts: the weights, the learning rate, and which gradients there are."""
 
     @torch.no_grad()
     def __init__(self, optimizer: Optimizer) -> None:
@@ -197,11 +193,7 @@ class _Start:
 
     @torch.no_grad()
     def go_back(self) -> Direction:
-        """Return the direction of the step that was taken, and make the parameters θ.
-
-        Raises:
-            NoUpdateError: there is none that is finite.
-        """
+        """Return the direction of the step that was taken, and make the parameters θ."""
         if self._lr is None:
             raise NoUpdateError(
                 "the step must have a gradient and a positive learning rate in one group, got none; measure when the "

@@ -198,11 +198,7 @@ class _MicroBatch(NamedTuple):
 
 
 class _Step:
-    """The micro-batches of one optimizer step, noted as they are trained on.
-
-    Args:
-        trainer: whose next call of ``training_step`` is noted.
-    """
+    """The micro-batches of one optimizer step, noted as they are trained on."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer

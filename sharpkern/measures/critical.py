@@ -117,28 +117,7 @@ def measure(
     memory: SearchMemory | None = None,
     pace: EngineTimes | None = None,
 ) -> tuple[Measurement, SearchMemory]:
-    """`critical_sharpness` with a warm start.
-
-    Args:
-        model: as there.
-        loss_fn: as there.
-        direction: as there.
-        options: as there.
-        base_loss: as there.
-        trained_loss: the same, of a loop that goes on where it is another loss than the closure's.
-        memory: what the last search left.
-        pace: what passes took in the loop that this is a measurement of; engine="auto" then takes the quicker one, and
-            a loss that is the same everywhere is "unresolved", and no error that ends the loop.
-
-    Returns:
-        tuple: the measurement, and what to hand to the next one.
-
-    Raises:
-        EngineUnsupportedError: as there.
-        RankError: as there.
-        TypeError: as there.
-        ValueError: as there.
-    """
+    """`critical_sharpness` with a warm start."""
     started = time.perf_counter()
     check_arguments(model, loss_fn, direction)
     known_base = _as_number("base_loss", base_loss) if trained_loss is None else _as_number("loss", trained_loss)
@@ -193,11 +172,7 @@ def _may_batch(pairs: Sequence[TrackedParam], options: Options) -> bool:
 
 
 def check_arguments(model: object, loss_fn: object, direction: object) -> None:
-    """Refuse arguments of the wrong kind.
-
-    Raises:
-        TypeError: one is.
-    """
+    """Refuse arguments of the wrong kind."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that loss_fn evaluates"

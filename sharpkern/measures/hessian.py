@@ -167,12 +167,7 @@ class _StoppedError(Exception):
 
 
 class _Products:
-    """Counts the products of a symmetric operator, and keeps what can be said when there may be no more.
-
-    Args:
-        product: v ↦ Hv, flat.
-        limit: most products to compute.
-    """
+    """Counts the products of a symmetric operator, and keeps what can be said when there may be no more."""
 
     def __init__(self, product: Callable[[Tensor], Tensor], limit: int) -> None:
         self._product = product

@@ -40,18 +40,11 @@ class GradientGraph:
     means over the ranks of the session, which all have to ask for the same products; a data-parallel reducer takes no
     part.
 
-    Args:
-        session: Of the model that the closure calls.
-        loss_fn: The closure; returns the scalar loss with its graph.
-        parameters: The parameters θ, each with ``requires_grad``.
-
     Attributes:
         loss: L(θ), the mean over the ranks.
         gradient: ∂L/∂θ, one tensor per parameter, zeros where the loss does not depend on it.
         length: its norm.
         rounding: relative error that the products' arithmetic shows, no less than that of the parameters' dtype.
-
-    Memory: the activations of a forward and a backward pass, held as long as the object lives.
     """
 
     gradient: tuple[Tensor, ...]
@@ -89,17 +82,7 @@ class GradientGraph:
         self._check_linearity()
 
     def product(self, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return H·v.
-
-        Args:
-            vectors: v, one tensor per parameter, of its shape.
-
-        Returns:
-            One tensor per parameter, of its shape, dtype and device.
-
-        Raises:
-            RuntimeError: If the loss cannot be differentiated twice, as far as that can be seen.
-        """
+        """Return H·v."""
         *products, seen = self._mean(self._derivative(vectors, (*self._parameters, self._seed)))
         self._note_rounding(vectors, float(seen))
         return tuple(products)
@@ -161,14 +144,7 @@ class GradientGraph:
 
 @contextmanager
 def no_reducers(model: nn.Module) -> Iterator[None]:
-    """Keep data-parallel wrappers from taking part in a forward and a backward pass.
-
-    Args:
-        model: that the passes are of.
-
-    Yields:
-        None: until the block ends.
-    """
+    """Keep data-parallel wrappers from taking part in a forward and a backward pass."""
     with ExitStack() as stack:
         for module, reducer in reducers_of(model):
             # Which tells its reducer anew in every pass.
@@ -188,14 +164,6 @@ def check_symmetry(forth: float, back: float, scale: float) -> None:
 
     Where an operator hides from autograd how its gradient depends on some of its inputs nothing raises: blocks of the
     Hessian are simply missing.
-
-    Args:
-        forth: uᵀHv.
-        back: vᵀHu.
-        scale: A typical magnitude of either.
-
-    Raises:
-        RuntimeError: If they differ by more than a tenth of the scale.
     """
     if abs(forth - back) > 0.1 * scale:
         raise RuntimeError(
@@ -204,15 +172,7 @@ def check_symmetry(forth: float, back: float, scale: float) -> None:
 
 
 def check_differentiable(loss: Tensor) -> None:
-    """Refuse what cannot be differentiated, by name.
-
-    Args:
-        loss: what a closure returned.
-
-    Raises:
-        TypeError: If it is no floating-point tensor.
-        ValueError: If it is no scalar, or has no graph.
-    """
+    """Refuse what cannot be differentiated, by name."""
     check_loss(loss)
     if not loss.requires_grad:
         raise ValueError(
@@ -223,11 +183,7 @@ def check_differentiable(loss: Tensor) -> None:
 
 
 def _foreign_operators(loss: Tensor) -> set[str]:
-    """Return the names of the operators in a loss's graph whose gradients are not torch's own.
-
-    Raises:
-        RuntimeError: If one of them hides its parameters.
-    """
+    """Return the names of the operators in a loss's graph whose gradients are not torch's own."""
     names: set[str] = set()
     seen, waiting = set(), [loss.grad_fn]
     while waiting:

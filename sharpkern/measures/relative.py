@@ -78,12 +78,7 @@ def relative_critical_sharpness(
 def _together(
     model: nn.Module, tasks: Mapping[str, LossFn], direction: Direction, options: Options
 ) -> dict[str, Measurement]:
-    """Measure several tasks side by side, so that weights formed for one serve all that ask for the same step sizes.
-
-    Returns:
-        dict: name of the task → its measurement; without tasks that have to be measured in place, or that an engine is
-        unable for.
-    """
+    """Measure several tasks side by side, so that weights formed for one serve all that ask for the same step sizes."""
 
     def measured(session: Session) -> dict[str, Measurement]:
         kept = Kept(_room(session.pairs))
@@ -111,10 +106,6 @@ def _together(
 
 class _Task:
     """One task's measurement on its way.
-
-    Args:
-        name: of the task.
-        run: measures it.
 
     Attributes:
         name: as given.

@@ -61,17 +61,7 @@ class Measurement:
 
 
 def check_values(status: Status, critical_lr: float, sharpness: float, base_loss: float) -> None:
-    """Refuse numbers that no measurement of this status has.
-
-    Args:
-        status: of the measurement.
-        critical_lr: η_c.
-        sharpness: λ_c.
-        base_loss: L(θ).
-
-    Raises:
-        ValueError: they do not belong together.
-    """
+    """Refuse numbers that no measurement of this status has."""
     rules = {"ascent": critical_lr == 0, "nonfinite": math.isnan(critical_lr), "unresolved": math.isnan(critical_lr)}
     if not rules.get(status, 0 < critical_lr < math.inf):
         raise ValueError(f"critical_lr is {critical_lr} where the status is {status!r}")
@@ -110,19 +100,7 @@ class Options:
 
     @classmethod
     def of(cls, caller: Callable[..., Any], options: Mapping[str, Any]) -> "Options":
-        """Options given by name.
-
-        Args:
-            caller: the function or class that was given them; its own may have been meant too.
-            options: by name.
-
-        Returns:
-            Options: with the defaults where nothing is given.
-
-        Raises:
-            TypeError: there is no such option.
-            ValueError: one is out of range.
-        """
+        """Options given by name."""
         names = [field.name for field in fields(cls)]
         for name in options:
             if name not in names:

@@ -47,13 +47,6 @@ class ConstantLossError(NoUpdateError):
 class Run:
     """One measurement by one engine.
 
-    Args:
-        session: of the model and the direction.
-        target: the closure.
-        engine: evaluates the losses.
-        options: of the measurement.
-        must_agree: a loss that was handed in and is not the closure's is an error at once.
-
     Attributes:
         engine: as given.
     """
@@ -84,17 +77,7 @@ class Run:
         self._slope_warning: str | None = None
 
     def search(self, memory: SearchMemory | None) -> Search:
-        """Base loss, line search, and the checks that are due, the engine being asked by somebody else.
-
-        Args:
-            memory: what the last search left.
-
-        Yields:
-            Step sizes; send the losses there.
-
-        Returns:
-            SearchResult: of the line search.
-        """
+        """Base loss, line search, and the checks that are due, the engine being asked by somebody else."""
         engine, options, slope = self.engine, self._options, self._direction.slope
         # A few evaluations are better spent one at a time.
         several = engine.name == "batched" and options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
@@ -290,11 +273,7 @@ def _has_dropout(model: nn.Module) -> bool:
 
 
 def finish(run: Run, search: Search) -> SearchResult:
-    """Go through a search with the run's own engine.
-
-    Returns:
-        SearchResult: what the search found.
-    """
+    """Go through a search with the run's own engine."""
     try:
         step_sizes = next(search)
     except StopIteration as stop:

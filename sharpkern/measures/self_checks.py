@@ -34,16 +34,7 @@ _IN_FULL, _IN_16_BITS = (0.02, 20, 50), (0.1, 60, 100)
 
 
 def check_repeatable(first: float, second: float, noise: float) -> None:
-    """Refuse a closure that gives another loss at the same parameters.
-
-    Args:
-        first: the loss at θ.
-        second: the same, evaluated again.
-        noise: relative standard error of one loss.
-
-    Raises:
-        ValueError: they differ by more than rounding.
-    """
+    """Refuse a closure that gives another loss at the same parameters."""
     if abs(first - second) > max(1e-5, 20 * noise) * max(abs(first), abs(second)):
         raise ValueError(
             f"loss_fn must return the same loss whenever it is called, got {first} and then {second} at the same "
@@ -62,17 +53,6 @@ def confirm(
     """Compare an engine that does not write θ with the storage oracle, if due, where a probe shows the largest effect.
 
     Where no probe stands out of the noise, that is left to the next measurement.
-
-    Args:
-        engine: that evaluated the probes; the in-place one needs no comparison.
-        checks: told that it agrees.
-        base: loss at θ.
-        probes: step sizes and losses that it evaluated.
-        noise: relative standard error of one loss.
-        reach: step size beyond which another term of the loss may be larger than the one that counts.
-
-    Raises:
-        EngineUnsupportedError: they differ.
     """
     floor = noise * abs(base)
     share, slack, least = _IN_16_BITS if noise > _EXACT else _IN_FULL
@@ -115,22 +95,7 @@ def check_slope(
     random: bool,
     spare_forwards: int,
 ) -> tuple[float | None, str | None]:
-    """Look whether the loss falls along the direction as fast as the gradient says.
-
-    Args:
-        engine: evaluates one small step, unless a probe was small already.
-        base: loss at θ.
-        slope: Δθᵀg.
-        result: of the line search.
-        noise: relative standard error of one loss.
-        kept: share of the displacement at a step size that survives rounding of the weights.
-        random: the closure draws random numbers, so that its losses are not exactly the gradient's.
-        spare_forwards: evaluations that may still be made, at least 1.
-
-    Returns:
-        tuple: how fast it falls over what the gradient says, at most, None where masks, noise or rounding may be the
-        reason, or the loss bends down to the smallest step; and what is to be warned of at once, or None.
-    """
+    """Look whether the loss falls along the direction as fast as the gradient says."""
     upper = result.critical_lr if result.status == "converged" else min((eta for eta, _ in result.probes), default=0.0)
     if result.status not in ("converged", "ascent") or upper <= 0:
         return None, None

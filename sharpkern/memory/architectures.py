@@ -48,18 +48,7 @@ ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 
 def configuration(name: str) -> Any:
-    """Return the configuration of a language model.
-
-    Args:
-        name: of an architecture, a configuration file, or a folder that holds one.
-
-    Returns:
-        A configuration of transformers.
-
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: there is no such architecture or file.
-    """
+    """Return the configuration of a language model."""
     try:
         import transformers
     except ImportError:
@@ -89,12 +78,7 @@ def configuration(name: str) -> Any:
 
 
 def language_model(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, int]:
-    """Return a causal language model on the meta device, and the size of its vocabulary.
-
-    Args:
-        name: as `configuration` takes it.
-        dtype: of the weights; None for the configuration's, or bfloat16.
-    """
+    """Return a causal language model on the meta device, and the size of its vocabulary."""
     config = configuration(name)
     import transformers
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -108,13 +92,7 @@ def language_model(name: str, dtype: torch.dtype | None) -> tuple[nn.Module, int
 
 
 def language_loss(tokens: int, batch_size: int, head: str) -> Callable[[nn.Module], Tensor]:
-    """Return the loss of such a model on one batch.
-
-    Args:
-        tokens: in a sequence.
-        batch_size: sequences.
-        head: one of `HEADS`.
-    """
+    """Return the loss of such a model on one batch."""
 
     def loss(model: nn.Module) -> Tensor:
         rows = torch.zeros(batch_size, tokens, dtype=torch.int64)
@@ -129,15 +107,7 @@ def language_loss(tokens: int, batch_size: int, head: str) -> Callable[[nn.Modul
 
 
 def check_positions(model: nn.Module, tokens: int) -> None:
-    """Refuse more tokens than a model with learned positions has of these.
-
-    Args:
-        model: with its configuration.
-        tokens: in a sequence.
-
-    Raises:
-        ValueError: there are more.
-    """
+    """Refuse more tokens than a model with learned positions has of these."""
     positions: int = getattr(model.config, "max_position_embeddings", tokens)
     learned = any(isinstance(m, nn.Embedding) and m.num_embeddings == positions for m in model.modules())
     if learned and tokens > positions:

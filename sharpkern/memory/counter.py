@@ -21,9 +21,6 @@ class PeakBytes(TorchDispatchMode):
     Fake tensors count as the real ones they stand for: enter it inside of their mode, which then makes them. Under
     torch.func.vmap it sees whole batches. What an operator allocates and frees again by itself is not seen.
 
-    Args:
-        label: says what a new tensor is for, given what the block is for that it is made in; see `under`.
-
     Attributes:
         peak: bytes.
         parts: bytes by label, at the peak.
@@ -43,14 +40,7 @@ class PeakBytes(TorchDispatchMode):
 
     @contextmanager
     def under(self, label: str) -> Iterator[None]:
-        """Call what is made in a block by a name.
-
-        Args:
-            label: the name.
-
-        Yields:
-            None: until the block ends.
-        """
+        """Call what is made in a block by a name."""
         before, self._default = self._default, label
         try:
             yield

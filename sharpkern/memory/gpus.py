@@ -9,17 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 @contextmanager
 def ranks(num_gpus: int) -> Iterator[None]:
-    """Have as many ranks as there are GPUs, this being the first; one GPU needs none.
-
-    Args:
-        num_gpus: how many.
-
-    Yields:
-        None: until the block ends.
-
-    Raises:
-        ValueError: there are ranks already.
-    """
+    """Have as many ranks as there are GPUs, this being the first; one GPU needs none."""
     if num_gpus == 1:
         yield
         return
@@ -38,13 +28,7 @@ def ranks(num_gpus: int) -> Iterator[None]:
 
 
 def shard(model: nn.Module, num_gpus: int, mode: FakeTensorMode) -> None:
-    """Shard a model layer by layer: every member of a module list, and what is left.
-
-    Args:
-        model: on fake tensors; changed.
-        num_gpus: as `ranks` has them.
-        mode: of the fake tensors.
-    """
+    """Shard a model layer by layer: every member of a module list, and what is left."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

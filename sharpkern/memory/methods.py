@@ -47,12 +47,7 @@ class Method:
 
 
 def methods(num_steps: int, *, from_state: bool) -> list[Method]:
-    """Return all ways.
-
-    Args:
-        num_steps: step sizes of a pass of the batched engine.
-        from_state: whether Δθ can be worked out of an optimizer's state.
-    """
+    """Return all ways."""
     found = [
         Method("plain forward", _forward, measures=False, sharded=True),
         Method("forward and backward", _training, measures=False, sharded=True),

@@ -61,15 +61,7 @@ def has_formula(name: str) -> bool:
 
 
 def optimizer_of(name: str, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """Return an optimizer that has taken a step.
-
-    Args:
-        name: one of `OPTIMIZERS`.
-        parameters: that it trains.
-
-    Returns:
-        The optimizer, None for "none".
-    """
+    """Return an optimizer that has taken a step."""
     if name == "none":
         return None
     kind = _EightBit if name == "adamw-8bit" else torch.optim.AdamW

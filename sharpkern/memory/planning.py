@@ -153,14 +153,7 @@ def _row(scene: TrainingState, method: Method) -> MethodMemory:
 
 @contextmanager
 def _values_refused() -> Iterator[None]:
-    """Say what it means if a loss cannot be had without values.
-
-    Yields:
-        None: until the block ends.
-
-    Raises:
-        ValueError: it reads them.
-    """
+    """Say what it means if a loss cannot be had without values."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

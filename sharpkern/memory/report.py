@@ -75,15 +75,7 @@ def _caption(plan: "MemoryPlan") -> str:
 
 
 def draw(plan: "MemoryPlan", path: str | os.PathLike[str]) -> None:
-    """Draw the parts of every method as stacked bars, with lines for what cards hold.
-
-    Args:
-        plan: to draw.
-        path: of the image; its ending says the format.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw the parts of every method as stacked bars, with lines for what cards hold."""
     rows = plan.rows
     figure = new_figure(9.0, 1.6 + 0.36 * len(rows))
     axes = figure.subplots()

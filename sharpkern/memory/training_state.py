@@ -37,13 +37,6 @@ _FRAMES = 12
 class TrainingState:
     """A model, its loss, and all that a training loop holds.
 
-    Args:
-        model: on fake tensors.
-        loss: of the model; makes its inputs itself.
-        optimizer: one of `OPTIMIZERS`.
-        mode: of the fake tensors.
-        vocabulary: size of the last dimension of logits, or None where there are none to be told apart.
-
     Attributes:
         model: as given.
         mode: as given.
@@ -63,24 +56,12 @@ class TrainingState:
         self.gradients = [] if self.optimizer is None else [torch.zeros_like(p).detach() for p in self.parameters]
 
     def loss(self, counter: PeakBytes, model: nn.Module | None = None) -> Tensor:
-        """Evaluate the loss where everything that it makes is fake.
-
-        Args:
-            counter: that sees it.
-            model: in place of the scene's own.
-        """
+        """Evaluate the loss where everything that it makes is fake."""
         with self.mode, counter:
             return self._loss(self.model if model is None else model)
 
     def held(self, *, gradients: bool) -> dict[str, int]:
-        """Bytes of what is there before anything is evaluated.
-
-        Args:
-            gradients: whether they are.
-
-        Returns:
-            dict: by what it is.
-        """
+        """Bytes of what is there before anything is evaluated."""
         states = [] if self.optimizer is None else self.optimizer.state.values()
         tensors = {
             "weights": [*self.model.parameters(), *self.model.buffers()],
@@ -117,12 +98,7 @@ class TrainingState:
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Return a copy of a model on fake tensors, which lie on the CPU.
-
-    Args:
-        model: on any device, meta included; left as it is.
-        mode: of the fake tensors.
-    """
+    """Return a copy of a model on fake tensors, which lie on the CPU."""
     with FakeCopyMode(mode):
         fake = copy.deepcopy(model)
     places: dict[int, Tensor] = {}

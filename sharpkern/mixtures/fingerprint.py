@@ -22,29 +22,12 @@ _BLOCKS = 8
 
 
 def fingerprint_of(data: Any) -> int:
-    """Return a mark of data, of all values of the tensors in it and their order.
-
-    Args:
-        data: tensors, arrays, numbers, texts, and mappings and lists of these. Of anything else, such as a Dataset,
-            only type and length count.
-
-    Returns:
-        A number below 2⁶⁴, the same on every machine.
-    """
+    """Return a mark of data, of all values of the tensors in it and their order."""
     return _number(_digest(data))
 
 
 def fingerprint_of_model(model: nn.Module) -> int:
-    """Return a mark of a model: of its parameters and buffers with their names, what is tied, frozen, and its mode.
-
-    Args:
-        model: any, with or without wrappers; of sharded parameters this rank's part counts.
-
-    Returns:
-        A number below 2⁶⁴, the same on every machine.
-
-    Memory: one block of 64 MiB on the host, and on the device where a tensor is not contiguous.
-    """
+    """Return a mark of a model: of its parameters and buffers with their names, what is tied, frozen, and its mode."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     tensors = []
@@ -57,14 +40,7 @@ def fingerprint_of_model(model: nn.Module) -> int:
 
 
 def fingerprint_of_file(path: str | os.PathLike[str]) -> int:
-    """Return a mark of a file: of its size and all of its bytes, of a large one of blocks that are spread all over it.
-
-    Args:
-        path: of the file. Up to 512 MiB every byte counts.
-
-    Returns:
-        A number below 2⁶⁴, the same on every machine.
-    """
+    """Return a mark of a file: of its size and all of its bytes, of a large one of blocks spread all over it."""
     size = os.path.getsize(path)
     found = hashlib.sha256(b"%d " % size)
     num = -(-size // _BLOCK)
@@ -83,12 +59,6 @@ def fingerprint_of_function(function: Callable[..., Any]) -> int:
     """Return a mark of a function: of its code, its defaults, and the numbers with a point and the texts it holds.
 
     Whole numbers that it holds do not count: they may be counters.
-
-    Args:
-        function: of Python, or an object that is called.
-
-    Returns:
-        A number below 2⁶⁴, the same in every process of one version of Python.
     """
     held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     if not hasattr(function, "__code__"):

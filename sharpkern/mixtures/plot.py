@@ -21,15 +21,7 @@ if TYPE_CHECKING:
 
 
 def plot_mixture(sweep: "MixtureSweep", path: str | os.PathLike[str]) -> None:
-    """Draw λ_c of every task against the mix into an image file.
-
-    Args:
-        sweep: what was measured.
-        path: of the file; its ending says the format.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw λ_c of every task against the mix into an image file."""
     figure = new_figure(7.5, 5.0)
     axes = figure.subplots()
     draw_mixture(axes, sweep)
@@ -42,10 +34,6 @@ def draw_mixture(axes: Any, sweep: "MixtureSweep") -> None:
 
     A loss that rises from the first step on stands at the upper edge, and a band that reaches it has an infinite
     quartile. The sweet spot is a vertical line. A legend is left to the caller.
-
-    Args:
-        axes: of matplotlib. The x axis is the share of the first source, or, of more than two, the mix itself.
-        sweep: what was measured.
     """
     two = len(sweep.sources) == 2
     place = {shares: shares[0] if two else i for i, shares in enumerate(sweep.mixes)}

@@ -24,18 +24,8 @@ _NUMBERS = (float, int)
 class ResumableLog:
     """Rows that are kept in memory, and in a file if there is one.
 
-    Args:
-        path: of the file, made if it is not there; None to keep the rows in memory alone.
-        settings: what the rows depend on, of values that JSON knows. A file of other settings is not gone on with.
-        losses: what else the rows depend on, as far as these numbers show it. A file of others is not gone on with;
-            a thousandth of them may be rounding.
-        check: raises ValueError, TypeError or KeyError for a row of the file that the caller has not written.
-
     Attributes:
         rows: all of them, those found in the file first.
-
-    Raises:
-        ValueError: the file holds something else, or was written with other settings.
     """
 
     def __init__(
@@ -60,11 +50,7 @@ class ResumableLog:
             self._write(self._head)
 
     def add(self, row: Row) -> None:
-        """Keep one row, on the disk before this returns.
-
-        Args:
-            row: of values that JSON knows; nan and inf are kept too.
-        """
+        """Keep one row, on the disk before this returns."""
         self._write(row)
         self.rows.append(row)
 
@@ -149,18 +135,7 @@ def _other_losses(found: Row, given: Row) -> Iterator[str]:
 
 
 def restored(kind: type[_Kind], entry: Any) -> _Kind:
-    """Make a dataclass of what ``asdict`` and JSON made of it.
-
-    Args:
-        kind: the dataclass.
-        entry: what the file holds.
-
-    Returns:
-        The object, its tuples tuples again.
-
-    Raises:
-        ValueError: the entry has other fields, or values of other types.
-    """
+    """Make a dataclass of what ``asdict`` and JSON made of it."""
     hints = get_type_hints(kind)
     if not isinstance(entry, dict) or entry.keys() != hints.keys():
         raise ValueError(f"a {kind.__name__} has the fields {', '.join(hints)}")

@@ -17,18 +17,7 @@ _SUM_TOLERANCE = 1e-6
 
 
 def positive_int(name: str, value: Any) -> int:
-    """Return a count as an int.
-
-    Args:
-        name: of the argument.
-        value: what was given, a number of any integer type.
-
-    Returns:
-        The count.
-
-    Raises:
-        ValueError: it is no positive integer.
-    """
+    """Return a count as an int."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}; leave it out for the default")
     return operator.index(value)
@@ -40,21 +29,9 @@ class MixSampler:
     The samples of a source come in an order that depends on the seed, the repeat and the number of the batch, and a
     share takes the first of them: batches of two mixes have as many samples in common as can be.
 
-    Args:
-        sources: name → samples; anything with a length and an index: a tensor whose rows are samples, a data set. Or
-            name → closure that returns the source's loss, of all sources: a mix's loss is then their weighted sum.
-        batch_loss: loss of a batch; None where the sources are closures.
-        batch_size: samples in a batch.
-        seed: of the order.
-        collate: makes a batch of a list of samples. Tensors are stacked without it.
-
     Attributes:
         sources: as given.
         batch_size: as given.
-
-    Raises:
-        TypeError: a source has no length or no index.
-        ValueError: there are fewer than two sources, one is empty, or the batch size is not positive.
     """
 
     def __init__(
@@ -88,19 +65,7 @@ class MixSampler:
         self.batch_size, self._seed, self._collate = positive_int("batch_size", batch_size), seed, collate
 
     def shares(self, ratio: Ratio) -> Shares:
-        """Return the share of every source.
-
-        Args:
-            ratio: share of the first of two sources; or the shares of all, in order or by name.
-
-        Returns:
-            One share per source, in their order; they add up to 1.
-
-        Raises:
-            TypeError: it is of another kind.
-            ValueError: a share is outside [0, 1], they do not add up to 1, are not of these sources, or so small that
-                no sample of a batch would be of that source.
-        """
+        """Return the share of every source."""
         names = list(self.sources)
         if isinstance(ratio, Mapping):
             unknown = set(ratio) - set(names)
@@ -148,32 +113,14 @@ class MixSampler:
         return shares
 
     def loss(self, shares: Shares, repeat: int, number: int) -> Tensor:
-        """Return the loss of a mixed batch.
-
-        Args:
-            shares: one per source, in their order.
-            repeat: of the sweep.
-            number: of the batch within what one direction takes.
-
-        Returns:
-            The scalar loss, with its graph where gradients are on.
-        """
+        """Return the loss of a mixed batch."""
         if self._batch_loss is None or self._of_losses:
             terms = [share * source() for share, source in zip(shares, self.sources.values(), strict=True) if share]
             return torch.stack(terms).sum()
         return self._batch_loss(self.batch(shares, repeat, number))
 
     def batch(self, shares: Shares, repeat: int, number: int) -> Any:
-        """Draw a batch.
-
-        Args:
-            shares: one per source, in their order.
-            repeat: of the sweep.
-            number: of the batch within what one direction takes.
-
-        Returns:
-            The samples, source by source: one tensor if all sources are tensors, otherwise what ``collate`` makes.
-        """
+        """Draw a batch."""
         picked = []
         for (name, source), count in zip(self.sources.items(), self._counts(shares), strict=True):
             order = random.Random(f"{self._seed}/{repeat}/{number}/{name}")

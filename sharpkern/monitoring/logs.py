@@ -11,15 +11,7 @@ _STEP = "sharpness/step"
 
 
 def sender(log: Any) -> Send:
-    """Return what sends values of a step to a logger.
-
-    Args:
-        log: a function of a dictionary, with ``step=`` or without; ``wandb.log`` or that of a run; an Accelerator's
-            ``log``; or an object with ``add_scalar``.
-
-    Returns:
-        A function of the values and the step.
-    """
+    """Return what sends values of a step to a logger."""
     if hasattr(log, "add_scalar"):
         return lambda values, step: _send_scalars(log, values, step)
     if str(getattr(log, "__module__", "")).split(".")[0] == "wandb":
@@ -52,9 +44,6 @@ class _ToRun:
 
     The values join the row that is open, so that the loop's own count goes on as it does, and stand against a step of
     their own.
-
-    Args:
-        log: ``wandb.log``, also from before the run began, or that of a run.
     """
 
     def __init__(self, log: Callable[..., object]) -> None:
@@ -78,11 +67,7 @@ class _ToRun:
 
 
 class _ToTrackers:
-    """Sends to the trackers of an Accelerator, each by its own rule.
-
-    Args:
-        log: that of the Accelerator.
-    """
+    """Sends to the trackers of an Accelerator, each by its own rule."""
 
     def __init__(self, log: Any) -> None:
         self._log = log

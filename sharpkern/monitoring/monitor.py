@@ -194,25 +194,7 @@ class Monitor:
         loss: float | Tensor | None = None,
         direction: Direction | Callable[[], Direction] | None = None,
     ) -> Measurement | None:
-        """Measure if this step is due.
-
-        Args:
-            loss_fn: the scalar loss of the batch whose gradient the parameters hold.
-            heldout: the loss of another batch, measured along the same direction: in many runs it is this one whose λ_c
-                sits at 2/lr, while that of the gradient's own batch lies below.
-            loss: the loss that was trained, a number or a tensor of one: what ``backward()`` was called on, with
-                gradient accumulation the sum of that over the micro-batches. It saves one evaluation of ``loss_fn`` in
-                most measurements, unless ``loss_fn`` draws random numbers (dropout). And it shows mistakes of the loop,
-                such as a ``loss_fn`` of the next batch or in eval mode: where it differs from what ``loss_fn`` returns
-                by more than rounding and dropout masks explain, again and again, a `SlopeMismatchWarning` says so.
-                Both are compared in the first three measurements and every twentieth.
-            direction: Δθ where it is not the optimizer's next step, or a function that makes it on steps that are due,
-                such as one that calls `Direction.between` around a step that was taken.
-
-        Returns:
-            Measurement: of ``loss_fn``; None on steps that are not due, which cost nothing, and on skipped ones. A loss
-            that is the same at every step size is skipped too, and "unresolved".
-        """
+        """Measure if this step is due."""
         due, step = self.is_due, self.step
         self.step += 1
         if not due:

@@ -40,18 +40,6 @@ def plot_history(
     No measurement is dropped: one that goes uphill at once stands at the upper edge, one that is unresolved at the
     lower, and an "unbounded" one is an open triangle at its bound, below which the true value lies; at the lower edge
     where the bound lies far below all else.
-
-    Args:
-        history: The records of a `Monitor`.
-        path: The file; its ending says the format.
-        extra: Further curves on the sharpness axis, {label: [(step, value), …]}; values at or below zero stand at the
-            lower edge.
-        title: Stands above the plot.
-        xlabel: What the records' steps are.
-
-    Raises:
-        ValueError: If the history is empty.
-        ImportError: If matplotlib is not installed.
     """
     if not history:
         raise ValueError(

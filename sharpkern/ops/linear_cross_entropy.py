@@ -114,26 +114,6 @@ def cross_entropy_of_rows(
     """`linear_cross_entropy` of a weight that exists one chunk at a time. Not differentiable.
 
     Factors are not checked here: see `check_operands`.
-
-    Args:
-        hidden: [T, C], or [K, T, C] for K step sizes, in the product's dtype.
-        vocabulary: V.
-        rows: takes a slice of [0, V) and gives those rows of the weight, [v, C], or [K, v, C], in the dtype of
-            ``hidden``. They are used before the next ones are asked for, and may lie in the same memory.
-        labels: [T], int64 or int32, the same for all step sizes.
-        ignore_index: as there.
-        reduction: as there.
-        softcap: as there.
-        backend: as there.
-
-    Returns:
-        Tensor: 0-dim, or [K]; float32, or float64 where ``hidden`` is.
-
-    Raises:
-        ValueError: if a label on the CPU is neither in [0, V) nor ``ignore_index``.
-
-    Memory:
-        As there, and what ``rows`` takes.
     """
     labels = labels.expand(hidden.shape[:-1]).contiguous()
     task = _Task(labels, hidden.dtype, ignore_index, reduction, softcap, backend)
@@ -270,14 +250,7 @@ def _cap(logits: Tensor, softcap: float | None) -> Tensor | None:
 
 
 def _softmax_minus_one_hot(logits: Tensor, maximum: Tensor, total: Tensor, columns: Tensor) -> None:
-    """Turn one chunk of logits into the derivative of each token's loss by them, in place.
-
-    Args:
-        logits: [T, v].
-        maximum: [T].
-        total: [T].
-        columns: of the labels in this chunk, [T]; labels of other chunks lie outside [0, v).
-    """
+    """Turn one chunk of logits into the derivative of each token's loss by them, in place."""
     logits.sub_(maximum.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
     here = (columns >= 0) & (columns < logits.shape[1])
     index = torch.where(here, columns, 0).long().unsqueeze(-1)
@@ -285,12 +258,7 @@ def _softmax_minus_one_hot(logits: Tensor, maximum: Tensor, total: Tensor, colum
 
 
 def check_operands(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, softcap: float | None) -> None:
-    """Refuse what `linear_cross_entropy` cannot take.
-
-    Raises:
-        TypeError: if a dtype does not fit.
-        ValueError: if a shape, device, reduction or softcap does not fit.
-    """
+    """Refuse what `linear_cross_entropy` cannot take."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")

@@ -49,19 +49,7 @@ def reduce(
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return Σ aᵢbᵢ accumulated in float64.
-
-    Args:
-        a: real tensor, any shape and floating dtype.
-        b: tensor of the same shape and device as ``a``.
-
-    Returns:
-        0-dim float64 tensor on the device of ``a`` (float32 on Apple's mps, which has no float64); not read back, so
-        that a loop over parameters waits for the device once, at its end.
-
-    Memory:
-        1 MiB on the CPU, 64 MiB elsewhere, plus a copy of an input that is not contiguous.
-    """
+    """Return Σ aᵢbᵢ accumulated in float64."""
     wide = torch.float32 if a.device.type == "mps" else torch.float64
     result = torch.zeros((), dtype=wide, device=a.device)
     size = chunk_size(a.device)
@@ -71,18 +59,7 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def slopes_and_norms(delta: Sequence[Tensor], grad: Sequence[Tensor]) -> list[Tensor]:
-    """Return Δθᵀg and |Δθ|² of every tensor: on a GPU in one pass over all of them.
-
-    Args:
-        delta: Δθ, any shapes and devices.
-        grad: g, tensor by tensor the shape and device of ``delta``.
-
-    Returns:
-        One [2] float64 tensor for each, on its device; not read back.
-
-    Memory:
-        See `reduce`.
-    """
+    """Return Δθᵀg and |Δθ|² of every tensor: on a GPU in one pass over all of them."""
     result: list[Tensor] = [torch.empty(0)] * len(delta)
     # A pair that lies in memory in two ways is not for the kernel, which would refuse the others with it.
     kinds = [(d.device, d.stride() == g.stride()) for d, g in zip(delta, grad, strict=True)]
@@ -109,12 +86,5 @@ def to_host(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def total(terms: Iterable[Tensor]) -> float:
-    """Return the sum of 0-dim tensors, read back once per device.
-
-    Args:
-        terms: 0-dim tensors, on any devices.
-
-    Returns:
-        Their sum; 0.0 where there are none.
-    """
+    """Return the sum of 0-dim tensors, read back once per device."""
     return sum(to_host(list(terms)), 0.0)

@@ -49,12 +49,6 @@ def operation(
 
     Its keyword ``backend`` says who runs it, and the body never sees it. Where it has a keyword ``out``, a second
     overload writes that instead of allocating a result in ``dtype``.
-
-    Args:
-        kernel: file of kernels/ whose launcher has the function's name.
-        fake: allocates the result, without values.
-        stepped: positions of the arguments that have K step sizes in front, if torch.func.vmap may batch those.
-        mutates: names of the arguments that are written.
     """
 
     def register(body: Callable[_P, _R]) -> Callable[_P, _R]:

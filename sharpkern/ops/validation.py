@@ -16,24 +16,14 @@ _NAMES = "float32, float16, bfloat16 or float64"
 
 
 def check_alike(**tensors: Tensor) -> None:
-    """Refuse operands that are not dense floating tensors of one shape and device.
-
-    Raises:
-        TypeError: what `check_floats` refuses.
-        ValueError: what `check_floats` and `check_shapes` refuse.
-    """
+    """Refuse operands that are not dense floating tensors of one shape and device."""
     if not _alike(tensors.values()):
         check_floats(**tensors)
         check_shapes(**tensors)
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """Refuse operands that are not dense floating tensors on one device.
-
-    Raises:
-        TypeError: if one is no tensor, or a dtype is no floating one.
-        ValueError: if a layout or device does not fit.
-    """
+    """Refuse operands that are not dense floating tensors on one device."""
     device = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -46,23 +36,14 @@ def check_floats(**tensors: Tensor | None) -> None:
 
 
 def check_integers(name: str, tensor: Tensor, device: torch.device, remedy: str) -> None:
-    """Refuse indices that are not a dense int64 or int32 tensor on a device.
-
-    Raises:
-        TypeError: if the dtype does not fit.
-        ValueError: if layout or device does not fit.
-    """
+    """Refuse indices that are not a dense int64 or int32 tensor on a device."""
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}; {remedy}")
     _check_place(name, tensor, device)
 
 
 def check_shapes(**tensors: Tensor) -> None:
-    """Refuse tensors of other shapes than the first: torch would broadcast them.
-
-    Raises:
-        ValueError: if a shape is another.
-    """
+    """Refuse tensors of other shapes than the first: torch would broadcast them."""
     first, reference = next(iter(tensors.items()))
     shape = reference.shape
     for name, tensor in tensors.items():
@@ -74,12 +55,7 @@ def check_shapes(**tensors: Tensor) -> None:
 
 
 def check_lists(**lists: Sequence[Tensor]) -> None:
-    """Refuse lists of operands, one tensor per parameter and role, that do not belong together.
-
-    Raises:
-        TypeError: what `check_alike` refuses.
-        ValueError: if they differ in length, tensors are on several devices, or what `check_alike` refuses.
-    """
+    """Refuse lists of operands, one tensor per parameter and role, that do not belong together."""
     lengths = [len(tensors) for tensors in lists.values()]
     if len(set(lengths)) != 1:
         raise ValueError(f"{', '.join(lists)} must be equally long, got {lengths}; pass one of each per parameter")
@@ -93,19 +69,7 @@ def check_lists(**lists: Sequence[Tensor]) -> None:
 
 
 def check_alpha(alpha: Tensor, device: torch.device) -> int:
-    """Refuse step sizes that are not a vector on a device.
-
-    Args:
-        alpha: signed step sizes, [K], float32 or float64.
-        device: of the operands.
-
-    Returns:
-        K.
-
-    Raises:
-        TypeError: if alpha is no float32 or float64 tensor.
-        ValueError: if its shape, layout or device is another, or K is 0.
-    """
+    """Refuse step sizes that are not a vector on a device."""
     if not isinstance(alpha, Tensor) or alpha.dtype not in (torch.float32, torch.float64):
         got = alpha.dtype if isinstance(alpha, Tensor) else type(alpha).__name__
         raise TypeError(
@@ -123,28 +87,13 @@ def check_alpha(alpha: Tensor, device: torch.device) -> int:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse an output dtype that is no floating one.
-
-    Raises:
-        TypeError: if it is none.
-    """
+    """Refuse an output dtype that is no floating one."""
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be {_NAMES}, got {dtype}; convert the result instead")
 
 
 def check_output(out: Tensor, like: Tensor, num: int, operands: Iterable[Tensor | None]) -> None:
-    """Refuse a tensor to be written that has no room for the result, or that is read meanwhile.
-
-    Args:
-        out: the tensor.
-        like: an operand: shape of one result, and device.
-        num: how many results, K.
-        operands: all that are read. Where there is one result, it may take an operand's place, element by element.
-
-    Raises:
-        TypeError: if its dtype is no floating one.
-        ValueError: if shape, layout or device does not fit, or it overlaps itself or an operand.
-    """
+    """Refuse a tensor to be written that has no room for the result, or that is read meanwhile."""
     if out.dtype not in FLOATS:
         raise TypeError(f"out must be {_NAMES}, got {out.dtype}; leave it out to allocate")
     if out.shape != (num, *like.shape):
@@ -160,11 +109,7 @@ def check_output(out: Tensor, like: Tensor, num: int, operands: Iterable[Tensor 
 
 
 def check_no_overlap(outputs: Mapping[str, Tensor], inputs: Iterable[Tensor]) -> None:
-    """Refuse outputs that share memory with themselves, with each other or with an input.
-
-    Raises:
-        ValueError: if one does.
-    """
+    """Refuse outputs that share memory with themselves, with each other or with an input."""
     for name, tensor in outputs.items():
         _check_apart_from_itself(name, tensor)
     spans = [(*_span(tensor), True, tensor) for tensor in outputs.values()]
@@ -180,12 +125,7 @@ def check_no_overlap(outputs: Mapping[str, Tensor], inputs: Iterable[Tensor]) ->
 
 
 def check_seed(seed: int | None, dtype: torch.dtype) -> None:
-    """Refuse stochastic rounding where it is not defined.
-
-    Raises:
-        TypeError: if the result is not bfloat16.
-        ValueError: if the seed is out of range.
-    """
+    """Refuse stochastic rounding where it is not defined."""
     if seed is None:
         return
     if dtype != torch.bfloat16:
@@ -195,11 +135,7 @@ def check_seed(seed: int | None, dtype: torch.dtype) -> None:
 
 
 def check_numbers(names: Iterable[str], numbers: Iterable[float]) -> None:
-    """Refuse hyperparameters that are not finite.
-
-    Raises:
-        ValueError: if one is infinite or NaN.
-    """
+    """Refuse hyperparameters that are not finite."""
     for name, number in zip(names, numbers, strict=True):
         if not math.isfinite(number):
             raise ValueError(f"{name} must be finite, got {number}; look at the optimizer's group and the loss scale")

@@ -94,15 +94,6 @@ class Estimate:
 class Curve:
     """The loss along the direction, as far as it has been evaluated.
 
-    Args:
-        base_loss: f(0), finite.
-        slope: Δθᵀg, or None if unknown.
-        guess: Expected crossing; used for the slope only while a single probe is known.
-        noise: Relative noise of a loss, as far as it is known beforehand.
-        rtol: Relative error that the crossing is wanted with.
-        noise_is_known: Whether that is all of the noise, as an earlier search has measured it.
-        bound: Largest step that the last search tried, where it found no rise.
-
     Attributes:
         noise_level: Standard error of a loss: as given, or as losses at neighbouring step sizes show it.
         noise_is_known: Whether there is no more noise than that, as far as it matters.
@@ -153,10 +144,6 @@ class Curve:
         """Set the noise level from the losses beside a probe.
 
         Two that differ by little prove that the noise is harmless; otherwise all of them tell how large it is.
-
-        Args:
-            probe: Beside which they were evaluated.
-            harmless: Noise that need not be known.
         """
         rises = [neighbour.rise for neighbour in self._neighbours[probe]]
         if not math.isfinite(sum(rises)):
@@ -324,14 +311,7 @@ class Curve:
         return fall
 
     def estimate(self, exponent: float) -> Estimate | None:
-        """Estimate the first crossing from the up to three probes around it.
-
-        Args:
-            exponent: Slope of ψ to assume where the probes do not give it.
-
-        Returns:
-            The estimate, or None if no probe has a usable ψ.
-        """
+        """Estimate the first crossing from the up to three probes around it."""
         nodes = _nearest(self.coordinates())
         if not nodes:
             return None
@@ -374,9 +354,6 @@ class Curve:
 
         1 + (f − f₀)/(sη) starts as half of it times η. The two probes must show this proportion; what is left of a
         linear trend in their ratios is extrapolated away.
-
-        Args:
-            crossing: The critical learning rate.
         """
         slope = self.given_slope
         finite = [probe for probe in self.probes if math.isfinite(probe.rise)]

@@ -63,17 +63,7 @@ def _without(vector: Sequence[float], direction: Sequence[float]) -> list[float]
 
 
 def three_point(losses: Losses, base: float, *, first_step: float, noise: float) -> Estimate:
-    """Measure at the h that seems best, and at half of it as a check.
-
-    Args:
-        losses: f at several arguments.
-        base: f(0).
-        first_step: the h to begin with.
-        noise: relative standard deviation of one loss.
-
-    Returns:
-        The estimate, from at most 22 losses.
-    """
+    """Measure at the h that seems best, and at half of it as a check."""
     step = first_step
     # At twice the step, once the step seems good.
     twice: _Difference | None = None
@@ -108,17 +98,7 @@ def three_point(losses: Losses, base: float, *, first_step: float, noise: float)
 
 
 def at_step(losses: Losses, base: float, *, step: float, noise: float) -> Estimate:
-    """Measure at a given h, and at half of it for the uncertainty.
-
-    Args:
-        losses: f at several arguments.
-        base: f(0).
-        step: h.
-        noise: relative standard deviation of one loss.
-
-    Returns:
-        The estimate, from 4 losses, or 6.
-    """
+    """Measure at a given h, and at half of it for the uncertainty."""
     far, near = (_difference(losses, base, h, noise) for h in (step, step / 2))
     return _checked(*_with_noise_seen(losses, base, far, near, noise))
 

@@ -37,22 +37,7 @@ Steps = Generator[tuple[float, ...], None, Outcome]
 
 
 def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int, width: float) -> Steps:
-    """Try step sizes where the probes so far put the crossing, until they agree, and look where they may be deceived.
-
-    Args:
-        curve: Receives the losses. Its guess is where the search begins, unless it holds some already.
-        exponent: Expected slope of ψ.
-        rtol: Relative error to reach.
-        certify: Whether to close the bracket around the answer.
-        num: Step sizes per pass.
-        width: Half-width of the first grid, in log units; of no use if ``num`` is 1.
-
-    Yields:
-        Up to ``num`` step sizes, ascending.
-
-    Returns:
-        The outcome.
-    """
+    """Try step sizes where the probes so far put the crossing, until they agree; look where they may be deceived."""
     chooser = _Single(curve, rtol) if num == 1 else _Grids(curve, rtol, num, width)
     answer = None
     if not curve.probes:
@@ -137,36 +122,14 @@ class _Grids:
 
 
 def first_grid(guess: float, width: float, num: int) -> tuple[float, ...]:
-    """Return the step sizes to begin with, several at a time.
-
-    Args:
-        guess: Where the crossing is expected.
-        width: How far off it may be, in log units.
-        num: How many step sizes.
-
-    Returns:
-        Ascending step sizes, evenly spaced in log around the guess. Of six or more, two look for an earlier crossing.
-    """
+    """Return the step sizes to begin with, several at a time."""
     center = math.log(guess)
     watch = [center - width - math.log(divisor) for divisor in (12.0, 3.5)] if num >= 6 else []
     return tuple(math.exp(y) for y in [*watch, *_spaced(center - width, center + width, num - len(watch))])
 
 
 def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
-    """Double or halve the guess until the crossing is enclosed, then bisect and report the midpoint.
-
-    Args:
-        curve: Receives the losses; empty at the start. Its guess is the first step size.
-        width: Width of the last bracket, relative to its lower end.
-
-    Yields:
-        One step size.
-
-    Returns:
-        The outcome.
-
-    Source: Kalra et al. 2026, arXiv 2601.16979.
-    """
+    """Double or halve the guess until the crossing is enclosed, then bisect and report the midpoint."""
     eta = curve.guess
     while True:
         yield (eta,)

@@ -31,14 +31,7 @@ def device_kind(device: torch.device) -> str:
 
 @contextmanager
 def pretend_device(kind: str) -> Iterator[None]:
-    """Go the ways of another type of device; fake tensors for "cuda" could not lie there without a build for CUDA.
-
-    Args:
-        kind: "cpu" or "cuda".
-
-    Yields:
-        None: until the block ends.
-    """
+    """Go the ways of another type of device; fake tensors for "cuda" could not lie there without a build for CUDA."""
     global _planned
     before, _planned = _planned, kind
     try:

@@ -12,14 +12,7 @@ from torch import Tensor
 
 
 def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
-    """Note the streams of Python, NumPy and torch.
-
-    Args:
-        devices: whose streams are noted besides the CPU's.
-
-    Returns:
-        One function for each stream that puts it back to where it is now; they may be called again and again.
-    """
+    """Note the streams of Python, NumPy and torch."""
     python, cpu = random.getstate(), torch.get_rng_state()
     undo = [lambda: random.setstate(python), lambda: torch.set_rng_state(cpu)]
     numpy = sys.modules.get("numpy")
@@ -32,13 +25,7 @@ def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
 
 
 def seed_streams(seed: str, devices: Iterable[torch.device], generators: Iterable[Any] = ()) -> None:
-    """Seed the streams that `note_streams` notes and some generators, and no other.
-
-    Args:
-        seed: any text; the same one gives the same numbers in every process.
-        devices: whose streams are seeded besides the CPU's.
-        generators: of torch, NumPy or Python.
-    """
+    """Seed the streams that `note_streams` notes and some generators, and no other."""
     random.seed(seed)
     number = random.Random(seed).getrandbits(32)
     torch.default_generator.manual_seed(number)
@@ -60,28 +47,13 @@ def seed_streams(seed: str, devices: Iterable[torch.device], generators: Iterabl
 
 
 def torch_states(devices: Iterable[torch.device]) -> list[Tensor]:
-    """State of torch's streams: the CPU's, then those of the devices in their order.
-
-    Args:
-        devices: whose streams are asked besides the CPU's.
-
-    Returns:
-        One tensor per stream; equal ones mean that no number was drawn in between.
-    """
+    """State of torch's streams: the CPU's, then those of the devices in their order."""
     accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
     return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in accelerators)]
 
 
 def stream_states(devices: Iterable[torch.device], generators: Iterable[Any] = ()) -> list[object]:
-    """State of all random streams that `note_streams` notes, and of some generators.
-
-    Args:
-        devices: whose streams are asked besides the CPU's.
-        generators: of torch, NumPy or Python.
-
-    Returns:
-        One object per stream, to be compared by ``==``; equal ones mean that no number was drawn in between.
-    """
+    """State of all random streams that `note_streams` notes, and of some generators."""
     states: list[object] = [state.numpy().tobytes() for state in torch_states(devices)]
     states.append(random.getstate())
     numpy = sys.modules.get("numpy")
@@ -99,14 +71,7 @@ def stream_states(devices: Iterable[torch.device], generators: Iterable[Any] = (
 
 
 def note_generators(objects: Iterable[object]) -> list[Callable[[], object]]:
-    """Note the state of every random generator among some objects.
-
-    Args:
-        objects: anything; generators of torch, NumPy and Python are recognised.
-
-    Returns:
-        One function for each generator that puts it back to where it is now.
-    """
+    """Note the state of every random generator among some objects."""
     undo: list[Callable[[], object]] = []
     for thing in objects:
         if isinstance(thing, torch.Generator):

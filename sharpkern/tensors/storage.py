@@ -76,11 +76,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 class Owners(Generic[Item]):
-    """Whose memory a tensor lies in.
-
-    Args:
-        owned: tensors, and for each what is found by its memory.
-    """
+    """Whose memory a tensor lies in."""
 
     def __init__(self, owned: Iterable[tuple[Tensor, Item]]) -> None:
         self._owned: dict[int, list[tuple[int, int, Tensor, Item]]] = {}

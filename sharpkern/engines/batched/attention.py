@@ -29,22 +29,6 @@ def attention(
     """`torch.nn.functional.scaled_dot_product_attention`, any of whose tensors torch.func.vmap may batch.
 
     With dropout, each step size has a call of its own from the same random state.
-
-    Args:
-        query: [..., H, T, E]; fewer than three dimensions are without heads, fewer than four without a batch.
-        key: [..., H, S, E].
-        value: [..., H, S, F].
-        attn_mask: booleans, or numbers to be added; of a shape that broadcasts to [..., H, T, S].
-        dropout_p: probability of dropping an attention weight.
-        is_causal: no position sees a later one.
-        scale: of the products; 1/√E if None.
-        enable_gqa: several heads of the queries share one of the keys and values.
-
-    Returns:
-        Tensor: [..., H, T, F].
-
-    Memory: the result. Of several samples, a copy of each tensor that all step sizes share, or whose layout keeps step
-    sizes and samples apart; of a mask only if it differs between samples or step sizes.
     """
 
     def stock(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:

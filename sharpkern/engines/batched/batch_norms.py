@@ -22,23 +22,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm` that leaves running statistics alone where they would differ by step size.
-
-    Args:
-        input: [N, C, ...].
-        running_mean: [C], or None.
-        running_var: [C], or None.
-        weight: [C], or None.
-        bias: [C], or None.
-        training: normalise by the statistics of the batch.
-        momentum: of the running statistics.
-        eps: added to the variance.
-
-    Returns:
-        Tensor: of the input's shape.
-
-    Memory: the result and, in training, a copy of the input.
-    """
+    """`torch.nn.functional.batch_norm` that leaves running statistics alone where they would differ by step size."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
 
@@ -58,23 +42,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.instance_norm` that leaves running statistics alone where they would differ by step size.
-
-    Args:
-        input: [N, C, ...].
-        running_mean: [C], or None.
-        running_var: [C], or None.
-        weight: [C], or None.
-        bias: [C], or None.
-        use_input_stats: normalise by the statistics of each sample.
-        momentum: of the running statistics.
-        eps: added to the variance.
-
-    Returns:
-        Tensor: of the input's shape.
-
-    Memory: the result and, with the samples' own statistics, a copy of the input.
-    """
+    """`torch.nn.functional.instance_norm` that leaves running statistics alone where they would differ by step size."""
     if not use_input_stats:
         return F.instance_norm(input, running_mean, running_var, weight, bias, False, eps=eps)
 
@@ -108,13 +76,7 @@ def _in_the_channels(normalise: Callable[..., Tensor]) -> Rule:
 
 
 def statistics_left_alone(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The running statistics that a call updates for one step size, and not for several.
-
-    Args:
-        name: of the call.
-        args: its arguments.
-        kwargs: its arguments by name.
-    """
+    """The running statistics that a call updates for one step size, and not for several."""
     if name not in NORMS_OF_BATCHES:
         return []
     given = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training"), args, strict=False))

@@ -28,16 +28,8 @@ NUM_PARALLEL = 8
 class BatchedEngine(VirtualEngine):
     """Evaluates losses at θ − ηΔθ, several step sizes in one call of the closure, without writing θ.
 
-    Args:
-        pairs: the parameters that move.
-        closure: evaluates the user's loss.
-        kept: formed weights that engines of other closures on the same pairs share.
-
     Attributes:
         chunk_size: most step sizes per pass; halved, down to 1, where a pass runs out of memory.
-
-    Memory: activations, and the logits that are not chunked, once for every step size of a pass; formed weights of one
-    layer, for linear layers at most `linear.SCRATCH_BYTES` of them.
     """
 
     name = "batched"
@@ -47,12 +39,7 @@ class BatchedEngine(VirtualEngine):
         self.chunk_size = NUM_PARALLEL
 
     def losses(self, step_sizes: Sequence[float]) -> list[float]:
-        """Losses at θ − ηΔθ for each step size η.
-
-        Raises:
-            EngineUnsupportedError: torch.func.vmap cannot batch what the closure does, or a parameter is read where
-                the mode cannot see it.
-        """
+        """Losses at θ − ηΔθ for each step size η."""
         values: list[float] = []
         started = time.perf_counter()
         while len(values) < len(step_sizes):

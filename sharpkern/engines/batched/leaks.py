@@ -12,17 +12,7 @@ from sharpkern.errors import EngineUnsupportedError
 
 @contextmanager
 def refuse_leaked_tensors(put_back: Callable[[], object]) -> Iterator[None]:
-    """Refuse a closure that keeps its tensors, as by ``nonlocal logits``: the run would fail where it uses them.
-
-    Args:
-        put_back: gives modules back what they held before.
-
-    Yields:
-        None: what is made in the block stays in the collector's first generation, where it is found at once.
-
-    Raises:
-        EngineUnsupportedError: tensors of several step sizes outlive the block.
-    """
+    """Refuse a closure that keeps its tensors, as by ``nonlocal logits``: the run would fail where it uses them."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -17,19 +17,7 @@ from sharpkern.tensors.random_state import note_generators, note_streams
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.dropout` with one mask for all step sizes.
-
-    Args:
-        input: any shape and floating dtype.
-        p: probability of a zero.
-        training: whether anything is dropped.
-        inplace: write the result to ``input``.
-
-    Returns:
-        Tensor: bit for bit the result of the stock function on each step size's slice.
-
-    Memory: the result and one slice. Determinism: the stream moves on as it does by one stock call.
-    """
+    """`torch.nn.functional.dropout` with one mask for all step sizes."""
     if not training or p == 0:
         return F.dropout(input, p, training, inplace)
 
@@ -51,14 +39,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 
 def drawn_alike(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that draws random numbers, called for one step size at a time from the same state of the streams.
-
-    Args:
-        function: takes tensors among its arguments and always draws as many numbers for the same shapes.
-
-    Returns:
-        Callable: takes the same arguments, of which torch.func.vmap may batch any tensor.
-    """
+    """A function that draws random numbers, called for one step size at a time from the same state of the streams."""
 
     @functools.wraps(function)
     def alike(*args: Any, **kwargs: Any) -> Tensor:
@@ -79,17 +60,7 @@ def drawn_alike(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def one_by_one(stock: Callable[..., Tensor], generator: torch.Generator | None = None) -> Rule:
-    """The rule that calls a function for one step size after the other, each from the same state of the streams.
-
-    Args:
-        stock: takes the slices of one step size, and None where there is no tensor.
-        generator: which it draws from, None for torch's own.
-
-    Returns:
-        Rule: leaves the streams where the last call left them.
-
-    Memory: the results twice, while they are put together.
-    """
+    """The rule that calls a function for one step size after the other, each from the same state of the streams."""
 
     def rule(num_steps: int, several: Sequence[bool], tensors: Sequence[Any]) -> Tensor:
         rewind = [

@@ -37,15 +37,6 @@ class _OnSteps(torch.autograd.Function):
 
 
 def outside_vmap(stock: Callable[..., Tensor], rule: Rule, *tensors: Tensor | None) -> Tensor:
-    """Call a rule on everything that torch.func.vmap batches at once, or the stock function where it batches nothing.
-
-    Args:
-        stock: takes the tensors.
-        rule: takes them outside of vmap.
-        tensors: arguments, None where there is none.
-
-    Returns:
-        Tensor: what both return, without gradient; one slice of the rule's result as vmap shows it.
-    """
+    """Call a rule on all that torch.func.vmap batches at once, or the stock function where it batches nothing."""
     result: Tensor = _OnSteps.apply(stock, rule, *tensors)  # type: ignore[no-untyped-call]
     return result

@@ -24,13 +24,6 @@ _REPEATS = 3
 class Closure:
     """The user's ``loss_fn``, called unchanged.
 
-    Args:
-        loss_fn: takes nothing, returns the scalar loss of the model's current parameters.
-        guard: rewound before every call.
-        precision: told the dtype of the loss.
-        ranks: that decide alike, so that all see the same number; one process alone by default.
-        lockstep: of a model that communicates in its passes.
-
     Attributes:
         calls: evaluations so far.
         random: whether the last call drew random numbers.
@@ -69,16 +62,7 @@ class Closure:
         prepare: Callable[[], object] | None = None,
         ask: Callable[[], bool] | None = None,
     ) -> float:
-        """Evaluate the loss once.
-
-        Args:
-            around: entered around the user's function alone.
-            prepare: called before it; what it raises ends the pass on all ranks, as what the function raises.
-            ask: called after it, for what all ranks have to know of any of them.
-
-        Returns:
-            float: the loss, nan and inf included.
-        """
+        """Evaluate the loss once."""
         loss, failure, asks = None, None, False
         evaluating.append(self)
         try:
@@ -133,17 +117,7 @@ class Closure:
         ask: Callable[[], bool],
         translate: Callable[[BaseException], BaseException],
     ) -> list[float]:
-        """Evaluate the loss once for several values, by torch.func.vmap.
-
-        Args:
-            around: entered around the user's function alone; takes what stands for the values, a 0-dim float64 tensor.
-            values: any numbers.
-            ask: as for a single evaluation.
-            translate: makes what is raised on the way what it means.
-
-        Returns:
-            list: one loss for each, as calling it for each would have given.
-        """
+        """Evaluate the loss once for several values, by torch.func.vmap."""
 
         def one(value: Tensor) -> Tensor:
             with around(value):
@@ -211,15 +185,7 @@ class Closure:
 
 
 def check_loss(loss: object) -> None:
-    """Refuse what is no scalar loss, with the remedy that fits what it is.
-
-    Args:
-        loss: what the user's function returned.
-
-    Raises:
-        TypeError: it is no floating-point tensor.
-        ValueError: it is no scalar, or has no value.
-    """
+    """Refuse what is no scalar loss, with the remedy that fits what it is."""
     if not isinstance(loss, Tensor):
         got, remedy = _mistaken(loss)
         raise TypeError(f"loss_fn must return a 0-dim floating-point tensor, got {got}; {remedy}")

@@ -18,11 +18,7 @@ from sharpkern._undo import ProcessState
 
 
 class Eagerly:
-    """A context, to be entered any number of times, in which compiled functions run as plain Python.
-
-    Args:
-        *modes: entered besides; Dynamo, which traces modes, would apply α twice.
-    """
+    """A context, to be entered any number of times, in which compiled functions run as plain Python."""
 
     _stance = "force_eager"
 

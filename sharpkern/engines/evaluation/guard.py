@@ -33,20 +33,11 @@ _LARGE = 2**26
 class Guard:
     """The state of a model's and a closure's surroundings at the moment it was made.
 
-    Args:
-        trace: of the block that the evaluations are made in.
-        model: its modules' flags, buffers, plain attributes and hooks are noted.
-        parameters: whose ``.grad`` and ``requires_grad`` are noted besides the model's own.
-        closures: what they reach is noted too: modules, tensors, containers, generators and variables.
-
     Attributes:
         trace: as given; whatever else is changed in the block is added to it.
         parameters: the model's, those given and those of other modules that are reached, each once.
         aliases: other tensors in reach that lie in their memory.
         devices: of the parameters and of the tensors that are noted.
-
-    Memory: one copy of the buffers, of tensors kept as plain attributes, and of those that the closures reach, except
-        tensors of more than 64 MiB outside of the model: these are copied only where a call is seen to write them.
     """
 
     def __init__(

@@ -70,12 +70,7 @@ class LossPrecision:
         self._num_targets = counted
 
     def note_product(self, name: str, result: Any) -> None:
-        """Remember the coarsest rounding of a matrix product or convolution.
-
-        Args:
-            name: of the call.
-            result: what it returned.
-        """
+        """Remember the coarsest rounding of a matrix product or convolution."""
         if not isinstance(result, Tensor):
             return
         if is_low(result.dtype):
@@ -88,14 +83,7 @@ class LossPrecision:
         self.unit_roundoff = max(self.unit_roundoff or 0.0, unit_roundoff)
 
     def noise(self, *, low_and_unseen: bool = False) -> float:
-        """Relative noise of one loss: the default of ``critical_sharpness(noise=None)``.
-
-        Args:
-            low_and_unseen: 16-bit arithmetic is known to happen where no product was seen.
-
-        Returns:
-            float: standard deviation of a loss over its value.
-        """
+        """Relative noise of one loss: the default of ``critical_sharpness(noise=None)``."""
         if is_low(self.loss_dtype):
             return torch.finfo(self.loss_dtype).eps
         if self.unit_roundoff is not None:

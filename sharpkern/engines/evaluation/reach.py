@@ -50,9 +50,6 @@ _MOST = 100_000
 class Reached:
     """Everything that some roots reach, each thing once.
 
-    Args:
-        roots: closures, models, or anything else.
-
     Attributes:
         modules: with those inside of them.
         tensors: parameters among them, whether of the modules or not.

@@ -72,10 +72,7 @@ class StorageWatch(_BelowPython):
 
 
 class StorageOracle(_BelowPython):
-    """Evaluates at θ + αΔθ by putting formed weights wherever an operator reads a parameter's memory.
-
-    Memory: a formed copy of the parameters that one operator reads.
-    """
+    """Evaluates at θ + αΔθ by putting formed weights wherever an operator reads a parameter's memory."""
 
     def __init__(self, pairs: Iterable[TrackedParam], alpha: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

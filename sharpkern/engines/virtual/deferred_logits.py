@@ -54,11 +54,7 @@ class Head:
             return self.call()
 
     def check(self) -> None:
-        """Refuse to go on from hidden states that are no longer what the head was called with.
-
-        Raises:
-            EngineUnsupportedError: they were written.
-        """
+        """Refuse to go on from hidden states that are no longer what the head was called with."""
         if version_of(self.hidden) != self.version:
             raise EngineUnsupportedError(
                 "loss_fn writes the hidden states after the language-model head was called, whose logits are not "
@@ -114,17 +110,7 @@ class Deferred:
         return self.real
 
     def after(self, func: Any, name: str, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> "Deferred | None":
-        """What a call gives that keeps every token's logits together.
-
-        Args:
-            func: the call.
-            name: its name.
-            rest: its arguments besides these logits, which come first.
-            kwargs: likewise.
-
-        Returns:
-            Deferred: these logits themselves where the call changes nothing; None for a call of another kind.
-        """
+        """What a call gives that keeps every token's logits together."""
         try:
             layout, cap = self._layout_after(func, name, rest, kwargs)
         except Exception:

@@ -18,16 +18,8 @@ from sharpkern.errors import EngineUnsupportedError
 class VirtualEngine:
     """Evaluates losses at θ − ηΔθ one step size at a time, without writing θ.
 
-    Args:
-        pairs: the parameters that move.
-        closure: evaluates the user's loss.
-        num_steps: step sizes that a pass may be for.
-        kept: formed weights that engines of other closures on the same pairs share.
-
     Attributes:
         seconds: of every pass that forms weights, for as many step sizes as the engine takes at a time.
-
-    Memory: see `VirtualParameters`.
     """
 
     name = "virtual"
@@ -49,11 +41,7 @@ class VirtualEngine:
         return self._mode.rounded
 
     def losses(self, step_sizes: Sequence[float]) -> list[float]:
-        """Losses at θ − ηΔθ for each step size η.
-
-        Raises:
-            EngineUnsupportedError: a parameter is read where the mode cannot see it.
-        """
+        """Losses at θ − ηΔθ for each step size η."""
         losses = []
         for eta in step_sizes:
             started = time.perf_counter()
@@ -68,10 +56,7 @@ class VirtualEngine:
         return self._mode.work
 
     def oracle_loss(self, eta: float) -> float:
-        """The loss at θ − ηΔθ by `StorageOracle`, which shares none of the mode's knowledge of torch's calls.
-
-        Memory: formed copies of the parameters that one operator reads.
-        """
+        """The loss at θ − ηΔθ by `StorageOracle`, which shares none of the mode's knowledge of torch's calls."""
         # Casts that an enclosing autocast keeps are of θ before, and of θ − ηΔθ after.
         torch.clear_autocast_cache()
         precision = self._closure.precision

@@ -23,9 +23,6 @@ HeadLoss = Callable[..., Tensor]
 class Kept:
     """Formed weights of linear layers, for the next closure that is evaluated at the same step sizes.
 
-    Args:
-        num_bytes: most memory to keep; layers that come when it is used up are not kept.
-
     Attributes:
         enabled: whether another closure will be evaluated at these step sizes, or was.
     """
@@ -58,20 +55,7 @@ class Kept:
 def linear_on_steps(
     pair: TrackedParam, bias: TrackedParam | None, step: Step, x: Tensor, dtype: torch.dtype, way: str, kept: Kept
 ) -> Tensor:
-    """The layer x (W + αD)ᵀ + b + αd for all step sizes that α stands for.
-
-    Args:
-        pair: the weight, [N, C].
-        bias: [N], if there is one and it moves.
-        step: α, of several step sizes.
-        x: input, [..., C] as torch.func.vmap shows it.
-        dtype: in which factors are multiplied.
-        way: see `linear.moving_linear`.
-        kept: where formed weights may be, and stay.
-
-    Returns:
-        Tensor: [..., N] in ``dtype``, as vmap shows it.
-    """
+    """The layer x (W + αD)ᵀ + b + αd for all step sizes that α stands for."""
 
     def of_all(x: Tensor, alpha: Tensor) -> Tensor:
         keeps = way == "formed" and device_kind(x.device) not in _IN_CACHE
@@ -86,17 +70,7 @@ def linear_on_steps(
 
 
 def head_loss(pair: TrackedParam, step: Step, dtype: torch.dtype, scratch: Scratch) -> HeadLoss:
-    """The cross-entropy of a head, some rows of which are formed at a time.
-
-    Args:
-        pair: the weight, [V, C].
-        step: α.
-        dtype: of the product.
-        scratch: where the rows of one step size take turns.
-
-    Returns:
-        HeadLoss: `cross_entropy_of_rows` of hidden states and labels.
-    """
+    """The cross-entropy of a head, some rows of which are formed at a time."""
     vocabulary = len(pair.weight)
 
     def rows(chosen: slice) -> Tensor:

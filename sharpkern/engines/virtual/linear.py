@@ -31,13 +31,7 @@ FEW_TOKENS = {"cpu": 12, "cuda": 230}
 
 
 def choose(device: torch.device, dtype: torch.dtype, num_tokens: int) -> str:
-    """Return the way that is taken.
-
-    Args:
-        device: of the operands.
-        dtype: of the product.
-        num_tokens: per step size.
-    """
+    """Return the way that is taken."""
     # A product of 16-bit factors is rounded to 16 bits on some devices, and its sum with another one once more; and in
     # float16 a direction may be too small to be seen.
     exact = dtype.itemsize >= 4 or (dtype == torch.bfloat16 and accumulates_in_fp32(device))
@@ -54,23 +48,7 @@ def moving_linear(
     way: str,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return x[k] (W + α_k D)ᵀ + b[k].
-
-    Args:
-        x: [K, ..., C], or [1, ..., C] where all step sizes share it; any floating dtype.
-        weight: W, [N, C], or its rounding if ``move`` has a full-precision master.
-        move: θ + αΔθ of the weight.
-        alpha: signed steps, [K], as `ops.form` takes them.
-        dtype: in which the factors are multiplied.
-        way: "products", "formed" or "fused"; see `choose`.
-        bias: [K, N] in ``dtype``, or None.
-
-    Returns:
-        Tensor: [K, ..., N] in ``dtype``.
-
-    Memory: the result, and for "formed" `SCRATCH_BYTES` or one row of every step size; for "products" a second result,
-    and Δθ of the layer where it is not in memory.
-    """
+    """Return x[k] (W + α_k D)ᵀ + b[k]."""
     num_steps, shape = len(alpha), x.shape[1:-1]
     x = x.to(dtype).reshape(len(x), -1, x.shape[-1])
     if way == "products":
@@ -84,14 +62,7 @@ def moving_linear(
 
 
 def with_weights(x: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Return x[k] W[k]ᵀ + b[k], rounded once.
-
-    Args:
-        x: [K, M, C].
-        weights: [K, N, C].
-        bias: [K, N], or None.
-        out: written and returned if given, [K, M, N].
-    """
+    """Return x[k] W[k]ᵀ + b[k], rounded once."""
     if bias is None:
         return torch.bmm(x, weights.mT, out=out)
     return torch.baddbmm(bias.unsqueeze(1), x, weights.mT, out=out)

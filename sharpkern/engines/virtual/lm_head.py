@@ -46,10 +46,6 @@ _STRIDES = frozenset("stride storage_offset is_contiguous".split())
 class LMHead:
     """The deferred logits of one pass, recognised by identity.
 
-    Args:
-        precision: told about the losses that are answered here.
-        num_steps: step sizes whose logits may exist at once.
-
     Attributes:
         used: whether logits were deferred in this pass.
         enabled: whether logits may be deferred.
@@ -71,19 +67,7 @@ class LMHead:
     def defer(
         self, hidden: Tensor, weight: Tensor, loss: Callable[[torch.dtype], HeadLoss], call: Callable[[], Tensor]
     ) -> Tensor | None:
-        """A placeholder for the logits of a head, if they are large.
-
-        Args:
-            hidden: last hidden states, [..., C].
-            weight: of the head, [V, C]; its values are not read.
-            loss: gives, for the dtype of the product, the cross-entropy of the head.
-            call: makes the logits.
-
-        Returns:
-            Tensor: NaN in the logits' shape, dtype and device; None where they should be made at once.
-
-        Memory: one element, and a copy of ``hidden`` where that is not contiguous.
-        """
+        """A placeholder for the logits of a head, if they are large."""
         if not self.enabled or not self._may_be_large_head(hidden, weight) or not self._can_wait(hidden, weight):
             return None
         (vocabulary, width), dtype = weight.shape, product_dtype(hidden)
@@ -124,11 +108,7 @@ class LMHead:
         return self.used and bool(self._found(values))
 
     def answer(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a call on deferred logits.
-
-        Returns:
-            Any: NotImplemented where the logits themselves are needed; see `materialised`.
-        """
+        """The result of a call on deferred logits."""
         if name == "cross_entropy":
             return self._cross_entropy(*args, **kwargs)
         logits = self._get(args[0]) if args else None
@@ -224,25 +204,7 @@ def cross_entropy_by_name(
     softcap: float | None,
     backend: Backend,
 ) -> Tensor:
-    """`sharpkern.linear_cross_entropy` of a weight that is formed some rows at a time.
-
-    Args:
-        loss: gives, for the dtype of the product, the cross-entropy of the head.
-        hidden: as there.
-        weight: as there; its values are not read.
-        labels: as there.
-        ignore_index: as there.
-        reduction: as there.
-        softcap: as there.
-        backend: as there.
-
-    Returns:
-        Tensor: as there, without gradient.
-
-    Raises:
-        TypeError: as there.
-        ValueError: as there.
-    """
+    """`sharpkern.linear_cross_entropy` of a weight that is formed some rows at a time."""
     check_operands(hidden, weight, labels, reduction, softcap)
     dtype = product_dtype(hidden)
     return loss(dtype)(

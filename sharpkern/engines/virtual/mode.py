@@ -35,20 +35,7 @@ from sharpkern.tensors.storage import Owners, share_memory, storage_pointer
 
 
 class VirtualParameters(TorchFunctionMode):
-    """While active, every torch call on a parameter of the table computes with θ + αΔθ in its place.
-
-    Args:
-        pairs: the parameters that move.
-        precision: told about the loss functions that are called.
-        guard: whose parameters the closure must not write, whether they move or not; told of other writes.
-        num_steps: step sizes that a pass may be for.
-        kept: where formed weights may be, and stay.
-
-    Memory: the largest weight matrix (shared scratch); one row block for embeddings; a copy of the weights that a call
-    takes several of at once (an LSTM layer, `nn.MultiheadAttention`), or that it reads through another tensor. Of a
-    language model's head that would take more than `tail.HEAD_THRESHOLD` with its logits: 4096 rows of both, if the
-    logits only go into a cross-entropy.
-    """
+    """While active, every torch call on a parameter of the table computes with θ + αΔθ in its place."""
 
     def __init__(
         self,
@@ -84,11 +71,7 @@ class VirtualParameters(TorchFunctionMode):
         self.ended = False
 
     def begin(self, alpha: float | Tensor) -> None:
-        """Start a pass: forget the views of the last one.
-
-        Args:
-            alpha: as `Step` takes it.
-        """
+        """Start a pass: forget the views of the last one."""
         self._table = dict(self._parameters)
         self.tail.begin()
         self.alpha = Step(alpha)

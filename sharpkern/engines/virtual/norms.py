@@ -16,18 +16,7 @@ PairOf = Callable[[Any], TrackedParam | None]
 def moving_norm(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], pair_of: PairOf, step: Step
 ) -> tuple[Tensor, set[int]] | None:
-    """The result of a call, or None where it is not one for a kernel.
-
-    Args:
-        func: what is called.
-        args: its arguments.
-        kwargs: its arguments by name.
-        pair_of: the pair of a tensor, None where it does not move.
-        step: α.
-
-    Returns:
-        The result, and the indices of the parameters that it took in.
-    """
+    """The result of a call, or None where it is not one for a kernel."""
     # The stock operators have rules of their own for autograd and autocast.
     if torch.is_grad_enabled():
         return None
