@@ -39,6 +39,20 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n".join([*_whole(whole), "", *_of_all(plans), "", _beside_training(plans)])
 
 
+def brief(record: Mapping[str, Any]) -> str:
+    """Return what training and the smallest measurement of the whole plan take, in two sentences."""
+    (plan,) = (plan for plan in map(MemoryPlan.from_json, record["plans"]) if plan.model == _WHOLE)
+    training, least = (
+        plan["forward and backward"],
+        min((row for row in plan.rows if row.direction), key=lambda row: row.peak_bytes),
+    )
+    told = [f"{peak} GiB ({card} card)" for peak, card in (cells(row) for row in (training, least))]
+    return (
+        f"OLMo 2 7B, bf16 weights, AdamW with float32 moments, one sequence of {plan.conditions['tokens']} tokens: "
+        f'forward and backward peak at {told[0]}. The leanest measurement, "{label(least)}", peaks at {told[1]}.'
+    )
+
+
 def picture(record: Mapping[str, Any], path: Path) -> None:
     """Draw the plan that is told whole."""
     (whole,) = (plan for plan in record["plans"] if plan["model"] == _WHOLE)
@@ -73,8 +87,8 @@ def _beside_training(plans: list[MemoryPlan]) -> str:
         )
     ]
     return (
-        f"In {len(less)} of these {len(plans)} plans every measurement with Δθ from the optimizer's state takes less "
-        "than going forward and backward, for which activations are kept (nothing is recomputed here)."
+        f"In {len(less)} of these {len(plans)} plans, every measurement with Δθ from the optimizer's state peaks below "
+        "forward and backward. (Forward and backward keep all activations here; nothing is recomputed.)"
     )
 
 

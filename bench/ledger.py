@@ -1,7 +1,7 @@
 """The results ledger: files of `results/` to which every run adds a record, with all that its figures depend on.
 
-What was recorded once is never changed. ``python bench/readme.py`` makes README's tables and plots of the last full
-record of each file.
+What was recorded once is never changed. ``python bench/readme.py`` makes the tables and plots of README and docs from
+the last full record of each file.
 """
 
 import json

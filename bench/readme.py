@@ -1,9 +1,10 @@
-"""The pages' figures from the results files: ``python bench/readme.py`` rewrites the tables between their markers.
+"""The figures of README and docs from the results files: ``python bench/readme.py`` writes them between their markers.
 
 It draws the plots too.
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -18,9 +19,11 @@ import bench_memory
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
 from ledger import RESULTS, ROOT, latest
 
-PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md")
 PLOT = RESULTS / "growth.png"
 METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
+# Steps between measurements, of the one number that README tells.
+_USUAL = 50
 # Where the gradient is not of the measured loss.
 NO_SLOPE = {
     "auto, slope unknown": "default",
@@ -32,8 +35,8 @@ NO_SLOPE = {
 def line_search() -> str:
     """Evaluations and errors of the default search and of the published one."""
     lines = [
-        "| run | search | forwards besides the base loss | passes with it | median error | p95 | other crossings | "
-        "error covers truth |",
+        "| run | search | forward passes, base loss not counted | passes, base loss counted | median error | 95th "
+        "percentile | another crossing found | true value within `error` |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = latest("line_search")["line_search"]
@@ -50,8 +53,8 @@ def line_search() -> str:
     single, several, points = mean_passes(rows)
     lines += [
         "",
-        f"Over all {points} points a search takes {single:.1f} passes of one step size, or {several:.1f} passes of "
-        "eight, with the base loss.",
+        f"Averaged over all {points} points, a search takes {single:.1f} passes with one step size each, or "
+        f"{several:.1f} passes with eight step sizes each. The base loss is counted.",
     ]
     return "\n".join(lines)
 
@@ -117,7 +120,7 @@ def overhead() -> str:
     found = record["overhead"]
     rows, windows = found["measured_steps"], found["windows"]
     lines = [
-        f"| measured on every | training takes longer by, median of {len(rows)} measurements | half of them within |",
+        f"| measured on every | training takes longer by (median of {len(rows)} measurements) | middle half of them |",
         "|---|---|---|",
     ]
     lines += [
@@ -130,13 +133,26 @@ def overhead() -> str:
     before, after = record["environment"]["load_average"]
     lines += [
         "",
-        f"A measurement took {min(forwards)} to {max(forwards)} forward passes, {median(forwards):g} in the median, in "
-        f"the time of {steps:.1f} steps; the first of all, with checks that are made once, in that of "
-        f"{found['first_measurement_steps']:.0f}. Whole windows of {windows[0]['steps']} steps with one measurement, "
-        f"timed against a twin without a monitor that ends in the same bits: {whole}. The machine had other things to "
-        f"do (load average {before:.1f} before, {after:.1f} after).",
+        f"A measurement took {min(forwards)} to {max(forwards)} forward passes (median {median(forwards):g}). It took "
+        f"as long as {steps:.1f} training steps (median). The first measurement of a run makes extra checks and took "
+        f"as long as {found['first_measurement_steps']:.0f} steps.",
+        "",
+        f"Check by whole windows of {windows[0]['steps']} steps with one measurement each, against a twin run without "
+        f"a monitor that ends in the same bits: {whole}. The machine was not idle (load average {before:.1f} before, "
+        f"{after:.1f} after).",
     ]
     return "\n".join(lines)
+
+
+def overhead_in_brief() -> str:
+    """What a measurement on every 50th step costs, in one sentence."""
+    found = latest("overhead")["overhead"]
+    (row,) = (row for row in found["by_every"] if row["every"] == _USUAL)
+    return (
+        f"**Cost: {row['overhead']:.1%} longer training** with a measurement on every {_USUAL}th step "
+        f"({found['model']} of {found['parameters'] / 1e6:.0f} M parameters, AdamW, {found['tokens']} tokens a step, "
+        "one CPU thread; [how it was measured](docs/numbers.md#what-a-monitor-adds-to-training))."
+    )
 
 
 def peers() -> str:
@@ -177,11 +193,46 @@ def peers() -> str:
     before, after = record["environment"]["load_average"]
     lines += [
         "",
-        f"Medians over {counts} successive steps of {about['tokens']} tokens, after the warm-up; the largest "
-        "eigenvalues at the last of them. The single measurements of the default search (λ_c, sharpkern, auto, "
-        f"virtual) took {spreads} plain forward passes; the first one of a model, cold and with the checks that are "
-        f"made once, {firsts}. On every tenth of the first {about['trained']} steps, half of them in the warm-up, it "
-        f"evaluated {early} losses ({first}). Load average {before:.1f} before, {after:.1f} after.",
+        f"Medians over {counts} successive steps of {about['tokens']} tokens, after the warm-up. The largest "
+        f"eigenvalues were computed at the last step only. Load average {before:.1f} before, {after:.1f} after.",
+        "",
+        f"Single measurements of the default search (λ_c, sharpkern, auto, virtual) took {spreads} plain forward "
+        f"passes. The first measurement of a model starts cold and makes extra checks. It took {firsts}. During the "
+        f"first {about['trained']} steps, half of them warm-up, every tenth step was measured. These searches "
+        f"evaluated {early} losses ({first}).",
+    ]
+    return "\n".join(lines)
+
+
+def peers_in_brief() -> str:
+    """The default search beside the published method, one exact product and the quickest package for λ_max."""
+    record = latest("peers")
+    models: dict[int, dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in record["peers"]:
+        models.setdefault(row["parameters"], {})[row["quantity"], row["method"]] = row
+    first, *others = models.values()
+    eigenvalues = [row for row in first.values() if row["quantity"] == "λ_max" and "sharpkern" not in row["method"]]
+    quickest = min(eigenvalues, key=lambda row: row.get("in_plain_forwards", math.inf))["method"]
+    names = [f"{parameters / 1e6:.2g} M parameters" for parameters in models]
+    lines = [
+        f"| method | measures | time, {' | '.join(names)} | extra memory, in model sizes |",
+        "|---|---|---" + "|---" * len(others) + "|---|",
+    ]
+    for quantity, method, label, what in (
+        ("λ_c", "sharpkern, auto, virtual", "**sharpkern**", "λ_c"),
+        ("λ_c", "published method", "published method, rewritten", "λ_c"),
+        ("λ_dir", "double backward", "exact Hessian-vector product", "curvature along the update"),
+        ("λ_max", quickest, quickest, "largest Hessian eigenvalue"),
+    ):
+        rows = [of_one.get((quantity, method), {}) for of_one in models.values()]
+        lines.append(f"| {label} | {what} | {' | '.join(map(_time, rows))} | {_in_theta('peak_bytes', rows[0])} |")
+    training = " and ".join(_time(of_one["training", "forward + backward"]) for of_one in models.values())
+    each = first["λ_c", "sharpkern, auto, virtual"]["in_plain_forwards_each"]
+    lines += [
+        "",
+        f"Time is in plain forward passes of the same model and batch, median over training steps. On this scale, "
+        f"forward + backward takes {training}. Single sharpkern measurements took {min(each):.1f} to {max(each):.1f} "
+        f"({names[0]}). One CPU thread.",
     ]
     return "\n".join(lines)
 
@@ -220,8 +271,12 @@ def growing() -> str:
     ]
     lines += [
         "",
-        f"Seconds grow with the parameters to the power of: a plain forward pass {said[0]}. One λ_c {said[1]}. One λ_c "
-        f"over the losses that it took {said[2]}. (Straight lines in logarithms, ± standard error.)",
+        "Time grows as a power of the number of parameters. The exponents (straight-line fits in logarithms, ± "
+        "standard error) are:",
+        "",
+        f"- a plain forward pass: {said[0]}",
+        f"- one λ_c: {said[1]}",
+        f"- one λ_c, divided by the losses it evaluated: {said[2]}",
     ]
     return "\n".join(lines)
 
@@ -234,6 +289,9 @@ TABLES = {
     "kernels": kernels,
     "overhead": overhead,
     "memory": lambda: bench_memory.markdown(latest("memory")),
+    "overhead in brief": overhead_in_brief,
+    "peers in brief": peers_in_brief,
+    "memory in brief": lambda: bench_memory.brief(latest("memory")),
 }
 
 

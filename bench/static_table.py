@@ -3,12 +3,12 @@
 Needs no GPU. Facts of other Triton versions in the file stay. For another version, here the oldest that is tested, in
 an environment of its own (pip may say that torch asks for a newer one, which matters to torch.compile alone)::
 
-    python -m venv /tmp/triton36
-    /tmp/triton36/bin/pip install torch numpy pytest pytest-benchmark
-    /tmp/triton36/bin/pip install triton==3.6.0
-    /tmp/triton36/bin/python -m bench.static_table
-    /tmp/triton36/bin/python -m pytest tests/ops/test_compile_only.py
-    TRITON_INTERPRET=1 /tmp/triton36/bin/python -m pytest tests/kernels
+    python -m venv .venv-triton36
+    .venv-triton36/bin/pip install torch numpy pytest pytest-benchmark
+    .venv-triton36/bin/pip install triton==3.6.0
+    .venv-triton36/bin/python -m bench.static_table
+    .venv-triton36/bin/python -m pytest tests/ops/test_compile_only.py
+    TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest tests/kernels
 """
 
 import json
