@@ -105,9 +105,12 @@ def test_what_eight_step_sizes_at_a_time_are_worth_is_what_was_measured():
     readme = importlib.import_module("readme")
     single, several, _ = readme.mean_passes(readme.latest("line_search")["line_search"])
     assert pytest.approx(single / several, rel=0.02) == pace._WORTH
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"about {several:.1f} of eight step sizes, the base loss among them, instead of {single:.1f} of one" in text
+    text, numbers = (
+        " ".join((ROOT / "docs" / name).read_text("utf-8").split()) for name in ("engines.md", "numbers.md")
+    )
+    assert f"about {several:.1f} passes of eight step sizes instead of {single:.1f} passes of one" in text
     assert f"less than {pace._WORTH:.1f} times as long as a pass of one" in text
+    assert f"Batching pays when it is below {pace._WORTH:.1f}." in numbers
 
 
 def test_overhead_is_of_windows_that_end_in_the_same_bits_and_of_steps_beside_others():
