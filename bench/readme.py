@@ -215,24 +215,25 @@ def peers_in_brief() -> str:
     quickest = min(eigenvalues, key=lambda row: row.get("in_plain_forwards", math.inf))["method"]
     names = [f"{parameters / 1e6:.2g} M parameters" for parameters in models]
     lines = [
-        f"| method | measures | time, {' | '.join(names)} | extra memory, in model sizes |",
+        f"| method | measures | forward passes, {' | '.join(names)} | extra memory, in model sizes |",
         "|---|---|---" + "|---" * len(others) + "|---|",
     ]
     for quantity, method, label, what in (
         ("λ_c", "sharpkern, auto, virtual", "**sharpkern**", "λ_c"),
-        ("λ_c", "published method", "published method, rewritten", "λ_c"),
+        ("λ_c", "published method", "published method, our version", "λ_c"),
         ("λ_dir", "double backward", "exact Hessian-vector product", "curvature along the update"),
         ("λ_max", quickest, quickest, "largest Hessian eigenvalue"),
     ):
         rows = [of_one.get((quantity, method), {}) for of_one in models.values()]
         lines.append(f"| {label} | {what} | {' | '.join(map(_time, rows))} | {_in_theta('peak_bytes', rows[0])} |")
-    training = " and ".join(_time(of_one["training", "forward + backward"]) for of_one in models.values())
+    times = [_time(of_one["training", "forward + backward"]) for of_one in models.values()]
+    training = " and ".join(dict.fromkeys(times))
     each = first["λ_c", "sharpkern, auto, virtual"]["in_plain_forwards_each"]
     lines += [
         "",
-        f"Time is in plain forward passes of the same model and batch, median over training steps. On this scale, "
-        f"forward + backward takes {training}. Single sharpkern measurements took {min(each):.1f} to {max(each):.1f} "
-        f"({names[0]}). One CPU thread.",
+        "Time is in plain forward passes of the same model and batch, median over training steps, on one CPU thread. "
+        f"Forward and backward together take {training}. Single sharpkern measurements took {min(each):.1f} to {max(each):.1f} "
+        f"({names[0]}).",
     ]
     return "\n".join(lines)
 

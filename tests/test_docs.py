@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -24,6 +25,7 @@ from sharpkern.cli import app
 from sharpkern.engines.virtual.linear import FEW_TOKENS
 from sharpkern.measures.result import Measurement
 from sharpkern.ops.registry import VARIABLE
+from tests.helpers.models import MLP
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -129,6 +131,30 @@ def test_the_readme_is_short_and_has_two_commands() -> None:
     demo, tests = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     assert "sharpkern demo" in demo
     assert "pytest" in tests
+
+
+@pytest.mark.parametrize("mistake", ["after the step", "before clipping"])
+def test_which_of_the_usual_mistakes_is_told(mistake: str) -> None:
+    """Those of another loss have their tests in tests/measures/test_trained_loss.py."""
+    model = MLP()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    monitor = sharpkern.Monitor(model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            x, y = torch.randn(32, 16), torch.randint(10, (32,))
+            loss_fn = lambda x=x, y=y: F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss = loss_fn()
+            loss.backward()
+            if mistake == "before clipping":
+                monitor(loss_fn, loss=loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            if mistake == "after the step":
+                monitor(loss_fn, loss=loss)
+    told = [warning.category for warning in caught]
+    assert told == ([sharpkern.SlopeMismatchWarning] if mistake == "after the step" else [])
 
 
 def anchor(title: str) -> str:
