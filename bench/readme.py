@@ -232,8 +232,8 @@ def peers_in_brief() -> str:
     lines += [
         "",
         "Time is in plain forward passes of the same model and batch, median over training steps, on one CPU thread. "
-        f"Forward and backward together take {training}. Single sharpkern measurements took {min(each):.1f} to {max(each):.1f} "
-        f"({names[0]}).",
+        f"Forward and backward together take {training}. Single sharpkern measurements took {min(each):.1f} to "
+        f"{max(each):.1f} ({names[0]}).",
     ]
     return "\n".join(lines)
 
