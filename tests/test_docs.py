@@ -24,6 +24,7 @@ from sharpkern import errors
 from sharpkern.cli import app
 from sharpkern.engines.virtual.linear import FEW_TOKENS
 from sharpkern.measures.result import Measurement
+from sharpkern.memory.cards import USABLE
 from sharpkern.ops.registry import VARIABLE
 from tests.helpers.models import MLP
 
@@ -208,6 +209,9 @@ def test_figures_of_the_pages_are_those_of_the_results_files(monkeypatch: pytest
 def test_numbers_of_the_code_are_those_of_the_guides() -> None:
     text = TEXTS[ROOT / "docs" / "engines.md"]
     assert f"on a CPU below {FEW_TOKENS['cpu']} tokens per step size; on a GPU below {FEW_TOKENS['cuda']} |" in text
+    memory = TEXTS[ROOT / "docs" / "memory.md"]
+    assert f"{1 - USABLE / 2**30:.0%}".replace("%", " % of a card") in memory
+    assert f"80 GB count as {80 * USABLE / 2**30:.1f} GiB" in memory
 
 
 def section(page: Path, title: str) -> str:
