@@ -18,6 +18,7 @@ from sharpkern.errors import NoUpdateError
 from sharpkern.ops.reductions import slopes_and_norms, to_host
 from sharpkern.ops.rules import Reading, Rule, rule_of
 from sharpkern.ops.update import LazyUpdate
+from sharpkern.ops.whole_steps import updates_with_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ class Update:
     norm_sq: float
 
 
-# A parameter, and its Δθ or the step that it can be worked out of.
-Moving = tuple[ParamState, Tensor | LazyUpdate]
+# A parameter, its Δθ or the step that it can be worked out of, and Δθᵀg and |Δθ|², [2], where they are known.
+Moving = tuple[ParamState, Tensor | LazyUpdate, Tensor | None]
 
 
 def optimizer_update(
@@ -65,7 +66,7 @@ def optimizer_update(
         return moving
 
     moving = undisturbed((slot.held.device for slot in slots), steps) if None in rules else steps()
-    updates = _with_sums([slot for slot, _ in moving], [source for _, source in moving])
+    updates = _with_sums(moving)
     slopes = [update.slope for update in updates if update.slope is not None]
     # A gradient that is not finite leaves no slope finite, whatever the update makes of it; zeros leave none but zero.
     if not math.isfinite(sum(slopes)):
@@ -86,10 +87,9 @@ def _by_rule(
     slots = [slot for slot in slots if slot.held.grad is not None and slot.lr > 0]
     steps = steps_by_rule(rule, optimizer, slots, reference_lr)
     # On a GPU working Δθ out anew takes little time beside a forward pass, and memory is short.
-    return [
-        (slot, step.update() if resident or (resident is None and not ops.has_kernels(step.base.device)) else step)
-        for slot, step in zip(slots, steps, strict=True)
-    ]
+    kept = [i for i, one in enumerate(steps) if resident or (resident is None and not ops.has_kernels(one.base.device))]
+    found = dict(zip(kept, updates_with_sums([steps[i] for i in kept]), strict=True))
+    return [(slot, *found.get(i, (step, None))) for i, (slot, step) in enumerate(zip(slots, steps, strict=True))]
 
 
 def steps_by_rule(
@@ -125,27 +125,40 @@ def _step(slot: ParamState, rule: str, reading: Reading, rate: float) -> LazyUpd
 def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[ParamState], reference_lr: float) -> list[Moving]:
     """Return the update of every parameter that a step on a copy of everything moves."""
     return [
-        (slot, local_as(displacement, slot.held).div_(reference_lr))
+        (slot, local_as(displacement, slot.held).div_(reference_lr), None)
         for slot, displacement in zip(slots, shadow_step(optimizer, slots), strict=True)
         if whole(displacement.any())
     ]
 
 
-def _with_sums(slots: Sequence[ParamState], sources: Sequence[Tensor | LazyUpdate]) -> list[Update]:
+def _with_sums(moving: Sequence[Moving]) -> list[Update]:
     """Return the updates with their slopes and norms, read back at once; memory that parameters share moves as one."""
+    slots = [slot for slot, *_ in moving]
+    known = {id(source): sums for _, source, sums in moving if sums is not None}
     sources = summed(
         [slot.parameter for slot in slots],
-        sources,
+        [source for _, source, _ in moving],
         labels=[slot.label for slot in slots],
         masters=[slot.master for slot in slots],
     )
-    stored = [(source, slot) for slot, source in zip(slots, sources, strict=True) if isinstance(source, Tensor)]
+    stored = [
+        (source, slot)
+        for slot, source in zip(slots, sources, strict=True)
+        if isinstance(source, Tensor) and id(source) not in known
+    ]
     # What moves without a gradient has no slope: any tensor of its shape will do.
     gradients = [
         source if slot.held.grad is None else local_as(slot.held.grad.detach(), slot.held) for source, slot in stored
     ]
     sums = iter(slopes_and_norms([source for source, _ in stored], gradients))
-    each = [source.slope_and_norm() if isinstance(source, LazyUpdate) else next(sums) for source in sources]
+    each = [
+        known[id(source)]
+        if id(source) in known
+        else source.slope_and_norm()
+        if isinstance(source, LazyUpdate)
+        else next(sums)
+        for source in sources
+    ]
     each = over_shards([slot.held for slot in slots], each)
     slopes, norms = to_host([one[0] for one in each]), to_host([one[1] for one in each])
     # Of what falls: the gradient as it is stored may be scaled, and of what the optimizer climbs.

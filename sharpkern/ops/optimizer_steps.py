@@ -74,7 +74,7 @@ def form_step(
     Determinism:
         Elementwise; the same bits on every run.
     """
-    found = _checked(rule, theta, grad, state, numbers)
+    found = checked_rule(rule, theta, grad, state, numbers)
     num_steps = 1 if alpha is None else validation.check_alpha(alpha, theta.device)
     out = output(out, theta, num_steps, dtype, (theta, grad, *state, alpha))
     for delta, (rows, *_), targets in _updates(found, (theta, grad, *state), numbers, decoupled, flag, out.unbind()):
@@ -126,7 +126,7 @@ def step_sums(
     """
     if grad is None:
         raise TypeError("grad must be a tensor, got None; the sums over a step are taken before it, with its gradient")
-    found = _checked(rule, theta, grad, state, numbers)
+    found = checked_rule(rule, theta, grad, state, numbers)
     sums = [
         torch.stack([inner_product(delta, g), inner_product(delta, delta)])
         for delta, (_, g, *_), _ in _updates(found, (theta, grad, *state), numbers, decoupled, flag)
@@ -134,7 +134,7 @@ def step_sums(
     return torch.stack(sums).sum(0)
 
 
-def _checked(
+def checked_rule(
     name: str, theta: Tensor, grad: Tensor | None, state: Sequence[Tensor | None], numbers: Sequence[float]
 ) -> Rule:
     """Return the rule, if the update of a parameter follows from what is given."""
@@ -178,7 +178,7 @@ def _updates(
     for rows in row_chunks(*given, *outputs):
         parts = iter(part.to(wide) for part in rows[: len(given)])
         # By no name of its own: what was widened goes when the update is there.
-        delta = _update(
+        delta = update_of(
             rule,
             *(None if operand is None else next(parts) for operand in operands),
             numbers=numbers,
@@ -188,7 +188,7 @@ def _updates(
         yield delta, rows[: len(given)], rows[len(given) :]
 
 
-def _update(
+def update_of(
     rule: Rule,
     theta: Tensor | None,
     grad: Tensor | None,
@@ -196,8 +196,9 @@ def _update(
     numbers: Sequence[float],
     decoupled: bool,
     flag: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Return Δθ of operands of one dtype."""
+    """Return Δθ of operands of one dtype; in ``out``, where one is given and the rule has a use for it."""
     assert theta is not None
     weight_decay, grad_factor, rate, *own = numbers
     if grad is not None:
@@ -205,5 +206,6 @@ def _update(
             grad = grad * grad_factor
         if weight_decay != 0 and not decoupled:
             grad = grad.add(theta, alpha=weight_decay)
-    delta = rule.update(grad, state, own, flag, theta * weight_decay if decoupled and weight_decay != 0 else None)
+    decays = decoupled and weight_decay != 0
+    delta = rule.update(grad, state, own, flag, torch.mul(theta, weight_decay, out=out) if decays else None)
     return delta * rate if rate != 1 else delta

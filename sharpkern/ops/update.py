@@ -134,11 +134,16 @@ class LazyUpdate(ParamUpdate):
 
     def update(self) -> Tensor:
         """Return Δθ, a new tensor in the widest dtype of parameter and state."""
+        return self.form(None, dtype=self.dtype)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of parameter and state."""
         dtype = self.base.dtype
         for tensor in self.state:
             # The gradient is entered in the precision of parameter and state.
             dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-        return self.form(None, dtype=dtype)[0]
+        return dtype
 
     def slope_and_norm(self) -> Tensor:
         """Return Δθᵀg and |Δθ|², [2] float64 on the device, g being the gradient as it is stored."""

@@ -145,6 +145,7 @@ def _update(
 ) -> Tensor:
     m, v, largest = state
     lerp1, beta2, lerp2, inverse_correction1, root_correction2, eps = numbers
+    is_new = grad is not None or largest is not None
     if grad is not None:
         m = (torch.zeros_like(grad) if m is None else m).lerp(grad, lerp1)
         v = (torch.zeros_like(grad) if v is None else v * beta2).addcmul_(grad, grad, value=lerp2)
@@ -152,7 +153,7 @@ def _update(
     assert v is not None
     if largest is not None:
         v = torch.maximum(v, largest)
-    denominator = v.sqrt().div_(root_correction2).add_(eps)
+    denominator = (v.sqrt_() if is_new else v.sqrt()).div_(root_correction2).add_(eps)
     return (torch.zeros_like(m) if onto is None else onto).addcdiv_(m, denominator, value=inverse_correction1)
 
 

@@ -1,0 +1,96 @@
+"""Δθ of a whole model by plain torch on a CPU, with its slope and norm, in blocks that stay in the cache.
+
+Small tensors are laid side by side, so that a block takes the same few calls of torch however many tensors it is of.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sharpkern.ops.arithmetic import CPU_CHUNK
+from sharpkern.ops.optimizer_steps import checked_rule, update_of
+from sharpkern.ops.update import LazyUpdate
+
+# The number of a step, where a part of it begins, and that part of each of its operands that are there.
+Piece = tuple[int, int, list[Tensor]]
+
+
+@torch.no_grad()
+def updates_with_sums(steps: Sequence[LazyUpdate]) -> list[tuple[Tensor, Tensor | None]]:
+    """Return Δθ of every step, and Δθᵀg and |Δθ|², [2] float64, or None where they are not worked out by the way."""
+    result: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * len(steps)
+    alike: dict[object, list[int]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        if _is_plain(step):
+            there = tuple(tensor is not None for tensor in step.state)
+            alike[step.rule, step.numbers, step.decoupled, step.flag, step.base.dtype, there].append(i)
+        else:
+            result[i] = step.update(), None
+    for members in alike.values():
+        for i, found in zip(members, _together([steps[i] for i in members]), strict=True):
+            result[i] = found
+    return result
+
+
+def _is_plain(step: LazyUpdate) -> bool:
+    """Whether all operands lie alike in the memory of a CPU, in one dtype that the step is computed in."""
+    return step.base.dtype in (torch.float32, torch.float64) and all(
+        tensor.device.type == "cpu" and tensor.dtype == step.base.dtype and tensor.is_contiguous()
+        for tensor in step.operands
+    )
+
+
+def _together(steps: Sequence[LazyUpdate]) -> list[tuple[Tensor, Tensor]]:
+    """Return the results of steps of one rule with the same numbers."""
+    first = steps[0]
+    rule = checked_rule(first.rule, first.base, first.grad, first.state, first.numbers)
+    # Large ones are written block by block, small ones lie beside each other in one that is kept.
+    deltas = [torch.empty_like(step.base) if _is_large(step) else step.base for step in steps]
+    numbers: list[int] = []
+    sums: list[Tensor] = []
+    for block in _blocks(steps):
+        roles = zip(*(pieces for *_, pieces in block), strict=True)
+        parts = iter([role[0] if len(role) == 1 else torch.cat(role) for role in roles])
+        operands = [None if tensor is None else next(parts) for tensor in (first.base, first.grad, *first.state)]
+        i, start, _ = block[0]
+        out = deltas[i].view(-1)[start : start + CPU_CHUNK] if _is_large(steps[i]) else torch.empty_like(operands[1])
+        delta = update_of(rule, *operands, numbers=first.numbers, decoupled=first.decoupled, flag=first.flag, out=out)
+        if delta is not out:
+            out.copy_(delta)
+        assert operands[1] is not None
+        sizes = [len(pieces[0]) for *_, pieces in block]
+        wide = (out.double().split(sizes), operands[1].double().split(sizes))
+        for (i, *_), part, delta64, grad64 in zip(block, out.split(sizes), *wide, strict=True):
+            numbers.append(i)
+            sums += torch.dot(delta64, grad64), torch.dot(delta64, delta64)
+            if not _is_large(steps[i]):
+                deltas[i] = part.view(steps[i].base.shape)
+    totals = torch.zeros(len(steps), 2, dtype=torch.float64)
+    totals.index_add_(0, torch.tensor(numbers), torch.stack(sums).view(-1, 2))
+    return list(zip(deltas, totals, strict=True))
+
+
+def _is_large(step: LazyUpdate) -> bool:
+    return step.base.numel() > CPU_CHUNK
+
+
+def _blocks(steps: Sequence[LazyUpdate]) -> Iterator[list[Piece]]:
+    """Yield what is worked on at a time: a piece of one large tensor, or several small ones."""
+    block: list[Piece] = []
+    room = CPU_CHUNK
+    for i, step in enumerate(steps):
+        operands = [tensor.detach().view(-1) for tensor in step.operands]
+        size = len(operands[0])
+        if _is_large(step):
+            for start in range(0, size, CPU_CHUNK):
+                yield [(i, start, [operand[start : start + CPU_CHUNK] for operand in operands])]
+            continue
+        if size > room:
+            yield block
+            block, room = [], CPU_CHUNK
+        block.append((i, 0, operands))
+        room -= size
+    if block:
+        yield block
