@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharpkern._undo import Trace
-from sharpkern.distributed.sharding import fsdp_modules, is_sharded
+from sharpkern.distributed.sharding import fsdp_modules, is_distributed, is_sharded
 
 
 @dataclass
@@ -43,7 +43,7 @@ def replicate_state(module: nn.Module) -> Any:
 
 def reducers_of(model: nn.Module) -> Iterator[tuple[nn.Module, DistributedDataParallel]]:
     """What averages gradients in a model, each behind the module whose forward pass it begins."""
-    for module in model.modules():
+    for module in model.modules() if is_distributed() else ():
         if isinstance(module, DistributedDataParallel):
             yield module.module, module
         elif (reducer := getattr(replicate_state(module), "_ddp", None)) is not None:

@@ -12,9 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_distributed() -> bool:
+    """Whether there may be other processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
 
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is a DTensor."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -74,7 +83,11 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     """Return the modules that ``fully_shard`` was applied to, the outermost first."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
-    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+    return (
+        []
+        if kind is None or not is_distributed()
+        else [module for module in model.modules() if isinstance(module, kind)]
+    )
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,20 +1,28 @@
 """How much of a displacement survives rounding: small steps vanish in 16-bit weights."""
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from sharpkern.distributed.sharding import over_shards
+from sharpkern.distributed.sharding import is_sharded, over_shards
+from sharpkern.engines.evaluation.precision import is_low
 from sharpkern.engines.tracked import TrackedParam
 from sharpkern.ops.reductions import total
 
+# A difference of the share that nobody sees.
+_LITTLE = 1e-4
 # Elements looked at in each tensor; there are many tensors.
 _SAMPLE = 1 << 12
 
 
-def retained_share(pairs: Sequence[TrackedParam], rounded: Collection[int], alpha: float) -> float:
-    """⟨dW, αΔθ⟩/|αΔθ|² over all pairs, dW being the change of the rounded weights."""
+def retained_share(
+    pairs: Sequence[TrackedParam], rounded: Collection[int], alpha: float, norm_sq: float = 0.0
+) -> float:
+    """⟨dW, αΔθ⟩/|αΔθ|² over all pairs, dW being the change of the rounded weights and ``norm_sq`` |Δθ|²."""
+    if _rounds_little(pairs, abs(alpha) * math.sqrt(norm_sq)):
+        return 1.0
     # Collected on the device, and read once at the end.
     sums: list[Tensor] = []
     for pair in pairs:
@@ -30,6 +38,17 @@ def retained_share(pairs: Sequence[TrackedParam], rounded: Collection[int], alph
     sums = over_shards([pair.parameter for pair in pairs], sums)
     all_length = total(one[1] for one in sums)
     return total(one[0] for one in sums) / all_length if all_length > 0 else 1.0
+
+
+@torch.no_grad()
+def _rounds_little(pairs: Sequence[TrackedParam], length: float) -> bool:
+    """Whether the rounding of all weights together is too short to count beside a displacement of a length."""
+    weights = [pair.weight for pair in pairs]
+    if any(is_low(weight.dtype) or is_sharded(pair.parameter) for weight, pair in zip(weights, pairs, strict=True)):
+        return False
+    roundoff = max(torch.finfo(weight.dtype).eps for weight in weights)
+    norms = torch._foreach_norm(weights)
+    return roundoff * math.sqrt(total(norm.square() for norm in norms)) < _LITTLE * length
 
 
 def _sample(tensor: Tensor) -> Tensor:

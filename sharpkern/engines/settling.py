@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.distributed.lockstep import reducers_of, replicate_state
 from sharpkern.distributed.ranks import KINDS, Alone, Ranks, Together, device_kind, raise_gravest
-from sharpkern.distributed.sharding import is_sharded, local, local_as, over_shards, reshard
+from sharpkern.distributed.sharding import is_distributed, is_sharded, local, local_as, over_shards, reshard
 from sharpkern.engines.evaluation.reach import Reached
 from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.ops.reductions import inner_product, to_host
@@ -61,7 +61,7 @@ _SAME = 1e-6
 
 def num_ranks() -> int:
     """Ranks of the run, 1 where there is but one process, or only a stand-in for others."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_backend() == "fake":
+    if not is_distributed() or distributed.get_backend() == "fake":
         return 1
     return distributed.get_world_size()
 
@@ -136,18 +136,21 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 def _refuse_shards(model: nn.Module) -> None:
     # Without the wrapper in sight, the parameters say it.
-    inside = any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
-    if inside or any(map(_is_flat, model.modules())):
+    modules = list(model.modules())
+    inside = any(getattr(p, "_fsdp_flattened", False) for module in modules for p in module._parameters.values())
+    if inside or any(map(_is_flat, modules)):
         raise TypeError(
             "model must be sharded by torch.distributed.fsdp.fully_shard (FSDP2), got FullyShardedDataParallel; "
             "its flat parameters cannot be told apart"
         )
-    for engine in filter(_is_deepspeed, model.modules()):
+    for engine in filter(_is_deepspeed, modules):
         _refuse_split(engine)
 
 
 def named_ranks(model: nn.Module) -> Together | None:
     """The ranks that a model's wrappers or its DTensors name."""
+    if not is_distributed():
+        return None
     groups: list[Any] = [engine.data_parallel_group for engine in model.modules() if _is_deepspeed(engine)]
     groups += [reducer.process_group for _, reducer in reducers_of(model)]
     if groups:

@@ -171,7 +171,8 @@ def _by_differences(
 
         def measure(engine: Engine) -> tuple[Estimate, float]:
             estimate, last = _by_engine(engine, target, step_size, session.direction)
-            return estimate, retained_share(session.pairs, engine.rounded, last)
+            kept = retained_share(session.pairs, engine.rounded, last, session.direction.norm_sq)
+            return estimate, kept
 
         return *session.run(target, measure), target.closure.calls
 

@@ -163,7 +163,7 @@ def test_a_fused_kernel_is_refused_by_the_product_and_measured_by_the_difference
     assert directional_sharpness(model, fused, direction) == pytest.approx(exact, rel=0.01)
 
 
-def test_falls_back_to_the_inplace_engine_with_a_warning():
+def test_falls_back_to_the_inplace_engine_with_a_warning(no_swapping: None):
     model, _, _, loss_fn = classifier()
     direction = Direction.from_gradients(model)
     expected = directional_sharpness(model, loss_fn, direction, method="hvp")
@@ -180,7 +180,7 @@ def test_falls_back_to_the_inplace_engine_with_a_warning():
 
 def test_steps_that_rounding_swallows_are_told(monkeypatch):
     # The share itself has its own tests; here it is only bad luck.
-    monkeypatch.setattr("sharpkern.measures.directional.retained_share", lambda pairs, rounded, alpha: 0.5)
+    monkeypatch.setattr("sharpkern.measures.directional.retained_share", lambda *_: 0.5)
     model, _, _, loss_fn = classifier()
     with pytest.warns(RetainedWarning, match=r"only 0\.50 of the displacement by ±.*·Δθ survives .*float32 masters"):
         directional_sharpness(model, loss_fn, Direction.from_gradients(model))
@@ -258,7 +258,7 @@ def test_what_rounding_of_the_weights_left_out_is_in_the_error(monkeypatch):
     model, _, _, loss_fn = classifier()
     direction = Direction.from_gradients(model)
     whole = directional_sharpness(model, loss_fn, direction)
-    monkeypatch.setattr("sharpkern.measures.directional.retained_share", lambda pairs, rounded, alpha: 0.93)
+    monkeypatch.setattr("sharpkern.measures.directional.retained_share", lambda *_: 0.93)
     part = directional_sharpness(model, loss_fn, direction)
     assert part == whole
     assert part.error == pytest.approx(whole.error + 0.07, abs=1e-5)
