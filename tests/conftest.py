@@ -44,3 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_swapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models too are measured by the engines that larger ones are."""
+    monkeypatch.setattr("sharpkern.engines.session.may_swap", lambda *_: False)

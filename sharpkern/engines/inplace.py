@@ -26,6 +26,7 @@ class InPlaceEngine:
     """Evaluates losses at θ − ηΔθ by writing the parameters; `close` is an exact copy back, never a subtraction."""
 
     name = "inplace"
+    writes = True
 
     def __init__(
         self,
@@ -52,6 +53,10 @@ class InPlaceEngine:
     def losses(self, step_sizes: Sequence[float]) -> list[float]:
         """Losses at θ − ηΔθ for each step size η."""
         return [self._closure(self._around, prepare=partial(self._write, -eta)) for eta in step_sizes]
+
+    def oracle_loss(self, eta: float) -> float:
+        """The loss at θ − ηΔθ, where every reader of θ finds it."""
+        return self.losses([eta])[0]
 
     def close(self) -> None:
         """Make the model's parameters θ again, bit for bit. May be called again after an interrupt."""

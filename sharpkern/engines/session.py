@@ -27,6 +27,7 @@ from sharpkern.engines.evaluation.reach import fingerprint
 from sharpkern.engines.evidence import Slopes, TrainedLoss, is_power
 from sharpkern.engines.inplace import Backup, InPlaceEngine
 from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost, ranks_for, size_of
+from sharpkern.engines.swapped import SwappedEngine, may_swap
 from sharpkern.engines.tracked import TrackedParam, track
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.engines.virtual.layers import Kept
@@ -49,15 +50,25 @@ ENGINES = ("auto", "virtual", "batched", "inplace")
 
 # What takes the place of an engine that is unable, and how that measures.
 _NEXT = {
+    "swapped": ("virtual", ""),
     "batched": ("virtual", "one step size at a time"),
     "virtual": ("inplace", "in place, θ is written and restored"),
 }
 
+# Bytes of parameters up to which "auto" takes the memory for another set of them, and is quicker.
+_SWAPPED_BYTES = 2**29
+
 
 class Engine(Protocol):
-    """Evaluates losses along the direction, from the same random state each time."""
+    """Evaluates losses along the direction, from the same random state each time.
+
+    Attributes:
+        name: of its kind.
+        writes: θ itself is written, so that whatever reads it sees θ − ηΔθ.
+    """
 
     name: str
+    writes: bool
 
     @property
     def rounded(self) -> set[int]:
@@ -65,6 +76,9 @@ class Engine(Protocol):
 
     def losses(self, step_sizes: Sequence[float]) -> list[float]:
         """Losses at θ − ηΔθ for each step size η."""
+
+    def oracle_loss(self, eta: float) -> float:
+        """The loss at θ − ηΔθ by other means, to check one of an engine that does not write θ."""
 
     def close(self) -> None:
         """Leave the parameters as they were, bit for bit. May be called again, also after an interrupt."""
@@ -223,7 +237,7 @@ class Session:
         self, target: Target, use: Callable[[Engine], Result], *, engine: str = "auto", quickest: str = "virtual"
     ) -> Result:
         """Call ``use`` with an engine, and with the next one in its place if it turns out unable and none was named."""
-        name = self.choose(target, engine, quickest)
+        name = self._swapped(target, engine, self.choose(target, engine, quickest))
         found: dict[str, str] = {}
         while True:
             # One step size at a time takes less memory.
@@ -232,14 +246,15 @@ class Session:
                 with self.open(target, name) as opened:
                     result = use(opened)
             except unable as reason:
-                if engine != "auto" or name not in _NEXT:
+                if name not in _NEXT or (engine != "auto" and name != "swapped"):
                     raise
                 found[name] = str(reason)
-                name = _NEXT[name][0]
+                name = _NEXT[name][0] if engine == "auto" else engine
             else:
                 # Where no engine is able, it is not the engines' fault.
                 for left, why in found.items():
-                    warn(f"measuring {_NEXT[left][1]}: {why}", EngineFallbackWarning)
+                    if _NEXT[left][1]:
+                        warn(f"measuring {_NEXT[left][1]}: {why}", EngineFallbackWarning)
                 target.checks.unsupported |= found
                 return result
 
@@ -263,6 +278,14 @@ class Session:
             name, _ = _NEXT[name]
         return name
 
+    def _swapped(self, target: Target, engine: str, name: str) -> str:
+        """The name of the engine that swaps memory, where it may take the place of another and is quicker."""
+        if name == "batched" or engine == "virtual" or target.compiled or "swapped" in target.checks.unsupported:
+            return name
+        if name == "virtual" and sum(pair.weight.nbytes for pair in self.pairs) > _SWAPPED_BYTES:
+            return name
+        return "swapped" if may_swap(self.model, self.pairs, self.guard) else name
+
     @contextmanager
     def open(self, target: Target, name: str, *, kept: Kept | None = None, backup: Backup = "auto") -> Iterator[Engine]:
         """Make an engine, and close it whatever happens: at the end of the session at the latest."""
@@ -270,6 +293,8 @@ class Session:
         closure, trace = target.closure, self.guard.trace
         if name == "virtual":
             engine = VirtualEngine(self.pairs, closure, kept=kept)
+        elif name == "swapped":
+            engine = SwappedEngine(self.model, self.pairs, closure)
         elif name == "batched":
             engine = BatchedEngine(self.pairs, closure, kept)
         else:

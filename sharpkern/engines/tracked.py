@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpkern.distributed.sharding import local
-from sharpkern.ops.update import ParamUpdate
+from sharpkern.ops.arithmetic import add_step
+from sharpkern.ops.update import ParamUpdate, StoredUpdate
 from sharpkern.tensors.storage import overlapping, storage_pointer
 
 
@@ -27,6 +28,7 @@ class Step:
         self._alpha = alpha
         self.is_several = isinstance(alpha, Tensor)
         self._tensors: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._numbers: dict[torch.dtype, float] = {}
 
     def __bool__(self) -> bool:
         return self.is_several or bool(self._alpha != 0)
@@ -34,6 +36,19 @@ class Step:
     def of(self, move: ParamUpdate) -> Tensor:
         """α as a move takes it, [1]."""
         return self.on(move.base.device, torch.float64 if move.wide == torch.float64 else torch.float32)
+
+    def form(self, move: ParamUpdate, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """θ + αΔθ for this one α; the caller has gradients off."""
+        if isinstance(move, StoredUpdate) and not self.is_several and _is_plain_sum(move, dtype):
+            # The way of `ops.form` without an operation's checks, of which small tensors take longer than of the sum.
+            return add_step(move.base, move.delta, self._number(dtype), out)
+        return move.form(self.of(move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
+
+    def _number(self, dtype: torch.dtype) -> float:
+        """α as an operation reads it off its tensor."""
+        if dtype not in self._numbers:
+            self._numbers[dtype] = self.on(torch.device("cpu"), dtype).item()
+        return self._numbers[dtype]
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """α on a device, [1]."""
@@ -45,6 +60,18 @@ class Step:
                 tensor = torch.full((1,), self._alpha, dtype=dtype, device=device)
             self._tensors[key] = tensor
         return self._tensors[key]
+
+
+def _is_plain_sum(move: StoredUpdate, dtype: torch.dtype) -> bool:
+    """Whether θ + αΔθ is one call of torch on the CPU: one dtype, in which it is computed."""
+    base, delta = move.base, move.delta
+    return (
+        type(base) in (Tensor, nn.Parameter)
+        and type(delta) is Tensor
+        and base.device.type == delta.device.type == "cpu"
+        and base.dtype == delta.dtype == dtype
+        and dtype in (torch.float32, torch.float64)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +109,7 @@ class TrackedParam:
             alpha = step.on(self.move.base.device, wide).squeeze(0)
             return (self.move.base.to(wide) + alpha * self.move.update().to(wide)).to(dtype)
         with torch.no_grad():
-            return self.move.form(step.of(self.move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
+            return step.form(self.move, dtype=dtype, out=out)
 
 
 def track(moves: Iterable[tuple[Tensor, ParamUpdate]]) -> list[TrackedParam]:

@@ -52,9 +52,10 @@ def critical_sharpness(
         rtol: relative error of η_c to reach, in (0, 1).
         method: "auto", or "bisection" (doubling and bisection to 1/16, the published search).
         engine: "auto"; "virtual" computes with θ − ηΔθ without ever writing θ; "batched" the same for up to 8 step
-            sizes in one call of ``loss_fn``, which pays for small models and few tokens on a GPU; "inplace" writes and
-            restores θ. An engine that is named is used or raises; "auto" begins with the virtual one, and warns when it
-            has to leave it.
+            sizes in one call of ``loss_fn``, which pays for small models and few tokens on a GPU; "inplace" lets the
+            parameters hold θ − ηΔθ: plain ones on a CPU in other memory during a pass, for all others θ is written and
+            restored. An engine that is named is used or raises. "auto" begins with the virtual one, which for up to 512
+            MiB of plain parameters on a CPU takes other memory during a pass too, and warns when it has to leave it.
         base_loss: L(θ), if it is known already, each rank's own: the loss that was trained. It is compared with what
             ``loss_fn`` returns in the first three calls for a model and closure and every twentieth, and used in its
             place in the others, which saves one evaluation. Where ``loss_fn`` draws random numbers (dropout), or 16-bit
@@ -82,8 +83,8 @@ def critical_sharpness(
             not repeatable or does not depend on the parameters; on several ranks, they hold different directions or
             parts of a model.
 
-    Memory: virtual: the largest weight matrix and the buffers; batched: 8 times the activations besides; inplace: a
-    copy of the parameters that move.
+    Memory: virtual: the largest weight matrix and the buffers, or by "auto" up to 512 MiB for a copy of plain
+    parameters on a CPU; batched: 8 times the activations besides; inplace: a copy of the parameters that move.
 
     Determinism: as deterministic as ``loss_fn``.
 

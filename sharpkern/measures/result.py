@@ -36,7 +36,7 @@ class Measurement:
         forwards: losses evaluated, all of them: base loss, probes and checks. The batched engine has up to 8 of them
             from one call of the closure.
         status: "converged"; "ascent"; "unbounded"; "nonfinite", the base loss is nan or inf; "unresolved".
-        engine: "virtual", "batched" or "inplace", which evaluated the losses.
+        engine: which evaluated the losses: "virtual" or "batched", which only read θ, or "inplace".
         retained: share of the displacement at η_c that survives rounding to the weights' dtype; 1.0 = all. Estimated
             from about 4096 elements of each tensor; nan where there is no η_c.
         seconds: wall time.

@@ -183,10 +183,16 @@ class Run:
             probes=result.probes,
             forwards=self._closure.calls,
             status=result.status,
-            engine=self.engine.name,
+            engine=self._engine_name(),
             retained=self._retained,
             seconds=seconds,
         )
+
+    def _engine_name(self) -> str:
+        """The engine as users know it: swapped memory is one way of the two that go one step size at a time."""
+        if self.engine.name == "swapped":
+            return "inplace" if self._options.engine == "inplace" else "virtual"
+        return self.engine.name
 
     def _note(self, result: SearchResult) -> None:
         """Enter what this measurement says of the loss that was trained, and warn of what several say together."""
@@ -213,7 +219,7 @@ class Run:
         return self._closure.ranks.agree(flag)[0] > 0
 
     def _kept(self, eta: float) -> float:
-        return retained_share(self._pairs, self.engine.rounded, -eta)
+        return retained_share(self._pairs, self.engine.rounded, -eta, self._direction.norm_sq)
 
     def _spare_forwards(self) -> int:
         return self._options.max_forwards - self._closure.calls
@@ -250,7 +256,7 @@ class Run:
 
     def _refuse_constant(self, result: SearchResult) -> None:
         reason = constant_loss(self._base, result.probes)
-        if reason is not None and self.engine.name != "inplace":
+        if reason is not None and not self.engine.writes:
             # Perhaps the parameters are read where no mode can see it.
             raise EngineUnsupportedError("the loss is the same at every step size")
         if reason is not None:

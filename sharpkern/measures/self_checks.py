@@ -7,7 +7,6 @@ import torch
 
 from sharpkern.engines.evidence import LEAST_CERTAIN_RATIO
 from sharpkern.engines.session import Engine, KnownFacts
-from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.errors import EngineUnsupportedError, UncheckedWarning, warn
 from sharpkern.search.line_search import SearchResult
 
@@ -60,7 +59,7 @@ def confirm(
     near = {probe: effect for probe, effect in effects.items() if probe[0] <= reach}
     if near and max(near.values()) >= least * floor:
         effects = near
-    if not effects or not isinstance(engine, VirtualEngine) or engine.name in checks.agrees | checks.unchecked:
+    if not effects or engine.writes or engine.name in checks.agrees | checks.unchecked:
         return
     (eta, loss), effect = max(effects.items(), key=lambda item: item[1])
     if effect < least * floor:

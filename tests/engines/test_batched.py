@@ -400,8 +400,11 @@ def test_the_collector_is_left_as_it_was(enabled: bool, uncollected: None) -> No
 # -- precision --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("engine", ["virtual", "batched"])
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    # One step size in one wide dtype on a CPU needs no operation.
+    [("virtual", torch.bfloat16), *(("batched", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64))],
+)
 def test_step_sizes_reach_operations_as_wide_tensors(
     engine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

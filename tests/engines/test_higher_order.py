@@ -49,7 +49,7 @@ def test_functions_that_read_no_parameter(engine: str) -> None:
     assert len(set(expected)) == len(STEP_SIZES)
 
 
-def test_functions_that_read_a_parameter_lead_to_the_engine_that_writes() -> None:
+def test_functions_that_read_a_parameter_lead_to_the_engine_that_writes(no_swapping: None) -> None:
     """Though the model reads it elsewhere too, so that it has not been left out."""
     model = Flex(learned=True)
     direction = random_direction(model)

@@ -163,7 +163,9 @@ def test_everything_is_restored_when_the_closure_raises_at_any_call(engine: str,
     assert differing(before, snapshot(model, optimizer)) == []
 
 
-def test_in_place_restores_after_an_interrupt_between_two_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_place_restores_after_an_interrupt_between_two_writes(
+    monkeypatch: pytest.MonkeyPatch, no_swapping: None
+) -> None:
     # The package hands on the function of that name.
     module = importlib.import_module("sharpkern.ops.form")
 

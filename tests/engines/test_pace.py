@@ -79,7 +79,7 @@ def test_passes_that_form_no_weights_are_not_timed() -> None:
 
 
 @pytest.fixture
-def paced(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+def paced(monkeypatch: pytest.MonkeyPatch, no_swapping: None) -> Callable[[float], None]:
     """Makes loops choose as on a GPU where a pass of eight step sizes takes so many times as long as one of one."""
     monkeypatch.setattr(critical, "_may_batch", lambda *_: True)
     note = EngineTimes.note

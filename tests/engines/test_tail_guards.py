@@ -112,7 +112,9 @@ def test_placeholders_of_an_earlier_pass_are_no_numbers(taken: Taken) -> None:
 
 
 @tails.BOTH
-def test_hidden_states_written_after_the_head(engine: str, taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states_written_after_the_head(
+    engine: str, taken: Taken, monkeypatch: pytest.MonkeyPatch, no_swapping: None
+) -> None:
     """Writes that the mode sees make the logits first; others are noticed, and the measurement goes on in place."""
 
     class Careless(GPT):

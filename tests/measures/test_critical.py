@@ -170,7 +170,9 @@ def test_data_parallel_models_average_over_their_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_a_check_that_does_not_fit_into_memory_is_left_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_does_not_fit_into_memory_is_left_out_once(
+    monkeypatch: pytest.MonkeyPatch, no_swapping: None
+) -> None:
     def too_large(self: object, eta: float) -> float:
         raise torch.OutOfMemoryError("out of memory")
 

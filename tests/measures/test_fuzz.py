@@ -16,7 +16,9 @@ def test_random_case(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("engine", "seed"), [(InPlaceEngine, 1), (VirtualEngine, 3)])
-def test_an_engine_that_is_off_is_noticed(engine: type, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_off_is_noticed(
+    engine: type, seed: int, monkeypatch: pytest.MonkeyPatch, no_swapping: None
+) -> None:
     losses = engine.losses
     monkeypatch.setattr(engine, "losses", lambda self, step_sizes: losses(self, [1.01 * eta for eta in step_sizes]))
     assert outcome(seed)[0] == "DIFFERS, loss"

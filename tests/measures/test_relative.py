@@ -13,6 +13,7 @@ import sharpkern
 from sharpkern import ops
 from sharpkern.engines.virtual import layers
 from sharpkern.measures import relative
+from sharpkern.ops.arithmetic import add_step
 from tests.helpers.cases import tokens
 from tests.helpers.models import GPT
 from tests.helpers.oracle import random_direction
@@ -69,7 +70,12 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(W.numel() * alpha.numel() * (W.dim() == 2))
         return form(W, D, alpha, **options)
 
+    def short(base: torch.Tensor, *rest: object) -> torch.Tensor:
+        sizes.append(base.numel() * (base.dim() == 2))
+        return add_step(base, *rest)
+
     monkeypatch.setattr(ops, "form", spy)
+    monkeypatch.setattr("sharpkern.engines.tracked.add_step", short)
     return sizes
 
 

@@ -348,7 +348,9 @@ def test_a_closure_that_is_repeatable_no_more_is_refused_at_the_next_check() -> 
         sharpkern.critical_sharpness(model, loss_fn, direction)
 
 
-def test_an_engine_that_goes_wrong_later_is_seen_at_the_next_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_goes_wrong_later_is_seen_at_the_next_check(
+    monkeypatch: pytest.MonkeyPatch, no_swapping: None
+) -> None:
     model = MLP()
     x = torch.randn(8, 16)
     loss_fn = lambda: model(x).square().mean()

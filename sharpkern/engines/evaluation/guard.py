@@ -110,6 +110,11 @@ class Guard:
                 kept.copy()
                 self._uncopied.remove(kept)
 
+    @property
+    def copies_late(self) -> bool:
+        """Whether large tensors are copied only when a call is about to write them."""
+        return bool(self._uncopied)
+
     def gradient_of(self, parameter: Tensor) -> Tensor | None:
         """The gradient that a parameter came with."""
         return self._gradients.get(id(parameter))

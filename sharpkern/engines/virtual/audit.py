@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sharpkern.engines.evaluation.closure import Closure
+from sharpkern.engines.evaluation.compiled import Eagerly
 from sharpkern.engines.tracked import Step, TrackedParam
 from sharpkern.engines.virtual.torch_calls import map_tensors
 from sharpkern.errors import EngineUnsupportedError
@@ -90,6 +92,20 @@ class StorageOracle(_BelowPython):
         if not func.is_view:
             args, kwargs = map_tensors(args, replace), map_tensors(kwargs, replace)
         return func(*args, **kwargs)
+
+
+def oracle_loss(pairs: Iterable[TrackedParam], closure: Closure, eta: float) -> float:
+    """The loss at θ − ηΔθ by `StorageOracle`, which shares nothing with the engines."""
+    # Casts that an enclosing autocast keeps are of θ before, and of θ − ηΔθ after.
+    torch.clear_autocast_cache()
+    precision = closure.precision
+    seen = precision.loss_dtype
+    try:
+        return closure(Eagerly(StorageOracle(pairs, -eta)))
+    finally:
+        torch.clear_autocast_cache()
+        # Without the mode a 16-bit loss is not taken to float32: that says nothing of the engine's losses.
+        precision.loss_dtype = seen
 
 
 @torch.no_grad()

@@ -4,12 +4,10 @@ import math
 import time
 from collections.abc import Sequence
 
-import torch
-
 from sharpkern.engines.evaluation.closure import Closure
 from sharpkern.engines.evaluation.compiled import Eagerly
 from sharpkern.engines.tracked import TrackedParam
-from sharpkern.engines.virtual.audit import StorageOracle, StorageWatch
+from sharpkern.engines.virtual.audit import StorageWatch, oracle_loss
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.engines.virtual.mode import VirtualParameters
 from sharpkern.errors import EngineUnsupportedError
@@ -23,6 +21,7 @@ class VirtualEngine:
     """
 
     name = "virtual"
+    writes = False
 
     def __init__(
         self, pairs: Sequence[TrackedParam], closure: Closure, num_steps: int = 1, kept: Kept | None = None
@@ -56,17 +55,8 @@ class VirtualEngine:
         return self._mode.work
 
     def oracle_loss(self, eta: float) -> float:
-        """The loss at θ − ηΔθ by `StorageOracle`, which shares none of the mode's knowledge of torch's calls."""
-        # Casts that an enclosing autocast keeps are of θ before, and of θ − ηΔθ after.
-        torch.clear_autocast_cache()
-        precision = self._closure.precision
-        seen = precision.loss_dtype
-        try:
-            return self._closure(Eagerly(StorageOracle(self._pairs, -eta)))
-        finally:
-            torch.clear_autocast_cache()
-            # Without the mode a 16-bit loss is not taken to float32: that says nothing of the engine's losses.
-            precision.loss_dtype = seen
+        """The loss at θ − ηΔθ by the storage oracle, which shares none of the mode's knowledge of torch's calls."""
+        return oracle_loss(self._pairs, self._closure, eta)
 
     def close(self) -> None:
         """End the mode; there is nothing to put back, as θ was not written."""

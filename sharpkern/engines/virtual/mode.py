@@ -67,8 +67,16 @@ class VirtualParameters(TorchFunctionMode):
         self._outdated: dict[int | None, list[Tensor]] = {}
         self.read: set[int] = set()
         self.rounded: set[int] = set()
+        # Calls were changed, other than of parameters that move.
+        self._changed_calls = False
         # Once its engine is closed it does nothing, wherever an interrupt has left it.
         self.ended = False
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a pass that computes with the parameters as they are may differ without the mode, and touch more."""
+        copies = self._guard is not None and self._guard.copies_late
+        return self._changed_calls or copies or self._precision.widened_roundoff > 0
 
     def begin(self, alpha: float | Tensor) -> None:
         """Start a pass: forget the views of the last one."""
@@ -93,6 +101,7 @@ class VirtualParameters(TorchFunctionMode):
         if "out" in kwargs:
             self._before_write(kwargs["out"])
         if calls.renormalises(name, args, kwargs):
+            self._changed_calls = True
             args, kwargs = self._with_copies(name, args, kwargs)
         if self.tail.holds(args, kwargs):
             answer = self.tail.answer(func, name, args, kwargs)

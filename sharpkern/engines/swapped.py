@@ -1,0 +1,123 @@
+"""The engine that swaps memory: parameters hold θ − ηΔθ in memory of its own during a pass, and θ is only read.
+
+No mode looks on, so that small models are not slowed down by one, and forming all weights takes one call per tensor.
+Tensors made before that share memory with a parameter go on reading θ: `may_swap` refuses those in sight, and the
+storage oracle finds the others.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpkern.engines.evaluation.closure import Closure
+from sharpkern.engines.evaluation.compiled import Eagerly
+from sharpkern.engines.evaluation.guard import Guard
+from sharpkern.engines.tracked import Step, TrackedParam
+from sharpkern.engines.virtual.audit import oracle_loss
+from sharpkern.engines.virtual.mode import VirtualParameters
+from sharpkern.tensors.storage import overlapping, overlaps_itself
+
+# In eval mode they compute in another way, with other roundings, where no mode looks on.
+_TWO_WAYS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+
+class SwappedEngine:
+    """Evaluates losses at θ − ηΔθ by giving parameters other memory for the length of a pass."""
+
+    name = "swapped"
+    writes = False
+
+    def __init__(self, model: nn.Module, pairs: Sequence[TrackedParam], closure: Closure) -> None:
+        self._pairs = pairs
+        self._closure = closure
+        # It looks on in the first pass: what it finds out holds for the others, which start from the same state.
+        self._watch = VirtualParameters((), closure.precision, closure.guard)
+        self._is_watched = True
+        self._watches_all = any(isinstance(module, _TWO_WAYS) and not module.training for module in model.modules())
+        self._thetas = [pair.weight.detach() for pair in pairs]
+        self._formed = [torch.empty_like(theta) for theta in self._thetas]
+        self._moves = [pair.move.at(theta) for pair, theta in zip(pairs, self._thetas, strict=True)]
+
+    @property
+    def rounded(self) -> set[int]:
+        """Indices of the pairs whose θ + αΔθ is rounded to the weight's dtype: all of them."""
+        return {pair.owner for pair in self._pairs}
+
+    def losses(self, step_sizes: Sequence[float]) -> list[float]:
+        """Losses at θ − ηΔθ for each step size η."""
+        return [self._loss(eta) for eta in step_sizes]
+
+    def oracle_loss(self, eta: float) -> float:
+        """The loss at θ − ηΔθ by the storage oracle."""
+        return oracle_loss(self._pairs, self._closure, eta)
+
+    def close(self) -> None:
+        """Give every parameter its own memory again. May be called again after an interrupt."""
+        self._watch.ended = True
+        for pair, theta in zip(self._pairs, self._thetas, strict=True):
+            pair.weight.data = theta
+
+    def _loss(self, eta: float) -> float:
+        modes: list[Any] = [_Swapped(self, -eta)] if eta else []
+        modes += [self._watch] if self._is_watched else []
+        loss = self._closure(Eagerly(*modes))
+        self._is_watched = self._watches_all or self._watch.is_needed
+        return loss
+
+    def swap(self, alpha: float) -> None:
+        """Give every parameter memory that holds θ + αΔθ."""
+        step = Step(alpha)
+        with torch.no_grad():
+            for pair, move, formed in zip(self._pairs, self._moves, self._formed, strict=True):
+                step.form(move, dtype=formed.dtype, out=formed)
+                pair.weight.data = formed
+        # An enclosing autocast may hold casts of the former weights.
+        torch.clear_autocast_cache()
+
+    def swap_back(self) -> None:
+        """Give every parameter its own memory again, between passes."""
+        for pair, theta in zip(self._pairs, self._thetas, strict=True):
+            pair.weight.data = theta
+        torch.clear_autocast_cache()
+
+
+class _Swapped:
+    """The context of a pass with other weights."""
+
+    def __init__(self, engine: SwappedEngine, alpha: float) -> None:
+        self._engine, self._alpha = engine, alpha
+
+    def __enter__(self) -> None:
+        self._engine.swap(self._alpha)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._engine.swap_back()
+
+
+def may_swap(model: nn.Module, pairs: Sequence[TrackedParam], guard: Guard) -> bool:
+    """Whether each parameter that moves has memory to itself, and nothing in sight keeps the address of it."""
+    if (
+        torch.is_inference_mode_enabled()
+        or guard.aliases
+        or any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    ):
+        return False
+    everything = {id(p): p for p in (*guard.parameters, *(pair.weight for pair in pairs))}
+    return all(map(_is_plain, pairs)) and not overlapping(list(everything.values()))
+
+
+def _is_plain(pair: TrackedParam) -> bool:
+    """Whether nothing is to be had by other engines: in 16 bits they keep more of a step, or need no memory."""
+    weight = pair.weight
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.dtype in (torch.float32, torch.float64)
+        and pair.move.base is weight
+        # CUDA graphs hold addresses.
+        and weight.device.type == "cpu"
+        and weight.layout is torch.strided
+        and not weight.is_inference()
+        and not overlaps_itself(weight)
+    )
