@@ -6,32 +6,37 @@ Every method measures the same points, warm-started from its own last result. Ev
 which a training step has; passes do: it takes one of its own, or a place in the first pass for several step sizes.
 """
 
-import argparse
 import math
 import sys
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-# The checkout, also where the package is not installed.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import ledger
 import numpy as np
 import torch
-from ledger import Sitting, append
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
-from workloads import GPT, Batch, Counted, Loss, Point, Run, Seconds, digits, mlp, standard_runs, text, token_loss
+from workloads import (
+    GPT,
+    Batch,
+    Counted,
+    Loss,
+    Point,
+    Run,
+    seconds,
+    standard_digits,
+    standard_runs,
+    text,
+    token_loss,
+)
 
 import sharpkern
 from sharpkern.bench.models import engines
+from sharpkern.cli.digits import network
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.memory.counter import peak_bytes
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, warm_grid
@@ -112,10 +117,7 @@ class Series:
             "error_p99": p99,
             "other_crossings": int((errors > OTHER_CROSSING).sum()),
             "covered": float((errors <= reported).mean()),
-            "statuses": {
-                status: [r.status for r in self.results].count(status)
-                for status in sorted({r.status for r in self.results})
-            },
+            "statuses": dict(Counter(sorted(result.status for result in self.results))),
             "no_crossing_in_scan": sum(truth is None for truth in self.truths),
         }
 
@@ -140,23 +142,14 @@ _SAME = 0.03
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in training.
+    """A model in training."""
 
-    Attributes:
-        name: for the table.
-        make: builds model and optimizer.
-        batch: inputs and targets of a step.
-        loss_of: loss of outputs and targets.
-        tokens: tokens, or samples, of a batch.
-        steps: of training whose searches count.
-    """
-
-    name: str
+    name: str  # for the table
     make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
-    batch: Callable[[int], Batch]
+    batch: Callable[[int], Batch]  # inputs and targets of a step
     loss_of: Loss
-    tokens: int
-    steps: int
+    tokens: int  # tokens, or samples, of a batch
+    steps: int  # of training whose searches count
 
 
 def workloads(quick: bool) -> list[Workload]:
@@ -171,10 +164,10 @@ def workloads(quick: bool) -> list[Workload]:
 
 
 def _digits(steps: int) -> Workload:
-    images, targets = digits()
+    images, targets = standard_digits()
 
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = mlp()
+        model = network()
         return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
     def batch(step: int) -> Batch:
@@ -216,9 +209,12 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
         if step >= _TRAINED:
             first = step % len(ENGINES)
             for engine in ENGINES[first:] + ENGINES[:first]:
-                plain.append(Seconds.of(loss_fn.plain).wall)
-                searches[engine].append(_Search.by(monitors[engine], loss_fn))
-            building.append(Seconds.of(lambda: sharpkern.Direction.from_optimizer(optimizer)).wall)
+                plain.append(seconds(loss_fn.plain))
+                calls = loss_fn.calls
+                found = monitors[engine](loss_fn)
+                passes = loss_fn.calls - calls
+                searches[engine].append(_Search(found.critical_lr, found.status, found.forwards, passes, found.seconds))
+            building.append(seconds(lambda: sharpkern.Direction.from_optimizer(optimizer)))
         if step < _TRAINED + _WARM_UP + workload.steps - 1:
             optimizer.step()
     counted = _converged({engine: searches[engine][_WARM_UP:] for engine in ENGINES})
@@ -237,6 +233,7 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     rows = []
     for engine, of_one in counted.items():
         peak = peak_bytes(lambda e=engine: losses(e))
+        ratio = NUM_PARALLEL * per_step_size[engine] / per_step_size["virtual"]
         rows.append(
             {
                 "model": workload.name,
@@ -249,9 +246,7 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
                 "plain_forward_ms": 1e3 * plain_seconds,
                 "search_in_plain_forwards": median(search.seconds for search in of_one) / plain_seconds,
                 "step_size_in_plain_forwards": per_step_size[engine],
-                "pass_over_virtual_pass": NUM_PARALLEL * per_step_size[engine] / per_step_size["virtual"]
-                if engine == "batched"
-                else None,
+                "pass_over_virtual_pass": ratio if engine == "batched" else None,
                 "direction_in_plain_forwards": median(building) / plain_seconds,
                 "extra_bytes": peak - forward_peak,
                 "largest_matrix_bytes": max(parameters),
@@ -261,20 +256,12 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass(frozen=True)
-class _Search:
+class _Search(NamedTuple):
     critical_lr: float
     status: str
     forwards: int
     passes: int
     seconds: float
-
-    @classmethod
-    def by(cls, monitor: sharpkern.Monitor, loss_fn: Counted) -> "_Search":
-        calls = loss_fn.calls
-        found = monitor(loss_fn)
-        assert found is not None
-        return cls(found.critical_lr, found.status, found.forwards, loss_fn.calls - calls, found.seconds)
 
 
 def _converged(searches: dict[str, list[_Search]]) -> dict[str, list[_Search]]:
@@ -297,110 +284,29 @@ def _per_step_size(
     for names in (("virtual", "batched"), ("inplace",)):
         with engines(names, model, loss_fn, direction) as opened:
             calls = [loss_fn.plain, *(partial(engine.losses, step_sizes) for engine in opened)]
-            turns = [[Seconds.of(call).wall for call in calls] for _ in range(max(5, repeats) + 1)]
+            turns = [[seconds(call) for call in calls] for _ in range(max(5, repeats) + 1)]
         plain, *taken = (median(column) for column in zip(*turns[1:], strict=True))
-        found |= {name: seconds / (len(step_sizes) * plain) for name, seconds in zip(names, taken, strict=True)}
+        found |= {name: one / (len(step_sizes) * plain) for name, one in zip(names, taken, strict=True)}
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Return the rows as a table for people."""
-    columns = (
-        "run",
-        "method",
-        "points",
-        "evaluations",
-        "p95",
-        "passes + f(0)",
-        "first 10",
-        "error %",
-        "p95",
-        "p99",
-        "other",
-        "covered",
-    )
-    shown = Table(*columns, title="Line search: evaluations, passes with the base loss, error of η_c")
-    last = None
-    for row in rows:
-        if row["run"] != last:
-            shown.add_section()
-        first = row["evaluations_first_ten_steps"]
-        shown.add_row(
-            row["run"] if row["run"] != last else "",
-            row["method"],
-            str(row["points"]),
-            f"{row['evaluations_mean']:.2f}",
-            f"{row['evaluations_p95']:.0f}",
-            f"{row['passes_with_base_loss_mean']:.2f}",
-            "" if first is None else f"{first:.1f}",
-            *(f"{100 * row[key]:.3f}" for key in ("error_median", "error_p95", "error_p99")),
-            str(row["other_crossings"]),
-            f"{100 * row['covered']:.1f}",
-        )
-        last = row["run"]
-    return shown
-
-
-def cost_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the cost rows as a table for people."""
-    columns = (
-        "model",
-        "tokens",
-        "engine",
-        "forwards",
-        "passes",
-        "plain forward ms",
-        "search / plain",
-        "of 8 / plain",
-        "r_8",
-        "direction / plain",
-        "extra MB",
-        "largest matrix MB",
-        "parameters MB",
-    )
-    shown = Table(
-        *columns,
-        title="One warm-started search in training, medians, one thread; of 8: per step size; r_8: pass of 8 / of 1",
-    )
-    for row in rows:
-        ratio = row["pass_over_virtual_pass"]
-        shown.add_row(
-            f"{row['model']}, {row['parameters'] / 1e6:.2g} M",
-            str(row["tokens"]),
-            row["engine"],
-            f"{row['forwards']:g}",
-            f"{row['passes']:g}",
-            f"{row['plain_forward_ms']:.2f}",
-            f"{row['search_in_plain_forwards']:.2f}",
-            f"{row['step_size_in_plain_forwards']:.2f}",
-            "" if ratio is None else f"{ratio:.2f}",
-            f"{row['direction_in_plain_forwards']:.2f}",
-            *(f"{row[key] / 1e6:.2f}" for key in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")),
-        )
-    return shown
-
-
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="short runs, three methods, under a minute")
-    parser.add_argument("--json", type=Path, help="append the rows to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    console = Console(width=150)
-    sitting = Sitting(arguments.quick)
-    started = time.perf_counter()
+def measure(quick: bool) -> dict[str, Any]:
+    """Compare the searches, then the engines."""
     rows: list[dict[str, Any]] = []
-    for run in standard_runs(arguments.quick):
-        own_batch = QUICK if arguments.quick else OWN_BATCH
-        rows += measure_run(run, OTHER_BATCH if run.other_batch else own_batch)
-        print(f"{run.name}: done after {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    console.print(table(rows))
-    costs = [row for workload in workloads(arguments.quick) for row in cost_rows(workload)]
-    console.print(cost_table(costs))
-    if arguments.json:
-        append(arguments.json, sitting.record(line_search=rows, cost=costs))
+    for run in standard_runs(quick):
+        print(run.name, file=sys.stderr)
+        rows += measure_run(run, OTHER_BATCH if run.other_batch else QUICK if quick else OWN_BATCH)
+    columns = (
+        "run method points evaluations_mean evaluations_p95 passes_with_base_loss_mean evaluations_first_ten_steps"
+    )
+    columns += " error_median error_p95 error_p99 other_crossings covered"
+    ledger.show("Line search: evaluations, passes with the base loss, error of η_c", rows, columns)
+    costs = [row for workload in workloads(quick) for row in cost_rows(workload)]
+    columns = "model parameters tokens engine forwards passes plain_forward_ms search_in_plain_forwards"
+    columns += " step_size_in_plain_forwards pass_over_virtual_pass direction_in_plain_forwards extra_bytes"
+    ledger.show("One warm-started search in training, medians", costs, columns)
+    return {"line_search": rows, "cost": costs}
 
 
 if __name__ == "__main__":
-    main()
+    ledger.main(__doc__, measure)

@@ -9,13 +9,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
+import ledger  # noqa: F401 - makes the checkout importable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from sharpkern.cli.digits import digits, network
+
+_Result = TypeVar("_Result")
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,27 +62,15 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def mlp() -> nn.Sequential:
-    """Return the network for `digits`: four linear layers, GELU between."""
-    layers = [layer for i, o in pairwise((64, 128, 128, 128, 10)) for layer in (nn.Linear(i, o), nn.GELU())]
-    return nn.Sequential(*layers[:-1])
-
-
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy over all tokens."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def digits() -> Batch:
-    """Return scikit-learn's digits, 1797 × 64, with a fifth of the labels replaced at random."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.from_numpy(labels)
-    noisy = torch.rand(len(targets), generator=generator) < 0.2
-    random_labels = torch.randint(0, 10, (len(targets),), generator=generator)
-    return torch.from_numpy(images).float() / 16, torch.where(noisy, random_labels, targets)
+def standard_digits() -> Batch:
+    """Return the demo's digits with pixels of 0 to 1, on which the runs' learning rates were chosen."""
+    images, targets = digits()
+    return images / 2, targets
 
 
 def text() -> Tensor:
@@ -90,33 +82,19 @@ def text() -> Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """How to train, and at which steps to measure.
+    """How to train, and at which steps to measure."""
 
-    Attributes:
-        name: Title in the table.
-        kind: "digits" (MLP) or "text" (GPT).
-        num_steps: Training steps.
-        lr: Peak learning rate.
-        measured: Steps to measure.
-        batch_size: None for the full batch.
-        momentum: Of SGD (digits).
-        warmup: Steps of linear warm-up.
-        decay: Steps of linear decay at the end.
-        other_batch: Whether to measure the loss of another batch than the gradient's.
-        seed: Of the weights and the batches.
-    """
-
-    name: str
-    kind: str
+    name: str  # in the table
+    kind: str  # "digits" (MLP) or "text" (GPT)
     num_steps: int
-    lr: float
-    measured: Sequence[int]
-    batch_size: int | None = None
-    momentum: float = 0.0
-    warmup: int = 0
-    decay: int = 0
-    other_batch: bool = False
-    seed: int = 0
+    lr: float  # the peak
+    measured: Sequence[int]  # steps
+    batch_size: int | None = None  # None for the full batch
+    momentum: float = 0.0  # of SGD (digits)
+    warmup: int = 0  # steps, linear
+    decay: int = 0  # steps at the end, linear
+    other_batch: bool = False  # whether to measure the loss of another batch than the gradient's
+    seed: int = 0  # of the weights and the batches
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -130,7 +108,7 @@ class Run:
         draw = self._batches(torch.Generator().manual_seed(self.seed + 1))
         loss_of: Loss
         if self.kind == "digits":
-            model: nn.Module = mlp()
+            model: nn.Module = network(self.seed)
             loss_of = F.cross_entropy
             optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=self.momentum)
         else:
@@ -156,7 +134,7 @@ class Run:
     def _batches(self, generator: torch.Generator) -> Callable[[], Batch]:
         """Return a function that draws the next batch."""
         if self.kind == "digits":
-            images, targets = digits()
+            images, targets = standard_digits()
 
             def draw() -> Batch:
                 if self.batch_size is None:
@@ -270,28 +248,16 @@ def standard_runs(quick: bool) -> list[Run]:
     ]
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Time taken, on the clock and of the processor alone; other programs lengthen the first."""
+def timed(function: Callable[[], _Result]) -> tuple[_Result, float]:
+    """Return what a call gives, and the seconds that it takes."""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
 
-    wall: float
-    cpu: float
 
-    @classmethod
-    def now(cls) -> "Seconds":
-        """The time at this moment, of two of which the difference counts."""
-        return cls(time.perf_counter(), time.process_time())
-
-    @classmethod
-    def of(cls, function: Callable[[], object]) -> "Seconds":
-        """The time that a call takes."""
-        start = cls.now()
-        function()
-        return cls.now().since(start)
-
-    def since(self, start: "Seconds") -> "Seconds":
-        """The time from a start to here."""
-        return Seconds(self.wall - start.wall, self.cpu - start.cpu)
+def seconds(function: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    return timed(function)[1]
 
 
 class Counted:
@@ -312,16 +278,8 @@ class Counted:
             return float(self())
 
 
-@dataclass(frozen=True)
-class Size:
-    """Shape of a model of 256 bytes and as many positions, and the learning rate that it trains with.
-
-    Attributes:
-        width: of the residual stream.
-        layers: how many.
-        heads: of attention.
-        lr: after the warm-up.
-    """
+class Size(NamedTuple):
+    """Shape of a model of 256 bytes and as many positions, and the learning rate after the warm-up."""
 
     width: int
     layers: int
@@ -331,6 +289,7 @@ class Size:
 
 # Named by their parameters.
 SIZES = {
+    "least": Size(8, 1, 2, 1e-2),
     "tiny": Size(32, 1, 2, 1e-3),
     "small": Size(64, 2, 2, 1e-3),
     "1M": Size(128, 4, 4, 1e-3),
@@ -343,12 +302,7 @@ CONTEXT = 256
 
 
 class Training:
-    """Next-byte prediction on Python's help topics by AdamW: each step the bytes that come next, in sequences of 256.
-
-    Attributes:
-        model: that is trained.
-        optimizer: its optimizer.
-    """
+    """Next-byte prediction on Python's help topics by AdamW; each step has the bytes that come next, 256 in a row."""
 
     def __init__(self, size: str, warm_up: int) -> None:
         torch.manual_seed(0)
@@ -367,6 +321,11 @@ class Training:
     def parameters(self) -> int:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(p.nbytes for p in self.model.parameters())
 
     def begin(self, tokens: int) -> Counted:
         """Take the gradient of the next batch, and return the loss of that batch."""
