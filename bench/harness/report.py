@@ -4,9 +4,9 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
 
 from .linear import NAIVE, ONE_AT_A_TIME
 from .sitting import DONE, GATE, LEFT_OUT, NOT_RUN, Record, Section
@@ -19,34 +19,11 @@ _FEW_PARAMETERS = 1_000_000
 # What an engine may choose from to take K step sizes, and what every one of them is held against.
 WAYS = ("products", "formed", "fused")
 REFERENCES = ("product again", NAIVE, ONE_AT_A_TIME)
+_ASKED = {"target", "least_times_naive"}
 
 # Rows of the cases of a section, by case.
 Rows = Mapping[str, list[Json]]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its title, and the text of a row in it."""
-
-    title: str
-    text: Callable[[Any], str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The table of a section: its columns, what its lines are made of, and what all figures are of."""
-
-    columns: list[Column]
-    lines: Callable[[Rows], Iterable[Any]]
-    about: Callable[[list[Any]], str] = field(default=lambda lines: "")
-
-    def filled(self, rows: Rows) -> tuple[list[Column], list[list[str]], str]:
-        """Return the columns in which a line has anything, the lines, and what they are of."""
-        lines = list(self.lines(rows))
-        texts = [[column.text(line) for line in lines] for column in self.columns]
-        kept = [i for i, column in enumerate(texts) if any(column)]
-        cells = [[texts[i][line] for i in kept] for line in range(len(lines))]
-        return [self.columns[i] for i in kept], cells, self.about(lines)
+Text = Callable[[Any], str]
 
 
 # -- the ways through a linear layer ----------------------------------------------------------------------------------
@@ -54,25 +31,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Summary:
-    """The ways to take K step sizes of M tokens at once, each the median over shapes.
+    """The ways to take K step sizes of M tokens at once, each the median over shapes."""
 
-    Attributes:
-        dtype: of inputs and weights, without "torch.".
-        tokens: per step size, M.
-        at_once: step sizes per pass, K.
-        shares: speed per step size over that of the bare product, by way.
-        floor: of each way the share of what reading W and D once would take, where tokens are few.
-        references: shares of what takes one step size at a time.
-        rows: of all shapes, of the ways alone.
-    """
-
-    dtype: str
-    tokens: int
-    at_once: int
-    shares: Mapping[str, float]
-    floor: Mapping[str, float]
-    references: Mapping[str, float]
-    rows: tuple[Json, ...]
+    dtype: str  # of inputs and weights, without "torch."
+    tokens: int  # per step size, M
+    at_once: int  # step sizes per pass, K
+    shares: Mapping[str, float]  # speed per step size over that of the bare product, by way
+    floor: Mapping[str, float]  # of each way the share of what reading W and D once would take, where tokens are few
+    references: Mapping[str, float]  # shares of what takes one step size at a time
+    asked: Mapping[str, float]  # "target" or "least_times_naive", where something is asked for
 
     @property
     def best(self) -> str:
@@ -84,26 +51,22 @@ class Summary:
         """How many times as fast as the obvious way the quickest one is; nan where that was not timed."""
         return self.shares[self.best] / self.references.get(NAIVE, math.nan)
 
-    def asked(self, name: str) -> Any:
-        """Return what the rows say is asked for, "target" or "least_times_naive", or None."""
-        return next((row[name] for row in self.rows if name in row), None)
-
 
 def summaries(cases: Mapping[str, Iterable[Json]]) -> list[Summary]:
     """Return the summaries of the section "linear", ordered by dtype, tokens and step sizes at once."""
     groups: dict[tuple[str, int], list[Json]] = defaultdict(list)
-    for rows in cases.values():
-        for row in rows:
-            if {"way", "share"} <= row.keys():
-                groups[row["dtype"], row["tokens"]].append(row)
+    for row in chain.from_iterable(cases.values()):
+        if {"way", "share"} <= row.keys():
+            groups[row["dtype"], row["tokens"]].append(row)
     found = []
     for (dtype, tokens), group in sorted(groups.items()):
         references = _medians((row for row in group if row["way"] in REFERENCES), "share")
         ways = [row for row in group if row["way"] in WAYS]
         for at_once in sorted({row["at_once"] for row in ways}):
-            rows = tuple(row for row in ways if row["at_once"] == at_once)
-            shares, floor = _medians(rows, "share"), _medians(rows, "share_of_floor")
-            found.append(Summary(dtype, tokens, at_once, shares, floor, references, rows))
+            rows = [row for row in ways if row["at_once"] == at_once]
+            asked = {name: row[name] for row in rows for name in _ASKED & row.keys()}
+            shares, floor = (_medians(rows, name) for name in ("share", "share_of_floor"))
+            found.append(Summary(dtype, tokens, at_once, shares, floor, references, asked))
     return found
 
 
@@ -141,14 +104,14 @@ def _number(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _field(name: str, digits: int, scale: float = 1.0) -> Callable[[Json], str]:
+def _field(name: str, digits: int = 0, scale: float = 1.0) -> Text:
     """Return the text of a field times a scale; nothing where a row lacks it."""
     return lambda row: "" if row.get(name) is None else f"{scale * row[name]:.{digits}f}"
 
 
-def _share(of: str, name: str, summary: Summary) -> str:
-    shares = getattr(summary, of)
-    return f"{shares[name]:.2f}" if name in shares else ""
+def _share(of: str, name: str) -> Text:
+    """Return the text of a share of a summary."""
+    return lambda summary: f"{getattr(summary, of)[name]:.2f}" if name in getattr(summary, of) else ""
 
 
 def _each_once(texts: Iterable[str]) -> str:
@@ -159,31 +122,35 @@ def _target(row: Json) -> str:
     return f"{row['target']:.2f} ({row['accept']:.2f})" if "target" in row else ""
 
 
-def _asked_of(summary: Summary) -> tuple[str, str]:
-    """Return what is asked of a way to take several step sizes, and how that stands."""
-    least, share = summary.asked("least_times_naive"), summary.asked("target")
-    if least is not None:
-        return f"{least:g} × naive", "reached" if summary.times_naive >= least else "MISSED"
-    if share is not None:
-        return f"formed {share:.2f}", "reached" if summary.shares["formed"] >= share else "MISSED"
-    return "", ""
+def _asked(summary: Summary) -> str:
+    """Return what is asked of a way to take several step sizes."""
+    least, share = summary.asked.get("least_times_naive"), summary.asked.get("target")
+    return f"{least:g} × naive" if least else f"formed {share:.2f}" if share else ""
+
+
+def _reached(summary: Summary) -> str:
+    least, share = summary.asked.get("least_times_naive"), summary.asked.get("target", 0.0)
+    reached = summary.times_naive >= least if least else summary.shares.get("formed", 0.0) >= share
+    return "" if not summary.asked else "reached" if reached else "MISSED"
 
 
 def _timed(rows: Rows) -> list[Json]:
-    """Return the rows of what was timed, with the name of their case and what else a line of it needs."""
+    """Return the rows of what was timed, with the name of their case and λ_c where one was measured."""
     lines = []
     for name, of_case in rows.items():
         sharpness = next((row["sharpness"] for row in of_case if "sharpness" in row), None)
-        timed = [row for row in of_case if "variant" in row]
-        again = next((row for row in timed if row["variant"].endswith(" again")), None)
-        plain_torch = next((row for row in timed[1:] if row["variant"] == "torch"), None)
-        others = {"case": name, "sharpness": sharpness, "again": again, "in_torch": plain_torch}
-        lines += [{**others, **row} for row in timed]
+        lines += [{"case": name, "sharpness": sharpness, **row} for row in of_case if "variant" in row]
     return lines
 
 
-def _one_per_case(rows: Rows) -> list[Json]:
-    return list({row["case"]: row for row in reversed(_timed(rows))}.values())[::-1]
+def _streams(rows: Rows) -> list[Json]:
+    """Return one line per kernel, with its share when timed again and that of plain torch."""
+    lines = []
+    for name, (first, *others) in rows.items():
+        again = next(row["share"] for row in others if row["variant"].endswith(" again"))
+        in_torch = next((row["share"] for row in others if row["variant"] == "torch"), None)
+        lines.append({"case": name, **first, "off": abs(again - first["share"]), "in_torch": in_torch})
+    return lines
 
 
 def _milliseconds(row: Json) -> float | None:
@@ -195,10 +162,6 @@ def _milliseconds(row: Json) -> float | None:
 def _model_text(row: Json) -> str:
     taken = _milliseconds(row)
     return row.get("outcome") or ("" if taken is None else f"{taken:.1f}")
-
-
-def _model_name(row: Json) -> str:
-    return f"{row['model']}: {row['variant'] if row['case'] == 'plain forward' else row['case']}"
 
 
 def _times_plain(row: Json) -> str:
@@ -215,92 +178,108 @@ def _model_size(row: Json) -> str:
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
-_ENDING = [Column("target", _target), Column("", verdict)]
-_PEAK = Column("peak GB", _field("allocated", 2, 1e-9))
-_AT_ONCE = Column("at once", _field("at_once", 0))
-_TIMES_PLAIN = Column("× plain", _times_plain)
+
+class Table(NamedTuple):
+    """The table of a section: its lines, what all of them are of, and the text of a line by the column's title."""
+
+    lines: Callable[[Rows], list[Any]]
+    about: Callable[[list[Any]], str]
+    columns: Mapping[str, Text]
+
+    def filled(self, rows: Rows) -> tuple[str, dict[str, list[str]]]:
+        """Return what the lines are of, and the columns in which one of them has anything."""
+        lines = self.lines(rows)
+        columns = {title: [text(line) for line in lines] for title, text in self.columns.items()}
+        return self.about(lines), {title: texts for title, texts in columns.items() if any(texts)}
+
+
+_ENDING: dict[str, Text] = {"target": _target, "": verdict}
+_PEAK = _field("allocated", 2, 1e-9)
 
 # In the order in which they are shown: of a long output often only the end is kept, and what matters most comes last.
 TABLES = {
     "compiled": Table(
-        [
-            Column("kernel", lambda row: f"{row['case']}: {row['kernel']}"),
-            *(Column(title, _field(title, 0)) for title in ("registers", "spills")),
-            Column("shared B", _field("shared", 0)),
-            Column("warps", _field("warps", 0)),
-        ],
         lambda rows: [{"case": name, **row} for name, of_case in rows.items() for row in of_case],
+        lambda lines: "",
+        {
+            "kernel": lambda row: f"{row['case']}: {row['kernel']}",
+            "registers": _field("registers"),
+            "spills": _field("spills"),
+            "shared B": _field("shared"),
+            "warps": _field("warps"),
+        },
     ),
     "linear": Table(
-        [
-            Column("tokens", lambda one: str(one.tokens)),
-            Column("at once", lambda one: str(one.at_once)),
-            *(Column(name, partial(_share, "references", name)) for name in REFERENCES[1:]),
-            *(Column(name, partial(_share, "shares", name)) for name in WAYS),
-            Column("× naive", lambda one: f"{one.times_naive:.2f}"),
-            Column("of floor", lambda one: _share("floor", one.best, one)),
-            Column("± run", lambda one: f"{abs(1 - one.references.get(REFERENCES[0], math.nan)):.2f}"),
-            Column("target", lambda one: _asked_of(one)[0]),
-            Column("", lambda one: _asked_of(one)[1]),
-        ],
         summaries,
         lambda found: (
             f"{_each_once(one.dtype for one in found)}, speed per step size as a share of the bare product's, median "
             "over shapes"
         ),
+        {
+            "tokens": lambda one: str(one.tokens),
+            "at once": lambda one: str(one.at_once),
+            **{name: _share("references", name) for name in REFERENCES[1:]},
+            **{name: _share("shares", name) for name in WAYS},
+            "× naive": lambda one: f"{one.times_naive:.2f}",
+            "of floor": lambda one: _share("floor", one.best)(one),
+            "± run": lambda one: f"{abs(1 - one.references.get(REFERENCES[0], math.nan)):.2f}",
+            "target": _asked,
+            "": _reached,
+        },
     ),
     "head": Table(
-        [
-            Column("loss", lambda row: f"{row['case']}: {row['variant']}"),
-            Column("ms", _field("median", 2, 1e3)),
-            Column("share of product", _field("share", 3)),
-            _PEAK,
-            *_ENDING,
-        ],
         lambda rows: [row for row in _timed(rows) if not row["variant"].endswith("again")],
         lambda lines: _each_once(f"vocabulary {row['vocabulary']}, width {row['width']}" for row in lines),
+        {
+            "loss": lambda row: f"{row['case']}: {row['variant']}",
+            "ms": _field("median", 2, 1e3),
+            "share of product": _field("share", 3),
+            "peak GB": _PEAK,
+            **_ENDING,
+        },
     ),
     "passes": Table(
-        [
-            Column("model", lambda row: row["case"]),
-            Column("engine", lambda row: row["variant"]),
-            _AT_ONCE,
-            Column("ms per step size", lambda row: row.get("outcome") or f"{row['ms_per_step_size']:.2f}"),
-            _TIMES_PLAIN,
-            Column("× virtual pass", _field("pass_over_virtual", 2)),
-            _PEAK,
-            Column("in all GB", _field("total_bytes", 2, 1e-9)),
-            *_ENDING,
-        ],
         _timed,
         lambda lines: "losses along a direction in memory",
+        {
+            "model": lambda row: row["case"],
+            "engine": lambda row: row["variant"],
+            "at once": _field("at_once"),
+            "ms per step size": lambda row: row.get("outcome") or f"{row['ms_per_step_size']:.2f}",
+            "× plain": _times_plain,
+            "× virtual pass": _field("pass_over_virtual", 2),
+            "peak GB": _PEAK,
+            "in all GB": _field("total_bytes", 2, 1e-9),
+            **_ENDING,
+        },
     ),
     "model": Table(
-        [
-            Column("model", _model_name),
-            Column("ms per forward", _model_text),
-            _TIMES_PLAIN,
-            _PEAK,
-            Column("reserved GB", _field("reserved", 2, 1e-9)),
-            Column("beyond plain GB", _field("beyond_plain", 2, 1e-9)),
-            Column("λ_c", lambda row: _number(row["sharpness"])),
-            *_ENDING,
-        ],
         _timed,
         lambda lines: _each_once(map(_model_size, lines)),
+        {
+            "model": lambda row: f"{row['model']}: {row['variant' if row['case'] == 'plain forward' else 'case']}",
+            "ms per forward": _model_text,
+            "× plain": _times_plain,
+            "peak GB": _PEAK,
+            "reserved GB": _field("reserved", 2, 1e-9),
+            "beyond plain GB": _field("beyond_plain", 2, 1e-9),
+            "λ_c": lambda row: _number(row["sharpness"]),
+            **_ENDING,
+        },
     ),
     "streaming": Table(
-        [
-            Column("kernel", lambda row: row["case"]),
-            Column("backend", lambda row: row["variant"]),
-            Column("ms", _field("median", 3, 1e3)),
-            Column("host ms", _field("host", 3, 1e3)),
-            Column("share of copy", _field("share", 3)),
-            Column("± run", lambda row: f"{abs(row['again']['share'] - row['share']):.3f}"),
-            Column("torch", lambda row: _field("share", 3)(row["in_torch"] or {})),
-            *_ENDING,
-        ],
-        _one_per_case,
+        _streams,
+        lambda lines: "",
+        {
+            "kernel": lambda row: row["case"],
+            "backend": lambda row: row["variant"],
+            "ms": _field("median", 3, 1e3),
+            "host ms": _field("host", 3, 1e3),
+            "share of copy": _field("share", 3),
+            "± run": _field("off", 3),
+            "torch": _field("in_torch", 3),
+            **_ENDING,
+        },
     ),
 }
 # What a column's title leaves open.
@@ -336,17 +315,16 @@ def show(record: Record, sections: Iterable[Section]) -> None:
         console.print(f"Ceilings: {_ceilings(reached)}")
     for name, table in TABLES.items():
         if name in chosen and (rows := _rows_of(record.cases(name))):
-            columns, lines, about = table.filled(rows)
+            about, columns = table.filled(rows)
             console.print(f"\n{chosen[name].title}{': ' if about else ''}{about}", style="italic")
             grid = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-            for i, column in enumerate(columns):
-                grid.add_column(column.title, justify="left" if i == 0 else "right", no_wrap=i > 0)
-            for cells in lines:
+            for i, title in enumerate(columns):
+                grid.add_column(title, justify="right" if i else "left", no_wrap=i > 0)
+            for cells in zip(*columns.values(), strict=True):
                 grid.add_row(*cells)
             console.print(grid)
-            for column in columns:
-                if column.title in _NOTES:
-                    console.print(f"  {column.title}: {_NOTES[column.title]}")
+            for title in filter(_NOTES.get, columns):
+                console.print(f"  {title}: {_NOTES[title]}")
     console.print()
     if GATE in chosen and (checked := _rows_of(record.cases(GATE), done=False)):
         console.print(f"{chosen[GATE].title}: {_correctness(checked)}")

@@ -11,7 +11,6 @@ import importlib
 import json
 import math
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -37,34 +36,23 @@ DONE, WRONG, FAILED, CRASHED = "done", "wrong", "failed", "crashed"
 TIMEOUT, INTERRUPTED, BLOCKED, NOT_RUN = "timeout", "interrupted", "blocked", "not run"
 # How a section can stand besides "done": cases are missing or failed, it is under way, or it needs another machine.
 INCOMPLETE, RUNNING, LEFT_OUT = "incomplete", "running", "left out"
-# Seconds between two looks at the clock, between two writes of the record while rows come in, and that a worker may
-# take to import what it needs, wake the device, and tidy up between cases.
-_TICK, _SAVE_EVERY, _STARTUP = 0.2, 1.0, 60.0
+# Seconds between two looks at the workers, between two writes of the record, and that a worker may take to import what
+# it needs, wake the device, and tidy up between cases.
+_TICK, _SAVE_EVERY, _STARTUP = 0.1, 1.0, 60.0
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the bench that runs in processes of its own.
+    """A part of the bench that runs in processes of its own."""
 
-    Attributes:
-        name: what ``--section`` takes, and the key in the record.
-        title: for the table.
-        module: what the process imports; its ``cases(bench)``, or a function named after a colon, returns the cases.
-        limit: seconds for the whole section on a GPU.
-        patience: seconds that a case may give no row before its process is ended and the next case begun.
-        lanes: processes at once; more than one only where nothing is timed.
-        gated: whether it times kernels, which have to have passed their check.
-        cpu: whether it has something to do without a GPU.
-    """
-
-    name: str
-    title: str
-    module: str
-    limit: float
-    patience: float
-    lanes: int = 1
-    gated: bool = False
-    cpu: bool = True
+    name: str  # what --section takes, and the key in the record
+    title: str  # for the table
+    module: str  # has the cases, as what its function `cases`, or the one named after a colon, returns for a bench
+    limit: float  # seconds for the whole section on a GPU
+    patience: float  # seconds that a case may give no row before its process is ended and the next case begun
+    lanes: int = 1  # processes at once; more than one only where nothing is timed
+    gated: bool = False  # whether it times kernels, which have to have passed their check
+    cpu: bool = True  # whether it has something to do without a GPU
 
 
 # Where correctness is checked, and hence what a gated section waits for.
@@ -121,11 +109,6 @@ class Record:
     The last sitting in the file is continued if its environment equals the present one (GPU, driver, versions, and the
     digest of sharpkern's own sources; the commit does not count) and both are quick or both are not. Its cases that are
     done are then kept. Any other call adds a new sitting; earlier ones are never changed.
-
-    Attributes:
-        sections: {section: {"status", "seconds", "cases": {case: {"status", "seconds", "rows", "error"}}}}.
-        environment: the machine and versions.
-        resumed: whether a sitting of the file is continued.
     """
 
     def __init__(self, path: Path, environment: Json, quick: bool) -> None:
@@ -135,6 +118,7 @@ class Record:
         if not self.resumed:
             started = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
             self._sittings.append({"started": started, "environment": environment, "quick": quick, "sections": {}})
+        # {section: {"status", "seconds", "cases": {case: {"status", "seconds", "rows", "error"}}}}
         self.sections: Json = self._sittings[-1]["sections"]
         self.environment: Json = self._sittings[-1]["environment"]
 
@@ -245,99 +229,87 @@ def _end_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def worker() -> None:
-    """Do the job that stands on the input as JSON, and say in one JSON message per line what happens."""
+def worker(job: str, path: str) -> None:
+    """Do a job, which is given as JSON, and add to a file one JSON message per line of what happens."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    # Messages have the standard output to themselves: whatever else prints goes to the error stream.
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    with open(path, "a", encoding="utf-8") as said:
 
-    def send(**message: Any) -> None:
-        channel.write(json.dumps(plain(message)) + "\n")
-        channel.flush()
+        def send(**message: Any) -> None:
+            said.write(json.dumps(plain(message)) + "\n")
+            said.flush()
 
-    work(Job(**json.load(sys.stdin)), send)
+        work(Job(**json.loads(job)), send)
 
 
 # -- its supervisor ---------------------------------------------------------------------------------------------------
-
-# What the workers of all lanes put in: their lane, and a message; None when the worker has ended.
-Inbox = queue.Queue[tuple["Lane", Json | None]]
 
 
 class Lane:
     """The part of a section's cases that run one after another, in one worker process after another.
 
     A crash or a hang costs one case. The lane writes the cases of its job into ``cases``, those of the record.
-
-    Attributes:
-        running: whether cases are left and a worker is at them.
-        error: what ended a worker before it began a case, or None.
     """
 
-    def __init__(self, job: Job, patience: float, cases: Json, inbox: Inbox) -> None:
-        self._job, self._patience, self._cases, self._inbox = job, patience, cases, inbox
-        self._begun: str | None = None
-        self._announced: list[str] = []
+    def __init__(self, job: Job, patience: float, cases: Json) -> None:
+        self._job, self._patience, self._cases = job, patience, cases
+        # What ended a worker before it began a case, and whether cases are left and a worker is at them.
         self.error: str | None = None
         self.running = True
         self._start()
 
     def _start(self) -> None:
+        self._said, self._errors = tempfile.NamedTemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - see _ended
+        run_worker = f"import sys; from {__name__} import worker; worker(*sys.argv[1:])"
         # Whatever a worker starts, such as a compiler, ends with it: it leads a group of its own.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as the worker runs
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import worker; worker()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
+            [sys.executable, "-c", run_worker, json.dumps(asdict(self._job)), self._said.name],
+            stdin=subprocess.DEVNULL,
+            stdout=self._errors,
+            stderr=self._errors,
             env=child_environment(),
             start_new_session=True,
-            encoding="utf-8",
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        # A worker that dies at once leaves its reason on the error stream.
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(json.dumps(asdict(self._job)))
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
-        self._last_sign = time.monotonic()
+        self._rest, self._announced = b"", list[str]()
+        self._begun = ""
         self._timed_out = self._progressed = False
-
-    def _listen(self, stdout: IO[str]) -> None:
-        """Pass on what a worker says, and that it has ended."""
-        with stdout:
-            for line in stdout:
-                # The last line of a worker that is killed may have no end.
-                if line.endswith("\n"):
-                    self._inbox.put((self, json.loads(line)))
-        self._inbox.put((self, None))
-
-    def hear(self, message: Json | None) -> None:
-        """Take a worker's message into the record; start another worker if it has ended with cases left."""
         self._last_sign = time.monotonic()
-        if message is None:
-            self._ended()
-        elif "cases" in message:
+
+    def look(self) -> None:
+        """Take what the worker has said into the record; end it where it is silent for too long, and go on after it."""
+        # Asked first: what was said before the end is then there to be read.
+        code = self._process.poll()
+        *lines, self._rest = (self._rest + self._said.read()).split(b"\n")
+        for line in lines:
+            self._hear(json.loads(line))
+        allowed = self._patience if self._begun else _STARTUP
+        if code is not None:
+            self._ended(code)
+        elif time.monotonic() - self._last_sign > allowed:
+            self._timed_out = True
+            self._kill()
+
+    def _hear(self, message: Json) -> None:
+        self._last_sign = time.monotonic()
+        if "cases" in message:
             self._announced = message["cases"]
             self._cases.update({name: {"status": NOT_RUN} for name in self._announced})
         elif "begin" in message:
             self._begun, self._progressed = message["begin"], True
-            self._cases[self._begun] = {"status": RUNNING, "rows": []}
+            self._cases[message["begin"]] = {"status": RUNNING, "rows": []}
         elif "row" in message:
-            assert self._begun is not None
             self._cases[self._begun]["rows"].append(message["row"])
         else:
             self._close(message["status"], message["error"], message["seconds"])
 
-    def _ended(self) -> None:
-        code = self._process.wait()
+    def _ended(self, code: int) -> None:
+        """Say how the worker has ended, and start another one if cases are left."""
         why = f"{_ending(code)}{self._last_words()}"
-        self._stderr.close()
-        if self._begun is not None and self._timed_out:
+        if self._timed_out:
             self._close(TIMEOUT, f"no sign of life for {self._patience:.0f} s")
-        elif self._begun is not None:
+        else:
             self._close(CRASHED, why)
+        self._said.close()
+        self._errors.close()
         left = [name for name in self._announced if self._cases[name]["status"] == NOT_RUN]
         if not self._progressed and (left or code != 0):
             # Not one case begun: the next worker would fare no better.
@@ -349,17 +321,10 @@ class Lane:
             self._start()
 
     def _close(self, status: str, error: str | None, seconds: float | None = None) -> None:
-        """Write how the case that was begun ended."""
-        assert self._begun is not None
-        self._cases[self._begun] |= {"status": status, "seconds": seconds, "error": error}
-        self._begun = None
-
-    def check_patience(self) -> None:
-        """End a worker that has been silent for too long; its next message is that it has ended."""
-        allowed = _STARTUP if self._begun is None else self._patience
-        if self.running and time.monotonic() - self._last_sign > allowed:
-            self._timed_out = True
-            self._kill()
+        """Write how the case that was begun ended, if one was."""
+        if self._begun:
+            self._cases[self._begun] |= {"status": status, "seconds": seconds, "error": error}
+            self._begun = ""
 
     def stop(self, status: str, error: str | None) -> None:
         """End the worker for good, and its case with this status and error."""
@@ -367,9 +332,9 @@ class Lane:
             self.running = False
             self._kill()
             self._process.wait()
-            self._stderr.close()
-            if self._begun is not None:
-                self._close(status, error)
+            self._said.close()
+            self._errors.close()
+            self._close(status, error)
 
     def _kill(self) -> None:
         # It may just have ended by itself.
@@ -378,8 +343,8 @@ class Lane:
 
     def _last_words(self) -> str:
         """Return the last line that the worker left on its error stream."""
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode("utf-8", "replace").split("\n")
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").split("\n")
         words = next((line for line in reversed(lines) if line.strip()), "")
         return f": {without_paths(words)}" if words else ""
 
@@ -420,7 +385,6 @@ def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, li
     if limit <= 0:
         entry |= {"status": INCOMPLETE, "error": f"{NOT_RUN}: the budget was used up"}
         return
-    inbox: Inbox = queue.Queue()
     lanes: list[Lane] = []
     # Until the clock has ended it, whatever ends it does so from outside: Ctrl-C.
     ended: tuple[str, str | None] = INTERRUPTED, None
@@ -428,8 +392,8 @@ def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, li
         num_lanes = max(1, min(section.lanes, (os.cpu_count() or 1) // 2)) if gpu else 1
         for i in range(num_lanes):
             job = Job(section.module, quick, record.done(GATE), (i, num_lanes), done)
-            lanes.append(Lane(job, section.patience, cases, inbox))
-        _listen(lanes, inbox, started + limit, record)
+            lanes.append(Lane(job, section.patience, cases))
+        _follow(lanes, started + limit, record)
         ended = TIMEOUT, "the section's time was up"
     finally:
         # Also on Ctrl-C: no process outlives the bench.
@@ -443,15 +407,13 @@ def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, li
         record.save()
 
 
-def _listen(lanes: Sequence[Lane], inbox: Inbox, deadline: float, record: Record) -> None:
+def _follow(lanes: Sequence[Lane], deadline: float, record: Record) -> None:
     """Take in what the workers say until they are through or the time is up."""
     saved = time.monotonic()
-    while any(lane.running for lane in lanes) and time.monotonic() < deadline:
-        with contextlib.suppress(queue.Empty):
-            lane, message = inbox.get(timeout=_TICK)
-            lane.hear(message)
-        for lane in lanes:
-            lane.check_patience()
+    while (running := [lane for lane in lanes if lane.running]) and time.monotonic() < deadline:
+        for lane in running:
+            lane.look()
         if time.monotonic() - saved > _SAVE_EVERY:
             record.save()
             saved = time.monotonic()
+        time.sleep(_TICK)

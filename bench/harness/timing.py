@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .cases import Bench
 
 Json = dict[str, Any]
+Result = TypeVar("Result")
 # A variant is called with the number of the call and rotates its buffers by it: what another variant has just used must
 # not be in the cache.
 Variant = Callable[[int], object]
@@ -163,13 +164,13 @@ class Machine:
         self.synchronize()
         return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
 
-    def milliseconds(self, function: Callable[[], object]) -> float:
-        """Return the milliseconds from the call until the device has done all of it."""
+    def milliseconds(self, function: Callable[[], Result]) -> tuple[float, Result]:
+        """Return the milliseconds from the call until the device has done all of it, and what it gave."""
         self.synchronize()
         started = time.perf_counter()
-        function()
+        result = function()
         self.synchronize()
-        return 1e3 * (time.perf_counter() - started)
+        return 1e3 * (time.perf_counter() - started), result
 
     def peak(self, function: Callable[[], object]) -> Peak | None:
         """Call a function and return the memory that it took at most; None on a CPU, where no allocator counts it."""

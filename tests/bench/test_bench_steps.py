@@ -117,7 +117,7 @@ def test_a_summary_is_the_median_over_shapes():
     assert (one.at_once, one.shares) == (1, {"fused": 9.0})
     assert (eight.at_once, eight.shares, eight.best) == (8, {"fused": 2.0, "formed": 1.5}, "fused")
     assert eight.times_naive == 4.0
-    assert (eight.asked("least_times_naive"), eight.asked("target")) == (3.0, None)
+    assert eight.asked == {"least_times_naive": 3.0}
 
 
 # -- passes -----------------------------------------------------------------------------------------------------------
@@ -172,9 +172,10 @@ def test_a_model_waits_for_the_checks_of_its_operations():
 
 
 def test_losses_that_differ_or_do_not_move_are_no_agreement():
-    assert whole_model._batched_agrees([1.0, 2.0], [1.0, 2.0], 1e-5)["passed"]
-    assert not whole_model._batched_agrees([1.0, 2.0], [1.0, 2.001], 1e-5)["passed"]
-    assert not whole_model._batched_agrees([1.0, 1.0], [1.0, 1.0], 1e-5)["passed"]
+    assert whole_model._agreement([1.0, 2.0], [1.0, 2.0], 1e-5, least_move=2e-5)["passed"]
+    assert not whole_model._agreement([1.0, 2.001], [1.0, 2.0], 1e-5, least_move=2e-5)["passed"]
+    assert not whole_model._agreement([1.0, 1.0], [1.0, 1.0], 1e-5, least_move=2e-5)["passed"]
+    assert not whole_model._agreement([1.0, 1.0], [1.0, 1.0], 1e-5, least_move=0.0)["passed"]
 
 
 def test_passes_of_other_losses_are_not_timed(monkeypatch):
