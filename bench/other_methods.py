@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -300,35 +301,19 @@ class PyHessian:
         import pyhessian
 
         self._hessian = pyhessian.hessian
-        self._model, self._batch = _Cleared(copy.deepcopy(model)), batch
+        self._model, self._batch = copy.deepcopy(model), batch
 
     @sdpa_kernel(SDPBackend.MATH)
     def power(self, tol: float) -> Found:
         """Find the eigenvalue of largest magnitude, until it changes by less than a share; 100 products at most."""
-        with warnings.catch_warnings():
+        # It clears the gradients before each product.
+        cleared = mock.patch.object(self._model, "zero_grad", wraps=self._model.zero_grad)
+        with cleared as products, warnings.catch_warnings():
             # It keeps the graph by backward(create_graph=True), whose cycle of references is cut below.
             warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
             (top,), _ = self._hessian(self._model, token_loss, data=self._batch, cuda=False).eigenvalues(tol=tol)
-        products, self._model.times = self._model.times, 0
         self._model.zero_grad()
-        return Found(top, 1, products, products < 100)
-
-
-class _Cleared(nn.Module):
-    """A model that counts how often its gradients are cleared, which PyHessian does before each product."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.times = model, 0
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the model's outputs."""
-        return self.model(tokens)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
-        self.times += 1
-        super().zero_grad(set_to_none)
+        return Found(top, 1, products.call_count, products.call_count < 100)
 
 
 class _WrittenOut(nn.Module):

@@ -3,10 +3,10 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from .linear import NAIVE, ONE_AT_A_TIME
 from .sitting import DONE, GATE, LEFT_OUT, NOT_RUN, Record, Section
@@ -135,37 +135,36 @@ def _reached(summary: Summary) -> str:
 
 
 def _timed(rows: Rows) -> list[Json]:
-    """Return the rows of what was timed, with the name of their case and λ_c where one was measured."""
+    """Return a line for everything that was timed: what was timed twice, or by plain torch beside, is of one line."""
     lines = []
     for name, of_case in rows.items():
+        timed = {row["variant"]: {"case": name, **row} for row in of_case if "variant" in row}
         sharpness = next((row["sharpness"] for row in of_case if "sharpness" in row), None)
-        lines += [{"case": name, "sharpness": sharpness, **row} for row in of_case if "variant" in row]
-    return lines
-
-
-def _streams(rows: Rows) -> list[Json]:
-    """Return one line per kernel, with its share when timed again and that of plain torch."""
-    lines = []
-    for name, (first, *others) in rows.items():
-        again = next(row["share"] for row in others if row["variant"].endswith(" again"))
-        in_torch = next((row["share"] for row in others if row["variant"] == "torch"), None)
-        lines.append({"case": name, **first, "off": abs(again - first["share"]), "in_torch": in_torch})
+        for variant, row in timed.items():
+            again = timed.get(f"{variant} again")
+            if again is not None and "share" in row:
+                row["off"] = abs(again["share"] - row["share"])
+            if variant == "triton":
+                row["in_torch"] = timed.get("torch", {}).get("share")
+            if not variant.endswith(" again") and not ("triton" in timed and variant == "torch") and variant != "copy":
+                lines.append({"sharpness": sharpness, **row})
     return lines
 
 
 def _milliseconds(row: Json) -> float | None:
-    if "ms_per_forward" in row:
-        return float(row["ms_per_forward"])
-    return 1e3 * row["median"] if "median" in row else None
+    """Return what one evaluation takes: a call, a forward pass of a measurement, or a step size of a pass."""
+    of_call = 1e3 * row["median"] if "median" in row else None
+    found: float | None = row.get("ms_per_step_size", row.get("ms_per_forward", of_call))
+    return found
 
 
-def _model_text(row: Json) -> str:
+def _time(row: Json) -> str:
     taken = _milliseconds(row)
-    return row.get("outcome") or ("" if taken is None else f"{taken:.1f}")
+    return row.get("outcome") or ("" if taken is None else significant(taken))
 
 
 def _times_plain(row: Json) -> str:
-    taken = row.get("ms_per_step_size") or _milliseconds(row)
+    taken = _milliseconds(row)
     return f"{taken / row['plain_ms']:.2f}" if taken is not None and "plain_ms" in row else ""
 
 
@@ -179,126 +178,88 @@ def _model_size(row: Json) -> str:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-class Table(NamedTuple):
-    """The table of a section: its lines, what all of them are of, and the text of a line by the column's title."""
+Columns = Mapping[str, Text]
 
-    lines: Callable[[Rows], list[Any]]
-    about: Callable[[list[Any]], str]
-    columns: Mapping[str, Text]
+# Of these, those that a section fills.
+COLUMNS: Columns = {
+    "case": lambda row: row["case"],
+    "variant": lambda row: row["variant"],
+    "at once": _field("at_once"),
+    "ms": _time,
+    "host ms": _field("host", 3, 1e3),
+    "share": _field("share", 3),
+    "± run": _field("off", 3),
+    "torch": _field("in_torch", 3),
+    "× plain": _times_plain,
+    "× virtual": _field("pass_over_virtual", 2),
+    "peak GB": _field("allocated", 2, 1e-9),
+    "reserved GB": _field("reserved", 2, 1e-9),
+    "beyond plain": _field("beyond_plain", 2, 1e-9),
+    "in all GB": _field("total_bytes", 2, 1e-9),
+    "λ_c": lambda row: _number(row["sharpness"]),
+    "target": _target,
+    "": verdict,
+}
+LINEAR: Columns = {
+    "tokens": lambda one: str(one.tokens),
+    "at once": lambda one: str(one.at_once),
+    **{name: _share("references", name) for name in REFERENCES[1:]},
+    **{name: _share("shares", name) for name in WAYS},
+    "× naive": lambda one: f"{one.times_naive:.2f}",
+    "of floor": lambda one: _share("floor", one.best)(one),
+    "± run": lambda one: f"{abs(1 - one.references.get(REFERENCES[0], math.nan)):.2f}",
+    "target": _asked,
+    "": _reached,
+}
+COMPILED: Columns = {
+    "kernel": lambda row: f"{row['case']}: {row['kernel']}",
+    **{name: _field(name) for name in ("registers", "spills", "shared", "warps")},
+}
 
-    def filled(self, rows: Rows) -> tuple[str, dict[str, list[str]]]:
-        """Return what the lines are of, and the columns in which one of them has anything."""
-        lines = self.lines(rows)
-        columns = {title: [text(line) for line in lines] for title, text in self.columns.items()}
-        return self.about(lines), {title: texts for title, texts in columns.items() if any(texts)}
+
+def filled(columns: Columns, lines: Sequence[Any]) -> dict[str, list[str]]:
+    """Return the texts of the columns in which one of the lines has anything."""
+    texts = {title: [text(line) for line in lines] for title, text in columns.items()}
+    return {title: column for title, column in texts.items() if any(column)}
 
 
-_ENDING: dict[str, Text] = {"target": _target, "": verdict}
-_PEAK = _field("allocated", 2, 1e-9)
+def table(name: str, rows: Rows) -> tuple[str, dict[str, list[str]]]:
+    """Return what the lines of a section are of, and its columns."""
+    if name == "linear":
+        found = summaries(rows)
+        dtypes = _each_once(one.dtype for one in found)
+        return f"{dtypes}, speed per step size as a share of the bare product's, median over shapes", filled(
+            LINEAR, found
+        )
+    if name == "compiled":
+        return "", filled(COMPILED, [{"case": case, **row} for case, of_case in rows.items() for row in of_case])
+    lines = _timed(rows)
+    about = {
+        "head": lambda row: f"vocabulary {row['vocabulary']}, width {row['width']}",
+        "passes": lambda row: "losses along a direction in memory",
+        "model": _model_size,
+    }.get(name)
+    return _each_once(map(about, lines)) if about else "", filled(COLUMNS, lines)
+
 
 # In the order in which they are shown: of a long output often only the end is kept, and what matters most comes last.
-TABLES = {
-    "compiled": Table(
-        lambda rows: [{"case": name, **row} for name, of_case in rows.items() for row in of_case],
-        lambda lines: "",
-        {
-            "kernel": lambda row: f"{row['case']}: {row['kernel']}",
-            "registers": _field("registers"),
-            "spills": _field("spills"),
-            "shared B": _field("shared"),
-            "warps": _field("warps"),
-        },
-    ),
-    "linear": Table(
-        summaries,
-        lambda found: (
-            f"{_each_once(one.dtype for one in found)}, speed per step size as a share of the bare product's, median "
-            "over shapes"
-        ),
-        {
-            "tokens": lambda one: str(one.tokens),
-            "at once": lambda one: str(one.at_once),
-            **{name: _share("references", name) for name in REFERENCES[1:]},
-            **{name: _share("shares", name) for name in WAYS},
-            "× naive": lambda one: f"{one.times_naive:.2f}",
-            "of floor": lambda one: _share("floor", one.best)(one),
-            "± run": lambda one: f"{abs(1 - one.references.get(REFERENCES[0], math.nan)):.2f}",
-            "target": _asked,
-            "": _reached,
-        },
-    ),
-    "head": Table(
-        lambda rows: [row for row in _timed(rows) if not row["variant"].endswith("again")],
-        lambda lines: _each_once(f"vocabulary {row['vocabulary']}, width {row['width']}" for row in lines),
-        {
-            "loss": lambda row: f"{row['case']}: {row['variant']}",
-            "ms": _field("median", 2, 1e3),
-            "share of product": _field("share", 3),
-            "peak GB": _PEAK,
-            **_ENDING,
-        },
-    ),
-    "passes": Table(
-        _timed,
-        lambda lines: "losses along a direction in memory",
-        {
-            "model": lambda row: row["case"],
-            "engine": lambda row: row["variant"],
-            "at once": _field("at_once"),
-            "ms per step size": lambda row: row.get("outcome") or f"{row['ms_per_step_size']:.2f}",
-            "× plain": _times_plain,
-            "× virtual pass": _field("pass_over_virtual", 2),
-            "peak GB": _PEAK,
-            "in all GB": _field("total_bytes", 2, 1e-9),
-            **_ENDING,
-        },
-    ),
-    "model": Table(
-        _timed,
-        lambda lines: _each_once(map(_model_size, lines)),
-        {
-            "model": lambda row: f"{row['model']}: {row['variant' if row['case'] == 'plain forward' else 'case']}",
-            "ms per forward": _model_text,
-            "× plain": _times_plain,
-            "peak GB": _PEAK,
-            "reserved GB": _field("reserved", 2, 1e-9),
-            "beyond plain GB": _field("beyond_plain", 2, 1e-9),
-            "λ_c": lambda row: _number(row["sharpness"]),
-            **_ENDING,
-        },
-    ),
-    "streaming": Table(
-        _streams,
-        lambda lines: "",
-        {
-            "kernel": lambda row: row["case"],
-            "backend": lambda row: row["variant"],
-            "ms": _field("median", 3, 1e3),
-            "host ms": _field("host", 3, 1e3),
-            "share of copy": _field("share", 3),
-            "± run": _field("off", 3),
-            "torch": _field("in_torch", 3),
-            **_ENDING,
-        },
-    ),
-}
+TABLES = ("compiled", "linear", "head", "passes", "model", "streaming")
 # What a column's title leaves open.
 _NOTES = {
     "host ms": "what the host takes to launch it",
-    "share of copy": "bytes per second over those of a copy that took turns with it",
-    "share of product": "speed over that of the bare matrix product, which took turns with it",
+    "share": "bytes per second over those of a copy, or speed over that of the bare product, that took turns with it",
     "± run": "how far the share was off when the same was timed a second time",
     "at once": "step sizes that one pass serves",
-    "× virtual pass": "time of a pass over that of one for one step size",
+    "× virtual": "time of a pass over that of one for one step size",
     "in all GB": "peak, weights and direction",
     "× naive": "speed of the quickest way over that of clone, add and multiply",
     "of floor": "what reading W and D would take at the speed of a copy, over what the quickest way takes",
     "torch": "the share of plain torch doing the same",
     "target": "share to reach, and in brackets the least that is accepted",
-    "× plain": "ms per forward over those of a plain one that took turns with it; a measurement's checks count too",
+    "× plain": "ms over those of a plain forward pass that took turns with it; a measurement's checks count too",
     "peak GB": "memory of tensors above what was there before the call",
     "reserved GB": "memory that the allocator took from the device for it",
-    "beyond plain GB": "peak above that of the plain forward pass with a chunked head",
+    "beyond plain": "GB of the peak above that of the plain forward pass with a chunked head",
 }
 
 
@@ -306,18 +267,18 @@ def show(record: Record, sections: Iterable[Section]) -> None:
     """Print the tables of these sections of a sitting, and how each section ended."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table as Grid
+    from rich.table import Table
 
     console = Console(width=WIDTH, highlight=False, markup=False)
     chosen = {section.name: section for section in sections}
     console.print(_header(record.environment), soft_wrap=True)
     if reached := _rows_of(record.cases("ceilings")):
         console.print(f"Ceilings: {_ceilings(reached)}")
-    for name, table in TABLES.items():
+    for name in TABLES:
         if name in chosen and (rows := _rows_of(record.cases(name))):
-            about, columns = table.filled(rows)
+            about, columns = table(name, rows)
             console.print(f"\n{chosen[name].title}{': ' if about else ''}{about}", style="italic")
-            grid = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+            grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
             for i, title in enumerate(columns):
                 grid.add_column(title, justify="right" if i else "left", no_wrap=i > 0)
             for cells in zip(*columns.values(), strict=True):

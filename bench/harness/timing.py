@@ -59,19 +59,6 @@ class Timing:
         return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in fields}
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Most bytes that a call took on top of what was there: as tensors, and as reserved by the allocator."""
-
-    allocated: int
-    reserved: int
-
-
-def peak_fields(peak: Peak | None) -> Json:
-    """Return the peak as fields of a row, none on a CPU."""
-    return {} if peak is None else asdict(peak)
-
-
 class Machine:
     """The device under test: a CUDA or HIP device, or the CPU."""
 
@@ -172,21 +159,24 @@ class Machine:
         self.synchronize()
         return 1e3 * (time.perf_counter() - started), result
 
-    def peak(self, function: Callable[[], object]) -> Peak | None:
-        """Call a function and return the memory that it took at most; None on a CPU, where no allocator counts it."""
+    def peak(self, function: Callable[[], object]) -> dict[str, int]:
+        """Call a function and return the bytes that it took at most on top of what was there.
+
+        They are of tensors, and as reserved by the allocator; none on a CPU, where no allocator counts them.
+        """
         if not self.is_gpu:
             function()
-            return None
+            return {}
         self.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
         function()
         self.synchronize()
-        return Peak(
-            torch.cuda.max_memory_allocated(self.device) - allocated,
-            torch.cuda.max_memory_reserved(self.device) - reserved,
-        )
+        return {
+            "allocated": torch.cuda.max_memory_allocated(self.device) - allocated,
+            "reserved": torch.cuda.max_memory_reserved(self.device) - reserved,
+        }
 
 
 def machine_here() -> Machine:

@@ -15,7 +15,7 @@ from sharpkern.errors import EngineUnsupportedError
 
 from .cases import Bench, Cases
 from .models import LARGE, SAME_LOSS, SMALL, TINY, USABLE, Moving, Preset, Training, engines, fitting
-from .timing import Json, each_call, peak_fields
+from .timing import Json, each_call
 
 # Most bytes that the virtual engine may take beyond a plain forward pass with a chunked head.
 _BEYOND_PLAIN = 1 << 30
@@ -80,7 +80,7 @@ def _plain(scene: Training) -> Iterator[Json]:
     timings = scene.machine.time({name: each_call(call) for name, call in calls.items()}, scene.seconds)
     plain_ms = 1e3 * timings["plain"].median
     for name, timing in timings.items():
-        yield {"variant": name, "plain_ms": plain_ms, **scene.about(), **peak_fields(peaks[name]), **timing.to_json()}
+        yield {"variant": name, "plain_ms": plain_ms, **scene.about(), **peaks[name], **timing.to_json()}
 
 
 def _first(scene: Training) -> Iterator[Json]:
@@ -88,7 +88,7 @@ def _first(scene: Training) -> Iterator[Json]:
     peak = scene.machine.peak(lambda: scene.measured)
     first = scene.measured
     fields = {"forwards": first.forwards, "ms_per_forward": 1e3 * first.seconds / first.forwards}
-    yield {"variant": "virtual", **fields, **_measured_fields(first), **peak_fields(peak), **scene.about()}
+    yield {"variant": "virtual", **fields, **_measured_fields(first), **peak, **scene.about()}
 
 
 def _engine(scene: Training, engine: str, *, resident: bool) -> Iterator[Json]:
@@ -123,11 +123,11 @@ def _engine(scene: Training, engine: str, *, resident: bool) -> Iterator[Json]:
         "ms_per_forward_range": [per_forward[0], per_forward[-1]],
         "plain_ms": statistics.median(plain_ms),
         "forwards": found[0].forwards,
-        **peak_fields(peak),
+        **peak,
         **scene.about(),
     }
-    if peak is not None and plain_peak is not None:
-        row["beyond_plain"] = peak.allocated - plain_peak.allocated
+    if peak:
+        row["beyond_plain"] = peak["allocated"] - plain_peak["allocated"]
         if engine == "virtual" and not resident:
             row["most_beyond_plain"] = _BEYOND_PLAIN
     yield row
@@ -158,7 +158,7 @@ def _deep_copy(scene: Training) -> Iterator[Json]:
     if not compared["passed"]:
         return
     timings = machine.time({"deep copy": each_call(evaluate), "plain": each_call(scene.loss)}, scene.seconds)
-    fields = {"direction_bytes": direction.nbytes, **peak_fields(peak), **scene.about()}
+    fields = {"direction_bytes": direction.nbytes, **peak, **scene.about()}
     plain_ms = 1e3 * timings["plain"].median
     yield {"variant": "deep copy", "plain_ms": plain_ms, **fields, **timings["deep copy"].to_json()}
 
@@ -225,11 +225,11 @@ def _passes_of_both(scene: Moving, loss_fn: Callable[[], torch.Tensor], about: J
             "ms_per_step_size": pass_ms / at_once,
             "plain_ms": plain,
             "pass_over_virtual": pass_ms / taken[0],
-            **peak_fields(peak),
+            **peak,
             **about,
         }
-        if peak is not None:
-            row["total_bytes"] = peak.allocated + scene.weight_bytes + scene.direction.nbytes
+        if peak:
+            row["total_bytes"] = peak["allocated"] + scene.weight_bytes + scene.direction.nbytes
             if (scene.preset.name, at_once) == ("7B", NUM_PARALLEL):
                 row["most_total_bytes"] = _MOST_BYTES
         yield row
