@@ -10,9 +10,9 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import ledger
@@ -60,29 +60,23 @@ OWN_BATCH = tuple(method for method in METHODS if method != "auto, slope unknown
 OTHER_CROSSING = 0.25
 
 
-@dataclass
 class Series:
     """Results of one method on one run."""
 
-    memory: SearchMemory | None = None
-    steps: list[int] = field(default_factory=list)
-    results: list[SearchResult] = field(default_factory=list)
-    passes: list[int] = field(default_factory=list)
-    truths: list[float | None] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.memory: SearchMemory | None = None
+        self.steps: list[int] = []
+        self.results: list[SearchResult] = []
+        self.passes: list[int] = []
+        self.truths: list[float | None] = []
 
     def measure(self, point: Point, base_loss: float, truth: float | None, slope: float | None, options: Any) -> None:
         """Measure one point, starting from the last result, with the base loss in the first pass as a measurement."""
         known = {"slope": slope, "norm_sq": point.norm_sq}
         num_parallel = options.get("num_parallel", 1)
         first = warm_grid(self.memory, **known, num=num_parallel - 1) if num_parallel > 1 else ()
-        search = LineSearch(
-            base_loss,
-            **known,
-            initial_lr=point.lr,
-            memory=self.memory,
-            probes=[(eta, point.loss(eta)) for eta in first],
-            **options,
-        )
+        probes = [(eta, point.loss(eta)) for eta in first]
+        search = LineSearch(base_loss, **known, initial_lr=point.lr, memory=self.memory, probes=probes, **options)
         while step_sizes := search.ask():
             search.tell([point.loss(eta) for eta in step_sizes])
         result = search.result()
@@ -100,25 +94,24 @@ class Series:
             if truth is not None and result.status == "converged"
         ]
         errors, reported = (np.array(column) for column in zip(*pairs, strict=True))
-        evaluations = np.array([result.evaluations for result in self.results])
-        first = [result.evaluations for step, result in zip(self.steps, self.results, strict=True) if step < 10]
-        median, p95, p99 = (float(np.percentile(errors, q)) for q in (50, 95, 99))
+        evaluations = [result.evaluations for result in self.results]
+        first = [count for step, count in zip(self.steps, evaluations, strict=True) if step < 10]
         return {
             "run": run,
             "method": method,
             "points": len(self.results),
             "steps": [self.steps[0], self.steps[-1]],
-            "evaluations_mean": float(evaluations.mean()),
+            "evaluations_mean": mean(evaluations),
             "evaluations_p95": float(np.percentile(evaluations, 95)),
-            "passes_with_base_loss_mean": float(np.mean(self.passes)),
-            "evaluations_first_ten_steps": float(np.mean(first)) if first else None,
-            "error_median": median,
-            "error_p95": p95,
-            "error_p99": p99,
+            "passes_with_base_loss_mean": mean(self.passes),
+            "evaluations_first_ten_steps": mean(first) if first else None,
+            "error_median": float(np.median(errors)),
+            "error_p95": float(np.percentile(errors, 95)),
+            "error_p99": float(np.percentile(errors, 99)),
             "other_crossings": int((errors > OTHER_CROSSING).sum()),
             "covered": float((errors <= reported).mean()),
             "statuses": dict(Counter(sorted(result.status for result in self.results))),
-            "no_crossing_in_scan": sum(truth is None for truth in self.truths),
+            "no_crossing_in_scan": self.truths.count(None),
         }
 
 

@@ -133,24 +133,25 @@ class Run:
 
     def _batches(self, generator: torch.Generator) -> Callable[[], Batch]:
         """Return a function that draws the next batch."""
-        if self.kind == "digits":
-            images, targets = standard_digits()
-
-            def draw() -> Batch:
-                if self.batch_size is None:
-                    return images, targets
-                rows = torch.randint(0, len(images), (self.batch_size,), generator=generator)
-                return images[rows], targets[rows]
-
-        else:
+        if self.kind == "text":
             data, num_rows = text(), self.batch_size or 1
 
-            def draw() -> Batch:
+            def rows_of_text() -> Batch:
                 starts = torch.randint(0, len(data) - 65, (num_rows,), generator=generator)
-                rows = torch.stack([data[start : start + 65] for start in starts])
+                rows = data[starts[:, None] + torch.arange(65)]
                 return rows[:, :-1], rows[:, 1:]
 
-        return draw
+            return rows_of_text
+        images, targets = standard_digits()
+        size = self.batch_size
+        if size is None:
+            return lambda: (images, targets)
+
+        def some_digits() -> Batch:
+            rows = torch.randint(0, len(images), (size,), generator=generator)
+            return images[rows], targets[rows]
+
+        return some_digits
 
 
 class Point:

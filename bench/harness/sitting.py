@@ -63,12 +63,14 @@ GATE = "correctness"
 SECTIONS = (
     Section("ceilings", "Ceilings: copy and matrix product", "sharpkern.bench.timing", 30, 30),
     Section(GATE, "Correctness against float64", "sharpkern.bench.accuracy", 105, 80, lanes=8),
-    Section("streaming", "Streaming kernels", "sharpkern.bench.streaming", 90, 30, gated=True),
-    Section("head", "LM head and cross-entropy", "sharpkern.bench.head", 35, 25, gated=True),
+    Section("streaming", "Streaming kernels", "sharpkern.bench.kernels:streaming", 90, 30, gated=True),
+    Section("head", "LM head and cross-entropy", "sharpkern.bench.kernels:head", 35, 25, gated=True),
     Section("model", "Whole model", "sharpkern.bench.whole_model:measurements", 120, 90, gated=True),
     Section("passes", "Several step sizes in one pass", "sharpkern.bench.whole_model:passes", 65, 40, gated=True),
     Section("linear", "Linear layer", "sharpkern.bench.linear", 75, 20, gated=True),
-    Section("compiled", "Registers and shared memory", "sharpkern.bench.compiled", 30, 20, gated=True, cpu=False),
+    Section(
+        "compiled", "Registers and shared memory", "sharpkern.bench.kernels:compiled", 30, 20, gated=True, cpu=False
+    ),
 )
 BUDGET = 570.0
 
@@ -182,38 +184,54 @@ class Job:
     skip: Sequence[str]
 
 
-def work(job: Job, send: Callable[..., None]) -> None:
-    """Run the cases of a job; say what begins before it does, so that a crash has a name."""
+def worker(job: str, path: str) -> None:
+    """Run the cases of a job, given as JSON, and keep in a file how they stand."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    cases: Json = {}
+
+    def save() -> None:
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(plain(cases)), encoding="utf-8")
+
+    work(Job(**json.loads(job)), cases, save)
+
+
+def work(job: Job, cases: Json, save: Callable[[], None]) -> None:
+    """Run the cases of a job; what begins is written down before it does, so that a crash has a name."""
     bench = Bench(machine_here(), job.quick, frozenset(job.passed))
     module, _, function = job.module.partition(":")
-    cases = getattr(importlib.import_module(module), function or "cases")(bench)
+    made = getattr(importlib.import_module(module), function or "cases")(bench)
     first, step = job.share
-    mine = {name: cases[name] for name in list(cases)[first::step] if name not in job.skip}
-    send(cases=list(mine))
-    for name, case in mine.items():
-        send(begin=name)
+    cases |= {name: {"status": NOT_RUN} for name in list(made)[first::step] if name not in job.skip}
+    save()
+    for name, entry in cases.items():
+        entry |= {"status": RUNNING, "rows": []}
+        save()
         started = time.perf_counter()
-        status, error = _run_case(bench, case, send)
-        send(end=name, status=status, error=error, seconds=round(time.perf_counter() - started, 3))
+        status, error = _run_case(bench, made[name], entry["rows"], save)
+        entry |= {"status": status, "error": error, "seconds": round(time.perf_counter() - started, 3)}
+        save()
         gc.collect()
         # A fault of the device leaves it unusable for this process: the next one goes on.
         bench.machine.synchronize()
         bench.machine.release_memory()
 
 
-def _run_case(bench: Bench, case: Callable[[], Iterator[Json]], send: Callable[..., None]) -> tuple[str, str | None]:
+def _run_case(
+    bench: Bench, case: Callable[[], Iterator[Json]], rows: list[Json], save: Callable[[], None]
+) -> tuple[str, str | None]:
     """Run one case and return how it ended; a row that has not passed makes it wrong."""
-    wrong = 0
     try:
         with torch.no_grad():
             for row in case():
-                wrong += row.get("passed") is False
-                send(row=row)
+                rows.append(row)
+                save()
         bench.machine.synchronize()
     except BlockedError as error:
         return BLOCKED, str(error)
     except Exception as error:
         return FAILED, without_paths(f"{type(error).__name__}: {error}")
+    wrong = sum(row.get("passed") is False for row in rows)
     return (WRONG, f"{wrong} wrong") if wrong else (DONE, None)
 
 
@@ -227,18 +245,6 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
-
-
-def worker(job: str, path: str) -> None:
-    """Do a job, which is given as JSON, and add to a file one JSON message per line of what happens."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    with open(path, "a", encoding="utf-8") as said:
-
-        def send(**message: Any) -> None:
-            said.write(json.dumps(plain(message)) + "\n")
-            said.flush()
-
-        work(Job(**json.loads(job)), send)
 
 
 # -- its supervisor ---------------------------------------------------------------------------------------------------
@@ -258,73 +264,58 @@ class Lane:
         self._start()
 
     def _start(self) -> None:
-        self._said, self._errors = tempfile.NamedTemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - see _ended
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        self._file, self._words = folder / "cases.json", folder / "words"
         run_worker = f"import sys; from {__name__} import worker; worker(*sys.argv[1:])"
-        # Whatever a worker starts, such as a compiler, ends with it: it leads a group of its own.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", run_worker, json.dumps(asdict(self._job)), self._said.name],
-            stdin=subprocess.DEVNULL,
-            stdout=self._errors,
-            stderr=self._errors,
-            env=child_environment(),
-            start_new_session=True,
-        )
-        self._rest, self._announced = b"", list[str]()
-        self._begun = ""
-        self._timed_out = self._progressed = False
+        with self._words.open("wb") as words:
+            # Whatever a worker starts, such as a compiler, ends with it: it leads a group of its own.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", run_worker, json.dumps(asdict(self._job)), str(self._file)],
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=words,
+                env=child_environment(),
+                start_new_session=True,
+            )
+        self._seen, self._timed_out = b"{}", False
+        self._own: Json = {}
         self._last_sign = time.monotonic()
 
     def look(self) -> None:
-        """Take what the worker has said into the record; end it where it is silent for too long, and go on after it."""
-        # Asked first: what was said before the end is then there to be read.
+        """Take what the worker has written into the record; end it where it is silent too long, and go on after it."""
+        # Asked first: what was written before the end is then there to be read.
         code = self._process.poll()
-        *lines, self._rest = (self._rest + self._said.read()).split(b"\n")
-        for line in lines:
-            self._hear(json.loads(line))
-        allowed = self._patience if self._begun else _STARTUP
+        seen = self._file.read_bytes() if self._file.exists() else self._seen
+        if seen != self._seen:
+            self._seen, self._last_sign = seen, time.monotonic()
+            self._own = json.loads(seen)
+            self._cases.update(self._own)
         if code is not None:
             self._ended(code)
-        elif time.monotonic() - self._last_sign > allowed:
+        elif time.monotonic() - self._last_sign > (self._patience if self.begun else _STARTUP):
             self._timed_out = True
             self._kill()
 
-    def _hear(self, message: Json) -> None:
-        self._last_sign = time.monotonic()
-        if "cases" in message:
-            self._announced = message["cases"]
-            self._cases.update({name: {"status": NOT_RUN} for name in self._announced})
-        elif "begin" in message:
-            self._begun, self._progressed = message["begin"], True
-            self._cases[message["begin"]] = {"status": RUNNING, "rows": []}
-        elif "row" in message:
-            self._cases[self._begun]["rows"].append(message["row"])
-        else:
-            self._close(message["status"], message["error"], message["seconds"])
+    @property
+    def begun(self) -> list[Json]:
+        """The case that the worker is at, if it is at one."""
+        return [case for case in self._own.values() if case["status"] == RUNNING]
 
     def _ended(self, code: int) -> None:
         """Say how the worker has ended, and start another one if cases are left."""
-        why = f"{_ending(code)}{self._last_words()}"
-        if self._timed_out:
-            self._close(TIMEOUT, f"no sign of life for {self._patience:.0f} s")
-        else:
-            self._close(CRASHED, why)
-        self._said.close()
-        self._errors.close()
-        left = [name for name in self._announced if self._cases[name]["status"] == NOT_RUN]
-        if not self._progressed and (left or code != 0):
+        why = f"{_ending(code)}{_last_words(self._words)}"
+        hung = TIMEOUT, f"no sign of life for {self._patience:.0f} s"
+        self._close(*(hung if self._timed_out else (CRASHED, why)))
+        left = [name for name, case in self._own.items() if case["status"] == NOT_RUN]
+        through = self._own.keys() - left
+        if not through and (left or code != 0):
             # Not one case begun: the next worker would fare no better.
             self.error = why
         self.running = bool(left) and self.error is None
         if self.running:
-            through = [name for name, case in self._cases.items() if case["status"] != NOT_RUN]
             self._job = replace(self._job, skip=sorted({*self._job.skip, *through}))
             self._start()
-
-    def _close(self, status: str, error: str | None, seconds: float | None = None) -> None:
-        """Write how the case that was begun ended, if one was."""
-        if self._begun:
-            self._cases[self._begun] |= {"status": status, "seconds": seconds, "error": error}
-            self._begun = ""
 
     def stop(self, status: str, error: str | None) -> None:
         """End the worker for good, and its case with this status and error."""
@@ -332,21 +323,25 @@ class Lane:
             self.running = False
             self._kill()
             self._process.wait()
-            self._said.close()
-            self._errors.close()
             self._close(status, error)
+
+    def _close(self, status: str, error: str | None) -> None:
+        """Write how the case that was begun ended, if one was."""
+        for case in self.begun:
+            case |= {"status": status, "seconds": None, "error": error}
+        self._folder.cleanup()
 
     def _kill(self) -> None:
         # It may just have ended by itself.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _last_words(self) -> str:
-        """Return the last line that the worker left on its error stream."""
-        self._errors.seek(0)
-        lines = self._errors.read().decode("utf-8", "replace").split("\n")
-        words = next((line for line in reversed(lines) if line.strip()), "")
-        return f": {without_paths(words)}" if words else ""
+
+def _last_words(path: Path) -> str:
+    """Return the last line that a worker has printed."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    words = next((line for line in reversed(lines) if line.strip()), "")
+    return f": {without_paths(words)}" if words else ""
 
 
 def _ending(code: int) -> str:

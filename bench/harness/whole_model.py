@@ -229,7 +229,7 @@ def _passes_of_both(scene: Moving, loss_fn: Callable[[], torch.Tensor], about: J
             **about,
         }
         if peak:
-            row["total_bytes"] = peak["allocated"] + scene.weight_bytes + scene.direction.nbytes
+            row["total_bytes"] = peak["allocated"] + about["weight_bytes"] + scene.direction.nbytes
             if (scene.preset.name, at_once) == ("7B", NUM_PARALLEL):
                 row["most_total_bytes"] = _MOST_BYTES
         yield row

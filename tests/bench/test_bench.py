@@ -147,7 +147,7 @@ def test_bad_arguments_are_refused(arguments, words, tmp_path, monkeypatch):
 def test_an_interrupted_call_says_how_to_go_on(tmp_path, monkeypatch):
     def follow(lanes, deadline, record):
         (lane,) = lanes
-        while not lane._begun:
+        while not lane.begun:
             lane.look()
         raise KeyboardInterrupt
 
