@@ -10,7 +10,6 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -133,8 +132,7 @@ _TRAINED, _WARM_UP = 10, 2
 _SAME = 0.03
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """A model in training."""
 
     name: str  # for the table
@@ -150,10 +148,14 @@ def workloads(quick: bool) -> list[Workload]:
     small = [_digits(3 if quick else 31), _gpt(32, 3 if quick else 31)]
     if quick:
         return small
-    small_batch = {"width": 432, "num_layers": 6, "num_heads": 8, "context": 1024}
     wide = {"width": 512, "num_layers": 9, "num_heads": 8, "context": 256}
-    middle = {"width": 256, "num_layers": 6, "num_heads": 8, "context": 1024}
-    return [*small, _gpt(32, 15, **small_batch), _gpt(32, 9, **wide), _gpt(256, 3, **wide), _gpt(1024, 3, **middle)]
+    return [
+        *small,
+        _gpt(32, 15, width=432, num_layers=6, num_heads=8, context=1024),
+        _gpt(32, 9, **wide),
+        _gpt(256, 3, **wide),
+        _gpt(1024, 3, width=256, num_layers=6, num_heads=8, context=1024),
+    ]
 
 
 def _digits(steps: int) -> Workload:

@@ -84,15 +84,9 @@ def windows(training: Training, twin: Training, num_steps: int, num_windows: int
         if not all(map(torch.equal, training.bits(), twin.bits())):
             raise RuntimeError("training with a monitor differs from training without, nothing is recorded")
         with_monitor, without = sum(taken[True]), sum(taken[False])
-        rows.append(
-            {
-                "steps": num_steps,
-                "with_seconds": with_monitor,
-                "without_seconds": without,
-                "overhead": with_monitor / without - 1,
-                "forwards": training.monitor.history[-1].measurement.forwards,
-            }
-        )
+        row = {"steps": num_steps, "with_seconds": with_monitor, "without_seconds": without}
+        forwards = training.monitor.history[-1].measurement.forwards
+        rows.append({**row, "overhead": with_monitor / without - 1, "forwards": forwards})
     return rows
 
 
@@ -108,18 +102,11 @@ def measured_steps(training: Training, num: int, start: int) -> list[dict[str, A
         if measured:
             measurements[number] = monitor.history[-1].measurement
     rows = []
-    for number, measurement in measurements.items():
+    for number, one in measurements.items():
         around = [n for n in range(number - _SPACING // 2, number + _SPACING // 2 + 1) if n not in measurements]
         plain = median(taken[n] for n in around if n < len(taken))
-        rows.append(
-            {
-                "steps": taken[number] / plain - 1,
-                "step_seconds": plain,
-                "seconds": measurement.seconds,
-                "forwards": measurement.forwards,
-                "status": measurement.status,
-            }
-        )
+        fields = {"seconds": one.seconds, "forwards": one.forwards, "status": one.status}
+        rows.append({"steps": taken[number] / plain - 1, "step_seconds": plain, **fields})
     return rows
 
 

@@ -8,7 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import ledger  # noqa: F401 - makes the checkout importable
@@ -154,78 +154,60 @@ class Run:
         return some_digits
 
 
+@dataclass(frozen=True)
 class Point:
-    """The loss along the update at one training step."""
+    """The loss along the update at one training step; θ and Δθ are by name."""
 
-    def __init__(
-        self,
-        step: int,
-        lr: float,
-        slope: float | None,
-        model: nn.Module,
-        loss_of: Loss,
-        batch: Batch,
-        weights: dict[str, Tensor],
-        direction: dict[str, Tensor],
-    ) -> None:
-        self.step, self.lr, self.slope = step, lr, slope
-        self.norm_sq = sum(float((d.double() ** 2).sum()) for d in direction.values())
-        self._model, self._loss_of, self._batch = model, loss_of, batch
-        self._weights, self._direction = weights, direction
+    step: int
+    lr: float
+    slope: float | None
+    model: nn.Module
+    loss_of: Loss
+    batch: Batch
+    weights: dict[str, Tensor]
+    direction: dict[str, Tensor]
 
+    @property
+    def norm_sq(self) -> float:
+        """|Δθ|²."""
+        return sum(float((d.double() ** 2).sum()) for d in self.direction.values())
+
+    @torch.no_grad()
     def loss(self, eta: float) -> float:
-        """Return L(θ − ηΔθ) in fp32, as a measurement sees it."""
-        return self._evaluate(self._model, self._batch, self._weights, self._direction, eta)
+        """Return L(θ − ηΔθ)."""
+        moved = {name: torch.sub(w, self.direction[name], alpha=eta) for name, w in self.weights.items()}
+        return float(self.loss_of(functional_call(self.model, moved, (self.batch[0],)), self.batch[1]))
+
+    def to(self, dtype: torch.dtype) -> "Point":
+        """Return the same in a dtype, on a copy of the model."""
+        inputs, targets = self.batch
+        batch = inputs.to(dtype) if inputs.is_floating_point() else inputs, targets
+        weights, direction = ({name: t.to(dtype) for name, t in one.items()} for one in (self.weights, self.direction))
+        model = copy.deepcopy(self.model).to(dtype)
+        return replace(self, model=model, batch=batch, weights=weights, direction=direction)
 
     def measured(self, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor], dict[str, Tensor]]:
         """Return what a measurement is given, in a dtype: the model at θ, its loss, and Δθ by name."""
-        model = copy.deepcopy(self._model).to(dtype)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self._weights[name])
-        inputs, targets = self._batch
-        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
-        direction = {name: d.to(dtype) for name, d in self._direction.items()}
-        return model, lambda: self._loss_of(model(inputs), targets), direction
+        point = self.to(dtype)
+        point.model.load_state_dict(point.weights, strict=False)
+        return point.model, lambda: point.loss_of(point.model(point.batch[0]), point.batch[1]), point.direction
 
     def first_crossing(self, start: float | None = None, per_decade: int = 20) -> float | None:
         """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none."""
-        model = copy.deepcopy(self._model).double()
-        inputs, targets = self._batch
-        batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
-        weights = {name: w.double() for name, w in self._weights.items()}
-        direction = {name: d.double() for name, d in self._direction.items()}
-
-        def rise(eta: float) -> float:
-            return self._evaluate(model, batch, weights, direction, eta) - base
-
-        base = 0.0
-        base = rise(0.0)
+        wide = self.to(torch.float64)
+        base = wide.loss(0.0)
         lo = self.lr / 30 if start is None else start
-        if rise(lo) > 0:
+        if wide.loss(lo) > base:
             return None
-        top = self.lr * 10**4.5
-        while lo < top:
+        while lo < self.lr * 10**4.5:
             hi = lo * 10 ** (1 / per_decade)
-            if not rise(hi) <= 0:
-                return _bisect(rise, lo, hi)
+            if not wide.loss(hi) <= base:
+                while hi / lo > 1 + 1e-5:
+                    middle = math.sqrt(lo * hi)
+                    lo, hi = (middle, hi) if wide.loss(middle) <= base else (lo, middle)
+                return hi
             lo = hi
         return None
-
-    def _evaluate(
-        self, model: nn.Module, batch: Batch, weights: dict[str, Tensor], direction: dict[str, Tensor], eta: float
-    ) -> float:
-        with torch.no_grad():
-            moved = {name: torch.sub(w, direction[name], alpha=eta) for name, w in weights.items()}
-            return float(self._loss_of(functional_call(model, moved, (batch[0],)), batch[1]))
-
-
-def _bisect(rise: Callable[[float], float], lo: float, hi: float) -> float:
-    """Return the sign change in [lo, hi] to 1e-5."""
-    while hi / lo > 1 + 1e-5:
-        middle = math.sqrt(lo * hi)
-        lo, hi = (lo, middle) if not rise(middle) <= 0 else (middle, hi)
-    return hi
 
 
 def standard_runs(quick: bool) -> list[Run]:

@@ -177,7 +177,6 @@ def _model_size(row: Json) -> str:
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
-
 Columns = Mapping[str, Text]
 
 # Of these, those that a section fills.
@@ -227,25 +226,24 @@ def table(name: str, rows: Rows) -> tuple[str, dict[str, list[str]]]:
     """Return what the lines of a section are of, and its columns."""
     if name == "linear":
         found = summaries(rows)
-        dtypes = _each_once(one.dtype for one in found)
-        return f"{dtypes}, speed per step size as a share of the bare product's, median over shapes", filled(
-            LINEAR, found
-        )
+        about = "speed per step size as a share of the bare product's, median over shapes"
+        return f"{_each_once(one.dtype for one in found)}, {about}", filled(LINEAR, found)
     if name == "compiled":
         return "", filled(COMPILED, [{"case": case, **row} for case, of_case in rows.items() for row in of_case])
     lines = _timed(rows)
-    about = {
+    of_all = {
         "head": lambda row: f"vocabulary {row['vocabulary']}, width {row['width']}",
         "passes": lambda row: "losses along a direction in memory",
         "model": _model_size,
-    }.get(name)
-    return _each_once(map(about, lines)) if about else "", filled(COLUMNS, lines)
+    }.get(name, lambda row: "")
+    return _each_once(map(of_all, lines)), filled(COLUMNS, lines)
 
 
 # In the order in which they are shown: of a long output often only the end is kept, and what matters most comes last.
 TABLES = ("compiled", "linear", "head", "passes", "model", "streaming")
 # What a column's title leaves open.
 _NOTES = {
+    "ms": "of a call; of a measurement for each forward pass, of a pass for each step size",
     "host ms": "what the host takes to launch it",
     "share": "bytes per second over those of a copy, or speed over that of the bare product, that took turns with it",
     "± run": "how far the share was off when the same was timed a second time",

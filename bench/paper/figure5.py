@@ -19,7 +19,7 @@ import torch
 from corpora import apart, byte_rows, code, english
 from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, percent, span
 from torch import Tensor, nn
-from workloads import GPT, token_loss
+from workloads import GPT, Run, token_loss
 
 import sharpkern
 from sharpkern._support.figures import COLORS, legend_below, light_grid, new_figure
@@ -90,11 +90,10 @@ def _pretrain(setting: Setting, path: Path) -> list[Row]:
     torch.manual_seed(0)
     model = GPT(context=_CONTEXT)
     optimizer = _optimizer(model, _LR)
+    schedule = Run("", "text", setting.pretraining, _LR, (), warmup=setting.warmup, decay=setting.decay)
     draw = torch.Generator().manual_seed(1)
     for step in range(setting.pretraining):
-        lr = _LR * min(1, (step + 1) / setting.warmup) * min(1, (setting.pretraining - step) / setting.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
         rows = data["English"]
         _step(model, optimizer, rows[torch.randint(len(rows), (_TRAINING_BATCH,), generator=draw)])
     torch.save(model.state_dict(), path)
@@ -153,11 +152,9 @@ def _train(setting: Setting, trained: Path, share: float) -> list[Row]:
             picked = {name: torch.randint(len(one), (_TRAINING_BATCH,), generator=draw) for name, one in data.items()}
             batch = torch.where(is_english[:, None], *(data[name][picked[name]] for name in TASKS))
             _step(model, optimizer, batch)
-        rows += [
-            {"kind": "training", "share": share, "repeat": seed, "task": name, "loss": loss,
-             "change": loss - before[name], "steps": setting.training}
-            for name, loss in _losses(model, heldout, setting.rows).items()
-        ]  # fmt: skip
+        about = {"kind": "training", "share": share, "repeat": seed, "steps": setting.training}
+        for name, loss in _losses(model, heldout, setting.rows).items():
+            rows.append({**about, "task": name, "loss": loss, "change": loss - before[name]})
     return rows
 
 
@@ -244,15 +241,10 @@ def numbers(rows: list[Row]) -> dict[str, str]:
     for task in TASKS:
         medians = {shares[0]: sweep.summary(shares, task).sharpness for shares in sweep.mixes}
         without = [share for share, value in medians.items() if not math.isfinite(value)]
-        points = [point for point in sweep.points if point.task == task and point.shares[0] in without]
-        rises = [point.bracket[1] for point in points if point.status == "unresolved"]
-        found |= {
-            f"λ_c of {task}": _at_shares(medians, number),
-            f"no finite median of {task}": ", ".join(map(percent, without)) or "nowhere",
-            f"there: {task}'s loss rises at once": f"{sum(p.status == 'ascent' for p in points)} of {len(points)}",
-            f"there: noise hides how early {task}'s loss rises": f"{len(rises)} of {len(points)}",
-            f"there: λ_c of {task} at least": number(2 / max(rises, default=math.nan)),
-        }
+        there = [row for row in rows if row["kind"] == "sweep" and row["task"] == task and row["share"] in without]
+        found[f"λ_c of {task}"] = _at_shares(medians, number)
+        found[f"no finite median of {task} at"] = ", ".join(map(percent, without)) or "no share"
+        found[f"searches of {task} there that did not converge"] = not_converged(there)
     alone = [crossing(sweep, [p for p in sweep.points if p.repeat == repeat]) for repeat in repeats]
     found["crossing"] = percent(crossing(sweep, sweep.points))
     crossed = sum(share >= 0 for share in alone)

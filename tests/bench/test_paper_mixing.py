@@ -145,15 +145,11 @@ def test_crossing_sweet_spot_and_training_in_numbers() -> None:
     rows += training_rows({0.0: 0.2, 0.6: 0.005, 1.0: -0.01}, {0.0: -0.5, 0.6: -0.45, 1.0: 0.0})
     assert module("figure5").numbers(rows) == {
         "λ_c of English": "2 at 60 %, 0.667 at 100 %",
-        "no finite median of English": "0 %",
-        "there: English's loss rises at once": "3 of 3",
-        "there: noise hides how early English's loss rises": "0 of 3",
-        "there: λ_c of English at least": "no value",
+        "no finite median of English at": "0 %",
+        "searches of English there that did not converge": "3 ascent of 3",
         "λ_c of code": "0.4 at 0 %, 0.667 at 60 %, 2 at 100 %",
-        "no finite median of code": "nowhere",
-        "there: code's loss rises at once": "0 of 0",
-        "there: noise hides how early code's loss rises": "0 of 0",
-        "there: λ_c of code at least": "no value",
+        "no finite median of code at": "no share",
+        "searches of code there that did not converge": "none of 0",
         "crossing": "80 %",
         "crossing of single repeats": "80 % to 80 %, 3 of 3 repeats",
         "sweet spot": "60 %",
@@ -179,9 +175,8 @@ def test_a_rise_whose_place_noise_hides_is_told_apart_from_one_at_once() -> None
     # English, three repeats at 0: one ascent and two unresolved.
     rows[1:3] = [with_status(rows[1], "unresolved", 0.0, 0.2), with_status(rows[2], "unresolved", 0.0, 0.25)]
     found = module("figure5").numbers(rows + training_rows({0.0: 0.2, 1.0: 0.0}, {0.0: -0.5, 1.0: 0.0}))
-    assert found["there: English's loss rises at once"] == "1 of 3"
-    assert found["there: noise hides how early English's loss rises"] == "2 of 3"
-    assert found["there: λ_c of English at least"] == "8"
+    assert found["no finite median of English at"] == "0 %"
+    assert found["searches of English there that did not converge"] == "1 ascent, 2 unresolved of 3"
     assert found["searches that did not converge"] == "1 ascent, 2 unresolved of 12"
 
 
@@ -192,7 +187,7 @@ def test_sweeps_without_values_have_no_numbers() -> None:
             rows[i] = with_status(row, "unresolved", 0.0, math.inf)
     found = module("figure5").numbers(rows)
     assert found["λ_c of code"] == found["crossing"] == "no value"
-    assert found["no finite median of code"] == "0 %, 100 %"
+    assert found["no finite median of code at"] == "0 %, 100 %"
     assert found["crossing of single repeats"] == "no value, 0 of 3 repeats"
     assert "sweet spot" not in found
 
