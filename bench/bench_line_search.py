@@ -16,26 +16,11 @@ from typing import Any, NamedTuple
 
 import ledger
 import numpy as np
-import torch
 from torch import nn
-from torch.nn import functional as F
-from workloads import (
-    GPT,
-    Batch,
-    Counted,
-    Loss,
-    Point,
-    Run,
-    seconds,
-    standard_digits,
-    standard_runs,
-    text,
-    token_loss,
-)
+from workloads import Counted, Point, Run, Training, seconds, standard_runs
 
 import sharpkern
 from sharpkern.bench.models import engines
-from sharpkern.cli.digits import network
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.memory.counter import peak_bytes
 from sharpkern.search import LineSearch, SearchMemory, SearchResult, warm_grid
@@ -133,57 +118,21 @@ _SAME = 0.03
 
 
 class Workload(NamedTuple):
-    """A model in training."""
+    """A model in training: its name in the table, tokens or samples of a step, and steps whose searches count."""
 
-    name: str  # for the table
-    make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
-    batch: Callable[[int], Batch]  # inputs and targets of a step
-    loss_of: Loss
-    tokens: int  # tokens, or samples, of a batch
-    steps: int  # of training whose searches count
+    name: str
+    make: Callable[[], Training]
+    tokens: int
+    steps: int
 
 
 def workloads(quick: bool) -> list[Workload]:
     """Return what is measured: from models whose calls take longer than their products to one where these count."""
-    small = [_digits(3 if quick else 31), _gpt(32, 3 if quick else 31)]
-    if quick:
-        return small
-    wide = {"width": 512, "num_layers": 9, "num_heads": 8, "context": 256}
-    return [
-        *small,
-        _gpt(32, 15, width=432, num_layers=6, num_heads=8, context=1024),
-        _gpt(32, 9, **wide),
-        _gpt(256, 3, **wide),
-        _gpt(1024, 3, width=256, num_layers=6, num_heads=8, context=1024),
-    ]
-
-
-def _digits(steps: int) -> Workload:
-    images, targets = standard_digits()
-
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = network()
-        return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def batch(step: int) -> Batch:
-        rows = torch.randint(0, len(images), (64,), generator=torch.Generator().manual_seed(step))
-        return images[rows], targets[rows]
-
-    return Workload("MLP", make, batch, F.cross_entropy, 64, steps)
-
-
-def _gpt(num_tokens: int, steps: int, **sizes: int) -> Workload:
-    data = text()
-
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = GPT(**sizes)
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def batch(step: int) -> Batch:
-        tokens = data[None, step * num_tokens : (step + 1) * num_tokens + 1]
-        return tokens[:, :-1], tokens[:, 1:]
-
-    return Workload("GPT", make, batch, token_loss, num_tokens, steps)
+    few = 3 if quick else 31
+    small = [Workload("MLP", Training.of_digits, 64, few), Workload("GPT", partial(Training.of_text, "0.1M"), 32, few)]
+    large = (("14M", 32, 15), ("30M", 32, 9), ("30M", 256, 3), ("5M", 1024, 3))
+    gpts = [Workload("GPT", partial(Training.of_text, size), tokens, steps) for size, tokens, steps in large]
+    return small if quick else small + gpts
 
 
 def cost_rows(workload: Workload) -> list[dict[str, Any]]:
@@ -191,16 +140,14 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
 
     Passes, searches and plain forwards take turns, and medians are compared, so that a busy machine slows all alike.
     """
-    torch.manual_seed(0)
-    model, optimizer = workload.make()
+    training = workload.make()
+    model, optimizer = training.model, training.optimizer
     monitors = {engine: sharpkern.Monitor(model, optimizer, engine=engine) for engine in ENGINES}
     plain: list[float] = []
     building: list[float] = []
     searches: dict[str, list[_Search]] = defaultdict(list)
     for step in range(_TRAINED + _WARM_UP + workload.steps):
-        loss_fn = Counted(model, workload.loss_of, workload.batch(step))
-        optimizer.zero_grad()
-        loss_fn().backward()
+        loss_fn = training.begin(workload.tokens)
         if step >= _TRAINED:
             first = step % len(ENGINES)
             for engine in ENGINES[first:] + ENGINES[:first]:
@@ -211,7 +158,7 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
                 searches[engine].append(_Search(found.critical_lr, found.status, found.forwards, passes, found.seconds))
             building.append(seconds(lambda: sharpkern.Direction.from_optimizer(optimizer)))
         if step < _TRAINED + _WARM_UP + workload.steps - 1:
-            optimizer.step()
+            training.step()
     counted = _converged({engine: searches[engine][_WARM_UP:] for engine in ENGINES})
     plain_seconds = median(plain)
     direction = sharpkern.Direction.from_optimizer(optimizer)
@@ -219,36 +166,36 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     step_sizes = [eta * (k + 1) / NUM_PARALLEL for k in range(NUM_PARALLEL)]
     per_step_size = _per_step_size(model, loss_fn, direction, step_sizes, workload.steps)
 
-    def losses(engine: str) -> list[float]:
+    def losses(engine: str) -> None:
+        # What an engine takes to be opened counts.
         with engines([engine], model, loss_fn, direction) as (opened,):
-            return opened.losses(step_sizes)
+            opened.losses(step_sizes)
 
+    about = {
+        "model": workload.name,
+        "tokens": workload.tokens,
+        "parameters": training.parameters,
+        "plain_forward_ms": 1e3 * plain_seconds,
+        "direction_in_plain_forwards": median(building) / plain_seconds,
+        "largest_matrix_bytes": max(p.nbytes for p in model.parameters()),
+        "parameter_bytes": training.parameter_bytes,
+    }
+    ratio = NUM_PARALLEL * per_step_size["batched"] / per_step_size["virtual"]
     forward_peak = peak_bytes(loss_fn.plain)
-    parameters = [p.numel() * p.element_size() for p in model.parameters()]
-    rows = []
-    for engine, of_one in counted.items():
-        peak = peak_bytes(lambda e=engine: losses(e))
-        ratio = NUM_PARALLEL * per_step_size[engine] / per_step_size["virtual"]
-        rows.append(
-            {
-                "model": workload.name,
-                "tokens": workload.tokens,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "engine": engine,
-                "searches": len(of_one),
-                "forwards": median(search.forwards for search in of_one),
-                "passes": median(search.passes for search in of_one),
-                "plain_forward_ms": 1e3 * plain_seconds,
-                "search_in_plain_forwards": median(search.seconds for search in of_one) / plain_seconds,
-                "step_size_in_plain_forwards": per_step_size[engine],
-                "pass_over_virtual_pass": ratio if engine == "batched" else None,
-                "direction_in_plain_forwards": median(building) / plain_seconds,
-                "extra_bytes": peak - forward_peak,
-                "largest_matrix_bytes": max(parameters),
-                "parameter_bytes": sum(parameters),
-            }
-        )
-    return rows
+    return [
+        {
+            **about,
+            "engine": engine,
+            "searches": len(of_one),
+            "forwards": median(search.forwards for search in of_one),
+            "passes": median(search.passes for search in of_one),
+            "search_in_plain_forwards": median(search.seconds for search in of_one) / plain_seconds,
+            "step_size_in_plain_forwards": per_step_size[engine],
+            "pass_over_virtual_pass": ratio if engine == "batched" else None,
+            "extra_bytes": peak_bytes(partial(losses, engine)) - forward_peak,
+        }
+        for engine, of_one in counted.items()
+    ]
 
 
 class _Search(NamedTuple):

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import ledger
 import numpy as np
 import torch
-from other_methods import MAIN, Found, Method, cheap, search, tops
+from other_methods import MAIN, Found, Measure, Method, cheap, search, tops
 from workloads import Counted, Point, Training, seconds, timed
 
 import sharpkern
@@ -48,7 +48,7 @@ class Taken(NamedTuple):
 
 def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) -> list[dict[str, Any]]:
     """Train a model, and measure its steps by every method."""
-    training = Training(size, max(1, trained // 2))
+    training = Training.of_text(size, max(1, trained // 2))
     methods = [method for method in cheap(training) if everything or method.name in MAIN]
     early = _train(training, trained, tokens)
     searches = [method for method in methods if method.quantity == "λ_c"]
@@ -143,24 +143,27 @@ def _top_rows(training: Training, loss_fn: Counted) -> list[dict[str, Any]]:
     """Return a row for each way to the largest eigenvalue."""
     rows = []
     for name, prepare in tops(training, loss_fn, TOL):
-        row: dict[str, Any] = {"method": name, "quantity": "λ_max", "peak_bytes": None}
-        # Whatever another package raises with this torch is told in the row.
-        try:
-            method = Method(name, "λ_max", prepare())
-            plain = [seconds(loss_fn.plain) for _ in range(5)]
-            taken = Taken(*timed(partial(method.measure, loss_fn)))
-            plain += [seconds(loss_fn.plain) for _ in range(5)]
-            row |= _summary(name, "λ_max", [taken], plain)
-            row["peak_bytes"] = peak_bytes(partial(method.measure, loss_fn))
-            del method
-        except ImportError:
-            row["status"] = "not installed"
-        except Exception as error:
-            said = str(error).partition("\n")[0]
-            row["status"] = f"failed: {type(error).__name__}: {said}"
-        rows.append(row)
+        rows.append(_top_row(name, prepare, loss_fn))
         gc.collect()
     return rows
+
+
+def _top_row(name: str, prepare: Callable[[], Measure], loss_fn: Counted) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "quantity": "λ_max", "peak_bytes": None}
+    # Whatever another package raises with this torch is told in the row.
+    try:
+        measure = partial(prepare(), loss_fn)
+        plain = [seconds(loss_fn.plain) for _ in range(5)]
+        taken = Taken(*timed(measure))
+        plain += [seconds(loss_fn.plain) for _ in range(5)]
+        row |= _summary(name, "λ_max", [taken], plain)
+        row["peak_bytes"] = peak_bytes(measure)
+    except ImportError:
+        row["status"] = "not installed"
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        row["status"] = f"failed: {type(error).__name__}: {said}"
+    return row
 
 
 def _summary(name: str, quantity: str, taken: Sequence[Taken], plain: Sequence[float]) -> dict[str, Any]:
@@ -200,7 +203,7 @@ def growth_rows(quick: bool) -> list[dict[str, Any]]:
     found = []
     for size in ("tiny", "small", "1M") if quick else SIZES:
         trained = 20 if quick else _GROWTH_TRAINED
-        training = Training(size, trained // 2)
+        training = Training.of_text(size, trained // 2)
         for _ in range(trained):
             training.begin(32 if quick else 256)
             training.step()

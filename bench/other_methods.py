@@ -339,7 +339,7 @@ TOL = 1e-4
 
 def trained() -> tuple[Training, Counted]:
     """Return a model of a few thousand parameters after some steps of AdamW, with its next gradient, in float64."""
-    training = Training("least", 1)
+    training = Training.of_text("least")
     training.model.double()
     for _ in range(20):
         training.begin(128)
@@ -357,17 +357,13 @@ def along(training: Training, product: Callable[[Tensor], Tensor]) -> float:
 def main() -> None:
     """Print λ_max and λ_dir as each package gives them."""
     training, loss_fn = trained()
-    print(f"{'':22}{'λ_max':>16}{'λ_dir':>16}")
-    ours = hessian_sharpness(training.model, loss_fn, tol=TOL).value, _along(training, "hvp", loss_fn).value
-    print(f"{'sharpkern':22}{ours[0]:16.9f}{ours[1]:16.9f}")
-    for name, peer, method in (
-        ("hessian-eigenthings", EigenThings, "lanczos"),
-        ("curvlinops", CurvLinOps, "eigsh"),
-        ("PyHessian", PyHessian, "power"),
-    ):
+    top, direction = hessian_sharpness(training.model, loss_fn, tol=TOL).value, _along(training, "hvp", loss_fn).value
+    print(f"sharpkern: λ_max {top:.9f}, λ_dir {direction:.9f}")
+    for peer, method in ((EigenThings, "lanczos"), (CurvLinOps, "eigsh"), (PyHessian, "power")):
         theirs = peer(training.model, loss_fn.batch)
-        value = along(training, theirs.product) if hasattr(theirs, "product") else float("nan")
-        print(f"{name:22}{getattr(theirs, method)(TOL).value:16.9f}{value:16.9f}")
+        print(f"{peer.__name__}: λ_max {getattr(theirs, method)(TOL).value:.9f}", end="")
+        # PyHessian hands no products out.
+        print(f", λ_dir {along(training, theirs.product):.9f}" if hasattr(theirs, "product") else "")
 
 
 if __name__ == "__main__":

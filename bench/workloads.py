@@ -262,12 +262,13 @@ class Counted:
 
 
 class Size(NamedTuple):
-    """Shape of a model of 256 bytes and as many positions, and the learning rate after the warm-up."""
+    """Shape of a model of bytes, the learning rate after the warm-up, and the positions, which a sequence fills."""
 
     width: int
     layers: int
     heads: int
     lr: float
+    context: int = 256
 
 
 # Named by their parameters.
@@ -275,25 +276,61 @@ SIZES = {
     "least": Size(8, 1, 2, 1e-2),
     "tiny": Size(32, 1, 2, 1e-3),
     "small": Size(64, 2, 2, 1e-3),
+    "0.1M": Size(64, 2, 4, 1e-3, 64),
     "1M": Size(128, 4, 4, 1e-3),
     "4M": Size(256, 5, 4, 1e-3),
+    "5M": Size(256, 6, 8, 1e-3, 1024),
     "14M": Size(432, 6, 8, 6e-4),
     "30M": Size(512, 9, 8, 6e-4),
     "100M": Size(768, 14, 12, 3e-4),
 }
-CONTEXT = 256
 
 
 class Training:
-    """Next-byte prediction on Python's help topics by AdamW; each step has the bytes that come next, 256 in a row."""
+    """A model in training, step by step, each on the batch that comes next."""
 
-    def __init__(self, size: str, warm_up: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_of: Loss,
+        batch: Callable[[int], Batch],
+        warm_up: int = 1,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._loss_of, self._batch, self._warm_up = loss_of, batch, warm_up
+        self._peak_lr, self._steps = self.lr, 0
+
+    @classmethod
+    def of_text(cls, size: str, warm_up: int = 1) -> "Training":
+        """Return next-byte prediction on Python's help topics by AdamW."""
         torch.manual_seed(0)
-        shape = SIZES[size]
-        self.model = GPT(shape.width, shape.layers, shape.heads, CONTEXT)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=shape.lr, betas=(0.9, 0.95), weight_decay=0.1)
-        self._peak_lr, self._warm_up = shape.lr, warm_up
-        self._data, self._next, self._steps = text(), 0, 0
+        width, layers, heads, lr, context = SIZES[size]
+        model = GPT(width, layers, heads, context)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+        data, start = text(), 0
+
+        def batch(tokens: int) -> Batch:
+            nonlocal start
+            start = 0 if start + tokens >= len(data) else start
+            piece = data[start : start + tokens + 1]
+            start += tokens
+            inputs, targets = (part.view(-1, min(tokens, context)) for part in (piece[:-1], piece[1:]))
+            return inputs, targets
+
+        return cls(model, optimizer, token_loss, batch, warm_up)
+
+    @classmethod
+    def of_digits(cls) -> "Training":
+        """Return the demo's network on its digits, by SGD."""
+        images, targets = standard_digits()
+        model, generator = network(), torch.Generator().manual_seed(0)
+
+        def batch(size: int) -> Batch:
+            rows = torch.randint(0, len(images), (size,), generator=generator)
+            return images[rows], targets[rows]
+
+        return cls(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, batch)
 
     @property
     def lr(self) -> float:
@@ -311,14 +348,9 @@ class Training:
         return sum(p.nbytes for p in self.model.parameters())
 
     def begin(self, tokens: int) -> Counted:
-        """Take the gradient of the next batch, and return the loss of that batch."""
+        """Take the gradient of the next batch, of so many tokens or samples, and return the loss of that batch."""
         self.optimizer.param_groups[0]["lr"] = self._peak_lr * min(1.0, (self._steps + 1) / self._warm_up)
-        if self._next + tokens >= len(self._data):
-            self._next = 0
-        piece = self._data[self._next : self._next + tokens + 1]
-        self._next += tokens
-        inputs, targets = (part.view(-1, min(tokens, CONTEXT)) for part in (piece[:-1], piece[1:]))
-        loss_fn = Counted(self.model, token_loss, (inputs, targets))
+        loss_fn = Counted(self.model, self._loss_of, self._batch(tokens))
         self.optimizer.zero_grad()
         loss_fn().backward()
         return loss_fn

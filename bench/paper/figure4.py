@@ -10,7 +10,6 @@ command takes the paper's own model:
 """
 
 import contextlib
-import csv
 import io
 import math
 import shutil
@@ -21,7 +20,7 @@ from types import SimpleNamespace
 
 from corpora import english
 from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
-from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, span
+from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, read_rows, span
 
 from sharpkern._support.figures import BLUE, COLORS, GREY, ORANGE, legend_below, light_grid, new_figure
 from sharpkern.cli import app
@@ -62,11 +61,11 @@ def _measure(direction: str, batches: int, revisions: Path, work: Path) -> list[
     """Run the command on all revisions and read what it wrote."""
     text = work / "english.txt"
     text.write_text(english(), encoding="utf-8")
-    names = sorted((path.name for path in revisions.iterdir()), key=lambda name: int(name.split("step")[1]))
+    saved = sorted((path.name for path in revisions.iterdir()), key=lambda name: int(name.split("step")[1]))
     folder = work / direction
     arguments = {
         "--model": revisions,
-        "--revisions": ",".join(names),
+        "--revisions": ",".join(saved),
         "--text": text,
         "--direction": direction,
         "--batches": batches,
@@ -76,20 +75,8 @@ def _measure(direction: str, batches: int, revisions: Path, work: Path) -> list[
     }
     with contextlib.redirect_stdout(io.StringIO()):
         app(["measure", *(str(word) for pair in arguments.items() for word in pair)], standalone_mode=False)
-    with (folder / "measure.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    numbers = ("loss", "lambda_c", "critical_lr", "error")
-    return [
-        {
-            "direction": direction,
-            "revision": row["revision"],
-            "step": int(row["step"]),
-            "status": row["status"],
-            "forwards": int(row["forwards"]),
-            **{name: float(row[name]) for name in numbers},
-        }
-        for row in rows
-    ]
+    names = ("revision", "step", "status", "forwards", "loss", "lambda_c", "critical_lr", "error")
+    return [{"direction": direction, **{name: row[name] for name in names}} for row in read_rows("measure", folder)]
 
 
 def of_direction(rows: list[Row], direction: str) -> list[Row]:

@@ -18,6 +18,8 @@ LossFn = Callable[[], Tensor]
 TOLERANCE = 0.01
 # λ_c and λ_dir count as close within this.
 _CLOSE = 0.25
+# What is kept of a monitor's record.
+_MEASURED = ("step", "lr", "loss", "lambda_c", "status", "error", "heldout_lambda_c", "heldout_status")
 # Measurements that the lines are a median of, this one in the middle.
 _WINDOW = 7
 
@@ -34,23 +36,15 @@ class Gauge:
 
     def __call__(self, loss_fn: LossFn, heldout: LossFn | None = None) -> Row | None:
         """Measure if this step is due."""
-        measured = self._monitor(loss_fn, heldout)
-        if measured is None:
+        if self._monitor(loss_fn, heldout) is None:
             return None
-        record = self._monitor.history[-1]
+        measured = self._monitor.history[-1].row()
         top = hessian_sharpness(
             self._model, loss_fn, preconditioner=self._preconditioner, tol=TOLERANCE, v0=self._eigenvector
         )
         self._eigenvector = top.vector
-        row = {
-            "step": record.step,
-            "lr": record.lr,
-            "loss": measured.base_loss,
-            "lambda_c": measured.sharpness,
-            "status": measured.status,
-            "error": measured.error,
-            "heldout_lambda_c": record.heldout and record.heldout.sharpness,
-            "heldout_status": record.heldout and record.heldout.status,
+        row: Row = {
+            **{name: measured[name] for name in _MEASURED},
             "lambda_dir": self._along(loss_fn, Direction.from_optimizer(self._optimizer)),
             "lambda_max": top.value,
             "residual": top.residual,
