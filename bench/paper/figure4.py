@@ -16,24 +16,22 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from corpora import english
 from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
+from runs import Curve, draw_runs
 from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, read_rows, span
 
-from sharpkern._support.figures import BLUE, COLORS, GREY, ORANGE, legend_below, light_grid, new_figure
+from sharpkern._support.figures import BLUE, COLORS, ORANGE
 from sharpkern.cli import app
-from sharpkern.monitoring.plot import draw_measurements
 
 FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
 QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)
 _DIRECTIONS = ("adamw", "sgd")
-# Columns of λ_c and of its status, and how they are drawn.
-_SERIES = (
-    ("lambda_c", "status", r"checkpoints, $\lambda_c$", BLUE),
-    ("in_training_lambda_c", "in_training_status", r"in training, $\lambda_c$ of the batch", ORANGE),
-    ("heldout_lambda_c", "heldout_status", r"in training, $\lambda_c$ of another batch", COLORS[2]),
+_CURVES = (
+    Curve("lambda_c", r"checkpoints, $\lambda_c$", BLUE, "status"),
+    Curve("in_training_lambda_c", r"in training, $\lambda_c$ of the batch", ORANGE, "in_training_status"),
+    Curve("heldout_lambda_c", r"in training, $\lambda_c$ of another batch", COLORS[2], "heldout_status"),
 )
 
 
@@ -87,31 +85,22 @@ def of_direction(rows: list[Row], direction: str) -> list[Row]:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Draw λ_c of the revisions along both directions, and the loss."""
-    figure = new_figure(10, 5)
-    grid = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
-    for column, (direction, title) in enumerate(zip(_DIRECTIONS, ("AdamW's update", "the gradient"), strict=True)):
-        found = of_direction(rows, direction)
-        upper, lower = grid[:, column]
-        steps = [row["step"] for row in found]
-        for value, status, label, color in _SERIES if direction == "adamw" else _SERIES[:1]:
-            records = [SimpleNamespace(step=r["step"], sharpness=r[value], status=r[status]) for r in found]
-            draw_measurements(upper, records, lambda record: record, label, color)
-        if direction == "adamw":
-            thresholds = [2 / row["lr"] for row in found]
-            upper.plot(steps, thresholds, "k--", linewidth=1.2, label=r"$2/\eta$ of the run", zorder=1)
-        lower.plot(steps, [row["loss"] for row in found], color=GREY, linewidth=1.2)
-        upper.set_yscale("log")
-        upper.set_title(f"along {title}", fontsize="medium")
-        lower.set_xlabel("step")
-        border = [row["step"] for row in found if row["revision"].startswith("stage2")]
-        for axes in (upper, lower):
-            if border:
-                axes.axvspan(border[0], steps[-1], color="#eeeeee", zorder=0, label="mid-training")
-            light_grid(axes)
-    grid[0][0].set_ylabel("sharpness (1/learning rate)")
-    grid[1][0].set_ylabel("loss on English")
-    legend_below(figure, grid[0])
-    figure.savefig(path)
+    adamw, sgd = (of_direction(rows, direction) for direction in _DIRECTIONS)
+    panels = [{**row, "run": "along AdamW's update", "two_over_lr": 2 / row["lr"]} for row in adamw]
+    # What the run saw is of its own update.
+    own = ("in_training", "heldout")
+    panels += [
+        {**{key: row[key] for key in row if not key.startswith(own)}, "run": "along the gradient"} for row in sgd
+    ]
+    draw_runs(
+        panels,
+        path,
+        curves=_CURVES,
+        thresholds=[Curve("two_over_lr", r"$2/\eta$ of the run", "black")],
+        title=lambda row: row["run"],
+        window=1,
+        shaded=("mid-training", lambda row: row["revision"].startswith("stage2")),
+    )
 
 
 def numbers(rows: list[Row]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Training runs of figures 2 and 3: every sharpness at a step, runs side by side in a picture, and shares of rows."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ TOLERANCE = 0.01
 _CLOSE = 0.25
 # What is kept of a monitor's record.
 _MEASURED = ("step", "lr", "loss", "lambda_c", "status", "error", "heldout_lambda_c", "heldout_status")
-# Measurements that the lines are a median of, this one in the middle.
-_WINDOW = 7
 
 
 class Gauge:
@@ -116,37 +114,45 @@ def draw_runs(
     curves: Sequence[Curve],
     thresholds: Sequence[Curve],
     title: Callable[[Row], str],
+    window: int = 7,
+    shaded: tuple[str, Callable[[Row], bool]] | None = None,
 ) -> None:
-    """Draw one panel for each run: every measurement as a dot, running medians as lines, thresholds dashed."""
+    """Draw one panel for each run: every measurement as a dot, running medians as lines, thresholds dashed.
+
+    A median is of so many measurements, its own in the middle; steps may be shaded, and named in the legend.
+    """
     runs = by_run(rows)
     figure = new_figure(4 * len(runs), 5.2)
     grid = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=(3.5, 1))
     for panel, upper, lower in zip(runs, *grid, strict=True):
         steps = [row["step"] for row in panel]
         for line in thresholds:
-            values = [row[line.column] for row in panel]
-            upper.plot(steps, values, "--", color=line.color, linewidth=1.3, label=line.label, zorder=4)
+            points = [(row["step"], row[line.column]) for row in panel if line.column in row]
+            upper.plot(*columns(points), "--", color=line.color, linewidth=1.3, label=line.label, zorder=4)
         for curve in curves:
-            _draw_curve(upper, curve, [row for row in panel if curve.column in row])
+            _draw_curve(upper, curve, [row for row in panel if curve.column in row], window)
         lower.plot(steps, [row["loss"] for row in panel], color=GREY, linewidth=1)
         upper.set_yscale("log")
         upper.set_title(title(panel[0]), fontsize="medium")
         lower.set_xlabel("step")
-        light_grid(upper)
-        light_grid(lower)
+        inside = [row["step"] for row in panel if shaded and shaded[1](row)]
+        for axes in (upper, lower):
+            light_grid(axes)
+            if shaded and inside:
+                axes.axvspan(inside[0], inside[-1], color="#eeeeee", zorder=0, label=shaded[0])
     grid[0][0].set_ylabel("sharpness (1/learning rate)")
     grid[1][0].set_ylabel("loss")
-    legend_below(figure, grid[0], f"dots: measurements; lines: running medians of {_WINDOW}")
+    legend_below(figure, grid[0], f"dots: measurements; lines: running medians of {window}" if window > 1 else None)
     figure.savefig(path)
 
 
-def _draw_curve(axes: Any, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_curve(axes: Any, curve: Curve, rows: Sequence[Row], window: int) -> None:
     """Draw one quantity of one run; what has no place on a log axis stands at an edge of it."""
     points = [(row["step"], row[curve.column], row[curve.status] if curve.status else "converged") for row in rows]
     dots = [(step, value) for step, value, status in points if status == "converged" and value > 0]
     bounds = [(step, value) for step, value, status in points if status == "unbounded"]
     axes.plot(*columns(dots), ".", color=curve.color, markersize=3.5, alpha=0.5, markeredgewidth=0, zorder=2)
-    axes.plot(*columns(_running_medians(points)), color=curve.color, linewidth=1.5, label=curve.label, zorder=3)
+    axes.plot(*columns(_running_medians(points, window)), color=curve.color, linewidth=1.5, label=curve.label, zorder=3)
     if bounds:
         axes.plot(*columns(bounds), "v", color=curve.color, fillstyle="none", label=BOUND)
     for status, (height, marker, meaning) in MARKS.items():
@@ -158,8 +164,8 @@ def _draw_curve(axes: Any, curve: Curve, rows: Sequence[Mapping[str, Any]]) -> N
     draw_at_edge(axes, steps, 0.06, "1", curve.color, "no value")
 
 
-def _running_medians(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
+def _running_medians(points: Sequence[tuple[float, float, str]], window: int) -> list[tuple[float, float]]:
     """Return the median around each step, of what has a value; nan where a log axis has no place for it."""
-    half = _WINDOW // 2
+    half = window // 2
     middles = [median(value for _, value, _ in points[max(i - half, 0) : i + half + 1]) for i in range(len(points))]
     return [(step, m if 0 < m < math.inf else math.nan) for (step, _, _), m in zip(points, middles, strict=True)]
