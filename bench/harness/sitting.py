@@ -304,7 +304,8 @@ class Lane:
 
     def _ended(self, code: int) -> None:
         """Say how the worker has ended, and start another one if cases are left."""
-        why = f"{_ending(code)}{_last_words(self._words)}"
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        why = f"{how}{_last_words(self._words)}"
         hung = TIMEOUT, f"no sign of life for {self._patience:.0f} s"
         self._close(*(hung if self._timed_out else (CRASHED, why)))
         left = [name for name, case in self._own.items() if case["status"] == NOT_RUN]
@@ -342,11 +343,6 @@ def _last_words(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     words = next((line for line in reversed(lines) if line.strip()), "")
     return f": {without_paths(words)}" if words else ""
-
-
-def _ending(code: int) -> str:
-    """Return how a process ended, in words."""
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def run(

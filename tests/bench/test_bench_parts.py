@@ -146,6 +146,16 @@ def test_the_host_gets_ahead_of_the_gpu(host_seconds, cycles, monkeypatch):
     assert set(slept[1:]) == {cycles}
 
 
+def test_a_peak_is_what_a_call_takes_on_top_of_what_was_there(monkeypatch):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    for name, value in {"memory_allocated": 10, "memory_reserved": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+        monkeypatch.setattr(torch.cuda, f"max_{name}", lambda device, value=value: 3 * value)
+    assert Machine(torch.device("cuda")).peak(lambda: None) == {"allocated": 20, "reserved": 40}
+    assert CPU.machine.peak(lambda: None) == {}
+
+
 @pytest.mark.parametrize(("hip", "architecture"), [(None, "sm_90"), ("7.0", "gfx942")])
 def test_a_gpu_is_named_with_its_architecture(hip, architecture, monkeypatch):
     seen = SimpleNamespace(
