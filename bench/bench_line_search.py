@@ -6,29 +6,18 @@ Every method measures the same points, warm-started from its own last result. Ev
 which a training step has; passes do: it takes one of its own, or a place in the first pass for several step sizes.
 """
 
-import argparse
 import math
 import sys
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import mean, median
+from typing import Any, NamedTuple
 
-# The checkout, also where the package is not installed.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import ledger
 import numpy as np
-import torch
-from ledger import Sitting, append
-from rich.console import Console
-from rich.table import Table
 from torch import nn
-from torch.nn import functional as F
-from workloads import GPT, Batch, Counted, Loss, Point, Run, Seconds, digits, mlp, standard_runs, text, token_loss
+from workloads import Counted, Point, Run, Training, seconds, standard_runs
 
 import sharpkern
 from sharpkern.bench.models import engines
@@ -55,29 +44,23 @@ OWN_BATCH = tuple(method for method in METHODS if method != "auto, slope unknown
 OTHER_CROSSING = 0.25
 
 
-@dataclass
 class Series:
     """Results of one method on one run."""
 
-    memory: SearchMemory | None = None
-    steps: list[int] = field(default_factory=list)
-    results: list[SearchResult] = field(default_factory=list)
-    passes: list[int] = field(default_factory=list)
-    truths: list[float | None] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.memory: SearchMemory | None = None
+        self.steps: list[int] = []
+        self.results: list[SearchResult] = []
+        self.passes: list[int] = []
+        self.truths: list[float | None] = []
 
     def measure(self, point: Point, base_loss: float, truth: float | None, slope: float | None, options: Any) -> None:
         """Measure one point, starting from the last result, with the base loss in the first pass as a measurement."""
         known = {"slope": slope, "norm_sq": point.norm_sq}
         num_parallel = options.get("num_parallel", 1)
         first = warm_grid(self.memory, **known, num=num_parallel - 1) if num_parallel > 1 else ()
-        search = LineSearch(
-            base_loss,
-            **known,
-            initial_lr=point.lr,
-            memory=self.memory,
-            probes=[(eta, point.loss(eta)) for eta in first],
-            **options,
-        )
+        probes = [(eta, point.loss(eta)) for eta in first]
+        search = LineSearch(base_loss, **known, initial_lr=point.lr, memory=self.memory, probes=probes, **options)
         while step_sizes := search.ask():
             search.tell([point.loss(eta) for eta in step_sizes])
         result = search.result()
@@ -95,28 +78,24 @@ class Series:
             if truth is not None and result.status == "converged"
         ]
         errors, reported = (np.array(column) for column in zip(*pairs, strict=True))
-        evaluations = np.array([result.evaluations for result in self.results])
-        first = [result.evaluations for step, result in zip(self.steps, self.results, strict=True) if step < 10]
-        median, p95, p99 = (float(np.percentile(errors, q)) for q in (50, 95, 99))
+        evaluations = [result.evaluations for result in self.results]
+        first = [count for step, count in zip(self.steps, evaluations, strict=True) if step < 10]
         return {
             "run": run,
             "method": method,
             "points": len(self.results),
             "steps": [self.steps[0], self.steps[-1]],
-            "evaluations_mean": float(evaluations.mean()),
+            "evaluations_mean": mean(evaluations),
             "evaluations_p95": float(np.percentile(evaluations, 95)),
-            "passes_with_base_loss_mean": float(np.mean(self.passes)),
-            "evaluations_first_ten_steps": float(np.mean(first)) if first else None,
-            "error_median": median,
-            "error_p95": p95,
-            "error_p99": p99,
+            "passes_with_base_loss_mean": mean(self.passes),
+            "evaluations_first_ten_steps": mean(first) if first else None,
+            "error_median": float(np.median(errors)),
+            "error_p95": float(np.percentile(errors, 95)),
+            "error_p99": float(np.percentile(errors, 99)),
             "other_crossings": int((errors > OTHER_CROSSING).sum()),
             "covered": float((errors <= reported).mean()),
-            "statuses": {
-                status: [r.status for r in self.results].count(status)
-                for status in sorted({r.status for r in self.results})
-            },
-            "no_crossing_in_scan": sum(truth is None for truth in self.truths),
+            "statuses": dict(Counter(sorted(result.status for result in self.results))),
+            "no_crossing_in_scan": self.truths.count(None),
         }
 
 
@@ -138,64 +117,22 @@ _TRAINED, _WARM_UP = 10, 2
 _SAME = 0.03
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A model in training.
-
-    Attributes:
-        name: for the table.
-        make: builds model and optimizer.
-        batch: inputs and targets of a step.
-        loss_of: loss of outputs and targets.
-        tokens: tokens, or samples, of a batch.
-        steps: of training whose searches count.
-    """
+class Workload(NamedTuple):
+    """A model in training: its name in the table, tokens or samples of a step, and steps whose searches count."""
 
     name: str
-    make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
-    batch: Callable[[int], Batch]
-    loss_of: Loss
+    make: Callable[[], Training]
     tokens: int
     steps: int
 
 
 def workloads(quick: bool) -> list[Workload]:
     """Return what is measured: from models whose calls take longer than their products to one where these count."""
-    small = [_digits(3 if quick else 31), _gpt(32, 3 if quick else 31)]
-    if quick:
-        return small
-    small_batch = {"width": 432, "num_layers": 6, "num_heads": 8, "context": 1024}
-    wide = {"width": 512, "num_layers": 9, "num_heads": 8, "context": 256}
-    middle = {"width": 256, "num_layers": 6, "num_heads": 8, "context": 1024}
-    return [*small, _gpt(32, 15, **small_batch), _gpt(32, 9, **wide), _gpt(256, 3, **wide), _gpt(1024, 3, **middle)]
-
-
-def _digits(steps: int) -> Workload:
-    images, targets = digits()
-
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = mlp()
-        return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def batch(step: int) -> Batch:
-        rows = torch.randint(0, len(images), (64,), generator=torch.Generator().manual_seed(step))
-        return images[rows], targets[rows]
-
-    return Workload("MLP", make, batch, F.cross_entropy, 64, steps)
-
-
-def _gpt(num_tokens: int, steps: int, **sizes: int) -> Workload:
-    data = text()
-
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = GPT(**sizes)
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def batch(step: int) -> Batch:
-        tokens = data[None, step * num_tokens : (step + 1) * num_tokens + 1]
-        return tokens[:, :-1], tokens[:, 1:]
-
-    return Workload("GPT", make, batch, token_loss, num_tokens, steps)
+    few = 3 if quick else 31
+    small = [Workload("MLP", Training.of_digits, 64, few), Workload("GPT", partial(Training.of_text, "0.1M"), 32, few)]
+    large = (("14M", 32, 15), ("30M", 32, 9), ("30M", 256, 3), ("5M", 1024, 3))
+    gpts = [Workload("GPT", partial(Training.of_text, size), tokens, steps) for size, tokens, steps in large]
+    return small if quick else small + gpts
 
 
 def cost_rows(workload: Workload) -> list[dict[str, Any]]:
@@ -203,24 +140,25 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
 
     Passes, searches and plain forwards take turns, and medians are compared, so that a busy machine slows all alike.
     """
-    torch.manual_seed(0)
-    model, optimizer = workload.make()
+    training = workload.make()
+    model, optimizer = training.model, training.optimizer
     monitors = {engine: sharpkern.Monitor(model, optimizer, engine=engine) for engine in ENGINES}
     plain: list[float] = []
     building: list[float] = []
     searches: dict[str, list[_Search]] = defaultdict(list)
     for step in range(_TRAINED + _WARM_UP + workload.steps):
-        loss_fn = Counted(model, workload.loss_of, workload.batch(step))
-        optimizer.zero_grad()
-        loss_fn().backward()
+        loss_fn = training.begin(workload.tokens)
         if step >= _TRAINED:
             first = step % len(ENGINES)
             for engine in ENGINES[first:] + ENGINES[:first]:
-                plain.append(Seconds.of(loss_fn.plain).wall)
-                searches[engine].append(_Search.by(monitors[engine], loss_fn))
-            building.append(Seconds.of(lambda: sharpkern.Direction.from_optimizer(optimizer)).wall)
+                plain.append(seconds(loss_fn.plain))
+                calls = loss_fn.calls
+                found = monitors[engine](loss_fn)
+                passes = loss_fn.calls - calls
+                searches[engine].append(_Search(found.critical_lr, found.status, found.forwards, passes, found.seconds))
+            building.append(seconds(lambda: sharpkern.Direction.from_optimizer(optimizer)))
         if step < _TRAINED + _WARM_UP + workload.steps - 1:
-            optimizer.step()
+            training.step()
     counted = _converged({engine: searches[engine][_WARM_UP:] for engine in ENGINES})
     plain_seconds = median(plain)
     direction = sharpkern.Direction.from_optimizer(optimizer)
@@ -228,53 +166,44 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     step_sizes = [eta * (k + 1) / NUM_PARALLEL for k in range(NUM_PARALLEL)]
     per_step_size = _per_step_size(model, loss_fn, direction, step_sizes, workload.steps)
 
-    def losses(engine: str) -> list[float]:
+    def losses(engine: str) -> None:
+        # What an engine takes to be opened counts.
         with engines([engine], model, loss_fn, direction) as (opened,):
-            return opened.losses(step_sizes)
+            opened.losses(step_sizes)
 
+    about = {
+        "model": workload.name,
+        "tokens": workload.tokens,
+        "parameters": training.parameters,
+        "plain_forward_ms": 1e3 * plain_seconds,
+        "direction_in_plain_forwards": median(building) / plain_seconds,
+        "largest_matrix_bytes": max(p.nbytes for p in model.parameters()),
+        "parameter_bytes": training.parameter_bytes,
+    }
+    ratio = NUM_PARALLEL * per_step_size["batched"] / per_step_size["virtual"]
     forward_peak = peak_bytes(loss_fn.plain)
-    parameters = [p.numel() * p.element_size() for p in model.parameters()]
-    rows = []
-    for engine, of_one in counted.items():
-        peak = peak_bytes(lambda e=engine: losses(e))
-        rows.append(
-            {
-                "model": workload.name,
-                "tokens": workload.tokens,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "engine": engine,
-                "searches": len(of_one),
-                "forwards": median(search.forwards for search in of_one),
-                "passes": median(search.passes for search in of_one),
-                "plain_forward_ms": 1e3 * plain_seconds,
-                "search_in_plain_forwards": median(search.seconds for search in of_one) / plain_seconds,
-                "step_size_in_plain_forwards": per_step_size[engine],
-                "pass_over_virtual_pass": NUM_PARALLEL * per_step_size[engine] / per_step_size["virtual"]
-                if engine == "batched"
-                else None,
-                "direction_in_plain_forwards": median(building) / plain_seconds,
-                "extra_bytes": peak - forward_peak,
-                "largest_matrix_bytes": max(parameters),
-                "parameter_bytes": sum(parameters),
-            }
-        )
-    return rows
+    return [
+        {
+            **about,
+            "engine": engine,
+            "searches": len(of_one),
+            "forwards": median(search.forwards for search in of_one),
+            "passes": median(search.passes for search in of_one),
+            "search_in_plain_forwards": median(search.seconds for search in of_one) / plain_seconds,
+            "step_size_in_plain_forwards": per_step_size[engine],
+            "pass_over_virtual_pass": ratio if engine == "batched" else None,
+            "extra_bytes": peak_bytes(partial(losses, engine)) - forward_peak,
+        }
+        for engine, of_one in counted.items()
+    ]
 
 
-@dataclass(frozen=True)
-class _Search:
+class _Search(NamedTuple):
     critical_lr: float
     status: str
     forwards: int
     passes: int
     seconds: float
-
-    @classmethod
-    def by(cls, monitor: sharpkern.Monitor, loss_fn: Counted) -> "_Search":
-        calls = loss_fn.calls
-        found = monitor(loss_fn)
-        assert found is not None
-        return cls(found.critical_lr, found.status, found.forwards, loss_fn.calls - calls, found.seconds)
 
 
 def _converged(searches: dict[str, list[_Search]]) -> dict[str, list[_Search]]:
@@ -297,110 +226,29 @@ def _per_step_size(
     for names in (("virtual", "batched"), ("inplace",)):
         with engines(names, model, loss_fn, direction) as opened:
             calls = [loss_fn.plain, *(partial(engine.losses, step_sizes) for engine in opened)]
-            turns = [[Seconds.of(call).wall for call in calls] for _ in range(max(5, repeats) + 1)]
+            turns = [[seconds(call) for call in calls] for _ in range(max(5, repeats) + 1)]
         plain, *taken = (median(column) for column in zip(*turns[1:], strict=True))
-        found |= {name: seconds / (len(step_sizes) * plain) for name, seconds in zip(names, taken, strict=True)}
+        found |= {name: one / (len(step_sizes) * plain) for name, one in zip(names, taken, strict=True)}
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Return the rows as a table for people."""
-    columns = (
-        "run",
-        "method",
-        "points",
-        "evaluations",
-        "p95",
-        "passes + f(0)",
-        "first 10",
-        "error %",
-        "p95",
-        "p99",
-        "other",
-        "covered",
-    )
-    shown = Table(*columns, title="Line search: evaluations, passes with the base loss, error of η_c")
-    last = None
-    for row in rows:
-        if row["run"] != last:
-            shown.add_section()
-        first = row["evaluations_first_ten_steps"]
-        shown.add_row(
-            row["run"] if row["run"] != last else "",
-            row["method"],
-            str(row["points"]),
-            f"{row['evaluations_mean']:.2f}",
-            f"{row['evaluations_p95']:.0f}",
-            f"{row['passes_with_base_loss_mean']:.2f}",
-            "" if first is None else f"{first:.1f}",
-            *(f"{100 * row[key]:.3f}" for key in ("error_median", "error_p95", "error_p99")),
-            str(row["other_crossings"]),
-            f"{100 * row['covered']:.1f}",
-        )
-        last = row["run"]
-    return shown
-
-
-def cost_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the cost rows as a table for people."""
-    columns = (
-        "model",
-        "tokens",
-        "engine",
-        "forwards",
-        "passes",
-        "plain forward ms",
-        "search / plain",
-        "of 8 / plain",
-        "r_8",
-        "direction / plain",
-        "extra MB",
-        "largest matrix MB",
-        "parameters MB",
-    )
-    shown = Table(
-        *columns,
-        title="One warm-started search in training, medians, one thread; of 8: per step size; r_8: pass of 8 / of 1",
-    )
-    for row in rows:
-        ratio = row["pass_over_virtual_pass"]
-        shown.add_row(
-            f"{row['model']}, {row['parameters'] / 1e6:.2g} M",
-            str(row["tokens"]),
-            row["engine"],
-            f"{row['forwards']:g}",
-            f"{row['passes']:g}",
-            f"{row['plain_forward_ms']:.2f}",
-            f"{row['search_in_plain_forwards']:.2f}",
-            f"{row['step_size_in_plain_forwards']:.2f}",
-            "" if ratio is None else f"{ratio:.2f}",
-            f"{row['direction_in_plain_forwards']:.2f}",
-            *(f"{row[key] / 1e6:.2f}" for key in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")),
-        )
-    return shown
-
-
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="short runs, three methods, under a minute")
-    parser.add_argument("--json", type=Path, help="append the rows to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    console = Console(width=150)
-    sitting = Sitting(arguments.quick)
-    started = time.perf_counter()
+def measure(quick: bool) -> dict[str, Any]:
+    """Compare the searches, then the engines."""
     rows: list[dict[str, Any]] = []
-    for run in standard_runs(arguments.quick):
-        own_batch = QUICK if arguments.quick else OWN_BATCH
-        rows += measure_run(run, OTHER_BATCH if run.other_batch else own_batch)
-        print(f"{run.name}: done after {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    console.print(table(rows))
-    costs = [row for workload in workloads(arguments.quick) for row in cost_rows(workload)]
-    console.print(cost_table(costs))
-    if arguments.json:
-        append(arguments.json, sitting.record(line_search=rows, cost=costs))
+    for run in standard_runs(quick):
+        print(run.name, file=sys.stderr)
+        rows += measure_run(run, OTHER_BATCH if run.other_batch else QUICK if quick else OWN_BATCH)
+    columns = (
+        "run method points evaluations_mean evaluations_p95 passes_with_base_loss_mean evaluations_first_ten_steps"
+    )
+    columns += " error_median error_p95 error_p99 other_crossings covered"
+    ledger.show("Line search: evaluations, passes with the base loss, error of η_c", rows, columns)
+    costs = [row for workload in workloads(quick) for row in cost_rows(workload)]
+    columns = "model parameters tokens engine forwards passes plain_forward_ms search_in_plain_forwards"
+    columns += " step_size_in_plain_forwards pass_over_virtual_pass direction_in_plain_forwards extra_bytes"
+    ledger.show("One warm-started search in training, medians", costs, columns)
+    return {"line_search": rows, "cost": costs}
 
 
 if __name__ == "__main__":
-    main()
+    ledger.main(__doc__, measure)

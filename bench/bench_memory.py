@@ -3,13 +3,11 @@
 Counts, and measures no time: the figures are the same on every machine that has the same torch and transformers.
 """
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ledger
-import torch
 
 from sharpkern import memory_plan
 from sharpkern.memory.plan import MemoryPlan
@@ -92,22 +90,12 @@ def _beside_training(plans: list[MemoryPlan]) -> str:
     )
 
 
-def main() -> None:
-    """Make the plans, print them, and add them to the ledger."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="results file to which the record is added")
-    parser.add_argument("--quick", action="store_true", help="the smallest model alone")
-    arguments = parser.parse_args()
-    sitting = ledger.Sitting(arguments.quick)
-    plans = []
-    for model, num_gpus in QUICK if arguments.quick else PLANS:
-        plan = memory_plan(model, num_gpus=num_gpus)
-        print(plan)
-        plans.append(plan.to_json())
-    if arguments.json is not None:
-        ledger.append(arguments.json, sitting.record(plans=plans))
+def measure(quick: bool) -> dict[str, Any]:
+    """Make the plans and print them."""
+    plans = [memory_plan(model, num_gpus=num_gpus) for model, num_gpus in (QUICK if quick else PLANS)]
+    print(*plans, sep="\n")
+    return {"plans": [plan.to_json() for plan in plans]}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+    ledger.main(__doc__, measure)

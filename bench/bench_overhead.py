@@ -1,6 +1,6 @@
 """What a Monitor adds to training time: a GPT-2 of 32 M parameters on the CPU, measured on every 50th step.
 
-    python bench/bench_overhead.py [--steps N] [--windows N] [--measurements N] [--quick] [--json PATH]
+    python bench/bench_overhead.py [--quick] [--json PATH]
 
 In one run, in one thread, two ways:
 
@@ -14,20 +14,14 @@ One sequence of 256 tokens makes a step: few, so that weights formed for a probe
 λ_c varies more from batch to batch, than in runs of more tokens.
 """
 
-import argparse
-import sys
-from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
-# The checkout, also where the package is not installed.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import ledger
 import torch
 import transformers
-from ledger import Sitting, append
 from torch import Tensor
-from workloads import Seconds, text
+from workloads import seconds, text
 
 import sharpkern
 
@@ -50,8 +44,8 @@ class Training:
         self.monitor = sharpkern.Monitor(self.model, self.optimizer, every=every)
         self._data, self._context = text(), context
 
-    def step(self, number: int, measured: bool) -> Seconds:
-        """Train one step."""
+    def step(self, number: int, measured: bool) -> float:
+        """Train one step, and return the seconds that it took."""
         first = number * self._context % (len(self._data) - self._context)
         tokens = self._data[None, first : first + self._context]
 
@@ -59,15 +53,16 @@ class Training:
             loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
             return loss
 
+        def train() -> None:
+            self.optimizer.zero_grad()
+            loss_fn().backward()
+            if measured:
+                self.monitor(loss_fn)
+            self.optimizer.step()
+
         # Dropout masks are the step's, whoever has drawn before.
         torch.manual_seed(number)
-        start = Seconds.now()
-        self.optimizer.zero_grad()
-        loss_fn().backward()
-        if measured:
-            self.monitor(loss_fn)
-        self.optimizer.step()
-        return Seconds.now().since(start)
+        return seconds(train)
 
     def bits(self) -> list[Tensor]:
         """Weights and optimizer state."""
@@ -81,27 +76,17 @@ def windows(training: Training, twin: Training, num_steps: int, num_windows: int
     # The first step is measured, which starts from the last result.
     training.monitor.step = 0
     for window in range(num_windows):
-        taken: dict[bool, list[Seconds]] = {True: [], False: []}
+        taken: dict[bool, list[float]] = {True: [], False: []}
         for number in range(num_steps):
             for measured in (True, False) if number % 2 == 0 else (False, True):
                 one = training if measured else twin
                 taken[measured].append(one.step(_WARM_UP + window * num_steps + number, measured))
         if not all(map(torch.equal, training.bits(), twin.bits())):
             raise RuntimeError("training with a monitor differs from training without, nothing is recorded")
-        wall, cpu = (
-            {measured: sum(getattr(one, clock) for one in each) for measured, each in taken.items()}
-            for clock in ("wall", "cpu")
-        )
-        rows.append(
-            {
-                "steps": num_steps,
-                "with_seconds": wall[True],
-                "without_seconds": wall[False],
-                "overhead": wall[True] / wall[False] - 1,
-                "overhead_cpu": cpu[True] / cpu[False] - 1,
-                "forwards": training.monitor.history[-1].measurement.forwards,
-            }
-        )
+        with_monitor, without = sum(taken[True]), sum(taken[False])
+        row = {"steps": num_steps, "with_seconds": with_monitor, "without_seconds": without}
+        forwards = training.monitor.history[-1].measurement.forwards
+        rows.append({**row, "overhead": with_monitor / without - 1, "forwards": forwards})
     return rows
 
 
@@ -117,26 +102,18 @@ def measured_steps(training: Training, num: int, start: int) -> list[dict[str, A
         if measured:
             measurements[number] = monitor.history[-1].measurement
     rows = []
-    for number, measurement in measurements.items():
+    for number, one in measurements.items():
         around = [n for n in range(number - _SPACING // 2, number + _SPACING // 2 + 1) if n not in measurements]
-        plain = [taken[n] for n in around if n < len(taken)]
-        wall, cpu = median(one.wall for one in plain), median(one.cpu for one in plain)
-        rows.append(
-            {
-                "steps": taken[number].wall / wall - 1,
-                "steps_cpu": taken[number].cpu / cpu - 1,
-                "step_seconds": wall,
-                "seconds": measurement.seconds,
-                "forwards": measurement.forwards,
-                "status": measurement.status,
-            }
-        )
+        plain = median(taken[n] for n in around if n < len(taken))
+        fields = {"seconds": one.seconds, "forwards": one.forwards, "status": one.status}
+        rows.append({"steps": taken[number] / plain - 1, "step_seconds": plain, **fields})
     return rows
 
 
-def overhead(num_steps: int, num_windows: int, num_measured: int, quick: bool = False) -> dict[str, Any]:
-    """Run the benchmark."""
+def overhead(quick: bool) -> dict[str, Any]:
+    """Train, in windows and then in single steps."""
     width, layers, context = (32, 2, 32) if quick else (512, 10, 256)
+    num_steps, num_windows, num_measured = (4, 1, 3) if quick else (50, 2, 12)
     training, twin = (Training(width, layers, context, num_steps) for _ in range(2))
     first = [training.step(number, measured=number == 0) for number in range(_WARM_UP)]
     for number in range(_WARM_UP):
@@ -144,58 +121,31 @@ def overhead(num_steps: int, num_windows: int, num_measured: int, quick: bool = 
     in_windows = windows(training, twin, num_steps, num_windows)
     del twin
     steps = measured_steps(training, num_measured, _WARM_UP + num_windows * num_steps)
-    costs = sorted(row["steps"] for row in steps)
-    quarter = len(costs) // 4
+    lower, middle, upper = quantiles((row["steps"] for row in steps), n=4, method="inclusive")
     return {
         "model": "GPT-2",
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "tokens": context,
         "step_seconds": median(row["step_seconds"] for row in steps),
-        "first_measurement_steps": first[0].wall / median(one.wall for one in first[1:]) - 1,
+        "first_measurement_steps": first[0] / median(first[1:]) - 1,
         "windows": in_windows,
         "measured_steps": steps,
         "by_every": [
-            {
-                "every": every,
-                "overhead": median(costs) / every,
-                "lower_quartile": costs[quarter] / every,
-                "upper_quartile": costs[-1 - quarter] / every,
-                "overhead_cpu": median(row["steps_cpu"] for row in steps) / every,
-            }
-            for every in EVERY
+            {"every": n, "overhead": middle / n, "lower_quartile": lower / n, "upper_quartile": upper / n}
+            for n in EVERY
         ],
     }
 
 
-def main() -> None:
+def measure(quick: bool) -> dict[str, Any]:
     """Run the benchmark and print it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50, help="steps of a window, of which one is measured")
-    parser.add_argument("--windows", type=int, default=2, help="how many windows")
-    parser.add_argument("--measurements", type=int, default=12, help="measured steps that are compared with others")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script")
-    parser.add_argument("--json", type=Path, help="append the record to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    sitting = Sitting(arguments.quick)
-    found = overhead(arguments.steps, arguments.windows, arguments.measurements, arguments.quick)
-    record = sitting.record(overhead=found, environment={"transformers": transformers.__version__})
-    for row in found["windows"]:
-        print(
-            f"{row['steps']} steps {row['with_seconds']:.1f} s with a monitor, {row['without_seconds']:.1f} s without, "
-            f"{row['overhead']:+.1%} (processor time {row['overhead_cpu']:+.1%}), {row['forwards']} forwards"
-        )
-    print(f"step {found['step_seconds']:.2f} s; first measurement {found['first_measurement_steps']:.1f} steps")
-    for row in found["by_every"]:
-        print(
-            f"every {row['every']}: {row['overhead']:.1%}, half of them from {row['lower_quartile']:.1%} to "
-            f"{row['upper_quartile']:.1%} (processor time {row['overhead_cpu']:.1%})"
-        )
-    before, after = record["environment"]["load_average"]
-    print(f"load average {before:.1f} before, {after:.1f} after")
-    if arguments.json:
-        append(arguments.json, record)
+    found = overhead(quick)
+    ledger.show("Windows", found["windows"], "steps with_seconds without_seconds overhead forwards")
+    ledger.show("Single steps", found["measured_steps"], "steps step_seconds seconds forwards status")
+    ledger.show("Measured on every n-th step", found["by_every"], "every overhead lower_quartile upper_quartile")
+    print(f"first measurement: {found['first_measurement_steps']:.1f} steps")
+    return {"overhead": found}
 
 
 if __name__ == "__main__":
-    main()
+    ledger.main(__doc__, measure)

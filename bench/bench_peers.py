@@ -11,33 +11,25 @@ computes it. Memory is counted in bytes of tensors that are alive at once, in a 
 hold scipy's vectors, are not seen.
 """
 
-import argparse
 import gc
 import hashlib
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
-# The checkout, also where the package is not installed.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import ledger
 import numpy as np
 import torch
-from ledger import Sitting, append
-from other_methods import MAIN, Found, Method, Search, cheap, tops
-from rich.console import Console
-from rich.table import Table
-from workloads import Counted, Point, Seconds, Training
+from other_methods import MAIN, Found, Measure, Method, cheap, search, tops
+from workloads import Counted, Point, Training, seconds, timed
 
 import sharpkern
-from sharpkern._support.figures import COLORS, legend_below, light_grid, new_figure
+from sharpkern._support.figures import COLORS, GREY, legend_below, light_grid, new_figure
 from sharpkern.memory.counter import peak_bytes
 
 TOL = 1e-2
@@ -47,41 +39,28 @@ _WARM_UP = 8
 _SAME = 0.05
 
 
-@dataclass(frozen=True)
-class Taken:
-    """One measurement of one method.
-
-    Attributes:
-        found: by it.
-        seconds: that it took.
-    """
+class Taken(NamedTuple):
+    """One measurement of one method, and the seconds that it took."""
 
     found: Found
-    seconds: Seconds
-
-    @classmethod
-    def by(cls, measure: Callable[[], Found]) -> "Taken":
-        """Measure, and take the time."""
-        start = Seconds.now()
-        found = measure()
-        return cls(found, Seconds.now().since(start))
+    seconds: float
 
 
 def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) -> list[dict[str, Any]]:
     """Train a model, and measure its steps by every method."""
-    training = Training(size, max(1, trained // 2))
+    training = Training.of_text(size, max(1, trained // 2))
     methods = [method for method in cheap(training) if everything or method.name in MAIN]
     early = _train(training, trained, tokens)
     searches = [method for method in methods if method.quantity == "λ_c"]
     taken: dict[str, list[Taken]] = defaultdict(list)
     truths: list[float | None] = []
-    plain: list[Seconds] = []
+    plain: list[float] = []
     first_unit = 0.0
     for step in range(_WARM_UP + steps):
         loss_fn = training.begin(tokens)
         counts = step >= _WARM_UP
         now = _turn(methods if counts else searches, loss_fn, step, taken)
-        first_unit = first_unit or _median(now)
+        first_unit = first_unit or median(now)
         if counts:
             plain += now
             truths.append(true_sharpness(training, loss_fn, taken[searches[0].name][-1].found))
@@ -92,8 +71,8 @@ def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) 
         "parameters": training.parameters,
         "tokens": tokens,
         "trained": trained,
-        "parameter_bytes": sum(p.numel() * p.element_size() for p in training.model.parameters()),
-        "plain_forward_ms": 1e3 * _median(plain),
+        "parameter_bytes": training.parameter_bytes,
+        "plain_forward_ms": 1e3 * median(plain),
         "plain_peak_bytes": peak_bytes(loss_fn.plain),
     }
     rows = []
@@ -103,7 +82,7 @@ def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) 
         row["peak_bytes"] = peak_bytes(partial(method.measure, loss_fn))
         if method in searches:
             first = taken[method.name][0]
-            row["first_in_plain_forwards"] = first.seconds.wall / first_unit
+            row["first_in_plain_forwards"] = first.seconds / first_unit
             row["first_forwards"] = first.found.forwards
             row["errors"] = _errors(method.name, counted, truths)
         if method is searches[0]:
@@ -114,14 +93,14 @@ def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) 
     return rows + [{**about, **row} for row in (_top_rows(training, loss_fn) if everything else [])]
 
 
-def _turn(methods: Sequence[Method], loss_fn: Counted, step: int, taken: dict[str, list[Taken]]) -> list[Seconds]:
+def _turn(methods: Sequence[Method], loss_fn: Counted, step: int, taken: dict[str, list[Taken]]) -> list[float]:
     """Measure a step by every method, and return what the plain forward passes between them took."""
     before = [parameter.detach().clone() for parameter in loss_fn.model.parameters()]
     first = step % len(methods)
     plain = []
     for method in [*methods[first:], *methods[:first]]:
-        plain.append(Seconds.of(loss_fn.plain))
-        taken[method.name].append(Taken.by(partial(method.measure, loss_fn)))
+        plain.append(seconds(loss_fn.plain))
+        taken[method.name].append(Taken(*timed(partial(method.measure, loss_fn))))
     if not all(map(torch.equal, before, loss_fn.model.parameters())):
         raise RuntimeError("a method has changed the weights, nothing is recorded")
     return plain
@@ -129,11 +108,11 @@ def _turn(methods: Sequence[Method], loss_fn: Counted, step: int, taken: dict[st
 
 def _train(training: Training, steps: int, tokens: int) -> list[dict[str, float]]:
     """Train up to the steps that are compared, and return what a search takes on every tenth of these."""
-    search, found = Search(training), []
+    measure, found = search(training), []
     for step in range(steps):
         loss_fn = training.begin(tokens)
         if step % 10 == 0:
-            found.append({"step": step, "lr": training.lr, "forwards": search(loss_fn).forwards})
+            found.append({"step": step, "lr": training.lr, "forwards": measure(loss_fn).forwards})
         training.step()
     return found
 
@@ -164,117 +143,72 @@ def _top_rows(training: Training, loss_fn: Counted) -> list[dict[str, Any]]:
     """Return a row for each way to the largest eigenvalue."""
     rows = []
     for name, prepare in tops(training, loss_fn, TOL):
-        taken, plain, peak, status = [], [], None, "measured"
-        try:
-            measure = prepare()
-        except ImportError:
-            rows.append({"method": name, "quantity": "λ_max", "status": "not installed"})
-            continue
-        # Whatever another package raises with this torch is told in the row.
-        try:
-            plain += [Seconds.of(loss_fn.plain) for _ in range(5)]
-            taken.append(Taken.by(measure))
-            plain += [Seconds.of(loss_fn.plain) for _ in range(5)]
-            peak = peak_bytes(measure)
-        except Exception as error:
-            status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        summary = _summary(name, "λ_max", taken, plain) if taken else {"method": name, "quantity": "λ_max"}
-        rows.append({**summary, "status": status, "peak_bytes": peak})
-        del measure
+        rows.append(_top_row(name, prepare, loss_fn))
         gc.collect()
     return rows
 
 
-def _summary(name: str, quantity: str, taken: Sequence[Taken], plain: Sequence[Seconds]) -> dict[str, Any]:
+def _top_row(name: str, prepare: Callable[[], Measure], loss_fn: Counted) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "quantity": "λ_max", "peak_bytes": None}
+    # Whatever another package raises with this torch is told in the row.
+    try:
+        measure = partial(prepare(), loss_fn)
+        plain = [seconds(loss_fn.plain) for _ in range(5)]
+        taken = Taken(*timed(measure))
+        plain += [seconds(loss_fn.plain) for _ in range(5)]
+        row |= _summary(name, "λ_max", [taken], plain)
+        row["peak_bytes"] = peak_bytes(measure)
+    except ImportError:
+        row["status"] = "not installed"
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        row["status"] = f"failed: {type(error).__name__}: {said}"
+    return row
+
+
+def _summary(name: str, quantity: str, taken: Sequence[Taken], plain: Sequence[float]) -> dict[str, Any]:
     """Return what a method's measurements took; the value is the last step's."""
-    unit, cpu_unit = _median(plain), median(one.cpu for one in plain)
+    each = [one.seconds / median(plain) for one in taken]
+    last = taken[-1].found
     return {
         "method": name,
         "quantity": quantity,
         "status": "measured",
         "measurements": len(taken),
-        "in_plain_forwards": median(one.seconds.wall for one in taken) / unit,
-        "in_plain_forwards_each": [one.seconds.wall / unit for one in taken],
-        "in_plain_forwards_cpu": median(one.seconds.cpu for one in taken) / cpu_unit,
+        "in_plain_forwards": median(each),
+        "in_plain_forwards_each": each,
         "forwards": median(one.found.forwards for one in taken),
         "forwards_mean": mean(one.found.forwards for one in taken),
-        "products": taken[-1].found.products,
-        "converged": taken[-1].found.converged,
-        "value": taken[-1].found.value,
+        "products": last.products,
+        "converged": last.converged,
+        "value": last.value,
     }
 
 
-def _median(seconds: Sequence[Seconds]) -> float:
-    return median(one.wall for one in seconds)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows as a table for people."""
-    columns = (
-        "model",
-        "method",
-        "",
-        "plain forwards",
-        "of CPU time",
-        "from",
-        "to",
-        "forwards",
-        "mean",
-        "products",
-        "error % median",
-        "max",
-        "peak / plain",
-        "peak / θ",
-        "value",
-        "first",
-    )
-    shown = Table(*columns, title="One measurement in training, in plain forward passes of the same run; one thread")
-    for row in rows:
-        who = [f"{row['model']}, {row['tokens']} tokens", row["method"], row["quantity"]]
-        if "measurements" not in row:
-            shown.add_row(*who, row["status"])
-            continue
-        errors = row.get("errors")
-        each = row["in_plain_forwards_each"]
-        peak = row["peak_bytes"]
-        shown.add_row(
-            *who,
-            *(f"{x:.2f}" for x in (row["in_plain_forwards"], row["in_plain_forwards_cpu"], min(each), max(each))),
-            f"{row['forwards']:g}",
-            f"{row['forwards_mean']:.1f}",
-            str(row["products"] or ""),
-            *((f"{100 * median(errors):.3f}", f"{100 * max(errors):.3f}") if errors else ("", "")),
-            *((f"{peak / row['plain_peak_bytes']:.2f}", f"{peak / row['parameter_bytes']:.2f}") if peak else ("", "")),
-            "" if row["value"] is None else f"{row['value']:.5g}",
-            f"{row['first_in_plain_forwards']:.1f}" if "first_in_plain_forwards" in row else "",
-        )
-        if row["status"] != "measured":
-            shown.add_row("", row["status"])
-    return shown
-
+# -- growth -----------------------------------------------------------------------------------------------------------
 
 # What powers of the parameters are worked out of. The number of losses varies from step to step and not with the
 # parameters, so that the cost of a search is its number of losses times the last one of these.
 FITTED = ("plain_forward_seconds", "search_seconds", "seconds_per_loss")
 SIZES = ("1M", "4M", "14M", "30M", "100M")
-TOKENS = (32, 256, 1024)
-# Searches of each, those that count; more where they take little time.
+# Tokens of a step, and searches that count; more where they take little time.
 _SEARCHES = {32: 7, 256: 5, 1024: 3}
-# Steps of training before, on the tokens in the middle, and measured ones before those that count.
+_QUICK_SEARCHES = {8: 3, 32: 3}
+# Steps of training before, on 256 tokens, and measured ones before those that count.
 _GROWTH_TRAINED, _GROWTH_WARM_UP = 60, 2
 
 
 def growth_rows(quick: bool) -> list[dict[str, Any]]:
     """Measure steps of every model, of every number of tokens."""
-    sizes, token_counts = (("tiny", "small", "1M"), (8, 32)) if quick else (SIZES, TOKENS)
     found = []
-    for size in sizes:
+    for size in ("tiny", "small", "1M") if quick else SIZES:
         trained = 20 if quick else _GROWTH_TRAINED
-        training = Training(size, trained // 2)
+        training = Training.of_text(size, trained // 2)
         for _ in range(trained):
-            training.begin(token_counts[len(token_counts) // 2])
+            training.begin(32 if quick else 256)
             training.step()
-        found += [_growth_row(training, size, tokens, 3 if quick else _SEARCHES[tokens]) for tokens in token_counts]
+        searches = _QUICK_SEARCHES if quick else _SEARCHES
+        found += [_growth_row(training, size, tokens, count) for tokens, count in searches.items()]
     return found
 
 
@@ -283,15 +217,13 @@ def _growth_row(training: Training, size: str, tokens: int, searches: int) -> di
     plain, taken = [], []
     for step in range(_GROWTH_WARM_UP + searches):
         loss_fn = training.begin(tokens)
-        before = Seconds.of(loss_fn.plain)
-        seconds = Seconds.of(lambda loss_fn=loss_fn: monitor(loss_fn))
-        after = Seconds.of(loss_fn.plain)
+        before, of_search, after = map(seconds, (loss_fn.plain, partial(monitor, loss_fn), loss_fn.plain))
         if step >= _GROWTH_WARM_UP:
-            plain += [before.wall, after.wall]
-            taken.append((seconds.wall, monitor.history[-1].measurement))
+            plain += [before, after]
+            taken.append((of_search, monitor.history[-1].measurement))
         if step < _GROWTH_WARM_UP + searches - 1:
             training.step()
-    converged = [(seconds, m.forwards) for seconds, m in taken if m.status == "converged"]
+    converged = [(one, m.forwards) for one, m in taken if m.status == "converged"]
     if not converged:
         raise RuntimeError(f"no search of {size} and {tokens} tokens has converged: {[m.status for _, m in taken]}")
     return {
@@ -302,23 +234,21 @@ def _growth_row(training: Training, size: str, tokens: int, searches: int) -> di
         "searches": len(converged),
         "not_converged": len(taken) - len(converged),
         "plain_forward_seconds": median(plain),
-        "search_seconds": median(seconds for seconds, _ in converged),
-        "seconds_per_loss": median(seconds / forwards for seconds, forwards in converged),
+        "search_seconds": median(one for one, _ in converged),
+        "seconds_per_loss": median(one / forwards for one, forwards in converged),
         "forwards": median(forwards for _, forwards in converged),
         "forwards_mean": mean(forwards for _, forwards in converged),
         "peak_bytes": peak_bytes(lambda: monitor(loss_fn)),
         "plain_peak_bytes": peak_bytes(loss_fn.plain),
-        "parameter_bytes": sum(p.numel() * p.element_size() for p in training.model.parameters()),
+        "parameter_bytes": training.parameter_bytes,
     }
 
 
 def exponent(found: Sequence[dict[str, Any]], column: str) -> tuple[float, float]:
     """Return by which power of the parameters a column grows, and the standard error of that: a line in logarithms."""
-    x = np.log([row["parameters"] for row in found])
-    y = np.log([row[column] for row in found])
-    slope, constant = np.polyfit(x, y, 1)
-    residual = ((y - slope * x - constant) ** 2).sum() / (len(found) - 2)
-    return float(slope), math.sqrt(residual / ((x - x.mean()) ** 2).sum())
+    x, y = (np.log([row[name] for row in found]) for name in ("parameters", column))
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    return float(slope), math.sqrt(covariance[0, 0])
 
 
 def by_tokens(found: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
@@ -326,42 +256,6 @@ def by_tokens(found: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]
     tokens = sorted({row["tokens"] for row in found})
     ordered = sorted(found, key=lambda row: row["parameters"])
     return {number: [row for row in ordered if row["tokens"] == number] for number in tokens}
-
-
-def growth_table(found: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows as a table for people, with the exponents below each number of tokens."""
-    columns = (
-        "tokens",
-        "parameters",
-        "plain ms",
-        "search ms",
-        "ms per loss",
-        "search / plain",
-        "forwards",
-        "mean",
-        "searches",
-        "peak / θ",
-        "peak / plain",
-    )
-    shown = Table(*columns, title="One warm λ_c in training, medians, one thread; then the power of the parameters")
-    for tokens, of_one in by_tokens(found).items():
-        for row in of_one:
-            plain, search, one = (1e3 * row[column] for column in FITTED)
-            shown.add_row(
-                str(tokens),
-                f"{row['parameters'] / 1e6:.3g} M",
-                *(f"{ms:.2f}" for ms in (plain, search, one)),
-                f"{search / plain:.2f}",
-                f"{row['forwards']:g}",
-                f"{row['forwards_mean']:.1f}",
-                str(row["searches"]),
-                f"{row['peak_bytes'] / row['parameter_bytes']:.2f}",
-                f"{row['peak_bytes'] / row['plain_peak_bytes']:.2f}",
-            )
-        fits = [exponent(of_one, column) for column in FITTED]
-        shown.add_row("", "power", *(f"{power:.3f} ± {error:.3f}" for power, error in fits))
-        shown.add_section()
-    return shown
 
 
 def draw_growth(record: dict[str, Any], path: Path) -> None:
@@ -378,7 +272,7 @@ def draw_growth(record: dict[str, Any], path: Path) -> None:
         panels[0].plot(parameters, plain, marker=".", color=color, linestyle="--", linewidth=1.0)
         ratios = [a / b for a, b in zip(search, plain, strict=True)]
         panels[1].plot(parameters, ratios, marker="o", color=color)
-    panels[0].plot([], [], color="#555555", linestyle="--", linewidth=1.0, label="a plain forward pass")
+    panels[0].plot([], [], color=GREY, linestyle="--", linewidth=1.0, label="a plain forward pass")
     panels[0].set_yscale("log")
     panels[1].set_ylim(bottom=0)
     for axes, title in zip(panels, titles, strict=True):
@@ -396,34 +290,6 @@ def growth_source(record: dict[str, Any]) -> str:
     return f"bench/results/peers.json, growth, SHA-256 {hashlib.sha256(figures).hexdigest()}"
 
 
-def main() -> None:
-    """Run the benchmark and print it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny models, to try the script")
-    parser.add_argument("--only", choices=("peers", "growth"), help="one of the two parts; nothing is recorded")
-    parser.add_argument("--json", type=Path, help="append the record to this file")
-    arguments = parser.parse_args()
-    if arguments.only and arguments.json:
-        parser.error("a record holds both parts: leave --only out")
-    torch.set_num_threads(1)
-    console = Console(width=190)
-    sitting = Sitting(arguments.quick)
-    rows: list[dict[str, Any]] = []
-    grown: list[dict[str, Any]] = []
-    if arguments.only != "growth":
-        for comparison in comparisons(arguments.quick):
-            rows += compare(**comparison)
-        console.print(table(rows))
-    if arguments.only != "peers":
-        grown = growth_rows(arguments.quick)
-        console.print(growth_table(grown))
-    record = sitting.record(peers=rows, growth=grown)
-    before, after = record["environment"]["load_average"]
-    print(f"{record['environment']['seconds']:.0f} s; load average {before:.1f} before, {after:.1f} after")
-    if arguments.json:
-        append(arguments.json, record)
-
-
 def comparisons(quick: bool) -> list[dict[str, Any]]:
     """Return the arguments of `compare` for each model."""
     if quick:
@@ -434,5 +300,21 @@ def comparisons(quick: bool) -> list[dict[str, Any]]:
     ]
 
 
+def measure(quick: bool) -> dict[str, Any]:
+    """Compare, and measure the growth."""
+    peers = [row for comparison in comparisons(quick) for row in compare(**comparison)]
+    columns = "model quantity method in_plain_forwards in_plain_forwards_each forwards products errors peak_bytes"
+    ledger.show("One measurement in training, in plain forward passes", peers, f"{columns} value status")
+    growth = growth_rows(quick)
+    columns = "model tokens parameters plain_forward_seconds search_seconds seconds_per_loss forwards peak_bytes"
+    ledger.show("One warm λ_c in training, medians", growth, columns)
+    powers = [
+        {"tokens": tokens, **{column: exponent(rows, column)[0] for column in FITTED}}
+        for tokens, rows in by_tokens(growth).items()
+    ]
+    ledger.show("The power of the parameters", powers, " ".join(("tokens", *FITTED)))
+    return {"peers": peers, "growth": growth}
+
+
 if __name__ == "__main__":
-    main()
+    ledger.main(__doc__, measure)

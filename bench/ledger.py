@@ -4,75 +4,80 @@ What was recorded once is never changed. ``python bench/readme.py`` makes the ta
 the last full record of each file.
 """
 
+import argparse
 import json
 import os
-import platform
-import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+# The checkout, also where the package is not installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 
-import sharpkern
+from sharpkern._support.files import replacing
+from sharpkern.bench.environment import look
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+Measure = Callable[[bool], dict[str, Any]]
 
 
-class Sitting:
-    """One run of a benchmark, from its start to its record."""
-
-    def __init__(self, quick: bool) -> None:
-        self.quick = quick
-        # The sources are those of the start, whatever is edited meanwhile.
-        self._environment = environment()
-        self._started = time.perf_counter()
-        self._load = os.getloadavg()[0]
-
-    def record(self, **results: Any) -> dict[str, Any]:
-        """Return the record."""
-        conditions = {
-            **self._environment,
-            "load_average": [self._load, os.getloadavg()[0]],
-            "seconds": time.perf_counter() - self._started,
-            **results.pop("environment", {}),
-        }
-        return {"environment": conditions, "quick": self.quick, **results}
+def main(about: str | None, measure: Measure) -> None:
+    """Run a benchmark from the command line, in one thread, and add its record to a file."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small version, whose figures mean nothing")
+    parser.add_argument("--json", type=Path, help="add the record to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    made = record(arguments.quick, measure)
+    conditions = made["environment"]
+    before, after = conditions["load_average"]
+    print(f"{conditions['seconds']:.0f} s; load average {before:.1f} before, {after:.1f} after")
+    if arguments.json:
+        append(arguments.json, made)
 
 
-def environment() -> dict[str, Any]:
-    """Return versions and conditions, without anything that names the machine."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
-
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "sharpkern": sharpkern.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-    }
+def record(quick: bool, measure: Measure) -> dict[str, Any]:
+    """Measure, and return the results with the conditions they were made under."""
+    # The sources are those of the start, whatever is edited meanwhile.
+    conditions = {**look(), "numpy": np.__version__, "threads": torch.get_num_threads()}
+    started, before = time.perf_counter(), os.getloadavg()[0]
+    results = measure(quick)
+    conditions |= {"load_average": [before, os.getloadavg()[0]], "seconds": time.perf_counter() - started}
+    return {"environment": conditions, "quick": quick, **results}
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
+def append(path: Path, made: dict[str, Any]) -> None:
     """Add a record to the list in a file; those that are there stay, also if this is interrupted."""
     records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(path.name + ".new")
-    written.write_text(json.dumps([*records, record], indent=1) + "\n", encoding="utf-8")
-    written.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps([*records, made], indent=1) + "\n", encoding="utf-8")
 
 
 def latest(name: str) -> dict[str, Any]:
     """Return the last full record of a file."""
     records = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    record: dict[str, Any] = [record for record in records if not record["quick"]][-1]
-    return record
+    made: dict[str, Any] = [one for one in records if not one["quick"]][-1]
+    return made
+
+
+def show(title: str, rows: Iterable[Mapping[str, Any]], columns: str) -> None:
+    """Print some columns of rows, named as in the record; of a list its smallest and its largest number."""
+    table = Table(*(name.replace("_", " ") for name in columns.split()), title=title)
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns.split()))
+    Console(width=190).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{_cell(min(value))} to {_cell(max(value))}" if value else ""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -13,31 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The checkout, also where the package is not installed.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import ledger
 import torch
 
 from sharpkern.bench.report import Summary, summaries
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.engines.virtual.linear import choose
 
-RESULTS = Path(__file__).parent / "results" / "bench.json"
+RESULTS = ledger.RESULTS / "bench.json"
 # Slower than the quickest way by more than this is a wrong choice; less is noise, or not worth a row of the table.
 TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Line:
-    """One architecture, dtype, number of tokens and number of step sizes.
+    """What was measured on one architecture, and the way that an engine takes there."""
 
-    Attributes:
-        architecture: of the GPU, such as "sm_90", or of the CPU.
-        summary: what was measured.
-        chosen: the way that an engine takes.
-    """
-
-    architecture: str
+    architecture: str  # of the GPU, such as "sm_90", or of the CPU
     summary: Summary
     chosen: str
 
@@ -53,12 +45,11 @@ class Line:
         return self.summary.at_once != NUM_PARALLEL or self.behind <= TOLERANCE
 
     def __str__(self) -> str:
-        summary = self.summary
-        ways = sorted(summary.shares, key=lambda way: -summary.shares[way])
-        shares = ", ".join(f"{way} {summary.shares[way]:.2f}" for way in ways)
+        one = self.summary
+        shares = ", ".join(f"{way} {share:.2f}" for way, share in sorted(one.shares.items(), key=lambda x: -x[1]))
         verdict = "agrees" if self.agrees else f"DISAGREES, {self.behind:.0%} slower"
-        taken = f"takes {self.chosen}: {verdict}" if summary.at_once == NUM_PARALLEL else ""
-        return f"{self.architecture:8} {summary.dtype:9} K={summary.at_once} M={summary.tokens:<5} {shares:44} {taken}"
+        taken = f"takes {self.chosen}: {verdict}" if one.at_once == NUM_PARALLEL else ""
+        return f"{self.architecture:8} {one.dtype:9} K={one.at_once} M={one.tokens:<5} {shares:44} {taken}"
 
 
 def lines(sittings: list[dict[str, Any]]) -> list[Line]:
@@ -66,31 +57,25 @@ def lines(sittings: list[dict[str, Any]]) -> list[Line]:
     found: dict[str, list[Line]] = {}
     for sitting in sittings:
         environment = sitting["environment"]
-        device = "cpu" if environment["gpu"] is None else "cuda"
+        device = torch.device("cpu" if environment["gpu"] is None else "cuda")
         architecture = environment.get("architecture") or environment["machine"]
         cases = sitting["sections"].get("linear", {"cases": {}})["cases"]
         measured = summaries({name: case.get("rows", []) for name, case in cases.items()})
         if measured and not sitting["quick"]:
-            found[architecture] = [Line(architecture, summary, _chosen(device, summary)) for summary in measured]
+            found[architecture] = [
+                Line(architecture, one, choose(device, getattr(torch, one.dtype), one.tokens)) for one in measured
+            ]
     return [line for of_one in found.values() for line in of_one]
-
-
-def _chosen(device: str, summary: Summary) -> str:
-    return choose(torch.device(device), getattr(torch, summary.dtype), summary.tokens)
 
 
 def main(path: Path = RESULTS) -> int:
     """Print the table and return the exit code."""
     table = lines(json.loads(path.read_text(encoding="utf-8")))
     print("Speed per step size over that of the bare product, median over shapes; K step sizes at once, M tokens each")
-    for line in table:
-        print(line)
+    print(*table, sep="\n")
     wrong = sum(not line.agrees for line in table)
-    print(
-        f"{wrong} of {len(table)} lines disagree with engines/virtual/linear.py"
-        if table
-        else "Nothing was measured yet"
-    )
+    said = f"{wrong} of {len(table)} lines disagree with engines/virtual/linear.py"
+    print(said if table else "Nothing was measured yet")
     return int(wrong > 0 or not table)
 
 

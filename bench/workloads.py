@@ -8,14 +8,18 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
+import ledger  # noqa: F401 - makes the checkout importable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from sharpkern.cli.digits import digits, network
+
+_Result = TypeVar("_Result")
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,27 +62,15 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def mlp() -> nn.Sequential:
-    """Return the network for `digits`: four linear layers, GELU between."""
-    layers = [layer for i, o in pairwise((64, 128, 128, 128, 10)) for layer in (nn.Linear(i, o), nn.GELU())]
-    return nn.Sequential(*layers[:-1])
-
-
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy over all tokens."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def digits() -> Batch:
-    """Return scikit-learn's digits, 1797 × 64, with a fifth of the labels replaced at random."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.from_numpy(labels)
-    noisy = torch.rand(len(targets), generator=generator) < 0.2
-    random_labels = torch.randint(0, 10, (len(targets),), generator=generator)
-    return torch.from_numpy(images).float() / 16, torch.where(noisy, random_labels, targets)
+def standard_digits() -> Batch:
+    """Return the demo's digits with pixels of 0 to 1, on which the runs' learning rates were chosen."""
+    images, targets = digits()
+    return images / 2, targets
 
 
 def text() -> Tensor:
@@ -90,33 +82,19 @@ def text() -> Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """How to train, and at which steps to measure.
+    """How to train, and at which steps to measure."""
 
-    Attributes:
-        name: Title in the table.
-        kind: "digits" (MLP) or "text" (GPT).
-        num_steps: Training steps.
-        lr: Peak learning rate.
-        measured: Steps to measure.
-        batch_size: None for the full batch.
-        momentum: Of SGD (digits).
-        warmup: Steps of linear warm-up.
-        decay: Steps of linear decay at the end.
-        other_batch: Whether to measure the loss of another batch than the gradient's.
-        seed: Of the weights and the batches.
-    """
-
-    name: str
-    kind: str
+    name: str  # in the table
+    kind: str  # "digits" (MLP) or "text" (GPT)
     num_steps: int
-    lr: float
-    measured: Sequence[int]
-    batch_size: int | None = None
-    momentum: float = 0.0
-    warmup: int = 0
-    decay: int = 0
-    other_batch: bool = False
-    seed: int = 0
+    lr: float  # the peak
+    measured: Sequence[int]  # steps
+    batch_size: int | None = None  # None for the full batch
+    momentum: float = 0.0  # of SGD (digits)
+    warmup: int = 0  # steps, linear
+    decay: int = 0  # steps at the end, linear
+    other_batch: bool = False  # whether to measure the loss of another batch than the gradient's
+    seed: int = 0  # of the weights and the batches
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -130,7 +108,7 @@ class Run:
         draw = self._batches(torch.Generator().manual_seed(self.seed + 1))
         loss_of: Loss
         if self.kind == "digits":
-            model: nn.Module = mlp()
+            model: nn.Module = network(self.seed)
             loss_of = F.cross_entropy
             optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=self.momentum)
         else:
@@ -155,98 +133,81 @@ class Run:
 
     def _batches(self, generator: torch.Generator) -> Callable[[], Batch]:
         """Return a function that draws the next batch."""
-        if self.kind == "digits":
-            images, targets = digits()
-
-            def draw() -> Batch:
-                if self.batch_size is None:
-                    return images, targets
-                rows = torch.randint(0, len(images), (self.batch_size,), generator=generator)
-                return images[rows], targets[rows]
-
-        else:
+        if self.kind == "text":
             data, num_rows = text(), self.batch_size or 1
 
-            def draw() -> Batch:
+            def rows_of_text() -> Batch:
                 starts = torch.randint(0, len(data) - 65, (num_rows,), generator=generator)
-                rows = torch.stack([data[start : start + 65] for start in starts])
+                rows = data[starts[:, None] + torch.arange(65)]
                 return rows[:, :-1], rows[:, 1:]
 
-        return draw
+            return rows_of_text
+        images, targets = standard_digits()
+        size = self.batch_size
+        if size is None:
+            return lambda: (images, targets)
+
+        def some_digits() -> Batch:
+            rows = torch.randint(0, len(images), (size,), generator=generator)
+            return images[rows], targets[rows]
+
+        return some_digits
 
 
+@dataclass(frozen=True)
 class Point:
-    """The loss along the update at one training step."""
+    """The loss along the update at one training step; θ and Δθ are by name."""
 
-    def __init__(
-        self,
-        step: int,
-        lr: float,
-        slope: float | None,
-        model: nn.Module,
-        loss_of: Loss,
-        batch: Batch,
-        weights: dict[str, Tensor],
-        direction: dict[str, Tensor],
-    ) -> None:
-        self.step, self.lr, self.slope = step, lr, slope
-        self.norm_sq = sum(float((d.double() ** 2).sum()) for d in direction.values())
-        self._model, self._loss_of, self._batch = model, loss_of, batch
-        self._weights, self._direction = weights, direction
+    step: int
+    lr: float
+    slope: float | None
+    model: nn.Module
+    loss_of: Loss
+    batch: Batch
+    weights: dict[str, Tensor]
+    direction: dict[str, Tensor]
 
+    @property
+    def norm_sq(self) -> float:
+        """|Δθ|²."""
+        return sum(float((d.double() ** 2).sum()) for d in self.direction.values())
+
+    @torch.no_grad()
     def loss(self, eta: float) -> float:
-        """Return L(θ − ηΔθ) in fp32, as a measurement sees it."""
-        return self._evaluate(self._model, self._batch, self._weights, self._direction, eta)
+        """Return L(θ − ηΔθ)."""
+        moved = {name: torch.sub(w, self.direction[name], alpha=eta) for name, w in self.weights.items()}
+        return float(self.loss_of(functional_call(self.model, moved, (self.batch[0],)), self.batch[1]))
+
+    def to(self, dtype: torch.dtype) -> "Point":
+        """Return the same in a dtype, on a copy of the model."""
+        inputs, targets = self.batch
+        batch = inputs.to(dtype) if inputs.is_floating_point() else inputs, targets
+        weights, direction = ({name: t.to(dtype) for name, t in one.items()} for one in (self.weights, self.direction))
+        model = copy.deepcopy(self.model).to(dtype)
+        return replace(self, model=model, batch=batch, weights=weights, direction=direction)
 
     def measured(self, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor], dict[str, Tensor]]:
         """Return what a measurement is given, in a dtype: the model at θ, its loss, and Δθ by name."""
-        model = copy.deepcopy(self._model).to(dtype)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self._weights[name])
-        inputs, targets = self._batch
-        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
-        direction = {name: d.to(dtype) for name, d in self._direction.items()}
-        return model, lambda: self._loss_of(model(inputs), targets), direction
+        point = self.to(dtype)
+        point.model.load_state_dict(point.weights, strict=False)
+        return point.model, lambda: point.loss_of(point.model(point.batch[0]), point.batch[1]), point.direction
 
     def first_crossing(self, start: float | None = None, per_decade: int = 20) -> float | None:
         """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none."""
-        model = copy.deepcopy(self._model).double()
-        inputs, targets = self._batch
-        batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
-        weights = {name: w.double() for name, w in self._weights.items()}
-        direction = {name: d.double() for name, d in self._direction.items()}
-
-        def rise(eta: float) -> float:
-            return self._evaluate(model, batch, weights, direction, eta) - base
-
-        base = 0.0
-        base = rise(0.0)
+        wide = self.to(torch.float64)
+        base = wide.loss(0.0)
         lo = self.lr / 30 if start is None else start
-        if rise(lo) > 0:
+        if wide.loss(lo) > base:
             return None
-        top = self.lr * 10**4.5
-        while lo < top:
+        while lo < self.lr * 10**4.5:
             hi = lo * 10 ** (1 / per_decade)
-            if not rise(hi) <= 0:
-                return _bisect(rise, lo, hi)
+            if not wide.loss(hi) <= base:
+                while hi / lo > 1 + 1e-5:
+                    middle = math.sqrt(lo * hi)
+                    lo, hi = (middle, hi) if wide.loss(middle) <= base else (lo, middle)
+                return hi
             lo = hi
         return None
-
-    def _evaluate(
-        self, model: nn.Module, batch: Batch, weights: dict[str, Tensor], direction: dict[str, Tensor], eta: float
-    ) -> float:
-        with torch.no_grad():
-            moved = {name: torch.sub(w, direction[name], alpha=eta) for name, w in weights.items()}
-            return float(self._loss_of(functional_call(model, moved, (batch[0],)), batch[1]))
-
-
-def _bisect(rise: Callable[[float], float], lo: float, hi: float) -> float:
-    """Return the sign change in [lo, hi] to 1e-5."""
-    while hi / lo > 1 + 1e-5:
-        middle = math.sqrt(lo * hi)
-        lo, hi = (lo, middle) if not rise(middle) <= 0 else (middle, hi)
-    return hi
 
 
 def standard_runs(quick: bool) -> list[Run]:
@@ -270,28 +231,16 @@ def standard_runs(quick: bool) -> list[Run]:
     ]
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Time taken, on the clock and of the processor alone; other programs lengthen the first."""
+def timed(function: Callable[[], _Result]) -> tuple[_Result, float]:
+    """Return what a call gives, and the seconds that it takes."""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
 
-    wall: float
-    cpu: float
 
-    @classmethod
-    def now(cls) -> "Seconds":
-        """The time at this moment, of two of which the difference counts."""
-        return cls(time.perf_counter(), time.process_time())
-
-    @classmethod
-    def of(cls, function: Callable[[], object]) -> "Seconds":
-        """The time that a call takes."""
-        start = cls.now()
-        function()
-        return cls.now().since(start)
-
-    def since(self, start: "Seconds") -> "Seconds":
-        """The time from a start to here."""
-        return Seconds(self.wall - start.wall, self.cpu - start.cpu)
+def seconds(function: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    return timed(function)[1]
 
 
 class Counted:
@@ -312,51 +261,76 @@ class Counted:
             return float(self())
 
 
-@dataclass(frozen=True)
-class Size:
-    """Shape of a model of 256 bytes and as many positions, and the learning rate that it trains with.
-
-    Attributes:
-        width: of the residual stream.
-        layers: how many.
-        heads: of attention.
-        lr: after the warm-up.
-    """
+class Size(NamedTuple):
+    """Shape of a model of bytes, the learning rate after the warm-up, and the positions, which a sequence fills."""
 
     width: int
     layers: int
     heads: int
     lr: float
+    context: int = 256
 
 
 # Named by their parameters.
 SIZES = {
+    "least": Size(8, 1, 2, 1e-2),
     "tiny": Size(32, 1, 2, 1e-3),
     "small": Size(64, 2, 2, 1e-3),
+    "0.1M": Size(64, 2, 4, 1e-3, 64),
     "1M": Size(128, 4, 4, 1e-3),
     "4M": Size(256, 5, 4, 1e-3),
+    "5M": Size(256, 6, 8, 1e-3, 1024),
     "14M": Size(432, 6, 8, 6e-4),
     "30M": Size(512, 9, 8, 6e-4),
     "100M": Size(768, 14, 12, 3e-4),
 }
-CONTEXT = 256
 
 
 class Training:
-    """Next-byte prediction on Python's help topics by AdamW: each step the bytes that come next, in sequences of 256.
+    """A model in training, step by step, each on the batch that comes next."""
 
-    Attributes:
-        model: that is trained.
-        optimizer: its optimizer.
-    """
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_of: Loss,
+        batch: Callable[[int], Batch],
+        warm_up: int = 1,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._loss_of, self._batch, self._warm_up = loss_of, batch, warm_up
+        self._peak_lr, self._steps = self.lr, 0
 
-    def __init__(self, size: str, warm_up: int) -> None:
+    @classmethod
+    def of_text(cls, size: str, warm_up: int = 1) -> "Training":
+        """Return next-byte prediction on Python's help topics by AdamW."""
         torch.manual_seed(0)
-        shape = SIZES[size]
-        self.model = GPT(shape.width, shape.layers, shape.heads, CONTEXT)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=shape.lr, betas=(0.9, 0.95), weight_decay=0.1)
-        self._peak_lr, self._warm_up = shape.lr, warm_up
-        self._data, self._next, self._steps = text(), 0, 0
+        width, layers, heads, lr, context = SIZES[size]
+        model = GPT(width, layers, heads, context)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+        data, start = text(), 0
+
+        def batch(tokens: int) -> Batch:
+            nonlocal start
+            start = 0 if start + tokens >= len(data) else start
+            piece = data[start : start + tokens + 1]
+            start += tokens
+            inputs, targets = (part.view(-1, min(tokens, context)) for part in (piece[:-1], piece[1:]))
+            return inputs, targets
+
+        return cls(model, optimizer, token_loss, batch, warm_up)
+
+    @classmethod
+    def of_digits(cls) -> "Training":
+        """Return the demo's network on its digits, by SGD."""
+        images, targets = standard_digits()
+        model, generator = network(), torch.Generator().manual_seed(0)
+
+        def batch(size: int) -> Batch:
+            rows = torch.randint(0, len(images), (size,), generator=generator)
+            return images[rows], targets[rows]
+
+        return cls(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, batch)
 
     @property
     def lr(self) -> float:
@@ -368,15 +342,15 @@ class Training:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(p.nbytes for p in self.model.parameters())
+
     def begin(self, tokens: int) -> Counted:
-        """Take the gradient of the next batch, and return the loss of that batch."""
+        """Take the gradient of the next batch, of so many tokens or samples, and return the loss of that batch."""
         self.optimizer.param_groups[0]["lr"] = self._peak_lr * min(1.0, (self._steps + 1) / self._warm_up)
-        if self._next + tokens >= len(self._data):
-            self._next = 0
-        piece = self._data[self._next : self._next + tokens + 1]
-        self._next += tokens
-        inputs, targets = (part.view(-1, min(tokens, CONTEXT)) for part in (piece[:-1], piece[1:]))
-        loss_fn = Counted(self.model, token_loss, (inputs, targets))
+        loss_fn = Counted(self.model, self._loss_of, self._batch(tokens))
         self.optimizer.zero_grad()
         loss_fn().backward()
         return loss_fn

@@ -71,40 +71,27 @@ class Bench:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operation, with what its result has to be.
+    """One call of an operation, with what its result has to be."""
 
-    Attributes:
-        operation: name in `sharpkern.ops` and in `FORMULAS`.
-        operands: positional arguments.
-        about: what sets this call apart, for the record.
-        nbytes: what it has to move: every operand read once, every result written once.
-        flops: of a matrix product; 0 where bytes count.
-        options: keyword arguments.
-        written: how many of the first operands are written; they are the result then.
-        roundings: units in the last place of the exact result that are added to torch's error.
-        floor: gives an absolute error that is added: for sums whose terms are larger than the result.
-        repeated: whether the check repeats the call to see that its bits stay the same.
-    """
-
-    operation: str
+    operation: str  # name in `sharpkern.ops` and in `FORMULAS`
     operands: Sequence[Any]
-    about: Json
-    nbytes: int
-    flops: int = 0
+    about: Json  # what sets this call apart, for the record
+    nbytes: int  # what it has to move: every operand read once, every result written once
+    flops: int = 0  # of a matrix product; 0 where bytes count
     options: Json = field(default_factory=dict)
-    written: int = 0
-    roundings: float = 0.5
+    written: int = 0  # how many of the first operands are written; they are the result then
+    roundings: float = 0.5  # units in the last place of the exact result that are added to torch's error
+    # An absolute error that is added: for sums whose terms are larger than the result.
     floor: Callable[[], float | Tensor] = lambda: 0.0
-    repeated: bool = False
+    repeated: bool = False  # whether the check repeats the call to see that its bits stay the same
 
     def run(self, backend: Backend) -> Any:
         """Call the operation."""
         return getattr(ops, self.operation)(*self.operands, **self.options, backend=backend)
 
-    def formula(self, function: Callable[..., Any] | None = None) -> Any:
-        """Call the formula in plain torch, or what it was compiled to."""
-        options = {name: value for name, value in self.options.items() if name != "out"}
-        return (function or FORMULAS[self.operation])(*self.operands, **options)
+    def formula(self, function: Callable[..., Any]) -> Any:
+        """Call the formula, or what it was compiled to."""
+        return function(*self.operands, **self._options())
 
     def repeat(self, wanted: bool = True) -> "Call":
         """Return the call, to be repeated when it is checked."""
@@ -116,20 +103,20 @@ class Call:
         out = buffer[: len(alpha) * theta.numel()].view(len(alpha), *theta.shape)
         return replace(self, options={**self.options, "out": out})
 
-    def result(self, function: Callable[..., Any], **more: Any) -> list[Tensor]:
+    def result(self, function: Callable[..., Any]) -> list[Tensor]:
         """Return what a function makes of the operands, with copies of those that are written."""
         copies = [tree_map(Tensor.clone, operand) for operand in self.operands[: self.written]]
-        options = {name: value for name, value in self.options.items() if name != "out"}
-        returned = function(*copies, *self.operands[self.written :], **options, **more)
+        returned = function(*copies, *self.operands[self.written :], **self._options())
         found: list[Tensor] = tree_leaves(copies if self.written else returned)
         return found
 
     def exact(self) -> list[Tensor]:
         """Return the result in float64, of the operands as they are."""
-        options = {name: value for name, value in self.options.items() if name not in {"dtype", "seed"}}
-        operands = tree_map(_widened, list(self.operands))
-        exact = Call(self.operation, operands, {}, 0, options=tree_map(_widened, options), written=self.written)
-        return exact.result(FORMULAS[self.operation])
+        operands, options = tree_map(_widened, (list(self.operands), self._options("dtype", "seed")))
+        return replace(self, operands=operands, options=options).result(FORMULAS[self.operation])
+
+    def _options(self, *without: str) -> Json:
+        return {name: value for name, value in self.options.items() if name not in {"out", *without}}
 
 
 def _widened(value: Any) -> Any:
@@ -177,7 +164,7 @@ class Make:
         operation = formed.operation.removeprefix("form_") + "_sums"
         update = adam_update if operation == "adam_sums" else sgd_update
         operands = formed.operands[:-1]
-        options = {name: value for name, value in formed.options.items() if name not in ("dtype", "out")}
+        options = formed._options("dtype")
 
         def floor() -> Tensor:
             # Every term carries the fp32 roundings of its Δθ, whose terms may cancel.
@@ -390,16 +377,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed in one case.
+    """What is timed in one case."""
 
-    Attributes:
-        operation: whose check has to have passed, as `checks` names it.
-        make: makes the calls, which `load` alone may ask for.
-        target: share of a copy to reach and to accept, None where launches count for more than bytes.
-    """
-
-    operation: str
-    make: Callable[[], list[Call]]
+    operation: str  # whose check has to have passed, as `checks` names it
+    make: Callable[[], list[Call]]  # makes the calls, which `load` alone may ask for
+    # Share of a copy to reach and to accept, None where launches count for more than bytes.
     target: tuple[float, float] | None = None
 
     def load(self, bench: Bench) -> Load:

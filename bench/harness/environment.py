@@ -93,9 +93,8 @@ def _source_digest() -> str:
 
 def _git(*arguments: str) -> str | None:
     """Return what git says of the checkout that this package lies in, None where there is none."""
-    if not (_PACKAGE.parent / ".git").exists():
-        return None
-    return _said("git", "-C", str(_PACKAGE.parent), *arguments)
+    checkout = _PACKAGE.parent
+    return _said("git", "-C", str(checkout), *arguments) if (checkout / ".git").exists() else None
 
 
 def _said(*command: str) -> str | None:

@@ -1,9 +1,9 @@
 """y[k] = x[k] (W + α_k D)ᵀ for K step sizes of M tokens each: every way, beside bare products and the obvious way."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,10 @@ _SHARE_OF_PRODUCT = 0.85
 Outputs = list[Tensor]
 
 
-@dataclass(frozen=True)
-class _Variant:
+class _Variant(NamedTuple):
     way: str
     at_once: int
     run: Callable[[], Outputs]
-
-    @property
-    def name(self) -> str:
-        return f"{self.way} K={self.at_once}"
 
 
 def cases(bench: Bench) -> Cases:
@@ -72,7 +67,7 @@ def _timed(bench: Bench, shape: tuple[int, int], num_tokens: int) -> Iterator[Js
         if passed:
             right.append(variant)
     bare = [_Variant(name, 1, layer.product) for name in ("product", "product again")]
-    variants = {variant.name: variant for variant in [*bare, *right]}
+    variants = {f"{variant.way} K={variant.at_once}": variant for variant in [*bare, *right]}
     calls = {name: each_call(variant.run) for name, variant in variants.items()}
     copy, copied = machine.copy()
     timings = machine.time({**calls, "copy": copy}, 0.3 if machine.is_gpu else 0.1)
@@ -84,17 +79,11 @@ def _timed(bench: Bench, shape: tuple[int, int], num_tokens: int) -> Iterator[Js
         if variant in right and num_tokens <= FEW_TOKENS:
             row["share_of_floor"] = NUM_STEPS // variant.at_once * layer.nbytes / bandwidth / taken[name]
         if machine.is_gpu and variant.at_once == NUM_STEPS:
-            row |= _target(variant.way, num_tokens)
+            if num_tokens <= FEW_TOKENS:
+                row["least_times_naive"] = _LEAST_TIMES_NAIVE
+            elif (variant.way, num_tokens) == ("formed", 4096):
+                row |= {"target": _SHARE_OF_PRODUCT, "accept": _SHARE_OF_PRODUCT}
         yield {**row, "step_sizes": NUM_STEPS, **timings[name].to_json()}
-
-
-def _target(way: str, num_tokens: int) -> Json:
-    """Return what is asked of a way that takes 8 step sizes at once."""
-    if num_tokens <= FEW_TOKENS:
-        return {"least_times_naive": _LEAST_TIMES_NAIVE}
-    if (way, num_tokens) == ("formed", 4096):
-        return {"target": _SHARE_OF_PRODUCT, "accept": _SHARE_OF_PRODUCT}
-    return {}
 
 
 class _Layer:
@@ -106,14 +95,10 @@ class _Layer:
         self.nbytes = 2 * self.dtype.itemsize * shape[0] * shape[1]
         self._backend = bench.backend
         self._x = machine.randn(NUM_STEPS, num_tokens, shape[1], dtype=self.dtype)
+        randn = partial(machine.randn, *shape, dtype=self.dtype)
         # The bare product reads W alone.
-        pairs = [
-            StoredUpdate(
-                machine.randn(*shape, dtype=self.dtype, seed=seed, scale=0.02),
-                machine.randn(*shape, dtype=self.dtype, seed=seed + 100),
-            )
-            for seed in range(machine.rotations(self.nbytes // 2))
-        ]
+        seeds = range(machine.rotations(self.nbytes // 2))
+        pairs = [StoredUpdate(randn(seed=seed, scale=0.02), randn(seed=seed + 100)) for seed in seeds]
         self._next = cycle(pairs)
         self._last = pairs[-1]
         self._alpha = torch.linspace(-1e-2, -1e-3, NUM_STEPS, device=machine.device)
@@ -138,30 +123,25 @@ class _Layer:
 
     def product(self) -> Outputs:
         """Return the products of every input with W alone."""
-        return self._one_at_a_time(lambda W, D, k: W)
+        return self._one_at_a_time(lambda pair, k: pair.base)
 
     def _clone_and_add(self) -> Outputs:
-        return self._one_at_a_time(lambda W, D, k: W.clone().add_(D, alpha=self._numbers[k]))
+        return self._one_at_a_time(lambda pair, k: pair.base.clone().add_(pair.delta, alpha=self._numbers[k]))
 
     def _form(self) -> Outputs:
-        def formed(W: Tensor, D: Tensor, k: int) -> Tensor:
-            return ops.form(W, D, self._alpha[k : k + 1], out=self._scratch, backend=self._backend)[0]
+        def formed(pair: StoredUpdate, k: int) -> Tensor:
+            alpha = self._alpha[k : k + 1]
+            return ops.form(pair.base, pair.delta, alpha, out=self._scratch, backend=self._backend)[0]
 
         return self._one_at_a_time(formed)
 
-    def _one_at_a_time(self, weight: Callable[[Tensor, Tensor, int], Tensor]) -> Outputs:
-        outputs = []
-        for k, x in enumerate(self._x):
-            pair = self._pair()
-            outputs.append(F.linear(x, weight(pair.base, pair.delta, k)).unsqueeze(0))
-        return outputs
+    def _one_at_a_time(self, weight: Callable[[StoredUpdate, int], Tensor]) -> Outputs:
+        return [F.linear(x, weight(self._pair(), k))[None] for k, x in enumerate(self._x)]
 
     def _several(self, way: str, at_once: int) -> Outputs:
-        outputs = []
-        for x, alpha in zip(self._x.split(at_once), self._alpha.split(at_once), strict=True):
-            pair = self._pair()
-            outputs.append(moving_linear(x, pair.base, pair, alpha, dtype=self.dtype, way=way))
-        return outputs
+        parts = zip(self._x.split(at_once), self._alpha.split(at_once), strict=True)
+        pairs = ((x, alpha, self._pair()) for x, alpha in parts)
+        return [moving_linear(x, pair.base, pair, alpha, dtype=self.dtype, way=way) for x, alpha, pair in pairs]
 
     def _pair(self) -> StoredUpdate:
         self._last = next(self._next)

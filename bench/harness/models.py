@@ -111,18 +111,16 @@ class LanguageModel:
         return sharpkern.linear_cross_entropy(hidden[:, :-1], self.model.lm_head.weight, self._tokens[:, 1:])
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+    def seconds(self) -> float:
+        """How long to time forward passes."""
+        return 1.5 if self.machine.is_gpu else 0.2
 
     def about(self) -> Json:
         """Return what the figures are of."""
-        return {
-            "model": self.preset.name,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "tokens": self.preset.tokens,
-            "weight_bytes": self.weight_bytes,
-        }
+        sizes = [(parameter.numel(), parameter.nbytes) for parameter in self.model.parameters()]
+        parameters, nbytes = map(sum, zip(*sizes, strict=True))
+        about = {"model": self.preset.name, "parameters": parameters, "tokens": self.preset.tokens}
+        return {**about, "weight_bytes": nbytes}
 
 
 class Moving(LanguageModel):

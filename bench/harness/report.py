@@ -3,9 +3,9 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from .linear import NAIVE, ONE_AT_A_TIME
@@ -19,34 +19,11 @@ _FEW_PARAMETERS = 1_000_000
 # What an engine may choose from to take K step sizes, and what every one of them is held against.
 WAYS = ("products", "formed", "fused")
 REFERENCES = ("product again", NAIVE, ONE_AT_A_TIME)
+_ASKED = {"target", "least_times_naive"}
 
 # Rows of the cases of a section, by case.
 Rows = Mapping[str, list[Json]]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its title, and the text of a row in it."""
-
-    title: str
-    text: Callable[[Any], str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The table of a section: its columns, what its lines are made of, and what all figures are of."""
-
-    columns: list[Column]
-    lines: Callable[[Rows], Iterable[Any]]
-    about: Callable[[list[Any]], str] = field(default=lambda lines: "")
-
-    def filled(self, rows: Rows) -> tuple[list[Column], list[list[str]], str]:
-        """Return the columns in which a line has anything, the lines, and what they are of."""
-        lines = list(self.lines(rows))
-        texts = [[column.text(line) for line in lines] for column in self.columns]
-        kept = [i for i, column in enumerate(texts) if any(column)]
-        cells = [[texts[i][line] for i in kept] for line in range(len(lines))]
-        return [self.columns[i] for i in kept], cells, self.about(lines)
+Text = Callable[[Any], str]
 
 
 # -- the ways through a linear layer ----------------------------------------------------------------------------------
@@ -54,25 +31,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Summary:
-    """The ways to take K step sizes of M tokens at once, each the median over shapes.
+    """The ways to take K step sizes of M tokens at once, each the median over shapes."""
 
-    Attributes:
-        dtype: of inputs and weights, without "torch.".
-        tokens: per step size, M.
-        at_once: step sizes per pass, K.
-        shares: speed per step size over that of the bare product, by way.
-        floor: of each way the share of what reading W and D once would take, where tokens are few.
-        references: shares of what takes one step size at a time.
-        rows: of all shapes, of the ways alone.
-    """
-
-    dtype: str
-    tokens: int
-    at_once: int
-    shares: Mapping[str, float]
-    floor: Mapping[str, float]
-    references: Mapping[str, float]
-    rows: tuple[Json, ...]
+    dtype: str  # of inputs and weights, without "torch."
+    tokens: int  # per step size, M
+    at_once: int  # step sizes per pass, K
+    shares: Mapping[str, float]  # speed per step size over that of the bare product, by way
+    floor: Mapping[str, float]  # of each way the share of what reading W and D once would take, where tokens are few
+    references: Mapping[str, float]  # shares of what takes one step size at a time
+    asked: Mapping[str, float]  # "target" or "least_times_naive", where something is asked for
 
     @property
     def best(self) -> str:
@@ -84,26 +51,22 @@ class Summary:
         """How many times as fast as the obvious way the quickest one is; nan where that was not timed."""
         return self.shares[self.best] / self.references.get(NAIVE, math.nan)
 
-    def asked(self, name: str) -> Any:
-        """Return what the rows say is asked for, "target" or "least_times_naive", or None."""
-        return next((row[name] for row in self.rows if name in row), None)
-
 
 def summaries(cases: Mapping[str, Iterable[Json]]) -> list[Summary]:
     """Return the summaries of the section "linear", ordered by dtype, tokens and step sizes at once."""
     groups: dict[tuple[str, int], list[Json]] = defaultdict(list)
-    for rows in cases.values():
-        for row in rows:
-            if {"way", "share"} <= row.keys():
-                groups[row["dtype"], row["tokens"]].append(row)
+    for row in chain.from_iterable(cases.values()):
+        if {"way", "share"} <= row.keys():
+            groups[row["dtype"], row["tokens"]].append(row)
     found = []
     for (dtype, tokens), group in sorted(groups.items()):
         references = _medians((row for row in group if row["way"] in REFERENCES), "share")
         ways = [row for row in group if row["way"] in WAYS]
         for at_once in sorted({row["at_once"] for row in ways}):
-            rows = tuple(row for row in ways if row["at_once"] == at_once)
-            shares, floor = _medians(rows, "share"), _medians(rows, "share_of_floor")
-            found.append(Summary(dtype, tokens, at_once, shares, floor, references, rows))
+            rows = [row for row in ways if row["at_once"] == at_once]
+            asked = {name: row[name] for row in rows for name in _ASKED & row.keys()}
+            shares, floor = (_medians(rows, name) for name in ("share", "share_of_floor"))
+            found.append(Summary(dtype, tokens, at_once, shares, floor, references, asked))
     return found
 
 
@@ -141,14 +104,14 @@ def _number(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _field(name: str, digits: int, scale: float = 1.0) -> Callable[[Json], str]:
+def _field(name: str, digits: int = 0, scale: float = 1.0) -> Text:
     """Return the text of a field times a scale; nothing where a row lacks it."""
     return lambda row: "" if row.get(name) is None else f"{scale * row[name]:.{digits}f}"
 
 
-def _share(of: str, name: str, summary: Summary) -> str:
-    shares = getattr(summary, of)
-    return f"{shares[name]:.2f}" if name in shares else ""
+def _share(of: str, name: str) -> Text:
+    """Return the text of a share of a summary."""
+    return lambda summary: f"{getattr(summary, of)[name]:.2f}" if name in getattr(summary, of) else ""
 
 
 def _each_once(texts: Iterable[str]) -> str:
@@ -159,50 +122,49 @@ def _target(row: Json) -> str:
     return f"{row['target']:.2f} ({row['accept']:.2f})" if "target" in row else ""
 
 
-def _asked_of(summary: Summary) -> tuple[str, str]:
-    """Return what is asked of a way to take several step sizes, and how that stands."""
-    least, share = summary.asked("least_times_naive"), summary.asked("target")
-    if least is not None:
-        return f"{least:g} × naive", "reached" if summary.times_naive >= least else "MISSED"
-    if share is not None:
-        return f"formed {share:.2f}", "reached" if summary.shares["formed"] >= share else "MISSED"
-    return "", ""
+def _asked(summary: Summary) -> str:
+    """Return what is asked of a way to take several step sizes."""
+    least, share = summary.asked.get("least_times_naive"), summary.asked.get("target")
+    return f"{least:g} × naive" if least else f"formed {share:.2f}" if share else ""
+
+
+def _reached(summary: Summary) -> str:
+    least, share = summary.asked.get("least_times_naive"), summary.asked.get("target", 0.0)
+    reached = summary.times_naive >= least if least else summary.shares.get("formed", 0.0) >= share
+    return "" if not summary.asked else "reached" if reached else "MISSED"
 
 
 def _timed(rows: Rows) -> list[Json]:
-    """Return the rows of what was timed, with the name of their case and what else a line of it needs."""
+    """Return a line for everything that was timed: what was timed twice, or by plain torch beside, is of one line."""
     lines = []
     for name, of_case in rows.items():
+        timed = {row["variant"]: {"case": name, **row} for row in of_case if "variant" in row}
         sharpness = next((row["sharpness"] for row in of_case if "sharpness" in row), None)
-        timed = [row for row in of_case if "variant" in row]
-        again = next((row for row in timed if row["variant"].endswith(" again")), None)
-        plain_torch = next((row for row in timed[1:] if row["variant"] == "torch"), None)
-        others = {"case": name, "sharpness": sharpness, "again": again, "in_torch": plain_torch}
-        lines += [{**others, **row} for row in timed]
+        for variant, row in timed.items():
+            again = timed.get(f"{variant} again")
+            if again is not None and "share" in row:
+                row["off"] = abs(again["share"] - row["share"])
+            if variant == "triton":
+                row["in_torch"] = timed.get("torch", {}).get("share")
+            if not variant.endswith(" again") and not ("triton" in timed and variant == "torch") and variant != "copy":
+                lines.append({"sharpness": sharpness, **row})
     return lines
 
 
-def _one_per_case(rows: Rows) -> list[Json]:
-    return list({row["case"]: row for row in reversed(_timed(rows))}.values())[::-1]
-
-
 def _milliseconds(row: Json) -> float | None:
-    if "ms_per_forward" in row:
-        return float(row["ms_per_forward"])
-    return 1e3 * row["median"] if "median" in row else None
+    """Return what one evaluation takes: a call, a forward pass of a measurement, or a step size of a pass."""
+    of_call = 1e3 * row["median"] if "median" in row else None
+    found: float | None = row.get("ms_per_step_size", row.get("ms_per_forward", of_call))
+    return found
 
 
-def _model_text(row: Json) -> str:
+def _time(row: Json) -> str:
     taken = _milliseconds(row)
-    return row.get("outcome") or ("" if taken is None else f"{taken:.1f}")
-
-
-def _model_name(row: Json) -> str:
-    return f"{row['model']}: {row['variant'] if row['case'] == 'plain forward' else row['case']}"
+    return row.get("outcome") or ("" if taken is None else significant(taken))
 
 
 def _times_plain(row: Json) -> str:
-    taken = row.get("ms_per_step_size") or _milliseconds(row)
+    taken = _milliseconds(row)
     return f"{taken / row['plain_ms']:.2f}" if taken is not None and "plain_ms" in row else ""
 
 
@@ -215,111 +177,87 @@ def _model_size(row: Json) -> str:
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
-_ENDING = [Column("target", _target), Column("", verdict)]
-_PEAK = Column("peak GB", _field("allocated", 2, 1e-9))
-_AT_ONCE = Column("at once", _field("at_once", 0))
-_TIMES_PLAIN = Column("× plain", _times_plain)
+Columns = Mapping[str, Text]
+
+# Of these, those that a section fills.
+COLUMNS: Columns = {
+    "case": lambda row: row["case"],
+    "variant": lambda row: row["variant"],
+    "at once": _field("at_once"),
+    "ms": _time,
+    "host ms": _field("host", 3, 1e3),
+    "share": _field("share", 3),
+    "± run": _field("off", 3),
+    "torch": _field("in_torch", 3),
+    "× plain": _times_plain,
+    "× virtual": _field("pass_over_virtual", 2),
+    "peak GB": _field("allocated", 2, 1e-9),
+    "reserved GB": _field("reserved", 2, 1e-9),
+    "beyond plain": _field("beyond_plain", 2, 1e-9),
+    "in all GB": _field("total_bytes", 2, 1e-9),
+    "λ_c": lambda row: _number(row["sharpness"]),
+    "target": _target,
+    "": verdict,
+}
+LINEAR: Columns = {
+    "tokens": lambda one: str(one.tokens),
+    "at once": lambda one: str(one.at_once),
+    **{name: _share("references", name) for name in REFERENCES[1:]},
+    **{name: _share("shares", name) for name in WAYS},
+    "× naive": lambda one: f"{one.times_naive:.2f}",
+    "of floor": lambda one: _share("floor", one.best)(one),
+    "± run": lambda one: f"{abs(1 - one.references.get(REFERENCES[0], math.nan)):.2f}",
+    "target": _asked,
+    "": _reached,
+}
+COMPILED: Columns = {
+    "kernel": lambda row: f"{row['case']}: {row['kernel']}",
+    **{name: _field(name) for name in ("registers", "spills", "shared", "warps")},
+}
+
+
+def filled(columns: Columns, lines: Sequence[Any]) -> dict[str, list[str]]:
+    """Return the texts of the columns in which one of the lines has anything."""
+    texts = {title: [text(line) for line in lines] for title, text in columns.items()}
+    return {title: column for title, column in texts.items() if any(column)}
+
+
+def table(name: str, rows: Rows) -> tuple[str, dict[str, list[str]]]:
+    """Return what the lines of a section are of, and its columns."""
+    if name == "linear":
+        found = summaries(rows)
+        about = "speed per step size as a share of the bare product's, median over shapes"
+        return f"{_each_once(one.dtype for one in found)}, {about}", filled(LINEAR, found)
+    if name == "compiled":
+        return "", filled(COMPILED, [{"case": case, **row} for case, of_case in rows.items() for row in of_case])
+    lines = _timed(rows)
+    of_all = {
+        "head": lambda row: f"vocabulary {row['vocabulary']}, width {row['width']}",
+        "passes": lambda row: "losses along a direction in memory",
+        "model": _model_size,
+    }.get(name, lambda row: "")
+    return _each_once(map(of_all, lines)), filled(COLUMNS, lines)
+
 
 # In the order in which they are shown: of a long output often only the end is kept, and what matters most comes last.
-TABLES = {
-    "compiled": Table(
-        [
-            Column("kernel", lambda row: f"{row['case']}: {row['kernel']}"),
-            *(Column(title, _field(title, 0)) for title in ("registers", "spills")),
-            Column("shared B", _field("shared", 0)),
-            Column("warps", _field("warps", 0)),
-        ],
-        lambda rows: [{"case": name, **row} for name, of_case in rows.items() for row in of_case],
-    ),
-    "linear": Table(
-        [
-            Column("tokens", lambda one: str(one.tokens)),
-            Column("at once", lambda one: str(one.at_once)),
-            *(Column(name, partial(_share, "references", name)) for name in REFERENCES[1:]),
-            *(Column(name, partial(_share, "shares", name)) for name in WAYS),
-            Column("× naive", lambda one: f"{one.times_naive:.2f}"),
-            Column("of floor", lambda one: _share("floor", one.best, one)),
-            Column("± run", lambda one: f"{abs(1 - one.references.get(REFERENCES[0], math.nan)):.2f}"),
-            Column("target", lambda one: _asked_of(one)[0]),
-            Column("", lambda one: _asked_of(one)[1]),
-        ],
-        summaries,
-        lambda found: (
-            f"{_each_once(one.dtype for one in found)}, speed per step size as a share of the bare product's, median "
-            "over shapes"
-        ),
-    ),
-    "head": Table(
-        [
-            Column("loss", lambda row: f"{row['case']}: {row['variant']}"),
-            Column("ms", _field("median", 2, 1e3)),
-            Column("share of product", _field("share", 3)),
-            _PEAK,
-            *_ENDING,
-        ],
-        lambda rows: [row for row in _timed(rows) if not row["variant"].endswith("again")],
-        lambda lines: _each_once(f"vocabulary {row['vocabulary']}, width {row['width']}" for row in lines),
-    ),
-    "passes": Table(
-        [
-            Column("model", lambda row: row["case"]),
-            Column("engine", lambda row: row["variant"]),
-            _AT_ONCE,
-            Column("ms per step size", lambda row: row.get("outcome") or f"{row['ms_per_step_size']:.2f}"),
-            _TIMES_PLAIN,
-            Column("× virtual pass", _field("pass_over_virtual", 2)),
-            _PEAK,
-            Column("in all GB", _field("total_bytes", 2, 1e-9)),
-            *_ENDING,
-        ],
-        _timed,
-        lambda lines: "losses along a direction in memory",
-    ),
-    "model": Table(
-        [
-            Column("model", _model_name),
-            Column("ms per forward", _model_text),
-            _TIMES_PLAIN,
-            _PEAK,
-            Column("reserved GB", _field("reserved", 2, 1e-9)),
-            Column("beyond plain GB", _field("beyond_plain", 2, 1e-9)),
-            Column("λ_c", lambda row: _number(row["sharpness"])),
-            *_ENDING,
-        ],
-        _timed,
-        lambda lines: _each_once(map(_model_size, lines)),
-    ),
-    "streaming": Table(
-        [
-            Column("kernel", lambda row: row["case"]),
-            Column("backend", lambda row: row["variant"]),
-            Column("ms", _field("median", 3, 1e3)),
-            Column("host ms", _field("host", 3, 1e3)),
-            Column("share of copy", _field("share", 3)),
-            Column("± run", lambda row: f"{abs(row['again']['share'] - row['share']):.3f}"),
-            Column("torch", lambda row: _field("share", 3)(row["in_torch"] or {})),
-            *_ENDING,
-        ],
-        _one_per_case,
-    ),
-}
+TABLES = ("compiled", "linear", "head", "passes", "model", "streaming")
 # What a column's title leaves open.
 _NOTES = {
+    "ms": "of a call; of a measurement for each forward pass, of a pass for each step size",
     "host ms": "what the host takes to launch it",
-    "share of copy": "bytes per second over those of a copy that took turns with it",
-    "share of product": "speed over that of the bare matrix product, which took turns with it",
+    "share": "bytes per second over those of a copy, or speed over that of the bare product, that took turns with it",
     "± run": "how far the share was off when the same was timed a second time",
     "at once": "step sizes that one pass serves",
-    "× virtual pass": "time of a pass over that of one for one step size",
+    "× virtual": "time of a pass over that of one for one step size",
     "in all GB": "peak, weights and direction",
     "× naive": "speed of the quickest way over that of clone, add and multiply",
     "of floor": "what reading W and D would take at the speed of a copy, over what the quickest way takes",
     "torch": "the share of plain torch doing the same",
     "target": "share to reach, and in brackets the least that is accepted",
-    "× plain": "ms per forward over those of a plain one that took turns with it; a measurement's checks count too",
+    "× plain": "ms over those of a plain forward pass that took turns with it; a measurement's checks count too",
     "peak GB": "memory of tensors above what was there before the call",
     "reserved GB": "memory that the allocator took from the device for it",
-    "beyond plain GB": "peak above that of the plain forward pass with a chunked head",
+    "beyond plain": "GB of the peak above that of the plain forward pass with a chunked head",
 }
 
 
@@ -327,26 +265,25 @@ def show(record: Record, sections: Iterable[Section]) -> None:
     """Print the tables of these sections of a sitting, and how each section ended."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table as Grid
+    from rich.table import Table
 
     console = Console(width=WIDTH, highlight=False, markup=False)
     chosen = {section.name: section for section in sections}
     console.print(_header(record.environment), soft_wrap=True)
     if reached := _rows_of(record.cases("ceilings")):
         console.print(f"Ceilings: {_ceilings(reached)}")
-    for name, table in TABLES.items():
+    for name in TABLES:
         if name in chosen and (rows := _rows_of(record.cases(name))):
-            columns, lines, about = table.filled(rows)
+            about, columns = table(name, rows)
             console.print(f"\n{chosen[name].title}{': ' if about else ''}{about}", style="italic")
-            grid = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-            for i, column in enumerate(columns):
-                grid.add_column(column.title, justify="left" if i == 0 else "right", no_wrap=i > 0)
-            for cells in lines:
+            grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+            for i, title in enumerate(columns):
+                grid.add_column(title, justify="right" if i else "left", no_wrap=i > 0)
+            for cells in zip(*columns.values(), strict=True):
                 grid.add_row(*cells)
             console.print(grid)
-            for column in columns:
-                if column.title in _NOTES:
-                    console.print(f"  {column.title}: {_NOTES[column.title]}")
+            for title in filter(_NOTES.get, columns):
+                console.print(f"  {title}: {_NOTES[title]}")
     console.print()
     if GATE in chosen and (checked := _rows_of(record.cases(GATE), done=False)):
         console.print(f"{chosen[GATE].title}: {_correctness(checked)}")

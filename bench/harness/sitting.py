@@ -11,7 +11,6 @@ import importlib
 import json
 import math
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -37,34 +36,23 @@ DONE, WRONG, FAILED, CRASHED = "done", "wrong", "failed", "crashed"
 TIMEOUT, INTERRUPTED, BLOCKED, NOT_RUN = "timeout", "interrupted", "blocked", "not run"
 # How a section can stand besides "done": cases are missing or failed, it is under way, or it needs another machine.
 INCOMPLETE, RUNNING, LEFT_OUT = "incomplete", "running", "left out"
-# Seconds between two looks at the clock, between two writes of the record while rows come in, and that a worker may
-# take to import what it needs, wake the device, and tidy up between cases.
-_TICK, _SAVE_EVERY, _STARTUP = 0.2, 1.0, 60.0
+# Seconds between two looks at the workers, between two writes of the record, and that a worker may take to import what
+# it needs, wake the device, and tidy up between cases.
+_TICK, _SAVE_EVERY, _STARTUP = 0.1, 1.0, 60.0
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the bench that runs in processes of its own.
+    """A part of the bench that runs in processes of its own."""
 
-    Attributes:
-        name: what ``--section`` takes, and the key in the record.
-        title: for the table.
-        module: what the process imports; its ``cases(bench)``, or a function named after a colon, returns the cases.
-        limit: seconds for the whole section on a GPU.
-        patience: seconds that a case may give no row before its process is ended and the next case begun.
-        lanes: processes at once; more than one only where nothing is timed.
-        gated: whether it times kernels, which have to have passed their check.
-        cpu: whether it has something to do without a GPU.
-    """
-
-    name: str
-    title: str
-    module: str
-    limit: float
-    patience: float
-    lanes: int = 1
-    gated: bool = False
-    cpu: bool = True
+    name: str  # what --section takes, and the key in the record
+    title: str  # for the table
+    module: str  # has the cases, as what its function `cases`, or the one named after a colon, returns for a bench
+    limit: float  # seconds for the whole section on a GPU
+    patience: float  # seconds that a case may give no row before its process is ended and the next case begun
+    lanes: int = 1  # processes at once; more than one only where nothing is timed
+    gated: bool = False  # whether it times kernels, which have to have passed their check
+    cpu: bool = True  # whether it has something to do without a GPU
 
 
 # Where correctness is checked, and hence what a gated section waits for.
@@ -75,12 +63,14 @@ GATE = "correctness"
 SECTIONS = (
     Section("ceilings", "Ceilings: copy and matrix product", "sharpkern.bench.timing", 30, 30),
     Section(GATE, "Correctness against float64", "sharpkern.bench.accuracy", 105, 80, lanes=8),
-    Section("streaming", "Streaming kernels", "sharpkern.bench.streaming", 90, 30, gated=True),
-    Section("head", "LM head and cross-entropy", "sharpkern.bench.head", 35, 25, gated=True),
+    Section("streaming", "Streaming kernels", "sharpkern.bench.kernels:streaming", 90, 30, gated=True),
+    Section("head", "LM head and cross-entropy", "sharpkern.bench.kernels:head", 35, 25, gated=True),
     Section("model", "Whole model", "sharpkern.bench.whole_model:measurements", 120, 90, gated=True),
     Section("passes", "Several step sizes in one pass", "sharpkern.bench.whole_model:passes", 65, 40, gated=True),
     Section("linear", "Linear layer", "sharpkern.bench.linear", 75, 20, gated=True),
-    Section("compiled", "Registers and shared memory", "sharpkern.bench.compiled", 30, 20, gated=True, cpu=False),
+    Section(
+        "compiled", "Registers and shared memory", "sharpkern.bench.kernels:compiled", 30, 20, gated=True, cpu=False
+    ),
 )
 BUDGET = 570.0
 
@@ -121,11 +111,6 @@ class Record:
     The last sitting in the file is continued if its environment equals the present one (GPU, driver, versions, and the
     digest of sharpkern's own sources; the commit does not count) and both are quick or both are not. Its cases that are
     done are then kept. Any other call adds a new sitting; earlier ones are never changed.
-
-    Attributes:
-        sections: {section: {"status", "seconds", "cases": {case: {"status", "seconds", "rows", "error"}}}}.
-        environment: the machine and versions.
-        resumed: whether a sitting of the file is continued.
     """
 
     def __init__(self, path: Path, environment: Json, quick: bool) -> None:
@@ -135,6 +120,7 @@ class Record:
         if not self.resumed:
             started = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
             self._sittings.append({"started": started, "environment": environment, "quick": quick, "sections": {}})
+        # {section: {"status", "seconds", "cases": {case: {"status", "seconds", "rows", "error"}}}}
         self.sections: Json = self._sittings[-1]["sections"]
         self.environment: Json = self._sittings[-1]["environment"]
 
@@ -198,38 +184,54 @@ class Job:
     skip: Sequence[str]
 
 
-def work(job: Job, send: Callable[..., None]) -> None:
-    """Run the cases of a job; say what begins before it does, so that a crash has a name."""
+def worker(job: str, path: str) -> None:
+    """Run the cases of a job, given as JSON, and keep in a file how they stand."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    cases: Json = {}
+
+    def save() -> None:
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(plain(cases)), encoding="utf-8")
+
+    work(Job(**json.loads(job)), cases, save)
+
+
+def work(job: Job, cases: Json, save: Callable[[], None]) -> None:
+    """Run the cases of a job; what begins is written down before it does, so that a crash has a name."""
     bench = Bench(machine_here(), job.quick, frozenset(job.passed))
     module, _, function = job.module.partition(":")
-    cases = getattr(importlib.import_module(module), function or "cases")(bench)
+    made = getattr(importlib.import_module(module), function or "cases")(bench)
     first, step = job.share
-    mine = {name: cases[name] for name in list(cases)[first::step] if name not in job.skip}
-    send(cases=list(mine))
-    for name, case in mine.items():
-        send(begin=name)
+    cases |= {name: {"status": NOT_RUN} for name in list(made)[first::step] if name not in job.skip}
+    save()
+    for name, entry in cases.items():
+        entry |= {"status": RUNNING, "rows": []}
+        save()
         started = time.perf_counter()
-        status, error = _run_case(bench, case, send)
-        send(end=name, status=status, error=error, seconds=round(time.perf_counter() - started, 3))
+        status, error = _run_case(bench, made[name], entry["rows"], save)
+        entry |= {"status": status, "error": error, "seconds": round(time.perf_counter() - started, 3)}
+        save()
         gc.collect()
         # A fault of the device leaves it unusable for this process: the next one goes on.
         bench.machine.synchronize()
         bench.machine.release_memory()
 
 
-def _run_case(bench: Bench, case: Callable[[], Iterator[Json]], send: Callable[..., None]) -> tuple[str, str | None]:
+def _run_case(
+    bench: Bench, case: Callable[[], Iterator[Json]], rows: list[Json], save: Callable[[], None]
+) -> tuple[str, str | None]:
     """Run one case and return how it ended; a row that has not passed makes it wrong."""
-    wrong = 0
     try:
         with torch.no_grad():
             for row in case():
-                wrong += row.get("passed") is False
-                send(row=row)
+                rows.append(row)
+                save()
         bench.machine.synchronize()
     except BlockedError as error:
         return BLOCKED, str(error)
     except Exception as error:
         return FAILED, without_paths(f"{type(error).__name__}: {error}")
+    wrong = sum(row.get("passed") is False for row in rows)
     return (WRONG, f"{wrong} wrong") if wrong else (DONE, None)
 
 
@@ -245,121 +247,76 @@ def _end_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def worker() -> None:
-    """Do the job that stands on the input as JSON, and say in one JSON message per line what happens."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    # Messages have the standard output to themselves: whatever else prints goes to the error stream.
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(**message: Any) -> None:
-        channel.write(json.dumps(plain(message)) + "\n")
-        channel.flush()
-
-    work(Job(**json.load(sys.stdin)), send)
-
-
 # -- its supervisor ---------------------------------------------------------------------------------------------------
-
-# What the workers of all lanes put in: their lane, and a message; None when the worker has ended.
-Inbox = queue.Queue[tuple["Lane", Json | None]]
 
 
 class Lane:
     """The part of a section's cases that run one after another, in one worker process after another.
 
     A crash or a hang costs one case. The lane writes the cases of its job into ``cases``, those of the record.
-
-    Attributes:
-        running: whether cases are left and a worker is at them.
-        error: what ended a worker before it began a case, or None.
     """
 
-    def __init__(self, job: Job, patience: float, cases: Json, inbox: Inbox) -> None:
-        self._job, self._patience, self._cases, self._inbox = job, patience, cases, inbox
-        self._begun: str | None = None
-        self._announced: list[str] = []
+    def __init__(self, job: Job, patience: float, cases: Json) -> None:
+        self._job, self._patience, self._cases = job, patience, cases
+        # What ended a worker before it began a case, and whether cases are left and a worker is at them.
         self.error: str | None = None
         self.running = True
         self._start()
 
     def _start(self) -> None:
-        # Whatever a worker starts, such as a compiler, ends with it: it leads a group of its own.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as the worker runs
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import worker; worker()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=child_environment(),
-            start_new_session=True,
-            encoding="utf-8",
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        # A worker that dies at once leaves its reason on the error stream.
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(json.dumps(asdict(self._job)))
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        self._file, self._words = folder / "cases.json", folder / "words"
+        run_worker = f"import sys; from {__name__} import worker; worker(*sys.argv[1:])"
+        with self._words.open("wb") as words:
+            # Whatever a worker starts, such as a compiler, ends with it: it leads a group of its own.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", run_worker, json.dumps(asdict(self._job)), str(self._file)],
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=words,
+                env=child_environment(),
+                start_new_session=True,
+            )
+        self._seen, self._timed_out = b"{}", False
+        self._own: Json = {}
         self._last_sign = time.monotonic()
-        self._timed_out = self._progressed = False
 
-    def _listen(self, stdout: IO[str]) -> None:
-        """Pass on what a worker says, and that it has ended."""
-        with stdout:
-            for line in stdout:
-                # The last line of a worker that is killed may have no end.
-                if line.endswith("\n"):
-                    self._inbox.put((self, json.loads(line)))
-        self._inbox.put((self, None))
+    def look(self) -> None:
+        """Take what the worker has written into the record; end it where it is silent too long, and go on after it."""
+        # Asked first: what was written before the end is then there to be read.
+        code = self._process.poll()
+        seen = self._file.read_bytes() if self._file.exists() else self._seen
+        if seen != self._seen:
+            self._seen, self._last_sign = seen, time.monotonic()
+            self._own = json.loads(seen)
+            self._cases.update(self._own)
+        if code is not None:
+            self._ended(code)
+        elif time.monotonic() - self._last_sign > (self._patience if self.begun else _STARTUP):
+            self._timed_out = True
+            self._kill()
 
-    def hear(self, message: Json | None) -> None:
-        """Take a worker's message into the record; start another worker if it has ended with cases left."""
-        self._last_sign = time.monotonic()
-        if message is None:
-            self._ended()
-        elif "cases" in message:
-            self._announced = message["cases"]
-            self._cases.update({name: {"status": NOT_RUN} for name in self._announced})
-        elif "begin" in message:
-            self._begun, self._progressed = message["begin"], True
-            self._cases[self._begun] = {"status": RUNNING, "rows": []}
-        elif "row" in message:
-            assert self._begun is not None
-            self._cases[self._begun]["rows"].append(message["row"])
-        else:
-            self._close(message["status"], message["error"], message["seconds"])
+    @property
+    def begun(self) -> list[Json]:
+        """The case that the worker is at, if it is at one."""
+        return [case for case in self._own.values() if case["status"] == RUNNING]
 
-    def _ended(self) -> None:
-        code = self._process.wait()
-        why = f"{_ending(code)}{self._last_words()}"
-        self._stderr.close()
-        if self._begun is not None and self._timed_out:
-            self._close(TIMEOUT, f"no sign of life for {self._patience:.0f} s")
-        elif self._begun is not None:
-            self._close(CRASHED, why)
-        left = [name for name in self._announced if self._cases[name]["status"] == NOT_RUN]
-        if not self._progressed and (left or code != 0):
+    def _ended(self, code: int) -> None:
+        """Say how the worker has ended, and start another one if cases are left."""
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        why = f"{how}{_last_words(self._words)}"
+        hung = TIMEOUT, f"no sign of life for {self._patience:.0f} s"
+        self._close(*(hung if self._timed_out else (CRASHED, why)))
+        left = [name for name, case in self._own.items() if case["status"] == NOT_RUN]
+        through = self._own.keys() - left
+        if not through and (left or code != 0):
             # Not one case begun: the next worker would fare no better.
             self.error = why
         self.running = bool(left) and self.error is None
         if self.running:
-            through = [name for name, case in self._cases.items() if case["status"] != NOT_RUN]
             self._job = replace(self._job, skip=sorted({*self._job.skip, *through}))
             self._start()
-
-    def _close(self, status: str, error: str | None, seconds: float | None = None) -> None:
-        """Write how the case that was begun ended."""
-        assert self._begun is not None
-        self._cases[self._begun] |= {"status": status, "seconds": seconds, "error": error}
-        self._begun = None
-
-    def check_patience(self) -> None:
-        """End a worker that has been silent for too long; its next message is that it has ended."""
-        allowed = _STARTUP if self._begun is None else self._patience
-        if self.running and time.monotonic() - self._last_sign > allowed:
-            self._timed_out = True
-            self._kill()
 
     def stop(self, status: str, error: str | None) -> None:
         """End the worker for good, and its case with this status and error."""
@@ -367,26 +324,25 @@ class Lane:
             self.running = False
             self._kill()
             self._process.wait()
-            self._stderr.close()
-            if self._begun is not None:
-                self._close(status, error)
+            self._close(status, error)
+
+    def _close(self, status: str, error: str | None) -> None:
+        """Write how the case that was begun ended, if one was."""
+        for case in self.begun:
+            case |= {"status": status, "seconds": None, "error": error}
+        self._folder.cleanup()
 
     def _kill(self) -> None:
         # It may just have ended by itself.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _last_words(self) -> str:
-        """Return the last line that the worker left on its error stream."""
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode("utf-8", "replace").split("\n")
-        words = next((line for line in reversed(lines) if line.strip()), "")
-        return f": {without_paths(words)}" if words else ""
 
-
-def _ending(code: int) -> str:
-    """Return how a process ended, in words."""
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+def _last_words(path: Path) -> str:
+    """Return the last line that a worker has printed."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    words = next((line for line in reversed(lines) if line.strip()), "")
+    return f": {without_paths(words)}" if words else ""
 
 
 def run(
@@ -420,7 +376,6 @@ def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, li
     if limit <= 0:
         entry |= {"status": INCOMPLETE, "error": f"{NOT_RUN}: the budget was used up"}
         return
-    inbox: Inbox = queue.Queue()
     lanes: list[Lane] = []
     # Until the clock has ended it, whatever ends it does so from outside: Ctrl-C.
     ended: tuple[str, str | None] = INTERRUPTED, None
@@ -428,8 +383,8 @@ def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, li
         num_lanes = max(1, min(section.lanes, (os.cpu_count() or 1) // 2)) if gpu else 1
         for i in range(num_lanes):
             job = Job(section.module, quick, record.done(GATE), (i, num_lanes), done)
-            lanes.append(Lane(job, section.patience, cases, inbox))
-        _listen(lanes, inbox, started + limit, record)
+            lanes.append(Lane(job, section.patience, cases))
+        _follow(lanes, started + limit, record)
         ended = TIMEOUT, "the section's time was up"
     finally:
         # Also on Ctrl-C: no process outlives the bench.
@@ -443,15 +398,13 @@ def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, li
         record.save()
 
 
-def _listen(lanes: Sequence[Lane], inbox: Inbox, deadline: float, record: Record) -> None:
+def _follow(lanes: Sequence[Lane], deadline: float, record: Record) -> None:
     """Take in what the workers say until they are through or the time is up."""
     saved = time.monotonic()
-    while any(lane.running for lane in lanes) and time.monotonic() < deadline:
-        with contextlib.suppress(queue.Empty):
-            lane, message = inbox.get(timeout=_TICK)
-            lane.hear(message)
-        for lane in lanes:
-            lane.check_patience()
+    while (running := [lane for lane in lanes if lane.running]) and time.monotonic() < deadline:
+        for lane in running:
+            lane.look()
         if time.monotonic() - saved > _SAVE_EVERY:
             record.save()
             saved = time.monotonic()
+        time.sleep(_TICK)

@@ -17,9 +17,10 @@ from sharpkern._support.files import write_rows
 from .accuracy import checked, judge
 from .cases import Bench, BlockedError, Load, Timed, timed
 from .formulas import FORMULAS
-from .timing import Json, Timing, Variant, machine_here
+from .timing import Json, Variant, machine_here
 
-LINES = ("sharpkern", "torch", "torch.compile")
+# Of a line's columns: the median, and the rates at the 80th and the 20th percentile of the time.
+ENDS = ("", "-min", "-max")
 # More buffers are not rotated: where operands are this small it is the launch that takes the time.
 _MOST_BUFFERS = 64
 
@@ -60,7 +61,8 @@ def sweep(bench: Bench, operation: str, beside: Path, say: Say) -> bool:
             path = beside.with_name(f"{beside.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.csv")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path, rows)
-            _draw(rows, f"{name}, {_device(bench)}", path.with_suffix(".png"))
+            device = torch.cuda.get_device_name() if bench.machine.is_gpu else "CPU, one thread"
+            _draw(rows, f"{name}, {device}", path.with_suffix(".png"))
             say(f"{name}: wrote {path} and {path.with_suffix('.png').name}")
     return right
 
@@ -70,16 +72,19 @@ def _rows(bench: Bench, name: str, say: Say) -> tuple[list[Json], bool]:
     rows, right = [], True
     # Graphs of other shapes are forgotten.
     torch._dynamo.reset()
-    operation = timed(bench, 1 << 12)[name].make()[0].operation
-    functions = {"torch": FORMULAS[operation], "torch.compile": torch.compile(FORMULAS[operation])}
+    formula = FORMULAS[timed(bench, 1 << 12)[name].make()[0].operation]
+    functions = {"sharpkern": None, "torch": formula, "torch.compile": torch.compile(formula)}
     for numel in sizes(bench):
-        load, timings, wrong = _timings(bench, timed(bench, numel)[name], functions)
+        case = timed(bench, numel)[name]
+        load = case.load(bench)
+        variants, wrong = _variants(bench, case, load, functions)
+        timings = bench.machine.time(variants, 0.5 if bench.machine.is_gpu else 0.1) if variants else {}
         amount, unit = (load.flops / 1e12, "TFLOP/s") if load.flops else (load.nbytes / 1e9, "GB/s")
         row: Json = {"elements": numel}
-        for line in LINES:
+        for line in functions:
             found = timings.get(line)
             rates = [f"{amount / s:.4g}" for s in (found.median, found.p80, found.p20)] if found else [""] * 3
-            row |= {f"{line}{end} ({unit})": rate for end, rate in zip(("", "-min", "-max"), rates, strict=True)}
+            row |= {f"{line}{end} ({unit})": rate for end, rate in zip(ENDS, rates, strict=True)}
         rows.append(row)
         right &= not wrong
         told = [f"{line} {row[f'{line} ({unit})']} {unit}" for line in timings]
@@ -89,50 +94,45 @@ def _rows(bench: Bench, name: str, say: Say) -> tuple[list[Json], bool]:
     return rows, right
 
 
-def _timings(
-    bench: Bench, case: Timed, functions: Mapping[str, Callable[..., Any]]
-) -> tuple[Load, dict[str, Timing], dict[str, str]]:
-    """Return what was timed, the timing of every line that is right, and of the others in words what is wrong."""
-    load = case.load(bench)
+def _variants(
+    bench: Bench, case: Timed, load: Load, functions: Mapping[str, Callable[..., Any] | None]
+) -> tuple[dict[str, Variant], dict[str, str]]:
+    """Return the lines that are right, to be timed, and of the others in words what is wrong."""
     count = min(_MOST_BUFFERS, bench.machine.rotations(load.nbytes))
     calls = [load.calls[0], *(case.load(bench).calls[0] for _ in range(count - 1))]
 
-    def run(line: str, number: int) -> Any:
+    def run(function: Callable[..., Any] | None, number: int) -> Any:
         call = calls[number % count]
-        return call.formula(functions[line]) if line in functions else call.run(bench.backend)
+        return call.formula(function) if function else call.run(bench.backend)
 
     variants: dict[str, Variant] = {}
     wrong: dict[str, str] = {}
-    for line in LINES:
+    for line, function in functions.items():
         try:
-            row = judge(bench, calls[0], functions.get(line))
+            row = judge(bench, calls[0], function)
         except Exception as error:
             wrong[line] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         if row["passed"]:
-            variants[line] = partial(run, line)
+            variants[line] = partial(run, function)
         else:
             wrong[line] = f"error {row['error_of_budget']:.3g} of its budget"
-    return load, bench.machine.time(variants, 0.5 if bench.machine.is_gpu else 0.1) if variants else {}, wrong
-
-
-def _device(bench: Bench) -> str:
-    return torch.cuda.get_device_name(bench.machine.device) if bench.machine.is_gpu else "CPU, one thread"
+    return variants, wrong
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Draw rates against sizes, with a band from the 20th to the 80th percentile."""
     figure = new_figure(6, 4)
     axes = figure.subplots()
-    unit = next(name for name in rows[0] if name != "elements").rsplit("(", 1)[1].rstrip(")")
-    for line, color in zip(LINES, COLORS, strict=False):
-        names = [f"{line}{end} ({unit})" for end in ("", "-min", "-max")]
-        found = [(row["elements"], *(float(row[name]) for name in names)) for row in rows if row[names[0]]]
+    _, *names = rows[0]
+    for i, color in zip(range(0, len(names), len(ENDS)), COLORS, strict=False):
+        of_line = names[i : i + len(ENDS)]
+        found = [(row["elements"], *(float(row[name]) for name in of_line)) for row in rows if row[of_line[0]]]
         if found:
             x, middle, slow, fast = zip(*found, strict=True)
-            axes.plot(x, middle, color=color, marker=".", label=line)
+            axes.plot(x, middle, color=color, marker=".", label=of_line[0].split(" (")[0])
             axes.fill_between(x, slow, fast, color=color, alpha=0.15, linewidth=0)
-    axes.set(xlabel="elements", ylabel=unit, title=title)
+    axes.set(xlabel="elements", ylabel=names[0].split("(")[1].rstrip(")"), title=title)
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

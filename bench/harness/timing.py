@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .cases import Bench
 
 Json = dict[str, Any]
+Result = TypeVar("Result")
 # A variant is called with the number of the call and rotates its buffers by it: what another variant has just used must
 # not be in the cache.
 Variant = Callable[[int], object]
@@ -56,19 +57,6 @@ class Timing:
         """Return the fields, in seconds with 6 digits."""
         fields = asdict(self).items()
         return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in fields}
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Most bytes that a call took on top of what was there: as tensors, and as reserved by the allocator."""
-
-    allocated: int
-    reserved: int
-
-
-def peak_fields(peak: Peak | None) -> Json:
-    """Return the peak as fields of a row, none on a CPU."""
-    return {} if peak is None else asdict(peak)
 
 
 class Machine:
@@ -163,29 +151,32 @@ class Machine:
         self.synchronize()
         return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
 
-    def milliseconds(self, function: Callable[[], object]) -> float:
-        """Return the milliseconds from the call until the device has done all of it."""
+    def milliseconds(self, function: Callable[[], Result]) -> tuple[float, Result]:
+        """Return the milliseconds from the call until the device has done all of it, and what it gave."""
         self.synchronize()
         started = time.perf_counter()
-        function()
+        result = function()
         self.synchronize()
-        return 1e3 * (time.perf_counter() - started)
+        return 1e3 * (time.perf_counter() - started), result
 
-    def peak(self, function: Callable[[], object]) -> Peak | None:
-        """Call a function and return the memory that it took at most; None on a CPU, where no allocator counts it."""
+    def peak(self, function: Callable[[], object]) -> dict[str, int]:
+        """Call a function and return the bytes that it took at most on top of what was there.
+
+        They are of tensors, and as reserved by the allocator; none on a CPU, where no allocator counts them.
+        """
         if not self.is_gpu:
             function()
-            return None
+            return {}
         self.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
         function()
         self.synchronize()
-        return Peak(
-            torch.cuda.max_memory_allocated(self.device) - allocated,
-            torch.cuda.max_memory_reserved(self.device) - reserved,
-        )
+        return {
+            "allocated": torch.cuda.max_memory_allocated(self.device) - allocated,
+            "reserved": torch.cuda.max_memory_reserved(self.device) - reserved,
+        }
 
 
 def machine_here() -> Machine:

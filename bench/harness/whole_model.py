@@ -3,8 +3,7 @@
 import copy
 import gc
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
 import torch
@@ -16,7 +15,7 @@ from sharpkern.errors import EngineUnsupportedError
 
 from .cases import Bench, Cases
 from .models import LARGE, SAME_LOSS, SMALL, TINY, USABLE, Moving, Preset, Training, engines, fitting
-from .timing import Json, each_call, peak_fields
+from .timing import Json, each_call
 
 # Most bytes that the virtual engine may take beyond a plain forward pass with a chunked head.
 _BEYOND_PLAIN = 1 << 30
@@ -25,6 +24,22 @@ _REPEATS, _PASS_REPEATS = 3, 5
 _STEP_SIZES = [0.02 * (k + 1) / NUM_PARALLEL for k in range(NUM_PARALLEL)]
 # Most bytes of weights, direction and all that a pass for eight step sizes takes, at 7 billion parameters.
 _MOST_BYTES = 31 << 30
+
+
+def _agreement(found: Sequence[float], expected: Sequence[float], tolerance: float, least_move: float = -1.0) -> Json:
+    """Return how losses compare with those expected, which have to differ by more than a least move."""
+    difference = max(abs(one / other - 1) for one, other in zip(found, expected, strict=True))
+    moved = max(expected) / min(expected) - 1 > least_move
+    return {"difference": difference, "passed": moved and difference <= tolerance}
+
+
+def _or_why_not(variant: str, about: Json, rows: Iterator[Json]) -> Iterator[Json]:
+    """Pass on what is measured; where memory or an engine does not suffice, say so in a row."""
+    try:
+        yield from rows
+    except (torch.OutOfMemoryError, EngineUnsupportedError) as error:
+        outcome = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"cannot be {variant}"
+        yield {"variant": variant, "outcome": outcome, **about}
 
 
 # -- one measurement --------------------------------------------------------------------------------------------------
@@ -38,13 +53,16 @@ def measurements(bench: Bench) -> Cases:
         bench.require("form", "form_adam", "adam_sums", "reduce", "axpy_", "embedding", "linear_cross_entropy")
         return Training(bench.machine, fitting(bench.machine, bench.quick))
 
+    def engine(name: str, *, resident: bool) -> Iterator[Json]:
+        return _or_why_not(name, scene().about(), _engine(scene(), name, resident=resident))
+
     return {
         "plain forward": lambda: _plain(scene()),
         "virtual, first measurement": lambda: _first(scene()),
-        "virtual, from the optimizer's state": lambda: _engine(scene(), "virtual", resident=False),
-        "virtual, direction in memory": lambda: _engine(scene(), "virtual", resident=True),
-        "in place": lambda: _engine(scene(), "inplace", resident=False),
-        "deep copy": lambda: _deep_copy(scene()),
+        "virtual, from the optimizer's state": lambda: engine("virtual", resident=False),
+        "virtual, direction in memory": lambda: engine("virtual", resident=True),
+        "in place": lambda: engine("inplace", resident=False),
+        "deep copy": lambda: _or_why_not("deep copy", scene().about(), _deep_copy(scene())),
     }
 
 
@@ -53,22 +71,16 @@ def _plain(scene: Training) -> Iterator[Json]:
     calls = {"plain": scene.loss, "plain, chunked head": scene.chunked_loss}
     # Building the model takes its time: something to show for it.
     yield {"scene": scene.about()}
-    losses = {name: float(call()) for name, call in calls.items()}
-    compared = _same_loss(scene, losses["plain"], losses["plain, chunked head"])
+    stock, chunked = (float(call()) for call in calls.values())
+    compared = _agreement([chunked], [stock], SAME_LOSS[scene.preset.dtype])
     yield {"compared": list(calls), **compared}
     if not compared["passed"]:
         return
     peaks = {name: scene.machine.peak(call) for name, call in calls.items()}
-    seconds = 1.5 if scene.machine.is_gpu else 0.2
-    timings = scene.machine.time({name: each_call(call) for name, call in calls.items()}, seconds)
+    timings = scene.machine.time({name: each_call(call) for name, call in calls.items()}, scene.seconds)
     plain_ms = 1e3 * timings["plain"].median
     for name, timing in timings.items():
-        yield {"variant": name, "plain_ms": plain_ms, **scene.about(), **peak_fields(peaks[name]), **timing.to_json()}
-
-
-def _same_loss(scene: Training, found: float, expected: float) -> Json:
-    difference = abs(found / expected - 1)
-    return {"difference": difference, "passed": difference <= SAME_LOSS[scene.preset.dtype]}
+        yield {"variant": name, "plain_ms": plain_ms, **scene.about(), **peaks[name], **timing.to_json()}
 
 
 def _first(scene: Training) -> Iterator[Json]:
@@ -76,67 +88,49 @@ def _first(scene: Training) -> Iterator[Json]:
     peak = scene.machine.peak(lambda: scene.measured)
     first = scene.measured
     fields = {"forwards": first.forwards, "ms_per_forward": 1e3 * first.seconds / first.forwards}
-    yield {"variant": "virtual", **fields, **_measured_fields(first), **peak_fields(peak), **scene.about()}
+    yield {"variant": "virtual", **fields, **_measured_fields(first), **peak, **scene.about()}
 
 
 def _engine(scene: Training, engine: str, *, resident: bool) -> Iterator[Json]:
-    """Hold one engine's losses against the virtual one's, and time and weigh its measurements."""
+    """Hold one engine's losses against the virtual one's, and time and weigh its measurements.
+
+    λ_c is not held against anything: a search along a curve with several crossings may end at another one for a
+    difference in the last bit.
+    """
     machine = scene.machine
-    try:
-        machine.synchronize()
-        started = time.perf_counter()
-        direction = scene.direction(resident=resident)
-        machine.synchronize()
-        seconds_for_direction = time.perf_counter() - started
-        agreement = _agreement(scene, engine, direction)
-        if not agreement["passed"]:
-            yield {"engine": engine, **agreement}
-            return
-        scene.measure(engine, direction, scene.start)
-        plain_peak = machine.peak(scene.chunked_loss)
-        peak = machine.peak(lambda: scene.measure(engine, direction, scene.start))
-        # In turns, so that clocks and other load meet both alike.
-        turns = [
-            (machine.milliseconds(scene.loss), scene.measure(engine, direction, scene.start)) for _ in range(_REPEATS)
-        ]
-    except torch.OutOfMemoryError:
-        yield {"variant": engine, "outcome": "out of memory", **scene.about()}
+    direction_ms, direction = machine.milliseconds(lambda: scene.direction(resident=resident))
+    step_sizes, expected = zip(*scene.losses, strict=True)
+    losses = scene.losses_by(engine, direction, step_sizes)
+    agreement = _agreement(losses, expected, SAME_LOSS[scene.preset.dtype], least_move=0.0)
+    compared = {"engine": engine, "step_sizes": step_sizes, "losses": losses, **agreement}
+    if not agreement["passed"]:
+        yield compared
         return
+    measure = partial(scene.measure, engine, direction, scene.start)
+    measure()
+    plain_peak, peak = machine.peak(scene.chunked_loss), machine.peak(measure)
+    # In turns, so that clocks and other load meet both alike.
+    turns = [(machine.milliseconds(scene.loss)[0], measure()) for _ in range(_REPEATS)]
     plain_ms, found = zip(*turns, strict=True)
-    yield {"engine": engine, **agreement, **_measured_fields(found[0])}
+    yield {**compared, **_measured_fields(found[0])}
     per_forward = sorted(1e3 * m.seconds / m.forwards for m in found)
     row: Json = {
         "variant": engine,
         "direction_in_memory": resident,
         "direction_bytes": direction.nbytes,
-        "direction_ms": 1e3 * seconds_for_direction,
+        "direction_ms": direction_ms,
         "ms_per_forward": statistics.median(per_forward),
         "ms_per_forward_range": [per_forward[0], per_forward[-1]],
         "plain_ms": statistics.median(plain_ms),
         "forwards": found[0].forwards,
-        **peak_fields(peak),
+        **peak,
         **scene.about(),
     }
-    if peak is not None and plain_peak is not None:
-        row["beyond_plain"] = peak.allocated - plain_peak.allocated
+    if peak:
+        row["beyond_plain"] = peak["allocated"] - plain_peak["allocated"]
         if engine == "virtual" and not resident:
             row["most_beyond_plain"] = _BEYOND_PLAIN
     yield row
-
-
-def _agreement(scene: Training, engine: str, direction: sharpkern.Direction) -> Json:
-    """Return how the losses of an engine compare with those of the virtual one at the same step sizes.
-
-    λ_c is not held against anything: a search along a curve with several crossings may end at another one for a
-    difference in the last bit.
-    """
-    step_sizes, expected = zip(*scene.losses, strict=True)
-    found = scene.losses_by(engine, direction, step_sizes)
-    difference = max(abs(one / other - 1) for one, other in zip(found, expected, strict=True))
-    # Or else nothing would have been compared.
-    moved = len(set(expected)) == len(expected)
-    passed = moved and difference <= SAME_LOSS[scene.preset.dtype]
-    return {"step_sizes": step_sizes, "losses": found, "difference": difference, "passed": passed}
 
 
 def _measured_fields(found: sharpkern.Measurement) -> Json:
@@ -145,32 +139,26 @@ def _measured_fields(found: sharpkern.Measurement) -> Json:
 
 def _deep_copy(scene: Training) -> Iterator[Json]:
     """Evaluate one step size in a copy of the model: the obvious way."""
-    machine = scene.machine
+    machine, twin = scene.machine, None
     eta, expected = scene.losses[-1]
-    twin = None
-    try:
-        direction = scene.direction(resident=True)
-        deltas = dict(zip(direction.parameters, direction.tensors, strict=True))
+    direction = scene.direction(resident=True)
+    deltas = dict(zip(direction.parameters, direction.tensors, strict=True))
 
-        def evaluate() -> torch.Tensor:
-            nonlocal twin
-            twin = copy.deepcopy(scene.model) if twin is None else twin
-            for moved, parameter in zip(twin.parameters(), scene.model.parameters(), strict=True):
-                if parameter in deltas:
-                    torch.add(parameter, deltas[parameter], alpha=-eta, out=moved)
-            return scene.loss(twin)
+    def evaluate() -> torch.Tensor:
+        nonlocal twin
+        twin = copy.deepcopy(scene.model) if twin is None else twin
+        for moved, parameter in zip(twin.parameters(), scene.model.parameters(), strict=True):
+            if parameter in deltas:
+                torch.add(parameter, deltas[parameter], alpha=-eta, out=moved)
+        return scene.loss(twin)
 
-        peak = machine.peak(evaluate)
-        compared = _same_loss(scene, float(evaluate()), expected)
-        yield {"compared": ["deep copy", "virtual"], "step_size": eta, **compared}
-        if not compared["passed"]:
-            return
-        variants = {"deep copy": each_call(evaluate), "plain": each_call(scene.loss)}
-        timings = machine.time(variants, 1.5 if machine.is_gpu else 0.2)
-    except torch.OutOfMemoryError:
-        yield {"variant": "deep copy", "outcome": "out of memory", **scene.about()}
+    peak = machine.peak(evaluate)
+    compared = _agreement([float(evaluate())], [expected], SAME_LOSS[scene.preset.dtype])
+    yield {"compared": ["deep copy", "virtual"], "step_size": eta, **compared}
+    if not compared["passed"]:
         return
-    fields = {"direction_bytes": direction.nbytes, **peak_fields(peak), **scene.about()}
+    timings = machine.time({"deep copy": each_call(evaluate), "plain": each_call(scene.loss)}, scene.seconds)
+    fields = {"direction_bytes": direction.nbytes, **peak, **scene.about()}
     plain_ms = 1e3 * timings["plain"].median
     yield {"variant": "deep copy", "plain_ms": plain_ms, **fields, **timings["deep copy"].to_json()}
 
@@ -207,26 +195,26 @@ def _sizes(bench: Bench) -> tuple[list[Preset], tuple[int, ...]]:
 
 
 def _passes(scene: Moving, num_tokens: int) -> Iterator[Json]:
-    """Hold the batched engine's losses against the virtual one's, and time and weigh passes of both."""
-    machine, loss_fn = scene.machine, partial(scene.loss, num_tokens=num_tokens)
+    """Say what a pass is of, and time and weigh passes of both engines."""
     about = {**scene.about(), "tokens": num_tokens, "direction_bytes": scene.direction.nbytes}
     yield {"scene": about}
+    yield from _or_why_not("batched", about, _passes_of_both(scene, partial(scene.loss, num_tokens=num_tokens), about))
+
+
+def _passes_of_both(scene: Moving, loss_fn: Callable[[], torch.Tensor], about: Json) -> Iterator[Json]:
+    """Hold the batched engine's losses against the virtual one's, and time and weigh passes of both."""
+    machine, tolerance = scene.machine, SAME_LOSS[scene.preset.dtype]
     with engines(("virtual", "batched"), scene.model, loss_fn, scene.direction) as opened:
-        try:
-            expected, found = (engine.losses(_STEP_SIZES) for engine in opened)
-            agreement = _batched_agrees(expected, found, SAME_LOSS[scene.preset.dtype])
-            yield agreement
-            if not agreement["passed"]:
-                return
-            one_pass = [partial(engine.losses, _STEP_SIZES[: _at_once(engine)]) for engine in opened]
-            peaks = [machine.peak(one) for one in one_pass]
-            # In turns, so that clocks and other load meet all alike; each waits for its losses.
-            calls: list[Callable[[], object]] = [loss_fn, *one_pass]
-            turns = [[machine.milliseconds(call) for call in calls] for _ in range(_PASS_REPEATS)]
-        except (torch.OutOfMemoryError, EngineUnsupportedError) as error:
-            outcome = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "cannot be batched"
-            yield {"variant": "batched", "outcome": outcome, **about}
+        expected, found = (engine.losses(_STEP_SIZES) for engine in opened)
+        agreement = _agreement(found, expected, tolerance, least_move=2 * tolerance)
+        yield {"engine": "batched", "losses": found, **agreement}
+        if not agreement["passed"]:
             return
+        one_pass = [partial(engine.losses, _STEP_SIZES[: _at_once(engine)]) for engine in opened]
+        peaks = [machine.peak(one) for one in one_pass]
+        # In turns, so that clocks and other load meet all alike; each waits for its losses.
+        calls: list[Callable[[], object]] = [loss_fn, *one_pass]
+        turns = [[machine.milliseconds(call)[0] for call in calls] for _ in range(_PASS_REPEATS)]
     plain, *taken = (statistics.median(column) for column in zip(*turns, strict=True))
     for engine, peak, pass_ms in zip(opened, peaks, taken, strict=True):
         at_once = _at_once(engine)
@@ -237,21 +225,14 @@ def _passes(scene: Moving, num_tokens: int) -> Iterator[Json]:
             "ms_per_step_size": pass_ms / at_once,
             "plain_ms": plain,
             "pass_over_virtual": pass_ms / taken[0],
-            **peak_fields(peak),
+            **peak,
             **about,
         }
-        if peak is not None:
-            row["total_bytes"] = peak.allocated + scene.weight_bytes + scene.direction.nbytes
+        if peak:
+            row["total_bytes"] = peak["allocated"] + about["weight_bytes"] + scene.direction.nbytes
             if (scene.preset.name, at_once) == ("7B", NUM_PARALLEL):
                 row["most_total_bytes"] = _MOST_BYTES
         yield row
-
-
-def _batched_agrees(expected: list[float], found: list[float], tolerance: float) -> Json:
-    difference = max(abs(one / other - 1) for one, other in zip(found, expected, strict=True))
-    # Or else nothing would have been compared.
-    moved = max(expected) / min(expected) - 1 > 2 * tolerance
-    return {"engine": "batched", "losses": found, "difference": difference, "passed": moved and difference <= tolerance}
 
 
 def _at_once(engine: Engine) -> int:

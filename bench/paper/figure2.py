@@ -7,7 +7,6 @@ loss along the same update. Without --data the network learns scikit-learn's dig
 paper's setting, on the first 5000 images.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,8 @@ from pathlib import Path
 
 import torch
 from cifar import cifar10
-from facts import CLOSE, bound, by_run, close, median, no_value, percent, ratios, sentences, times
-from gauge import TOLERANCE, Gauge
-from panels import Curve, draw_runs
-from scaffold import Figure, Order, Piece, Row, main
+from runs import Curve, Gauge, by_run, close, draw_runs, largest_share, ratios, times
+from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,30 +25,19 @@ from sharpkern.cli.digits import digits
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what, and how.
+    """What is trained on what, and how."""
 
-    Attributes:
-        data: in words, that follow the number of images.
-        num_inputs: of the network.
-        width: of its hidden layers.
-        lr: learning rate.
-        num_steps: of SGD.
-        every: so many steps a measurement; odd, since at the edge of stability the iterate swings from side to side
-            with a period of two, of which an even stride would see one side only.
-        num_images: of the training set, which is the full batch.
-        large: batch size.
-        small: batch size.
-    """
-
-    data: str
+    data: str  # in words, that follow the number of images
     num_inputs: int
-    width: int
+    width: int  # of the hidden layers
     lr: float
     num_steps: int
+    # So many steps a measurement; odd, since at the edge of stability the iterate swings from side to side with a
+    # period of two, of which an even stride would see one side only.
     every: int
-    num_images: int
-    large: int
-    small: int
+    num_images: int  # of the training set, which is the full batch
+    large: int  # batch size
+    small: int  # batch size
 
 
 DIGITS = Setting("handwritten digits, a fifth of their labels random", 64, 128, 0.1, 600, 5, 1797, 512, 64)
@@ -125,110 +111,35 @@ def draw(rows: list[Row], path: Path) -> None:
     )
 
 
-def findings(rows: list[Row]) -> str:
-    """Say what the paper found, what these rows show, and where they differ."""
+def numbers(rows: list[Row]) -> dict[str, str]:
+    """Return what the README has in its table."""
     full, *others = by_run(rows)
-    found = [
-        "**The paper** trains a fully connected network by SGD. With the full batch, λ_max climbs to 2/η (progressive "
-        "sharpening) and stays there (the edge of stability). λ_c stays low at first, then rises abruptly to 2/η. λ_c "
-        "is about λ_dir, and λ_dir is at most λ_max.",
-        sentences(_setting(full), _climb(full), _edge(full), bound(rows, "lambda_dir", "λ_dir", TOLERANCE)),
-        sentences(
-            "**Where they differ.**",
-            _before(full),
-            *(_mini_batch(run) for run in others),
-            _stand(others),
-            no_value(rows),
-        ),
-    ]
-    return "\n\n".join(found)
-
-
-def _setting(full: list[Row]) -> str:
-    row = full[0]
-    return (
-        f"**This run.** The network has 4 linear layers of width {row['width']:.0f} and learns {row['batch']:.0f} "
-        f"{row['data']}, with η = {row['lr']:g}, so 2/η = {row['threshold']:.3g}."
-    )
-
-
-def _climb(full: list[Row]) -> str:
-    """Say how λ_max met 2/η with the full batch, or that it did not."""
-    known = [row for row in full if math.isfinite(row["lambda_max"])]
-    if not known:
-        return "With the full batch λ_max has no value at any step."
-    where = "" if known[0] is full[0] else f" (at step {known[0]['step']:.0f}, the first with a value)"
-    text = f"With the full batch λ_max starts at {known[0]['lambda_max']:.2g}{where}"
-    reached = _reached(full, "lambda_max", 1)
-    if reached is None:
-        return f"{text} and never reaches 2/η: its largest value is {max(row['lambda_max'] for row in known):.3g}."
-    return f"{text} and has reached 2/η by step {full[reached]['step']:.0f}."
-
-
-def _edge(full: list[Row]) -> str:
-    """Say how λ_c rose to 2/η with the full batch, and how close it was to λ_dir from then on."""
     jump = _reached(full, "lambda_c", 0.5)
-    if jump is None:
-        known = ratios(full, "lambda_c", "threshold")
-        if not known:
-            return "λ_c has no value at any step."
-        return f"λ_c does not reach half of 2/η: it is at most {times(max(known), '2/η')}."
-    before, after = ratios(full[:jump], "lambda_c", "threshold"), full[jump:]
-    text = f"λ_c is at least half of 2/η for the first time at step {full[jump]['step']:.0f}"
-    if before:
-        text += (
-            f": its median until then is {times(median(before), '2/η')}, and its last value before "
-            f"{times(before[-1], '2/η')}"
-        )
-    return f"{text}. From there on the medians are {_medians(after, _ALL)}, and {close(after)}."
-
-
-def _before(full: list[Row]) -> str:
-    """Say whether λ_c was close to λ_dir before it was at half of 2/η."""
-    jump = _reached(full, "lambda_c", 0.5)
-    before = full[:jump]
-    if not before:
-        return ""
-    negative = sum(row["lambda_dir"] <= 0 for row in before)
-    when = "With the full batch" if jump is None else "With the full batch, before λ_c is at half of 2/η,"
-    text = f"{when} {close(before)}"
-    if negative:
-        text += (
-            f", and λ_dir is not positive at {negative}. λ_dir is the curvature at θ, λ_c that of a finite step; they "
-            "are equal where the loss along the update is a parabola"
-        )
-    return f"{text}."
-
-
-def _mini_batch(run: list[Row]) -> str:
-    """Give the medians at the end of a run with mini-batches."""
-    return f"With batches of {run[0]['batch']:.0f} the medians over the last 40 % are {_medians(_end(run), _BOTH)}."
-
-
-def _stand(others: list[list[Row]]) -> str:
-    """Count the runs with mini-batches at whose end λ_c stands below 2/η, and those where the full set's is near it."""
-    medians = [
-        [median(ratios(_end(run), name, "threshold")) for run in others] for name in ("lambda_c", "heldout_lambda_c")
-    ]
-    own, whole = ([value for value in values if not math.isnan(value)] for values in medians)
-    if not own or not whole:
-        return ""
-    below, near = sum(value < 1 - CLOSE for value in own), sum(abs(value - 1) <= CLOSE for value in whole)
-    return (
-        f"So the batch's own λ_c ends more than {percent(CLOSE)} below 2/η in {below} of {len(own)} such runs, and "
-        f"that of the full training set along the same update within {percent(CLOSE)} of it in {near} of {len(whole)}; "
-        "the paper's statement is on the full batch."
-    )
-
-
-_BOTH = {"lambda_c": "λ_c", "lambda_max": "λ_max", "heldout_lambda_c": "λ_c of the full training set"}
-_ALL = {"lambda_c": "λ_c", "lambda_dir": "λ_dir", "lambda_max": "λ_max"}
-
-
-def _medians(rows: list[Row], names: Mapping[str, str]) -> str:
-    """List the medians of some columns in units of 2/η."""
-    values = {name: median(ratios(rows, column, "threshold")) for column, name in names.items()}
-    return ", ".join(f"{times(value, '2/η')} ({name})" for name, value in values.items())
+    climbed = _reached(full, "lambda_max", 1)
+    before, after = full[:jump], full[jump:] if jump is not None else []
+    low = ratios(before, "lambda_c", "threshold")
+    found = {
+        "full batch: images": f"{full[0]['batch']:.0f} {full[0]['data']}",
+        "full batch: λ_max at the first step": number(full[0]["lambda_max"]),
+        "full batch: first step with λ_max at 2/η": _step(full, climbed),
+        "full batch: first step with λ_c at half of 2/η": _step(full, jump),
+        "before it: median and last λ_c": ", ".join(map(times, (median(low), low[-1]))) if low else "no value",
+        "before it: λ_c within 25 % of λ_dir": close(before),
+        "before it: λ_dir not positive": f"{sum(row['lambda_dir'] <= 0 for row in before)} of {len(before)} points",
+        "from there on: median λ_c": _median(after, "lambda_c"),
+        "from there on: median λ_dir": _median(after, "lambda_dir"),
+        "from there on: median λ_max": _median(after, "lambda_max"),
+        "from there on: λ_c within 25 % of λ_dir": close(after),
+    }
+    for run in others:
+        end = [row for row in run if row["step"] >= 0.6 * run[-1]["step"]]
+        batches = f"batches of {run[0]['batch']:.0f}, last 40 %"
+        found[f"{batches}: median λ_c"] = _median(end, "lambda_c")
+        found[f"{batches}: median λ_max"] = _median(end, "lambda_max")
+        found[f"{batches}: median λ_c of the full set"] = _median(end, "heldout_lambda_c")
+    found["all runs: largest λ_dir over λ_max"] = largest_share(rows, "lambda_dir")
+    found["all runs: searches that did not converge"] = not_converged(rows)
+    return found
 
 
 def _reached(rows: list[Row], column: str, share: float) -> int | None:
@@ -236,9 +147,12 @@ def _reached(rows: list[Row], column: str, share: float) -> int | None:
     return next((i for i, row in enumerate(rows) if row[column] >= share * row["threshold"]), None)
 
 
-def _end(run: list[Row]) -> list[Row]:
-    """Return the last 40 % of a run."""
-    return [row for row in run if row["step"] >= 0.6 * run[-1]["step"]]
+def _step(rows: list[Row], index: int | None) -> str:
+    return "never" if index is None else f"{rows[index]['step']:.0f}"
+
+
+def _median(rows: list[Row], column: str) -> str:
+    return times(median(ratios(rows, column, "threshold")))
 
 
 FIGURE = Figure(
@@ -247,11 +161,9 @@ FIGURE = Figure(
     setting_of,
     pieces,
     draw,
-    findings,
+    numbers,
     takes_data=True,
 )
 
 if __name__ == "__main__":
-    # The same bits on every machine of a kind, and no slower at this size.
-    torch.set_num_threads(1)
     main(FIGURE)

@@ -8,16 +8,13 @@ another batch's loss along AdamW's update.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from facts import bound, by_run, close, median, no_value, number, ratios, sentences, times
-from gauge import TOLERANCE, Gauge
-from panels import Curve, draw_runs
-from scaffold import Figure, Order, Piece, Row, main
+from runs import Curve, Gauge, by_run, close, draw_runs, largest_share, ratios, times
+from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number
 from torch import Tensor
 
 # Beside the folder of this script; scaffold has put it on the path.
@@ -27,6 +24,7 @@ LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 FULL = {"num_steps": 600, "warmup": 100, "decay": 150, "batch_size": 16}
 QUICK = {"num_steps": 24, "warmup": 6, "decay": 6, "batch_size": 2}
 CONTEXT = 64
+PHASES = ("warm-up", "stable", "decay")
 # Odd, so that a swing with a period of two steps is seen on both sides.
 EVERY = 11
 
@@ -73,9 +71,7 @@ def _windows(data: Tensor, num_rows: int, generator: torch.Generator) -> Tensor:
 
 
 def _phase(schedule: Run, step: int) -> str:
-    if step < schedule.warmup:
-        return "warm-up"
-    return "stable" if step < schedule.num_steps - schedule.decay else "decay"
+    return PHASES[(step >= schedule.warmup) + (step >= schedule.num_steps - schedule.decay)]
 
 
 def setting_of(order: Order) -> object:
@@ -110,130 +106,48 @@ def draw(rows: list[Row], path: Path) -> None:
     )
 
 
-def findings(rows: list[Row]) -> str:
-    """Say what the paper found, what these rows show, and where they differ."""
-    runs = by_run(rows)
-    found = [
-        "**The paper** trains language models by AdamW with warm-up, a stable phase and decay. λ_c falls in the "
-        "warm-up, stays below 2/η, and rises in the decay.",
-        sentences(
-            "**This run.** A model of 2 layers and width 64 learns Python's help texts byte by byte.",
-            *(_course(run) for run in runs),
-            "(From and to are medians: of the first and the last quarter of the warm-up, of the last thirds of stable "
-            "phase and decay.)",
-            f"After the warm-up {close(_after_warmup(rows))}; λ_dir is that of AdamW's own update.",
-            bound(rows, "lambda_dir_plain", "λ_dir of P⁻¹g", TOLERANCE),
-        ),
-        sentences(
-            "**Where they differ.**", _against_paper(runs), _preconditioned(rows), _heldout(runs), no_value(rows)
-        ),
-    ]
-    return "\n\n".join(found)
-
-
-def _course(run: list[Row]) -> str:
-    """Say how λ_c went in one run: warm-up, stable phase, decay."""
-    known = ratios(run, "lambda_c", "two_over_lr")
-    if not known:
-        return f"At {run[0]['run']} λ_c has no value."
-    below = sum(ratio < 1 for ratio in known)
-    share = median(ratios(_stable(run), "lambda_c", "two_over_lr"))
-    has = "no value" if math.isnan(share) else f"a median of {times(share, '2/η')}"
-    return (
-        f"At {run[0]['run']} λ_c {_goes(*_warmup(run))} in the warm-up, has {has} in the stable phase, "
-        f"and {_goes(*_decay(run))} in the decay; it is below 2/η at "
-        f"{'all' if below == len(known) else f'{below} of'} {len(known)} points."
-    )
-
-
-def _goes(start: float, end: float) -> str:
-    word = _change(start, end)
-    if word == "rises" or word == "falls":
-        return f"{word} from {number(start)} to {number(end)}"
-    return f"stays at {number(start)}" if word == "stays the same" else word
-
-
-def _change(start: float, end: float) -> str:
-    """Say how λ_c goes, to the digits that are printed."""
-    if math.isnan(start) or math.isnan(end):
-        return "is not known at both ends"
-    if number(start) == number(end):
-        return "stays the same"
-    return "rises" if end > start else "falls"
-
-
-def _stable(run: list[Row]) -> list[Row]:
-    return [row for row in run if row["phase"] == "stable"]
-
-
-def _warmup(run: list[Row]) -> tuple[float, float]:
-    """Return the medians of λ_c in the first and the last quarter of the warm-up."""
-    values = [row["lambda_c"] for row in run if row["phase"] == "warm-up"]
-    quarter = -(-len(values) // 4)
-    return median(values[:quarter]), median(values[-quarter:])
-
-
-def _decay(run: list[Row]) -> tuple[float, float]:
-    """Return the medians of λ_c in the last third of the stable phase and in that of the decay."""
-    stable, decay = ([row["lambda_c"] for row in run if row["phase"] == phase] for phase in ("stable", "decay"))
-    last, end = (median(values[-max(1, len(values) // 3) :]) for values in (stable, decay))
-    return last, end
-
-
-def _after_warmup(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["phase"] != "warm-up"]
-
-
-def _against_paper(runs: list[list[Row]]) -> str:
-    """Say in which phases λ_c goes as in the paper."""
-    phases = (("warm-up", "falls", _warmup), ("decay", "rises", _decay))
-    found = []
-    for phase, paper, ends in phases:
-        words = Counter(_change(*ends(run)) for run in runs)
-        if words[paper] == len(runs):
-            found.append(f"In the {phase} λ_c {paper} in all runs, as in the paper.")
-        found += [
-            f"In {num} of {len(runs)} runs λ_c {word} in the {phase}, where the paper has it {paper[:-1]}."
-            for word, num in words.items()
-            if word != paper
-        ]
-    return " ".join(found)
-
-
-def _preconditioned(rows: list[Row]) -> str:
-    """Say where the preconditioned λ_max exceeds its threshold, and how often a byte that is new is the reason."""
+def numbers(rows: list[Row]) -> dict[str, str]:
+    """Return what the README has in its table; from and to are medians of the ends of a phase."""
+    found = {}
+    for run in by_run(rows):
+        warmup, stable, decay = ([row for row in run if row["phase"] == name] for name in PHASES)
+        below, quarter = ratios(run, "lambda_c", "two_over_lr"), -(-len(warmup) // 4)
+        of_run = {
+            "λ_c in the warm-up": _course(warmup[:quarter], warmup[-quarter:]),
+            "median λ_c in the stable phase": _median(stable, "lambda_c"),
+            "λ_c in the decay": _course(stable[-max(1, len(stable) // 3) :], decay[-max(1, len(decay) // 3) :]),
+            "λ_c below 2/η": f"{sum(ratio < 1 for ratio in below)} of {len(below)} points",
+            "median λ_c of another batch's loss in the stable phase": _median(stable, "heldout_lambda_c"),
+        }
+        found |= {f"{run[0]['run']}: {name}": value for name, value in of_run.items()}
     over = [row for row in rows if row["lambda_max"] > row["threshold"]]
     rest = [row for row in rows if row["lambda_max"] <= row["threshold"]]
-    if not over and not rest:
-        return "The preconditioned λ_max has no value."
-    usual = median(ratios(rest, "lambda_max", "threshold"))
-    text = f"The preconditioned λ_max is above its own threshold at {len(over)} of {len(over) + len(rest)} points"
-    if not over:
-        return f"{text}; its median is {usual:.2f} of it."
-    text += f", {sum(row['phase'] == 'warm-up' for row in over)} of them in the warm-up"
-    new_over, new_rest = (sum(math.isinf(row["absence"]) for row in some) for some in (over, rest))
-    elsewhere = ""
-    if rest:
-        text += f", and has a median of {usual:.2f} of it at the others"
-        elsewhere = f", which is so at {new_rest} of the other {len(rest)}"
-    text += f". At {new_over} of the {len(over)} the batch holds a byte that no batch held before{elsewhere}"
-    if new_over:
-        text += ": P is that of the step before, and for the embedding of a new byte it is no more than AdamW's ε"
-    return f"{text}."
+    return {
+        **found,
+        "after the warm-up: λ_c within 25 % of λ_dir": close(row for row in rows if row["phase"] != "warm-up"),
+        "all runs: largest λ_dir of P⁻¹g over λ_max": largest_share(rows, "lambda_dir_plain"),
+        "all runs: λ_max above its threshold": f"{len(over)} of {len(over) + len(rest)} points",
+        "of these in the warm-up": f"{sum(row['phase'] == 'warm-up' for row in over)}",
+        "of these with a byte that no batch held before": _new_bytes(over),
+        "of the others with such a byte": _new_bytes(rest),
+        "of the others: median λ_max over its threshold": f"{median(ratios(rest, 'lambda_max', 'threshold')):.2f}",
+        "all runs: searches that did not converge": not_converged(rows),
+    }
 
 
-def _heldout(runs: list[list[Row]]) -> str:
-    """Set λ_c of the other batch against that of the gradient's own."""
-    medians = {run[0]["run"]: median(ratios(_stable(run), "heldout_lambda_c", "two_over_lr")) for run in runs}
-    found = ", ".join(f"{times(value, '2/η')} ({run})" for run, value in medians.items() if not math.isnan(value))
-    if not found:
-        return ""
-    return f"λ_c of another batch's loss along the same update has, in the stable phase, a median of {found}."
+def _course(start: list[Row], end: list[Row]) -> str:
+    return " to ".join(number(median(row["lambda_c"] for row in part)) for part in (start, end))
 
 
-FIGURE = Figure("figure3", "sharpness of a language model trained by AdamW", setting_of, pieces, draw, findings)
+def _median(rows: list[Row], column: str) -> str:
+    return times(median(ratios(rows, column, "two_over_lr")))
+
+
+def _new_bytes(rows: list[Row]) -> str:
+    return f"{sum(math.isinf(row['absence']) for row in rows)} of {len(rows)}"
+
+
+FIGURE = Figure("figure3", "sharpness of a language model trained by AdamW", setting_of, pieces, draw, numbers)
 
 if __name__ == "__main__":
-    # The same bits on every machine of a kind.
-    torch.set_num_threads(1)
     main(FIGURE)

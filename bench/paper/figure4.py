@@ -10,30 +10,29 @@ command takes the paper's own model:
 """
 
 import contextlib
-import csv
 import io
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import torch
 from corpora import english
-from facts import median, no_value, number, sentences
 from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
-from scaffold import Figure, Order, Piece, Row, main
+from runs import Curve, draw_runs
+from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, read_rows, span
 
-from sharpkern._support.figures import BLUE, COLORS, ORANGE, columns, legend_below, light_grid
+from sharpkern._support.figures import BLUE, COLORS, ORANGE
 from sharpkern.cli import app
-from sharpkern.monitoring.plot import draw_measurements
 
 FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
 QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)
 _DIRECTIONS = ("adamw", "sgd")
-_GREEN = COLORS[2]
+_CURVES = (
+    Curve("lambda_c", r"checkpoints, $\lambda_c$", BLUE, "status"),
+    Curve("in_training_lambda_c", r"in training, $\lambda_c$ of the batch", ORANGE, "in_training_status"),
+    Curve("heldout_lambda_c", r"in training, $\lambda_c$ of another batch", COLORS[2], "heldout_status"),
+)
 
 
 def setting_of(order: Order) -> tuple[Stages, int, dict[str, float]]:
@@ -60,11 +59,11 @@ def _measure(direction: str, batches: int, revisions: Path, work: Path) -> list[
     """Run the command on all revisions and read what it wrote."""
     text = work / "english.txt"
     text.write_text(english(), encoding="utf-8")
-    names = sorted((path.name for path in revisions.iterdir()), key=lambda name: int(name.split("step")[1]))
+    saved = sorted((path.name for path in revisions.iterdir()), key=lambda name: int(name.split("step")[1]))
     folder = work / direction
     arguments = {
         "--model": revisions,
-        "--revisions": ",".join(names),
+        "--revisions": ",".join(saved),
         "--text": text,
         "--direction": direction,
         "--batches": batches,
@@ -74,20 +73,8 @@ def _measure(direction: str, batches: int, revisions: Path, work: Path) -> list[
     }
     with contextlib.redirect_stdout(io.StringIO()):
         app(["measure", *(str(word) for pair in arguments.items() for word in pair)], standalone_mode=False)
-    with (folder / "measure.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    numbers = ("loss", "lambda_c", "critical_lr", "error")
-    return [
-        {
-            "direction": direction,
-            "revision": row["revision"],
-            "step": int(row["step"]),
-            "status": row["status"],
-            "forwards": int(row["forwards"]),
-            **{name: float(row[name]) for name in numbers},
-        }
-        for row in rows
-    ]
+    names = ("revision", "step", "status", "forwards", "loss", "lambda_c", "critical_lr", "error")
+    return [{"direction": direction, **{name: row[name] for name in names}} for row in read_rows("measure", folder)]
 
 
 def of_direction(rows: list[Row], direction: str) -> list[Row]:
@@ -98,150 +85,57 @@ def of_direction(rows: list[Row], direction: str) -> list[Row]:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Draw λ_c of the revisions along both directions, and the loss."""
-    from matplotlib.figure import Figure as Canvas
-
-    figure = Canvas(figsize=(10, 5), dpi=120, layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
-    for column, (direction, title) in enumerate(zip(_DIRECTIONS, ("AdamW's update", "the gradient"), strict=True)):
-        found = of_direction(rows, direction)
-        upper, lower = grid[:, column]
-        steps = [row["step"] for row in found]
-        _draw_series(upper, found, _measured, r"checkpoints, $\lambda_c$", BLUE)
-        if direction == "adamw":
-            _draw_series(upper, found, _of_batch, r"in training, $\lambda_c$ of the batch", ORANGE)
-            _draw_series(upper, found, _of_other, r"in training, $\lambda_c$ of another batch", _GREEN)
-            thresholds = [2 / row["lr"] for row in found]
-            upper.plot(steps, thresholds, "k--", linewidth=1.2, label=r"$2/\eta$ of the run", zorder=1)
-        lower.plot(steps, [row["loss"] for row in found], color="#555555", linewidth=1.2)
-        upper.set_yscale("log")
-        upper.set_title(f"along {title}", fontsize="medium")
-        lower.set_xlabel("step")
-        border = [row["step"] for row in found if row["revision"].startswith("stage2")]
-        for axes in (upper, lower):
-            if border:
-                axes.axvspan(border[0], steps[-1], color="#eeeeee", zorder=0, label="mid-training")
-            light_grid(axes)
-    grid[0][0].set_ylabel("sharpness (1/learning rate)")
-    grid[1][0].set_ylabel("loss on English")
-    legend_below(figure, grid[0])
-    figure.savefig(path)
-
-
-def _draw_series(axes: Any, found: list[Row], pick: Callable[[Any], Any], label: str, color: str) -> None:
-    """Draw one series as plots of training runs do, and a dot for each value: a line has none between two gaps."""
-    records = [SimpleNamespace(step=row["step"], row=row) for row in found]
-    draw_measurements(axes, records, pick, label, color)
-    dots = [(record.step, pick(record).sharpness) for record in records if pick(record).status == "converged"]
-    axes.plot(*columns(dots), ".", color=color, markersize=5)
-
-
-def _measured(record: Any) -> Any:
-    return SimpleNamespace(sharpness=record.row["lambda_c"], status=record.row["status"])
-
-
-def _of_batch(record: Any) -> Any:
-    return SimpleNamespace(sharpness=record.row["in_training_lambda_c"], status=record.row["in_training_status"])
-
-
-def _of_other(record: Any) -> Any:
-    return SimpleNamespace(sharpness=record.row["heldout_lambda_c"], status=record.row["heldout_status"])
-
-
-def findings(rows: list[Row]) -> str:
-    """Say what the rows show."""
     adamw, sgd = (of_direction(rows, direction) for direction in _DIRECTIONS)
-    paper = (
-        "**The paper** measures the checkpoints of OLMo-2 7B with forward passes alone and finds progressive "
-        "sharpening at that scale, in pre-training and in mid-training."
+    panels = [{**row, "run": "along AdamW's update", "two_over_lr": 2 / row["lr"]} for row in adamw]
+    # What the run saw is of its own update.
+    own = ("in_training", "heldout")
+    panels += [
+        {**{key: row[key] for key in row if not key.startswith(own)}, "run": "along the gradient"} for row in sgd
+    ]
+    draw_runs(
+        panels,
+        path,
+        curves=_CURVES,
+        thresholds=[Curve("two_over_lr", r"$2/\eta$ of the run", "black")],
+        title=lambda row: row["run"],
+        window=1,
+        shaded=("mid-training", lambda row: row["revision"].startswith("stage2")),
     )
-    below = sum(row["lambda_c"] < 2 / row["lr"] for row in adamw)
-    run = (
-        f"**This run.** {len(adamw)} checkpoints, or revisions, of a small Olmo 2, the first of which is the "
-        f"initialization. From the next on λ_c along AdamW's update {_courses(adamw)}; over all of them it is below "
-        f"the run's own 2/η at {below}. Along the gradient it {_courses(sgd)}."
-    )
-    return "\n\n".join([paper, run, sentences(_same(adamw), no_value(rows)), _difference(adamw, sgd)])
 
 
-def _stages(found: list[Row]) -> dict[str, list[float]]:
-    """Return λ_c over each stage, the initialization left out."""
-    first = [row["lambda_c"] for row in found if row["revision"].startswith("stage1")][1:]
-    return {
-        "pre-training": first,
-        "mid-training": [row["lambda_c"] for row in found if row["revision"].startswith("stage2")],
-    }
-
-
-def _courses(found: list[Row]) -> str:
-    """Say how λ_c changed over each stage."""
-    return ", and ".join(f"{_course(values)} in {stage}" for stage, values in _stages(found).items())
-
-
-def _course(values: list[float]) -> str:
-    if not _known(values):
-        return "has no two ends to compare"
-    before, after = values[0], values[-1]
-    if math.isinf(before) and math.isinf(after):
-        return "is ∞ at both ends"
-    word = "rises" if _rises(values) else "falls" if after < before / 1.1 else "stays about the same,"
-    return f"{word} from {number(before)} to {number(after)}"
-
-
-def _known(values: list[float]) -> bool:
-    """Say whether there is a value at both ends."""
-    return len(values) > 1 and not math.isnan(values[0]) and not math.isnan(values[-1])
-
-
-def _rises(values: list[float]) -> bool:
-    return _known(values) and values[-1] > 1.1 * values[0]
-
-
-def _same(adamw: list[Row]) -> str:
-    """Compare the update that batches give with the optimizer's own."""
-    own, other = (
-        [row["lambda_c"] / row[name] for row in adamw[1:] if math.isfinite(row["lambda_c"] + row[name])]
-        for name in ("in_training_lambda_c", "heldout_lambda_c")
-    )
-    text = "`sharpkern measure` sees weights only, and accumulates AdamW's moments over batches while they stand still."
+def numbers(rows: list[Row]) -> dict[str, str]:
+    """Return what the README has in its table; from and to leave the initialization out."""
+    adamw, sgd = (of_direction(rows, direction) for direction in _DIRECTIONS)
     # Along one and the same update, the optimizer's own.
     pairs = [(row["in_training_lambda_c"], row["heldout_lambda_c"]) for row in adamw[1:]]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
-    if not own or not other or not pairs:
-        return f"{text} There is nothing to compare its λ_c with."
-    further = sum(batch < another for batch, another in pairs)
-    text += (
-        " After the initialization the ratio of its λ_c to what a `Monitor` in the run saw at the same step along the "
-        f"optimizer's own update has a median of {_spread(other)} for another batch's loss, of as much other "
-        f"English of the training text, and {_spread(own)} for the training batch's. Along that update the training "
-        f"batch's λ_c is below the other batch's at {further} of {len(pairs)} revisions"
-    )
-    if 2 * further > len(pairs):
-        text += ", so its loss falls further: its own gradient is in the update"
-    return f"{text}."
+    return {
+        "checkpoints": str(len(adamw)),
+        "AdamW's update: λ_c in pre-training": _course(adamw[1:], "stage1"),
+        "AdamW's update: λ_c in mid-training": _course(adamw, "stage2"),
+        "AdamW's update: λ_c below the run's 2/η": str(sum(row["lambda_c"] < 2 / row["lr"] for row in adamw)),
+        "gradient: λ_c in pre-training": _course(sgd[1:], "stage1"),
+        "gradient: λ_c in mid-training": _course(sgd, "stage2"),
+        "λ_c over the run's own, of another batch": _over(adamw, "heldout_lambda_c"),
+        "λ_c over the run's own, of the training batch": _over(adamw, "in_training_lambda_c"),
+        "training batch's λ_c below the other's": f"{sum(own < other for own, other in pairs)} of {len(pairs)}",
+        "searches that did not converge": not_converged(rows),
+    }
 
 
-def _spread(ratios: list[float]) -> str:
-    """Return the median and the extremes."""
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} revisions)"
+def _course(found: list[Row], stage: str) -> str:
+    """Return λ_c at both ends of a stage."""
+    values = [row["lambda_c"] for row in found if row["revision"].startswith(stage)]
+    return f"{number(values[0])} to {number(values[-1])}" if values else "no value"
 
 
-def _difference(adamw: list[Row], sgd: list[Row]) -> str:
-    """Say where the revisions sharpen as in the paper."""
-    along = {"AdamW's update": _stages(adamw), "the gradient": _stages(sgd)}
-    seen = [f"{stage} along {name}" for name, stages in along.items() for stage, v in stages.items() if _rises(v)]
-    text = f"λ_c rises in {' and in '.join(seen)} alone" if seen else "λ_c rises in neither stage"
-    text = "λ_c rises in both stages along both directions" if len(seen) == 4 else text
-    all_known = all(_known(values) for stages in along.values() for values in stages.values())
-    here = "Here" if all_known else "Here, as far as there are values,"
-    return (
-        f"**Where they differ.** {here} {text}. The model is some 40 000 times smaller, and trained for minutes on "
-        f"half a megabyte of English, at a learning rate that falls after a warm-up of {WARMUP} steps."
-    )
+def _over(adamw: list[Row], column: str) -> str:
+    """Return the median and the extremes of λ_c over that of the run, after the initialization."""
+    ratios = [row["lambda_c"] / row[column] for row in adamw[1:] if math.isfinite(row["lambda_c"] + row[column])]
+    return f"{median(ratios):.2f} ({span(ratios, '{:.2f}'.format)}, {len(ratios)} checkpoints)"
 
 
-FIGURE = Figure("figure4", "critical sharpness of a language model's checkpoints", setting_of, pieces, draw, findings)
+FIGURE = Figure("figure4", "critical sharpness of a language model's checkpoints", setting_of, pieces, draw, numbers)
 
 if __name__ == "__main__":
-    # The same bits on every machine of a kind, and no slower at this size.
-    torch.set_num_threads(1)
     main(FIGURE)

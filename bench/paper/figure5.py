@@ -7,52 +7,42 @@ is measured along the gradient of mixed batches, against the share of English in
 really trained on the mixes, 100 steps each, to see what becomes of both losses.
 """
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from corpora import apart, byte_rows, code, english
-from mix_words import TASKS, changes, findings, sweep_of
-from scaffold import Figure, Order, Piece, Row, main
+from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, percent, span
 from torch import Tensor, nn
-from workloads import GPT, token_loss
+from workloads import GPT, Run, token_loss
 
 import sharpkern
-from sharpkern._support.figures import COLORS, legend_below
+from sharpkern._support.figures import COLORS, legend_below, light_grid, new_figure
 from sharpkern.mixtures.plot import draw_mixture
+from sharpkern.mixtures.results import MixturePoint, MixtureSweep
 
+TASKS = ("English", "code")
 _CONTEXT = 64
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How much of everything.
+    """How much of everything."""
 
-    Attributes:
-        pretraining: steps on English.
-        warmup: of them, at the beginning.
-        decay: of them, at the end.
-        shares: of English in the mix.
-        batch: rows in a mixed batch whose gradient is taken.
-        rows: of each task that its loss is of, held out.
-        repeats: gradients of other rows for each share.
-        training: steps on a mix.
-        seeds: runs of these for each share.
-    """
-
-    pretraining: int
-    warmup: int
-    decay: int
-    shares: tuple[float, ...]
-    batch: int
-    rows: int
-    repeats: int
-    training: int
-    seeds: int
+    pretraining: int  # steps on English
+    warmup: int  # of them, at the beginning
+    decay: int  # of them, at the end
+    shares: tuple[float, ...]  # of English in the mix
+    batch: int  # rows in a mixed batch whose gradient is taken
+    rows: int  # of each task that its loss is of, held out
+    repeats: int  # gradients of other rows for each share
+    training: int  # steps on a mix
+    seeds: int  # runs of these for each share
 
 
 SETTING = Setting(1500, 100, 300, (*(i / 10 for i in range(10)), 0.95, 1.0), 1024, 256, 6, 100, 3)
@@ -100,11 +90,10 @@ def _pretrain(setting: Setting, path: Path) -> list[Row]:
     torch.manual_seed(0)
     model = GPT(context=_CONTEXT)
     optimizer = _optimizer(model, _LR)
+    schedule = Run("", "text", setting.pretraining, _LR, (), warmup=setting.warmup, decay=setting.decay)
     draw = torch.Generator().manual_seed(1)
     for step in range(setting.pretraining):
-        lr = _LR * min(1, (step + 1) / setting.warmup) * min(1, (setting.pretraining - step) / setting.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
         rows = data["English"]
         _step(model, optimizer, rows[torch.randint(len(rows), (_TRAINING_BATCH,), generator=draw)])
     torch.save(model.state_dict(), path)
@@ -163,11 +152,9 @@ def _train(setting: Setting, trained: Path, share: float) -> list[Row]:
             picked = {name: torch.randint(len(one), (_TRAINING_BATCH,), generator=draw) for name, one in data.items()}
             batch = torch.where(is_english[:, None], *(data[name][picked[name]] for name in TASKS))
             _step(model, optimizer, batch)
-        rows += [
-            {"kind": "training", "share": share, "repeat": seed, "task": name, "loss": loss,
-             "change": loss - before[name], "steps": setting.training}
-            for name, loss in _losses(model, heldout, setting.rows).items()
-        ]  # fmt: skip
+        about = {"kind": "training", "share": share, "repeat": seed, "steps": setting.training}
+        for name, loss in _losses(model, heldout, setting.rows).items():
+            rows.append({**about, "task": name, "loss": loss, "change": loss - before[name]})
     return rows
 
 
@@ -189,30 +176,98 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor) -> N
 
 def draw(rows: list[Row], path: Path) -> None:
     """Draw λ_c against the share of English, and what training on the mixes did to both losses."""
-    from matplotlib.figure import Figure as Canvas
-
-    figure = Canvas(figsize=(10.5, 5), dpi=120, layout="constrained")
+    figure = new_figure(10.5, 5)
     left, right = figure.subplots(1, 2)
     draw_mixture(left, sweep_of(rows))
     legend_below(figure, [left])
     for color, (task, by_share) in zip(COLORS, changes(rows).items(), strict=False):
-        _draw_change(right, task, by_share, color)
+        shares, runs = list(by_share), list(by_share.values())
+        right.plot(shares, list(map(statistics.mean, runs)), "-o", color=color, markersize=3, label=task)
+        right.fill_between(shares, list(map(min, runs)), list(map(max, runs)), color=color, alpha=0.18, linewidth=0)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xlabel("share of English in the mix (the rest is code)")
     right.set_ylabel("change of the held-out loss by training on the mix")
     right.legend(fontsize="small")
-    right.grid(visible=True, color="#dddddd", linewidth=0.6)
-    right.set_axisbelow(True)
-    right.spines[["top", "right"]].set_visible(False)
+    light_grid(right)
     figure.savefig(path)
 
 
-def _draw_change(axes: Any, task: str, by_share: Mapping[float, Sequence[float]], color: str) -> None:
-    """Draw the mean of the runs, and all that lies between them."""
-    shares = sorted(by_share)
-    axes.plot(shares, [statistics.mean(by_share[s]) for s in shares], "-o", color=color, markersize=3, label=task)
-    edges = [min(by_share[s]) for s in shares], [max(by_share[s]) for s in shares]
-    axes.fill_between(shares, *edges, color=color, alpha=0.18, linewidth=0)
+def sweep_of(rows: Sequence[Row]) -> MixtureSweep:
+    """Return the sweep that a figure's rows hold."""
+    points = tuple(
+        MixturePoint(
+            (row["share"], round(1 - row["share"], 12)), int(row["repeat"]), row["task"], row["critical_lr"],
+            row["lambda_c"], row["status"], row["error"], (row["bracket_low"], row["bracket_high"]), row["loss"],
+            int(row["forwards"]), "virtual",
+        )
+        for row in rows if row["kind"] == "sweep"
+    )  # fmt: skip
+    return MixtureSweep(TASKS, TASKS, tuple(dict.fromkeys(point.shares for point in points)), points)
+
+
+def changes(rows: Sequence[Row]) -> dict[str, dict[float, list[float]]]:
+    """Return how training on each mix changed the loss of each task, {task: {share: one number per run}}."""
+    found: dict[str, dict[float, list[float]]] = {task: {} for task in TASKS}
+    for row in sorted((row for row in rows if row["kind"] == "training"), key=lambda row: row["share"]):
+        found[row["task"]].setdefault(row["share"], []).append(row["change"])
+    return found
+
+
+def crossing(sweep: MixtureSweep, points: Sequence[MixturePoint]) -> float:
+    """Return the share of English at which λ_c of the two tasks is the same, the largest of several; nan for none.
+
+    Critical learning rates are compared, medians of the points given, since those are finite where λ_c is not; between
+    two shares (a − b)/(a + b) is taken to change linearly.
+    """
+    differences = []
+    for shares in sweep.mixes:
+        own, other = (
+            median(p.safe_step for p in points if p.shares == shares and p.task == task and p.safe_step >= 0)
+            for task in TASKS
+        )
+        if own + other > 0:
+            differences.append((shares[0], (own - other) / (own + other)))
+    # From the right, where English is all of the mix.
+    for (left, before), (right, after) in reversed(list(pairwise(differences))):
+        if before * after <= 0:
+            return right if before == after else left + (right - left) * before / (before - after)
+    return math.nan
+
+
+def numbers(rows: list[Row]) -> dict[str, str]:
+    """Return what the README has in its table; values at shares of English are medians of the repeats."""
+    sweep, found = sweep_of(rows), {}
+    repeats = sorted({point.repeat for point in sweep.points})
+    for task in TASKS:
+        medians = {shares[0]: sweep.summary(shares, task).sharpness for shares in sweep.mixes}
+        without = [share for share, value in medians.items() if not math.isfinite(value)]
+        there = [row for row in rows if row["kind"] == "sweep" and row["task"] == task and row["share"] in without]
+        found[f"λ_c of {task}"] = _at_shares(medians, number)
+        found[f"no finite median of {task} at"] = ", ".join(map(percent, without)) or "no share"
+        found[f"searches of {task} there that did not converge"] = not_converged(there)
+    alone = [crossing(sweep, [p for p in sweep.points if p.repeat == repeat]) for repeat in repeats]
+    found["crossing"] = percent(crossing(sweep, sweep.points))
+    crossed = sum(share >= 0 for share in alone)
+    found["crossing of single repeats"] = f"{span(alone, percent)}, {crossed} of {len(repeats)} repeats"
+    spot = sweep.sweet_spot
+    if spot is not None:
+        found["sweet spot"] = percent(spot.shares["English"])
+        found["sweet spot of single repeats"] = span((shares[0] for shares in spot.of_repeats), percent)
+        found["step that it allows"] = f"{spot.critical_lr:.2g}, then the loss on {spot.task} rises"
+    means = {task: {share: statistics.mean(runs) for share, runs in one.items()} for task, one in changes(rows).items()}
+    for task, by_share in means.items():
+        found[f"loss on {task} after training"] = _at_shares(by_share, "{:+.3f}".format)
+    old, new = means.values()
+    found["lowest sum of both losses"] = percent(min(old, key=lambda share: old[share] + new[share]))
+    found["searches that did not converge"] = not_converged(rows)
+    return found
+
+
+def _at_shares(values: Mapping[float, float], text: Callable[[float], str]) -> str:
+    """Return a value at some shares of English where it is finite, the smallest and the largest among them."""
+    finite = [share for share, value in values.items() if math.isfinite(value)]
+    some = dict.fromkeys(finite[:: max(1, len(finite) // 4)] + finite[-1:])
+    return ", ".join(f"{text(values[share])} at {percent(share)}" for share in some) or "no value"
 
 
 FIGURE = Figure(
@@ -221,10 +276,8 @@ FIGURE = Figure(
     setting_of,
     pieces,
     draw,
-    findings,
+    numbers,
 )
 
 if __name__ == "__main__":
-    # The same bits on every machine of a kind, and no slower at this size.
-    torch.set_num_threads(1)
     main(FIGURE)

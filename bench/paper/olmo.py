@@ -23,19 +23,12 @@ WARMUP = 50
 
 @dataclass(frozen=True)
 class Stages:
-    """How long to train, and which revisions to save.
+    """How long to train, and which revisions to save."""
 
-    Attributes:
-        pretraining: steps on English, the learning rate falling to a tenth by a cosine.
-        every: steps between two revisions of pre-training.
-        midtraining: steps on English and code, one half each, the learning rate falling to zero.
-        every_then: steps between two revisions of mid-training.
-    """
-
-    pretraining: int
-    every: int
-    midtraining: int
-    every_then: int
+    pretraining: int  # steps on English, the learning rate falling to a tenth by a cosine
+    every: int  # steps between two revisions of pre-training
+    midtraining: int  # steps on English and code, one half each, the learning rate falling to zero
+    every_then: int  # steps between two revisions of mid-training
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted through both stages."""

@@ -1,4 +1,4 @@
-"""What the scripts of the paper's figures share: command line, what is done already, CSV and PNG, words in the README.
+"""What the scripts of the paper's figures share: command line, what is done already, CSV and PNG, and their numbers.
 
 A figure is made of pieces of work, such as training runs. Each piece gives rows, which are on the disk when it is done,
 so that a script that was stopped goes on with the next piece.
@@ -7,10 +7,13 @@ so that a script that was stopped goes on with the next piece.
 import argparse
 import csv
 import json
+import math
 import platform
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,53 +35,40 @@ Piece = Callable[[], list[Row]]
 
 @dataclass(frozen=True)
 class Order:
-    """What the command line asks for.
+    """What the command line asks for."""
 
-    Attributes:
-        quick: a small version of everything, in seconds.
-        work: folder for what is kept between calls, such as checkpoints.
-        data: folder of a larger data set, or None.
-    """
-
-    quick: bool
-    work: Path
-    data: Path | None = None
+    quick: bool  # a small version of everything, in seconds
+    work: Path  # folder for what is kept between calls, such as checkpoints
+    data: Path | None = None  # folder of a larger data set
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of the paper on small scale.
+    """One figure of the paper on small scale."""
 
-    Attributes:
-        name: of the script and of its files.
-        about: one line for ``--help``.
-        setting: what the rows depend on; after an edit of it the rows that were kept are refused.
-        pieces: the pieces of work by name, in order.
-        draw: draws all rows into an image.
-        findings: says what the rows show, as Markdown with every number worked out of them.
-        takes_data: whether there is a larger data set that ``--data`` may name.
-    """
-
-    name: str
-    about: str
+    name: str  # of the script and of its files
+    about: str  # one line for --help
+    # What the rows depend on; after an edit of it the rows that were kept are refused.
     setting: Callable[[Order], object]
     pieces: Callable[[Order], Mapping[str, Piece]]
     draw: Callable[[list[Row], Path], None]
-    findings: Callable[[list[Row]], str]
-    takes_data: bool = False
+    # What the README here has in the figure's table, by the words in front of it.
+    numbers: Callable[[list[Row]], dict[str, str]]
+    takes_data: bool = False  # whether --data may name a larger data set
 
 
 def main(figure: Figure, arguments: list[str] | None = None) -> None:
-    """Make a figure: its CSV, its PNG, the conditions it was made under, and what it shows in words."""
+    """Make a figure: its CSV, its PNG and the conditions it was made under; print its table for the README."""
     parser = argparse.ArgumentParser(description=figure.about)
     parser.add_argument("--quick", action="store_true", help="a small version, to see that everything runs")
     parser.add_argument("--output", type=Path, help="folder for the files (default: results beside the script)")
     if figure.takes_data:
         parser.add_argument("--data", type=Path, help="folder of the data set of the paper, if it is at hand")
     given = parser.parse_args(arguments)
+    # The same bits on every machine of a kind, and no slower at this size.
+    torch.set_num_threads(1)
     output = given.output or (RESULTS / "quick" if given.quick else RESULTS)
     order = Order(given.quick, output / "work" / figure.name, getattr(given, "data", None))
-    order.work.mkdir(parents=True, exist_ok=True)
     rows, seconds = _rows(figure, order)
     _write_csv(rows, output / f"{figure.name}.csv")
     conditions = {
@@ -90,10 +80,10 @@ def main(figure: Figure, arguments: list[str] | None = None) -> None:
         "sharpkern": sharpkern.__version__,
     }
     (output / f"{figure.name}.json").write_text(json.dumps(conditions, indent=1) + "\n", encoding="utf-8")
-    # As they are read from the file, so that picture and words are made of what is committed.
+    # As they are read from the file, so that picture and numbers are made of what is committed.
     rows = read_rows(figure.name, output)
     figure.draw(rows, output / f"{figure.name}.png")
-    print(figure.findings(rows))
+    print(*table(figure.numbers(rows)), sep="\n")
 
 
 def read_rows(name: str, folder: Path = RESULTS) -> list[Row]:
@@ -102,15 +92,9 @@ def read_rows(name: str, folder: Path = RESULTS) -> list[Row]:
         return [{key: _value(text) for key, text in row.items() if text != ""} for row in csv.DictReader(file)]
 
 
-def runtime(name: str, folder: Path = RESULTS) -> str:
-    """Say how long a figure took, and on what."""
-    conditions = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    minutes = conditions["seconds"] / 60
-    threads = conditions["threads"]
-    return (
-        f"made in {f'{minutes:.0f} minutes' if minutes >= 1.5 else f'{60 * minutes:.0f} seconds'} "
-        f"on {threads} thread{'s' * (threads > 1)} of a CPU"
-    )
+def table(numbers: Mapping[str, str]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {name} | {value} |" for name, value in numbers.items()]
 
 
 def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
@@ -121,6 +105,7 @@ def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
         "data": order.data and str(order.data),
         "setting": repr(figure.setting(order)),
     }
+    order.work.mkdir(parents=True, exist_ok=True)
     pieces = figure.pieces(order)
     journal = ResumableLog(order.work / "pieces.jsonl", settings)
     done = {entry["piece"] for entry in journal.rows}
@@ -138,13 +123,10 @@ def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
 
 def _write_csv(rows: list[Row], path: Path) -> None:
     """Write rows, with a column for every key of any of them, floats to six digits."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
-        )
+        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
 
 
 def _value(text: str) -> float | str:
@@ -152,3 +134,39 @@ def _value(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def median(values: Iterable[float]) -> float:
+    """Return the median of what is a number, nan if nothing is."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
+
+
+def number(value: float) -> str:
+    """Return a value to three digits, without an exponent; words where it is none."""
+    if math.isnan(value):
+        return "no value"
+    return "∞" if math.isinf(value) else f"{float(f'{value:.3g}'):g}"
+
+
+def percent(share: float) -> str:
+    """Return a share in whole percent, 0 or 100 of them only where it is none or all."""
+    if not math.isfinite(share):
+        return number(share)
+    return "99 %" if 0.99 < share < 1 else "1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
+
+
+def span(values: Iterable[float], text: Callable[[float], str] = number) -> str:
+    """Return the smallest and the largest of what is a number."""
+    known = [value for value in values if not math.isnan(value)]
+    return f"{text(min(known))} to {text(max(known))}" if known else "no value"
+
+
+def not_converged(rows: Iterable[Row]) -> str:
+    """Count the measurements of λ_c that came to no crossing, by what they came to."""
+    statuses = [value for row in rows for key, value in row.items() if key.endswith("status")]
+    counts = Counter(status for status in statuses if status != "converged")
+    return f"{', '.join(f'{counts[status]} {status}' for status in sorted(counts)) or 'none'} of {len(statuses)}"

@@ -55,11 +55,11 @@ def _together(steps: Sequence[LazyUpdate]) -> list[tuple[Tensor, Tensor]]:
         parts = iter([role[0] if len(role) == 1 else torch.cat(role) for role in roles])
         operands = [None if tensor is None else next(parts) for tensor in (first.base, first.grad, *first.state)]
         i, start, _ = block[0]
+        assert operands[1] is not None
         out = deltas[i].view(-1)[start : start + CPU_CHUNK] if _is_large(steps[i]) else torch.empty_like(operands[1])
         delta = update_of(rule, *operands, numbers=first.numbers, decoupled=first.decoupled, flag=first.flag, out=out)
         if delta is not out:
             out.copy_(delta)
-        assert operands[1] is not None
         sizes = [len(pieces[0]) for *_, pieces in block]
         wide = (out.double().split(sizes), operands[1].double().split(sizes))
         for (i, *_), part, delta64, grad64 in zip(block, out.split(sizes), *wide, strict=True):

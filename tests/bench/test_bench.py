@@ -145,13 +145,13 @@ def test_bad_arguments_are_refused(arguments, words, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("known_machine")
 def test_an_interrupted_call_says_how_to_go_on(tmp_path, monkeypatch):
-    def listen(lanes, inbox, deadline, record):
+    def follow(lanes, deadline, record):
         (lane,) = lanes
-        while lane._begun is None:
-            lane.hear(inbox.get(timeout=60)[1])
+        while not lane.begun:
+            lane.look()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sitting, "_listen", listen)
+    monkeypatch.setattr(sitting, "_follow", follow)
     output = tmp_path / "bench.json"
     result = invoke("--section", "ceilings", "--output", output)
     assert result.exit_code == 130

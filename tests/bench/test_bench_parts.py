@@ -14,7 +14,6 @@ from sharpkern.bench.accuracy import judge, poisoned
 from sharpkern.bench.cases import Bench, Call
 from sharpkern.bench.environment import child_environment
 from sharpkern.bench.models import fitting
-from sharpkern.bench.report import Column, Table
 from sharpkern.bench.sitting import SECTIONS, Record
 from sharpkern.bench.timing import Machine, Timing
 from tests.bench.test_bench import GPU
@@ -145,6 +144,16 @@ def test_the_host_gets_ahead_of_the_gpu(host_seconds, cycles, monkeypatch):
     Machine(torch.device("cuda")).time({"call": lambda call: None}, seconds=0.0)
     assert slept[0] == 4e5
     assert set(slept[1:]) == {cycles}
+
+
+def test_a_peak_is_what_a_call_takes_on_top_of_what_was_there(monkeypatch):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    for name, value in {"memory_allocated": 10, "memory_reserved": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+        monkeypatch.setattr(torch.cuda, f"max_{name}", lambda device, value=value: 3 * value)
+    assert Machine(torch.device("cuda")).peak(lambda: None) == {"allocated": 20, "reserved": 40}
+    assert CPU.machine.peak(lambda: None) == {}
 
 
 @pytest.mark.parametrize(("hip", "architecture"), [(None, "sm_90"), ("7.0", "gfx942")])
@@ -298,14 +307,14 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "NVIDIA H200: driver 580, torch 2, triton 3.6.0, sharpkern 0 (c0ffee)" in said
     for words in (
-        r"axpy +triton +2\.000 +0\.100 +0\.950 +0\.010 +0\.310 +0\.92 \(0\.85\) +reached",
-        r"T=4096: chunked +2\.00 +0\.700 +0\.10 +0\.74 \(0\.68\) +accepted",
+        r"axpy +triton +2\.00 +0\.100 +0\.950 +0\.010 +0\.310 +0\.92 \(0\.85\) +reached",
+        r"T=4096 +chunked +2\.00 +0\.100 +0\.700 +0\.10 +0\.74 \(0\.68\) +accepted",
         r"LM head and cross-entropy: vocabulary 100352, width 4096",
         r"Whole model: 7B of 7\.30 billion parameters, 4096 tokens, AdamW moments in float32\n",
-        r"7B: plain +94\.0 +1\.00",
-        r"7B: in place +98\.7 +1\.05 +15\.00 +16\.00 +12\.5",
-        r"7B: deep copy +out of memory",
-        r"7B, 4096 tokens +batched +8 +100\.00 +1\.05 +7\.50 +4\.00 +33\.00 +reached",
+        r"plain forward +plain +94\.0 +0\.100 +1\.00",
+        r"in place +inplace +98\.7 +1\.05 +15\.00 +16\.00 +12\.5",
+        r"deep copy +deep copy +out of memory",
+        r"7B, 4096 tokens +batched +8 +100 +1\.05 +7\.50 +4\.00 +33\.00 +reached",
         r"7B, 64 tokens +batched +out of memory",
         r"16 +8 +0\.35 +0\.40 +3\.00 +8\.57 +0\.75 +0\.02 +3 × naive +reached",
         r"4096 +8 +0\.50 +0\.80 +1\.60 +0\.00 +formed 0\.85 +MISSED",
@@ -319,14 +328,14 @@ def test_the_table_of_a_gpu(tmp_path, capsys):
     judged = "3 calls of axpy_, form, linear_cross_entropy; largest error inf of its budget, by form; 100 repeats, 3 of"
     assert judged in " ".join(said.split())
     # No row has such a figure.
-    assert "beyond plain GB" not in said
+    assert "beyond plain" not in said
     assert max(map(len, said.splitlines())) <= report.WIDTH
 
 
 def test_columns_that_nothing_fills_are_left_out():
-    columns = [Column(name, lambda row, name=name: row.get(name, "")) for name in ("kernel", "host ms", "ms")]
-    table = Table(columns, lambda rows: [{"kernel": "axpy", "ms": "1"}, {"kernel": "form"}], lambda lines: "about")
-    assert table.filled({}) == ([columns[0], columns[2]], [["axpy", "1"], ["form", ""]], "about")
+    columns = {name: lambda row, name=name: row.get(name, "") for name in ("kernel", "host ms", "ms")}
+    lines = [{"kernel": "axpy", "ms": "1"}, {"kernel": "form"}]
+    assert report.filled(columns, lines) == {"kernel": ["axpy", "form"], "ms": ["1", ""]}
 
 
 @pytest.mark.parametrize(
@@ -338,7 +347,7 @@ def test_numbers_have_three_digits(value, said):
 
 def test_a_model_too_small_for_its_calls_is_said_to_be():
     size = {"variant": "plain", "model": "tiny", "tokens": 64, "moments": "float32", "median": 1e-3}
-    about = [report.TABLES["model"].filled({"plain forward": [{**size, "parameters": 10**n}]})[2] for n in (5, 7)]
+    about = [report.table("model", {"plain forward": [{**size, "parameters": 10**n}]})[0] for n in (5, 7)]
     assert [text.endswith("fixed costs per call dominate") for text in about] == [True, False]
 
 

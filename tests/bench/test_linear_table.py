@@ -1,6 +1,6 @@
 """Whether the way that is taken through a linear layer is the one that was measured to be quickest."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -9,14 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("linear_table", ROOT / "bench" / "linear_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-linear_table = load()
+@pytest.fixture
+def linear_table(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("linear_table")
 
 
 def sitting(shares, tokens=1024, at_once=8, gpu=None, quick=False, dtype="float32"):
@@ -27,7 +23,7 @@ def sitting(shares, tokens=1024, at_once=8, gpu=None, quick=False, dtype="float3
     return {"environment": environment, "quick": quick, "sections": {"linear": {"cases": {"one": {"rows": rows}}}}}
 
 
-def test_the_choice_agrees_with_the_committed_results():
+def test_the_choice_agrees_with_the_committed_results(linear_table):
     found = linear_table.lines(json.loads(linear_table.RESULTS.read_text(encoding="utf-8")))
     assert {line.summary.at_once for line in found} == {1, 4, 8}
     assert [str(line) for line in found if not line.agrees] == []
@@ -43,7 +39,7 @@ def test_the_choice_agrees_with_the_committed_results():
     ],
     ids=["quickest", "nearly", "slower by more than a tenth", "not right, hence not timed"],
 )
-def test_a_choice_more_than_a_tenth_slower_is_wrong(shares, code, said, tmp_path, capsys):
+def test_a_choice_more_than_a_tenth_slower_is_wrong(linear_table, shares, code, said, tmp_path, capsys):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps([sitting(shares)]))
     assert linear_table.main(path) == code
@@ -52,14 +48,14 @@ def test_a_choice_more_than_a_tenth_slower_is_wrong(shares, code, said, tmp_path
     assert f"{code} of 1 lines disagree with engines/virtual/linear.py" in printed
 
 
-def test_only_full_passes_are_held_against_the_choice(tmp_path, capsys):
+def test_only_full_passes_are_held_against_the_choice(linear_table, tmp_path, capsys):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps([sitting({"formed": 0.1, "products": 1.0}, at_once=4)]))
     assert linear_table.main(path) == 0
     assert "takes" not in capsys.readouterr().out
 
 
-def test_each_architecture_counts_once_by_its_last_full_sitting():
+def test_each_architecture_counts_once_by_its_last_full_sitting(linear_table):
     old, new = sitting({"formed": 0.1, "products": 1.0}), sitting({"formed": 1.0, "products": 0.1})
     quick = sitting({"formed": 0.1, "products": 1.0}, quick=True)
     without = {**new, "sections": {}}
@@ -71,7 +67,7 @@ def test_each_architecture_counts_once_by_its_last_full_sitting():
     ]
 
 
-def test_nothing_measured_is_no_agreement(tmp_path, capsys):
+def test_nothing_measured_is_no_agreement(linear_table, tmp_path, capsys):
     path = tmp_path / "bench.json"
     path.write_text("[]")
     assert linear_table.main(path) == 1

@@ -1,7 +1,9 @@
-"""The scripts of figures 4 and 5: they run, go on where they were stopped, and say what their numbers say."""
+"""The scripts of figures 4 and 5: they run, go on where they were stopped, and the page has their numbers."""
 
 import importlib
+import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def test_the_quick_version_goes_on_where_it_was_stopped(name, last, tmp_path, mo
     done = (tmp_path / "work" / name / "pieces.jsonl").read_bytes()
     scaffold.main(figure.FIGURE, arguments)
     assert (tmp_path / "work" / name / "pieces.jsonl").read_bytes().startswith(done)
-    assert "**Where they differ.**" in capsys.readouterr().out
+    assert "| searches that did not converge | " in capsys.readouterr().out
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     first = (tmp_path / f"{name}.csv").read_bytes()
     scaffold.main(figure.FIGURE, arguments)
@@ -49,17 +51,33 @@ def test_the_quick_version_goes_on_where_it_was_stopped(name, last, tmp_path, mo
 
 
 def test_the_committed_curves_cross_in_every_repeat() -> None:
-    words, rows = module("mix_words"), module("scaffold").read_rows("figure5")
-    sweep = words.sweep_of(rows)
+    figure, rows = module("figure5"), module("scaffold").read_rows("figure5")
+    sweep = figure.sweep_of(rows)
     repeats = {point.repeat for point in sweep.points}
     assert len(repeats) >= 5
-    alone = [words.crossing(sweep, [p for p in sweep.points if p.repeat == repeat]) for repeat in repeats]
-    assert all(share is not None for share in alone)
-    assert min(alone) <= words.crossing(sweep, sweep.points) <= max(alone)
+    alone = [figure.crossing(sweep, [p for p in sweep.points if p.repeat == repeat]) for repeat in repeats]
+    assert min(alone) <= figure.crossing(sweep, sweep.points) <= max(alone)
     # What a task's own data do for it: at the ends the curves stand the other way round.
     for share, near, far in ((0.0, "code", "English"), (1.0, "English", "code")):
         shares = (share, 1 - share)
         assert sweep.summary(shares, near).sharpness < sweep.summary(shares, far).sharpness
+
+
+def test_what_the_page_says_of_the_mixes_and_the_checkpoints_is_so() -> None:
+    scaffold, figure4, figure5 = (module(name) for name in ("scaffold", "figure4", "figure5"))
+    rows = scaffold.read_rows("figure5")
+    english, code = figure5.changes(rows).values()
+    assert all(min(runs) > 0 for runs in english.values())
+    assert min(english, key=lambda share: sum(english[share])) == 1
+    assert all(max(runs) < 0 for share, runs in code.items() if share < 1)
+    assert figure5.sweep_of(rows).sweet_spot.shares["English"] > 0.7
+    adamw, sgd = (figure4.of_direction(scaffold.read_rows("figure4"), name) for name in ("adamw", "sgd"))
+    changes = {"falls": adamw, "rises": sgd}
+    for word, found in changes.items():
+        first = [row["lambda_c"] for row in found if row["revision"].startswith("stage1")][1:]
+        assert (first[-1] > 1.1 * first[0], first[-1] < first[0] / 1.1) == (word == "rises", word == "falls")
+        then = [row["lambda_c"] for row in found if row["revision"].startswith("stage2")]
+        assert 1 / 1.1 < then[-1] / then[0] < 1.1
 
 
 def test_the_committed_revisions_all_have_a_value() -> None:
@@ -73,11 +91,30 @@ def test_the_committed_revisions_all_have_a_value() -> None:
         assert steps == sorted(steps)
 
 
-def test_sections_of_the_readme_are_those_of_the_results() -> None:
-    sections, readme = module("sections"), module("readme")
-    text = sections.README.read_text(encoding="utf-8")
-    assert readme.with_tables(text, sections.SECTIONS) == text
-    assert all(f"<!-- {figure.name} -->\n![" in text for figure in sections.FIGURES)
+@pytest.mark.parametrize("name", ["figure2", "figure3", "figure4", "figure5"])
+def test_the_page_has_the_numbers_of_the_results(name: str) -> None:
+    scaffold = module("scaffold")
+    text = (PAPER / "README.md").read_text(encoding="utf-8")
+    (section,) = [part for part in text.split("\n## ") if f"results/{name}.png" in part]
+    numbers = module(name).FIGURE.numbers(scaffold.read_rows(name))
+    lines = section.split("|---|---|\n")[1].strip().split("\n")
+    assert lines == scaffold.table(numbers)
+    conditions = json.loads((scaffold.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    minutes, threads = round(conditions["seconds"] / 60), conditions["threads"]
+    assert f"`python bench/paper/{name}.py`: {minutes} minutes on {threads} thread of a CPU" in section
+    # What the text repeats.
+    repeated = {
+        "figure2": [
+            "by step {full batch: first step with λ_max at 2/η}.",
+            "at step {full batch: first step with λ_c at half of 2/η}.",
+        ],
+        "figure3": [],
+        "figure4": ["measures {checkpoints} checkpoints of"],
+        "figure5": ["is at {sweet spot} English", "lowest at {lowest sum of both losses} English"],
+    }
+    prose = " ".join(section.split())
+    for phrase in repeated[name]:
+        assert re.sub(r"{(.*?)}", lambda key: numbers[key[1]], phrase) in prose
 
 
 def test_files_are_of_modest_size() -> None:
@@ -103,34 +140,26 @@ def training_rows(english: dict[float, float], code: dict[float, float]) -> list
     ]  # fmt: skip
 
 
-def test_crossing_and_sweet_spot_in_words() -> None:
-    words = module("mix_words")
+def test_crossing_sweet_spot_and_training_in_numbers() -> None:
     rows = sweep_rows({0.0: 0.0, 0.6: 1.0, 1.0: 3.0}, {0.0: 5.0, 0.6: 3.0, 1.0: 1.0})
     rows += training_rows({0.0: 0.2, 0.6: 0.005, 1.0: -0.01}, {0.0: -0.5, 0.6: -0.45, 1.0: 0.0})
-    assert words.crossing(words.sweep_of(rows), words.sweep_of(rows).points) == pytest.approx(0.8)
-    said = words.findings(rows)
-    assert "At 0 % English the loss on English rises from the first step on (λ_c = ∞)." in said
-    assert "They cross at 80 % English; by single repeats at 3 of 3 (80 % to 80 %)." in said
-    assert "is 60 % English (60 % to 60 % by single repeats): it allows steps of η = 1 before" in said
-    assert "it does not rise by more than 0.01 from 60 % English on" in said
-    assert "The sum of both is lowest at 60 % English." in said
-    assert "The curves cross here too, and the sweet spot of 60 % is within the paper's range." in said
-    assert "the sweet spot is among the mixes that do not raise the loss on English by more than" in said
-
-
-def test_the_words_are_the_opposite_where_the_numbers_are() -> None:
-    words = module("mix_words")
-    rows = sweep_rows({0.0: 3.0, 1.0: 2.0}, {0.0: 1.0, 1.0: 1.5})
-    rows += training_rows({0.0: 0.2, 1.0: 0.1}, {0.0: -0.5, 1.0: 0.0})
-    said = words.findings(rows)
-    assert "They do not cross." in said
-    assert "it rises by more than 0.01 on every mix" in said
-    assert (
-        "Unlike in the paper the curves do not cross, and the sweet spot of 100 % is above the paper's range." in said
-    )
-    uphill = sweep_rows({0.0: 0.0, 1.0: 2.0}, {0.0: 1.0, 1.0: 0.0}) + rows[12:]
-    assert "There is no sweet spot" in words.findings(uphill)
-    assert "The paper has a sweet spot, and this run found none." in words.findings(uphill)
+    assert module("figure5").numbers(rows) == {
+        "λ_c of English": "2 at 60 %, 0.667 at 100 %",
+        "no finite median of English at": "0 %",
+        "searches of English there that did not converge": "3 ascent of 3",
+        "λ_c of code": "0.4 at 0 %, 0.667 at 60 %, 2 at 100 %",
+        "no finite median of code at": "no share",
+        "searches of code there that did not converge": "none of 0",
+        "crossing": "80 %",
+        "crossing of single repeats": "80 % to 80 %, 3 of 3 repeats",
+        "sweet spot": "60 %",
+        "sweet spot of single repeats": "60 % to 60 %",
+        "step that it allows": "1, then the loss on English rises",
+        "loss on English after training": "+0.200 at 0 %, +0.005 at 60 %, -0.010 at 100 %",
+        "loss on code after training": "-0.500 at 0 %, -0.450 at 60 %, +0.000 at 100 %",
+        "lowest sum of both losses": "60 %",
+        "searches that did not converge": "3 ascent of 18",
+    }
 
 
 def with_status(row: dict, status: str, low: float, high: float) -> dict:
@@ -142,70 +171,35 @@ def with_status(row: dict, status: str, low: float, high: float) -> dict:
 
 
 def test_a_rise_whose_place_noise_hides_is_told_apart_from_one_at_once() -> None:
-    words = module("mix_words")
-    rows = sweep_rows({0.0: 0.0, 0.5: 0.0, 0.6: 2.0, 1.0: 3.0}, {0.0: 5.0, 0.5: 4.0, 0.6: 3.0, 1.0: 1.0})
-    # English, three repeats each: one ascent and two unresolved at 0; unresolved with a step known to be safe at 0.6.
+    rows = sweep_rows({0.0: 0.0, 1.0: 3.0}, {0.0: 5.0, 1.0: 1.0})
+    # English, three repeats at 0: one ascent and two unresolved.
     rows[1:3] = [with_status(rows[1], "unresolved", 0.0, 0.2), with_status(rows[2], "unresolved", 0.0, 0.25)]
-    rows[6:9] = [with_status(row, "unresolved", 1.0, 2.0) for row in rows[6:9]]
-    said = words.findings(rows + training_rows({0.0: 0.2, 1.0: 0.0}, {0.0: -0.5, 1.0: 0.0}))
-    assert "λ_c^{English→mix} is at most 2 at 60 %, 0.667 at 100 %." in said
-    assert "At 50 % English the loss on English rises from the first step on (λ_c = ∞)." in said
-    assert (
-        "At 0 % English the loss on English rises by a step of η = 0.25 at the latest, and noise hides how early"
-        in (said)
-    )
-    assert "(λ_c is at least 8 there); in 1 it rises from the first step on." in said
-    assert "Of 24 measurements of λ_c some did not converge: 4 ascent (uphill at once, λ_c = ∞), 5 unresolved" in said
-    assert "up to η = 1 no rise is known of the loss on English, and noise hides where it begins." in said
-    # Of an even number the median of steps is 0 as well, and is not of ascents alone.
-    assert "At 0 % English the loss on English rises by a step" in words.findings(
-        [row for row in rows if row["repeat"] != 1]
-    )
+    found = module("figure5").numbers(rows + training_rows({0.0: 0.2, 1.0: 0.0}, {0.0: -0.5, 1.0: 0.0}))
+    assert found["no finite median of English at"] == "0 %"
+    assert found["searches of English there that did not converge"] == "1 ascent, 2 unresolved of 3"
+    assert found["searches that did not converge"] == "1 ascent, 2 unresolved of 12"
 
 
-def test_sweeps_without_values_are_told_truly() -> None:
-    words = module("mix_words")
-    rows = sweep_rows({0.0: 1.0, 1.0: 1.0}, {0.0: 2.0, 1.0: 3.0})
-    unknown = [with_status(row, "unresolved", 0.0, math.inf) if row["task"] == "code" else row for row in rows]
-    said = words.findings(unknown)
-    assert "λ_c^{code→mix} has no finite median. At 0 %, 100 % English no repeat has a value." in said
-    assert "There is no sweet spot: at no share is a step known to raise neither loss." in said
-    assert "There are no runs of training on the mixes." in said
-    unbounded = [with_status(row, "unbounded", 7.0, 7.0) for row in rows]
-    said = words.findings(unbounded)
-    assert "λ_c^{code→mix} is at most 0.286 at 0 %, at most 0.286 at 100 %." in said
-    assert "no rise of the loss on English was found up to η = 7." in said
-    # Each mix has medians above 0, and no repeat has a step for both tasks.
-    odd = {("English", 0): ("ascent", 9.0), ("code", 1): ("ascent", 9.0), ("code", 2): ("unresolved", math.inf)}
-    split = [
-        with_status(row, odd[key][0], 0.0, odd[key][1]) if (key := (row["task"], row["repeat"])) in odd else row
-        for row in rows
-    ]
-    assert "is 0 % English (no repeat has one): it allows steps of η = 1 before" in words.findings(split)
+def test_sweeps_without_values_have_no_numbers() -> None:
+    rows = sweep_rows({0.0: 1.0, 1.0: 1.0}, {0.0: 2.0, 1.0: 3.0}) + training_rows({0.0: 0.2}, {0.0: -0.5})
+    for i, row in enumerate(rows):
+        if row["task"] == "code" and row["kind"] == "sweep":
+            rows[i] = with_status(row, "unresolved", 0.0, math.inf)
+    found = module("figure5").numbers(rows)
+    assert found["λ_c of code"] == found["crossing"] == "no value"
+    assert found["no finite median of code at"] == "0 %, 100 %"
+    assert found["crossing of single repeats"] == "no value, 0 of 3 repeats"
+    assert "sweet spot" not in found
 
 
 def test_curves_that_are_the_other_way_round_cross_too() -> None:
-    words = module("mix_words")
-    sweep = words.sweep_of(sweep_rows({0.0: 5.0, 0.6: 3.0, 1.0: 1.0}, {0.0: 1.0, 0.6: 1.0, 1.0: 3.0}))
-    assert words.crossing(sweep, sweep.points) == pytest.approx(0.8)
-    sweep = words.sweep_of(sweep_rows({0.0: 1.0, 1.0: 1.0}, {0.0: 1.0, 1.0: 1.0}))
-    assert words.crossing(sweep, sweep.points) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ((0.2, 0.1, 0.05), "it rises by more than 0.01 on every mix. It"),
-        ((0.2, 0.005, 0.05), "it does not rise by more than 0.01 at 50 % alone. It"),
-        ((0.2, -0.3, -0.2), "it does not rise by more than 0.01 from 50 % English on. It"),
-        ((0.2, 0.05, math.nan), "+inf at 100 % English; it rises by more than 0.01 on every mix. It"),
-    ],
-)
-def test_harm_by_training_in_words(changes, words) -> None:
-    shares = (0.0, 0.5, 1.0)
-    rows = sweep_rows(dict.fromkeys(shares, 1.0), dict.fromkeys(shares, 1.0))
-    rows += training_rows(dict(zip(shares, changes, strict=True)), dict.fromkeys(shares, -0.1))
-    assert words in module("mix_words").findings(rows)
+    figure = module("figure5")
+    sweep = figure.sweep_of(sweep_rows({0.0: 5.0, 0.6: 3.0, 1.0: 1.0}, {0.0: 1.0, 0.6: 1.0, 1.0: 3.0}))
+    assert figure.crossing(sweep, sweep.points) == pytest.approx(0.8)
+    sweep = figure.sweep_of(sweep_rows({0.0: 1.0, 1.0: 1.0}, {0.0: 1.0, 1.0: 1.0}))
+    assert figure.crossing(sweep, sweep.points) == 1
+    sweep = figure.sweep_of(sweep_rows({0.0: 3.0, 1.0: 2.0}, {0.0: 1.0, 1.0: 1.5}))
+    assert math.isnan(figure.crossing(sweep, sweep.points))
 
 
 def revision_rows(adamw: list[float], sgd: list[float]) -> list[dict]:
@@ -230,21 +224,19 @@ def revision_rows(adamw: list[float], sgd: list[float]) -> list[dict]:
     ]
 
 
-def test_the_course_of_revisions_in_words() -> None:
-    figure = module("figure4")
-    said = figure.findings(revision_rows([1, 50, 100, 100, 300], [1, 2, 4, 4, 8]))
-    assert "update rises from 50 to 100 in pre-training, and rises from 100 to 300 in mid-training" in said
-    assert "over all of them it is below the run's own 2/η at 4." in said
-    assert "own update has a median of 2.00 (1.00 to 6.00, 4 revisions) for another batch's loss" in said
-    assert "is below the other batch's at 4 of 4 revisions, so its loss falls further: its own" in said
-    assert "λ_c rises in both stages along both directions" in said
-    said = figure.findings(revision_rows([1, 100, 50, 40, 41], [1, 4, 2, 2, 1]))
-    assert (
-        "update falls from 100 to 50 in pre-training, and stays about the same, from 40 to 41 in mid-training" in said
-    )
-    assert "Here λ_c rises in neither stage." in said
-    said = figure.findings(revision_rows([1, 100, 50, 40, 41], [1, 2, 4, 2, 1]))
-    assert "Here λ_c rises in pre-training along the gradient alone." in said
+def test_the_course_of_revisions_in_numbers() -> None:
+    assert module("figure4").numbers(revision_rows([1, 50, 100, 100, 300], [1, 2, 4, 4, 8])) == {
+        "checkpoints": "5",
+        "AdamW's update: λ_c in pre-training": "50 to 100",
+        "AdamW's update: λ_c in mid-training": "100 to 300",
+        "AdamW's update: λ_c below the run's 2/η": "4",
+        "gradient: λ_c in pre-training": "2 to 4",
+        "gradient: λ_c in mid-training": "4 to 8",
+        "λ_c over the run's own, of another batch": "2.00 (1.00 to 6.00, 4 checkpoints)",
+        "λ_c over the run's own, of the training batch": "10.00 (5.00 to 30.00, 4 checkpoints)",
+        "training batch's λ_c below the other's": "4 of 4",
+        "searches that did not converge": "none of 20",
+    }
 
 
 def planted(adamw: list[float], **run) -> list[dict]:
@@ -252,23 +244,20 @@ def planted(adamw: list[float], **run) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("rows", "name", "value"),
     [
-        (planted([1, 4, 2, 2, 1], in_training_lambda_c=60.0), "is below the other batch's at 0 of 4 revisions.\n"),
-        (planted([math.inf] * 5), "λ_c along AdamW's update is ∞ at both ends in pre-training"),
-        (planted([1.0, 2.0, math.inf, math.inf, 3.0]), "rises from 2 to ∞ in pre-training, and falls from ∞ to 3 in"),
-        (planted([math.nan] * 5), "Here, as far as there are values, λ_c rises in neither stage."),
-        (planted([1, 2, 3, 4, math.nan]), "and has no two ends to compare in mid-training; over"),
-        (planted([1] * 5, heldout_lambda_c=math.nan, heldout_status="unresolved"), "is nothing to compare its λ_c"),
-        (planted([1] * 5, heldout_status="unresolved"), "5 unresolved (noise hides where the loss rises)."),
-        ([r for r in planted([1] * 5) if "2-" not in r["revision"]], "and has no two ends to compare in mid-training"),
-        (planted([1] * 5), "at a learning rate that falls after a warm-up of 50 steps."),
+        (planted([1, 4, 2, 2, 1], in_training_lambda_c=60.0), "training batch's λ_c below the other's", "0 of 4"),
+        (planted([math.inf] * 5), "AdamW's update: λ_c in pre-training", "∞ to ∞"),
+        (planted([math.nan] * 5), "gradient: λ_c in mid-training", "no value to no value"),
+        (planted([1] * 5, heldout_lambda_c=math.nan, heldout_status="unresolved"),
+         "λ_c over the run's own, of another batch", "nan (no value, 0 checkpoints)"),
+        (planted([1] * 5, heldout_status="unresolved"), "searches that did not converge", "5 unresolved of 20"),
+        ([r for r in planted([1] * 5) if "2-" not in r["revision"]], "AdamW's update: λ_c in mid-training", "no value"),
     ],
 )  # fmt: skip
-def test_odd_revisions_are_told_truly_and_drawn(rows, words, tmp_path) -> None:
+def test_odd_revisions_are_told_truly_and_drawn(rows, name, value, tmp_path) -> None:
     figure = module("figure4")
-    assert words in figure.findings(rows)
-    assert "held-out" not in figure.findings(rows)
+    assert figure.numbers(rows)[name] == value
     figure.draw([{"loss": 1.0, **row} for row in rows], tmp_path / "x.png")
 
 
@@ -297,7 +286,7 @@ def test_an_edit_of_a_setting_refuses_old_rows_and_empties_the_revisions(tmp_pat
     for name in ("figure2", "figure3", "figure4", "figure5"):
         made = replace(
             module(name).FIGURE, name=name, pieces=lambda order: {"one": lambda: [{"a": 1.0}]},
-            draw=lambda rows, path: None, findings=lambda rows: "",
+            draw=lambda rows, path: None, numbers=lambda rows: {},
         )  # fmt: skip
         scaffold.main(made, ["--quick", "--output", str(tmp_path / "made")])
         full = replace(made, setting=lambda order, made=made: made.setting(replace(order, quick=False)))

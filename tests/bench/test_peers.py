@@ -3,10 +3,13 @@
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hessian_eigenthings import HessianOperator
+
+import sharpkern
 
 MISSING = "is not of the extra `peers`: bench/other_methods.py says why, and how to install it"
 
@@ -18,37 +21,44 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("other_methods")
 
 
+def ours(peers: ModuleType, training: Any, loss_fn: Any) -> tuple[float, float]:
+    """λ_max and λ_dir of the next update."""
+    direction = sharpkern.Direction.from_optimizer(training.optimizer)
+    along = sharpkern.directional_sharpness(training.model, loss_fn, direction, method="hvp")
+    return sharpkern.hessian_sharpness(training.model, loss_fn, tol=peers.TOL).value, along
+
+
 def test_hessian_eigenthings_agrees(peers: ModuleType) -> None:
-    trained = peers.Trained()
-    (top, along), (their_top, their_along) = trained.ours(), trained.eigenthings()
+    training, loss_fn = peers.trained()
+    (top, along), theirs = ours(peers, training, loss_fn), peers.EigenThings(training.model, loss_fn.batch)
     # The error of an eigenvalue is of the order of the square of its residual.
-    assert top == pytest.approx(their_top, rel=10 * peers.TOL**2)
-    assert along == pytest.approx(their_along, rel=1e-9)
-    assert peers.EigenThings(trained.model, trained.batch).power(1e-2).value == pytest.approx(top, rel=1e-2)
+    assert top == pytest.approx(theirs.lanczos(peers.TOL).value, rel=10 * peers.TOL**2)
+    assert along == pytest.approx(peers.along(training, theirs.product), rel=1e-9)
+    assert theirs.power(1e-2).value == pytest.approx(top, rel=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_curvlinops_agrees(peers: ModuleType) -> None:
     pytest.importorskip("curvlinops", reason=f"curvlinops {MISSING}")
-    trained = peers.Trained()
-    (top, along), (their_top, their_along) = trained.ours(), trained.curvlinops()
-    assert top == pytest.approx(their_top, rel=10 * peers.TOL**2)
-    assert along == pytest.approx(their_along, rel=1e-9)
+    training, loss_fn = peers.trained()
+    (top, along), theirs = ours(peers, training, loss_fn), peers.CurvLinOps(training.model, loss_fn.batch)
+    assert top == pytest.approx(theirs.eigsh(peers.TOL).value, rel=10 * peers.TOL**2)
+    assert along == pytest.approx(peers.along(training, theirs.product), rel=1e-9)
 
 
 def test_pyhessian_agrees_as_far_as_power_iteration_goes(peers: ModuleType) -> None:
     pytest.importorskip("pyhessian", reason=f"PyHessian {MISSING}")
-    trained = peers.Trained()
-    before = [parameter.grad.clone() for parameter in trained.model.parameters()]
-    found = peers.PyHessian(trained.model, trained.batch).power(peers.TOL)
-    assert found.value == pytest.approx(trained.ours()[0], rel=1e-2)
+    training, loss_fn = peers.trained()
+    before = [parameter.grad.clone() for parameter in training.model.parameters()]
+    found = peers.PyHessian(training.model, loss_fn.batch).power(peers.TOL)
+    assert found.value == pytest.approx(ours(peers, training, loss_fn)[0], rel=1e-2)
     assert 1 < found.products <= 100
-    assert all(map(torch.equal, before, (parameter.grad for parameter in trained.model.parameters())))
+    assert all(map(torch.equal, before, (parameter.grad for parameter in training.model.parameters())))
 
 
 def test_eigenthings_fails_on_fused_attention_and_ours_does_not(peers: ModuleType) -> None:
-    trained = peers.Trained()
-    operator = HessianOperator(trained.model, [None], lambda model, batch: trained.loss())
+    training, loss_fn = peers.trained()
+    operator = HessianOperator(training.model, [None], lambda model, batch: loss_fn())
     with pytest.raises(RuntimeError, match="is not implemented"):
         operator.matvec(torch.ones(operator.size, dtype=torch.float64))
-    assert all(value > 0 for value in trained.ours())
+    assert all(value > 0 for value in ours(peers, training, loss_fn))
