@@ -181,7 +181,8 @@ def test_memory_of_peers_is_what_they_hold(compared):
     assert published["peak_bytes"] >= 2 * theta + max(theta, plain)
     inplace = compared["λ_c", "sharpkern, auto, in place"]["peak_bytes"]
     virtual = compared["λ_c", "sharpkern, auto, virtual"]["peak_bytes"]
-    assert theta < virtual < inplace
+    # A model this small is less than the blocks that Δθ is worked out in.
+    assert theta < virtual <= inplace
     assert compared["λ_dir", "double backward"]["peak_bytes"] > inplace
 
 
