@@ -8,6 +8,8 @@ from sharpkern.bench.accuracy import excess
 
 SIZES = (0, 1, 63, 127, 1000, 4097)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of three operands: any two roles have every pair of dtypes.
+TRIPLES = [(DTYPES[i], DTYPES[j], DTYPES[(i + j) % 3]) for i in range(3) for j in range(3)]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:

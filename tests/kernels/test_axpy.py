@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 import triton.language as tl
@@ -7,7 +5,7 @@ from sharpkern.kernels import axpy
 from sharpkern.kernels._launch import Case, Config, tables
 from sharpkern.kernels.axpy import _axpy_kernel, axpy_
 
-from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, same_bits
+from tests.kernels.budget import SIZES, TRIPLES, assert_within_budget, randn, same_bits
 
 ALPHA = torch.tensor([-0.3])
 
@@ -32,7 +30,7 @@ def model(theta_dtype, base_dtype, delta_dtype, sizes=SIZES):
     return theta, base, delta
 
 
-@pytest.mark.parametrize(("theta_dtype", "base_dtype", "delta_dtype"), list(itertools.product(DTYPES, DTYPES, DTYPES)))
+@pytest.mark.parametrize(("theta_dtype", "base_dtype", "delta_dtype"), TRIPLES)
 def test_matches_the_oracle(theta_dtype, base_dtype, delta_dtype):
     theta, base, delta = model(theta_dtype, base_dtype, delta_dtype)
     axpy_(theta, base, delta, ALPHA)

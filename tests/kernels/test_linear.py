@@ -1,10 +1,8 @@
-import itertools
-
 import pytest
 import torch
 from sharpkern.kernels.linear import FEW_TOKENS, linear
 
-from tests.kernels.budget import DTYPES, assert_within_budget, randn, same_bits
+from tests.kernels.budget import DTYPES, TRIPLES, assert_within_budget, randn, same_bits
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -54,7 +52,7 @@ def test_columns_divided_among_programs(M, N, C):
 
 
 @pytest.mark.parametrize("M", [3, 65])
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES, DTYPES)))
+@pytest.mark.parametrize("dtypes", TRIPLES)
 def test_every_operand_has_its_own_dtype(M, dtypes):
     x, W, D = operands(2, M, 20, 33, *dtypes)
     assert_matches(linear(x, W, D, steps(2)), x, W, D, steps(2))

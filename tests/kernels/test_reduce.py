@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 import triton.language as tl
@@ -7,7 +5,7 @@ from sharpkern.kernels import reduce as module
 from sharpkern.kernels._launch import Case, Config
 from sharpkern.kernels.reduce import _chunk_sums_kernel, reduce
 
-from tests.kernels.budget import DTYPES, SIZES, randn, same_bits
+from tests.kernels.budget import SIZES, TRIPLES, randn, same_bits
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +29,7 @@ def assert_exact_to_fp64(theta, delta, grad):
     assert ((got - exact(theta, delta, grad)).abs() <= budget).all()
 
 
-@pytest.mark.parametrize(("theta_dtype", "delta_dtype", "grad_dtype"), list(itertools.product(DTYPES, DTYPES, DTYPES)))
+@pytest.mark.parametrize(("theta_dtype", "delta_dtype", "grad_dtype"), TRIPLES)
 def test_matches_the_oracle_to_fp64(theta_dtype, delta_dtype, grad_dtype):
     dtypes = (theta_dtype, delta_dtype, grad_dtype)
     # The largest takes four fifths of the time.
