@@ -36,10 +36,8 @@ from sharpkern.search import LineSearch, SearchMemory
 
 FILE = RESULTS / "curves.json.gz"
 # Step sizes of a record over the first crossing, in log: dense around it.
-NODES = tuple(
-    round(float(x), 4)
-    for x in (*np.arange(-6, -1.5, 0.25), *np.arange(-1.5, 1.5, 0.05), *np.arange(1.5, 4.01, 0.125))
-)
+_SPACINGS = ((-6, -3, 0.25), (-3, -1.5, 0.125), (-1.5, 1.5, 0.05), (1.5, 4.01, 0.125))
+NODES = tuple(round(float(x), 4) for spacing in _SPACINGS for x in np.arange(*spacing))
 # The first crossing is looked for upward in steps of this factor, and then on the nodes.
 _SCAN = 1.3
 NUM_STEPS = 400
@@ -187,10 +185,12 @@ def _record(line: _Line, step: int, lr: float, slope: float) -> Curve | None:
 
 def _zero(rise: Callable[[float], float], lo: float, hi: float) -> float:
     """Return where the rise begins, between a fall and a rise."""
-    while hi / lo > 1 + 1e-8:
+    from scipy.optimize import brentq
+
+    while not math.isfinite(rise(hi)) and hi / lo > 1 + 1e-8:
         middle = math.sqrt(lo * hi)
         lo, hi = (middle, hi) if rise(middle) <= 0 else (lo, middle)
-    return math.sqrt(lo * hi)
+    return float(brentq(rise, lo, hi, rtol=1e-9)) if math.isfinite(rise(hi)) else hi
 
 
 # --- Models --------------------------------------------------------------------------------------------------------

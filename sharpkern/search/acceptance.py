@@ -21,10 +21,10 @@ _NEAR = 0.4
 # So many losses without a sign between the last fall and the first rise: noise hides the crossing among them.
 _BLURRED = 3
 # Where an earlier crossing would hide: the guard looks at the estimate divided by these ...
-_GUARDS = (4.0, 12.0)
+_GUARD = 4.0
+_GUARD_NEAR = 1.5
 # ... where the slope alone would take this many times the loss off, or the exponent is below this.
 _GUARD_FALL = 2.0
-_GUARD_EXPONENT = 0.4
 # A fall or rise that an outcome rests on has to be so many times the noise.
 FIRM = 9.0
 # Noise may be so many times what is given without notice where that is large.
@@ -52,6 +52,8 @@ class Outcome:
 def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:
     """Return the estimate if it is exact enough and backed by enough probes, or the middle of a closed bracket."""
     lo, hi = curve.bracket()
+    if estimate is not None and curve.experience.is_learned and curve.experience.miss < MM2 and _familiar(curve, estimate, rtol):
+        return estimate
     if not (lo > 0 and hi < math.inf):
         return None
     if estimate is not None:
@@ -60,7 +62,7 @@ def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | 
         enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
         inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
         close = _REACH * max(curve.distances(estimate.y)) <= tolerance
-        exact = estimate.measured and estimate.error <= tolerance
+        exact = estimate.measured and estimate.error <= tolerance and estimate.nearest <= max(NEARMAX, estimate.noise)
         if enough and inside and close and exact:
             return estimate
     half = math.log(hi / lo) / 2
@@ -70,6 +72,21 @@ def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | 
         noise = half if blurred else 0.0
         return Estimate(math.log(lo) + half, half, noise, 1.0, measured=False, nearest=half)
     return None
+
+
+def _familiar(curve: Curve, estimate: Estimate, rtol: float) -> bool:
+    """Return whether searches like those before were right so close to a probe."""
+    lo, hi = curve.bracket()
+    if not (curve.trusts_slope() and lo < math.exp(estimate.y) < hi and estimate.noise <= rtol):
+        return False
+    if estimate.measured:
+        scale = _CALIBRATED if len(curve.probes) == 2 or C3 else 1.0
+        return scale * estimate.error <= rtol and estimate.nearest < NEARMAX
+    return len(curve.probes) == 1 and estimate.error <= rtol * ONE_TOL and estimate.nearest < ONE and curve.experience.miss < MM
+
+
+ONE, ONE_TOL = 0.4, 1.0
+_CALIBRATED = 0.5
 
 
 def doubtful(curve: Curve, outcome: Outcome, rtol: float) -> tuple[Probe, float]:
@@ -82,7 +99,8 @@ def doubtful(curve: Curve, outcome: Outcome, rtol: float) -> tuple[Probe, float]
         probe = curve.ends()[0]
         return probe, abs(probe.rise) / FIRM
     probe = min(curve.ends(), key=lambda end: abs(math.log(end.eta / outcome.eta)))
-    deepest = max(-probe.rise for probe in curve.probes if probe.eta <= curve.bracket()[0])
+    falls = (-probe.rise for probe in curve.probes if probe.eta <= curve.bracket()[0])
+    deepest = max(falls, default=abs(probe.rise))
     # Where the noise given is what limits the error, it has to be more by far.
     return probe, max(min(deepest / FIRM, rtol * curve.drop(probe.eta) / NOISE), _MORE * curve.noise_level)
 
@@ -94,10 +112,9 @@ def unchecked(curve: Curve, estimate: Estimate) -> Iterator[float]:
     a probe that lies higher than its neighbours, and around one before the last fall that noise leaves without a sign.
     """
     eta = math.exp(estimate.y)
-    slope = max(curve.given_slope or 0.0, curve.slope() or 0.0) or math.inf
-    if slope * eta > _GUARD_FALL * abs(curve.base_loss) or estimate.exponent < _GUARD_EXPONENT:
-        for divisor in _GUARDS:
-            yield from _unless_near(curve, eta / divisor, 1.3)
+    slope = max(curve.given_slope or 0.0, curve.slope() or 0.0)
+    if slope * eta > _GUARD_FALL * abs(curve.base_loss) > 0:
+        yield from _unless_near(curve, min(eta / _GUARD, GF * abs(curve.base_loss) / slope), _GUARD_NEAR)
     for bump in _bumps(curve):
         yield from _unless_near(curve, bump, 1.25)
     for touch in _touches(curve):
@@ -175,9 +192,21 @@ def converged(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> O
         return Outcome("unresolved", exponent=estimate.exponent)
     eta = min(max(math.exp(estimate.y), lo), hi) if certify else math.exp(estimate.y)
     far = max(curve.distances(math.log(eta)))
+    if far == math.inf:
+        far = 0.0 # open
+        error = max(estimate.reported_error, _NEAR * estimate.nearest if estimate.measured else 0.0)
+        return Outcome("converged", eta, math.expm1(error), estimate.exponent if estimate.measured else None)
     # Between the ends of a bracket that noise kept open the certificate says nothing about the crossing.
     if certify and hi > lo * (1 + 2.5 * rtol):
         error = far + estimate.noise
     else:
         error = min(max(estimate.reported_error, _REACH * far, _NEAR * estimate.nearest), far + estimate.noise)
     return Outcome("converged", eta, math.expm1(error), estimate.exponent if estimate.measured else None)
+
+GF=2.0
+
+NEARMAX=.4
+MM=.5
+C3=True
+
+MM2=2.0

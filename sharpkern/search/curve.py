@@ -66,6 +66,21 @@ class Coordinate(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Experience:
+    """What the searches before tell about a crossing seen from one probe.
+
+    Attributes:
+        exponent: Slope of ψ from there to the crossing.
+        miss: Share of the way there by which one is off, typically.
+        is_learned: Whether enough searches have told so.
+    """
+
+    exponent: float = 1.0
+    miss: float = 1.0
+    is_learned: bool = False
+
+
+@dataclass(frozen=True)
 class Estimate:
     """An estimate of the crossing from the probes nearest to it.
 
@@ -109,7 +124,9 @@ class Curve:
         *,
         noise_is_known: bool = False,
         bound: float | None = None,
+        experience: Experience = Experience(),  # noqa: B008
     ) -> None:
+        self.experience = experience
         self.base_loss = base_loss
         self.given_slope = slope
         self.guess = guess
@@ -310,7 +327,7 @@ class Curve:
             return 1.0 / math.hypot(1.0 / fall, 1.0 / whole)
         return fall
 
-    def estimate(self, exponent: float) -> Estimate | None:
+    def estimate(self) -> Estimate | None:
         """Estimate the first crossing from the up to three probes around it."""
         nodes = _nearest(self.coordinates())
         if not nodes:
@@ -323,9 +340,10 @@ class Curve:
         if len(nodes) > 1 and abs(first.psi) > SIGNIFICANT * first.sigma:
             # ψ is flat, or falls: no power law to follow.
             return None
+        exponent = self.experience.exponent
         reach = -first.psi / exponent
-        noise = NOISE * first.sigma / exponent
-        return Estimate(first.y + reach, abs(reach), noise, exponent, measured=False, nearest=abs(reach))
+        noise, error = NOISE * first.sigma / exponent, self.experience.miss * abs(reach)
+        return Estimate(first.y + reach, error, noise, exponent, measured=False, nearest=abs(reach))
 
     def _interpolate(self, first: Coordinate, second: Coordinate, third: Coordinate | None) -> Estimate:
         """Return the zero of ψ by a secant through the first two nodes, or by a parabola y(ψ) through three."""
@@ -343,7 +361,7 @@ class Curve:
             bend = (exponent - _secant(second, third)) / (first.y - third.y)
             parabola = _parabola_zero(first, second, third)
             shift = abs(parabola - y)
-            error = max(min(max(1.5 * abs(bend / exponent), 0.1) * product, nearest), 0.3 * shift)
+            error = max(min(max(1.5 * abs(bend / exponent), 0.1) * product, nearest), (0.3 if shift <= nearest / 2 else SH) * shift)
             if shift <= nearest / 2:
                 y = parabola
         error = max(error, _NEAREST * abs(first.y - y))
@@ -394,3 +412,5 @@ def _parabola_zero(a: Coordinate, b: Coordinate, c: Coordinate) -> float:
         + b.y * a.psi * c.psi / ((b.psi - a.psi) * (b.psi - c.psi))
         + c.y * a.psi * b.psi / ((c.psi - a.psi) * (c.psi - b.psi))
     )
+
+SH=.3

@@ -11,7 +11,7 @@ from typing import Literal
 
 from sharpkern.search.acceptance import Outcome
 from sharpkern.search.acceptance import Status as Status
-from sharpkern.search.curve import Curve
+from sharpkern.search.curve import Curve, Experience
 from sharpkern.search.strategies import Steps, adaptive, bisection, first_grid
 
 # The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
@@ -26,7 +26,16 @@ _LARGEST = 1e100
 _WARM_WIDTH = math.log(2.0)
 _WIDTHS = (math.log(1.25), math.log(5.0))
 # One search may be deceived about the noise; so many in a row are not.
-_LOOKS = 2
+_LOOKS = 1
+# What the first probe alone is worth is known after so many searches, and follows the last few.
+_ENOUGH = 3
+_GAIN = 0.15
+_EXPONENT_GAIN = 0.6
+_EXPONENTS = (0.1, 30.0)
+_LEAST_MISS = 0.01
+_FORGET = 1.05
+_NO_WAY = 1e-3
+_OUT, _FIRST = 2.0, 0.3
 
 
 @dataclass
@@ -43,6 +52,8 @@ class SearchMemory:
         noise: Relative standard error of one loss, as last measured.
         base_loss: |f(0)| at that time.
         num_looks: Searches in a row that measured the noise at about this base loss.
+        miss: Share of the way from the first probe to the crossing by which it misjudged that way, typically.
+        num_misses: Searches that told so.
     """
 
     eta: float | None = None
@@ -54,6 +65,8 @@ class SearchMemory:
     noise: float | None = None
     base_loss: float | None = None
     num_looks: float | None = None
+    miss: float | None = None
+    num_misses: float | None = None
 
     def to_dict(self) -> dict[str, float | None]:
         """Return the fields as a dict of floats."""
@@ -89,6 +102,7 @@ class SearchMemory:
             (self.half_width, 1e-3, 10.0),
             *((number, 1 / _LARGEST, _LARGEST) for number in (self.eta, self.norm_sq, self.bound)),
             *((number, 1 / _LARGEST, _LARGEST) for number in (self.noise, self.base_loss, self.num_looks)),
+            *((number, 1 / _LARGEST, _LARGEST) for number in (self.miss, self.num_misses)),
         )
         return all(value is None or low <= value <= high for value, low, high in ranges)
 
@@ -220,6 +234,7 @@ class LineSearch:
             rtol,
             noise_is_known=known is not None and (self._before.num_looks or 0) >= _LOOKS,
             bound=self._before.bound,
+            experience=self._experience(),
         )
         if not math.isfinite(self._base_loss):
             self._outcome = Outcome("nonfinite")
@@ -315,10 +330,17 @@ class LineSearch:
 
     def _strategy(self, method: str, rtol: float, certify: bool) -> Steps:
         """Return the generator that chooses step sizes."""
-        exponent = min(max(self._before.exponent or 1.0, 0.3), 30.0)
         if method == "bisection":
             return bisection(self._curve)
-        return adaptive(self._curve, exponent, rtol, certify, self._num_parallel, self._width)
+        return adaptive(self._curve, rtol, certify, self._num_parallel, self._width)
+
+    def _experience(self) -> Experience:
+        """Return what the searches before this one tell about this one."""
+        before = self._before
+        exponent = min(max(before.exponent or 1.0, _EXPONENTS[0]), _EXPONENTS[1])
+        if (before.num_misses or 0) < _ENOUGH:
+            return Experience(exponent)
+        return Experience(exponent, before.miss or 1.0, is_learned=True)
 
     def _first_guess(self, initial_lr: float | None, method: str) -> float:
         """Return the last crossing, scaled to this direction, or a first guess."""
@@ -367,16 +389,40 @@ class LineSearch:
         elif not self._guess / _LOST < place < math.inf:
             # A guess that led nowhere is not made again.
             return replace(before, eta=None, bound=curve.probes[-1].eta if hi == math.inf else None)
-        measured = self._outcome.exponent is not None and curve.trusts_slope()
         slope = self._slope()
         return replace(
-            before,
+            self._with_experience(before, place),
             eta=place,
-            exponent=self._outcome.exponent if measured else before.exponent,
             slope=slope if slope is not None and slope > 0 else None,
             norm_sq=self._norm_sq,
             half_width=min(max(0.7 * self._width + 0.9 * abs(math.log(place / self._guess)), _WIDTHS[0]), _WIDTHS[1]),
             bound=None,
+        )
+
+    def _with_experience(self, before: SearchMemory, place: float) -> SearchMemory:
+        """Return the memory with what this search tells of how far its first probe alone could be trusted."""
+        exponent = self._outcome.exponent if self._outcome is not None else None
+        if exponent is None:
+            # Nobody looked: it is known a little less well.
+            return before if before.miss is None else replace(before, miss=min(before.miss * _FORGET, 1.0))
+        eta, loss = self._probes[0]
+        slope = self._given_slope or 0.0
+        w = 1.0 + (loss - self._base_loss) / (slope * eta) if slope > 0 else 0.0
+        way = math.log(place / eta)
+        if not (0 < w < math.inf) or abs(way) < _NO_WAY or -math.log(w) / way <= 0:
+            return before if before.exponent is not None else replace(before, exponent=exponent)
+        chord = min(max(-math.log(w) / way, _EXPONENTS[0]), _EXPONENTS[1])
+        if before.exponent is None:
+            return replace(before, exponent=exponent)
+        off = min(abs(chord / self._curve.experience.exponent - 1.0), 1.0)
+        num = min((before.num_misses or 0.0) + 1.0, 1 / _GAIN)
+        square = before.miss**2 if before.miss is not None else _FIRST**2
+        off = min(off, _OUT * math.sqrt(square))
+        return replace(
+            before,
+            exponent=before.exponent * (chord / before.exponent) ** _EXPONENT_GAIN,
+            miss=max(math.sqrt(square + (off**2 - square) / (num + 1)), _LEAST_MISS),
+            num_misses=num,
         )
 
     def _with_noise(self) -> SearchMemory:
