@@ -437,11 +437,11 @@ _Adam, _AdamW, _SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 _GPT_ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "schedule": _warm_up}
 
 RUNS: dict[str, Run] = {
-    "MLP, full batch": Run("tuned", lambda s: _trained(mlp(), _SGD, _classified(1797, s), lr=0.1)),
-    "MLP, SGD": Run("tuned", lambda s: _trained(mlp(), _SGD, _classified(64, s), lr=0.1)),
-    "MLP, SGD momentum": Run("tuned", lambda s: _trained(mlp(), _SGD, _classified(64, s), lr=0.03, momentum=0.9)),
+    "MLP, SGD": Run("tuned", lambda s: _trained(mlp(), _SGD, _classified(64, s), lr=0.1), range(0, NUM_STEPS, 4)),
+    "MLP, SGD momentum": Run(
+        "tuned", lambda s: _trained(mlp(), _SGD, _classified(64, s), lr=0.03, momentum=0.9), range(0, NUM_STEPS, 4)
+    ),
     "GPT, AdamW": Run("tuned", lambda s: _trained(GPT(), _AdamW, _sentences(16, 64, s), lr=3e-3, **_GPT_ADAMW)),
-    "GPT, lr 3e-2": Run("tuned", lambda s: _trained(GPT(), _AdamW, _sentences(16, 64, s), lr=3e-2, **_GPT_ADAMW)),
     "PPO, Adam": Run("untuned", _ppo, sorted({*MEASURED, *range(16, NUM_STEPS, 13)})),
     "diffusion, AdamW": Run(
         "untuned", lambda s: _trained(_stack(80, 128, 128, 64, between=nn.SiLU), _AdamW, _denoised(s), lr=2e-3)
@@ -466,6 +466,18 @@ RUNS: dict[str, Run] = {
     ),
     "GPT, Lion, batch 8": Run(
         "untuned", lambda s: _trained(GPT(48), Lion, _sentences(8, 64, s), lr=3e-4, schedule=_warm_up)
+    ),
+    "ResNet with BatchNorm, SGD": Run("held out", lambda s: _trained(_resnet(), _SGD, _classified(32, s), lr=0.1)),
+    "MLP with BatchNorm, AdamW": Run(
+        "held out",
+        lambda s: _trained(_stack(64, 96, 96, 10, between=nn.ReLU, norm=True), _AdamW, _classified(32, s), lr=2e-3),
+    ),
+    "GRU, RMSprop": Run(
+        "held out", lambda s: _trained(_Recurrent(nn.GRU, 64), torch.optim.RMSprop, _sentences(8, 32, s), lr=1e-3)
+    ),
+    "GPT of width 32, SGD momentum": Run(
+        "held out",
+        lambda s: _trained(GPT(32, 1), _SGD, _sentences(8, 32, s), lr=0.1, momentum=0.9, schedule=_warm_up),
     ),
 }
 

@@ -24,7 +24,7 @@ _BLURRED = 3
 _GUARD = 4.0
 _GUARD_NEAR = 1.5
 # ... where the slope alone would take this many times the loss off, or the exponent is below this.
-_GUARD_FALL = 2.0
+_GUARD_FALL = 3.0
 # A fall or rise that an outcome rests on has to be so many times the noise.
 FIRM = 9.0
 # Noise may be so many times what is given without notice where that is large.

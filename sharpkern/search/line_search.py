@@ -28,14 +28,14 @@ _WIDTHS = (math.log(1.25), math.log(5.0))
 # One search may be deceived about the noise; so many in a row are not.
 _LOOKS = 1
 # What the first probe alone is worth is known after so many searches, and follows the last few.
-_ENOUGH = 3
+_ENOUGH = 2
 _GAIN = 0.15
 _EXPONENT_GAIN = 0.6
 _EXPONENTS = (0.1, 30.0)
 _LEAST_MISS = 0.01
 _FORGET = 1.05
 _NO_WAY = 1e-3
-_OUT, _FIRST = 2.0, 0.3
+_OUT, _FIRST = 2.0, 0.5
 
 
 @dataclass
@@ -409,12 +409,12 @@ class LineSearch:
         slope = self._given_slope or 0.0
         w = 1.0 + (loss - self._base_loss) / (slope * eta) if slope > 0 else 0.0
         way = math.log(place / eta)
-        if not (0 < w < math.inf) or abs(way) < _NO_WAY or -math.log(w) / way <= 0:
+        if not (0 < w < math.inf) or abs(way) < _NO_WAY or w == 1.0:
             return before if before.exponent is not None else replace(before, exponent=exponent)
         chord = min(max(-math.log(w) / way, _EXPONENTS[0]), _EXPONENTS[1])
         if before.exponent is None:
             return replace(before, exponent=exponent)
-        off = min(abs(chord / self._curve.experience.exponent - 1.0), 1.0)
+        off = min(abs(1.0 + way * self._curve.experience.exponent / math.log(w)), 1.0)
         num = min((before.num_misses or 0.0) + 1.0, 1 / _GAIN)
         square = before.miss**2 if before.miss is not None else _FIRST**2
         off = min(off, _OUT * math.sqrt(square))
