@@ -1,24 +1,21 @@
 """The loss along the update, recorded in float64 on small training runs, and line searches replayed on the records.
 
-    python bench/curves.py record [--only NAME] [--again]    # trains, and adds what is missing to the file of curves
-    python bench/curves.py replay [--json PATH]              # searches along all of them
+    python bench/curves.py record [--only NAME]              # trains, and adds what is missing to the file of curves
+    python bench/curves.py replay [--quick] [--json PATH]    # searches along all of them
 
 The ``untuned`` runs share neither model nor optimizer with those that the search was made on (``tuned``, the ones of
 `bench_line_search.py`). The ``held out`` runs were recorded after its constants were fixed.
 """
 
-import argparse
 import copy
 import gzip
 import json
 import math
 import random
 import sys
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import numpy as np
 import torch
-from ledger import RESULTS, Sitting, append
+from ledger import RESULTS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from workloads import GPT, digits, mlp, text, token_loss
@@ -123,9 +120,7 @@ class Training:
                 lr = groups[0]["lr"]
                 pairs = zip(before.parameters(), self.model.parameters(), strict=True)
                 direction = [(old.detach().double() - new.detach().double()) / lr for old, new in pairs]
-                slope = sum(
-                    float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None
-                )
+                slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None)
                 curve = _record(_Line(before, loss_of, direction), step, lr, slope)
                 if curve is not None:
                     yield curve
@@ -402,7 +397,9 @@ def _with_muon(model: GPT) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(inner, lr=0.02, weight_decay=0.0), adamw]
 
 
-def _trained(model: nn.Module, optimizer: type[torch.optim.Optimizer], draw: Callable[[int], Loss], **options: Any) -> Training:
+def _trained(
+    model: nn.Module, optimizer: type[torch.optim.Optimizer], draw: Callable[[int], Loss], **options: Any
+) -> Training:
     schedule = options.pop("schedule", None)
     training = Training(model, [optimizer(model.parameters(), **options)], draw)
     return training if schedule is None else Training(model, training.optimizers, draw, schedule)
@@ -457,9 +454,7 @@ RUNS: dict[str, Run] = {
         "untuned",
         lambda s: _trained(_ViT(), _AdamW, _classified(64, s, 0.1), lr=2e-3, weight_decay=0.05, schedule=_warm_up),
     ),
-    "LSTM, Adam": Run(
-        "untuned", lambda s: _trained(_Recurrent(nn.LSTM, 96), _Adam, _sentences(8, 48, s), lr=3e-3)
-    ),
+    "LSTM, Adam": Run("untuned", lambda s: _trained(_Recurrent(nn.LSTM, 96), _Adam, _sentences(8, 48, s), lr=3e-3)),
     "GPT, Muon": Run("untuned", _muon),
     "GPT, AdamW, batch 8": Run(
         "untuned", lambda s: _trained(GPT(48, 3), _AdamW, _sentences(8, 64, s), lr=2e-3, **_GPT_ADAMW)
@@ -509,7 +504,11 @@ def save(curves: Mapping[str, Sequence[Curve]], path: Path = FILE) -> None:
 NOISE = (5e-8, 2e-7)
 # An answer this far off, in log units, is another crossing and not an inexact one.
 MISSED = 0.25
-SEARCHES: dict[str, dict[str, Any]] = {"rtol 0.01": {}, "rtol 0.05": {"rtol": 0.05}, "bisection": {"method": "bisection"}}
+SEARCHES: dict[str, dict[str, Any]] = {
+    "rtol 0.01": {},
+    "rtol 0.05": {"rtol": 0.05},
+    "bisection": {"method": "bisection"},
+}
 
 
 @dataclass(frozen=True)
@@ -575,3 +574,58 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
         "missed": int((misses > MISSED).sum()),
         "covered": float(np.mean([answer.miss <= answer.reported for answer in found])),
     }
+
+
+def rows(curves: Mapping[str, Sequence[Curve]], seeds: int) -> list[dict[str, Any]]:
+    """Return a row for each search and run, and one for each search and all runs of a group."""
+    found = []
+    for name, options in SEARCHES.items():
+        groups: dict[str, list[Answer]] = {}
+        for run, of_run in curves.items():
+            answers = [answer for seed in range(seeds) for answer in replay(of_run, f"{run} {seed}", **options)]
+            found.append({"search": name, "group": RUNS[run].group, "run": run, **summary(answers)})
+            groups.setdefault(RUNS[run].group, []).extend(answers)
+        found += [
+            {"search": name, "group": group, "run": "all", **summary(answers)} for group, answers in groups.items()
+        ]
+    return found
+
+
+def _table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows for people."""
+    lines = [f"{'search':12}{'group':10}{'run':36}evaluations, p95    error %, p95, p99     missed  covered %"]
+    for row in found:
+        errors = "".join(f"{100 * row[key]:8.3f}" for key in ("error_median", "error_p95", "error_p99"))
+        lines.append(
+            f"{row['search']:12}{row['group']:10}{row['run']:36}{row['evaluations_mean']:6.2f}"
+            f"{row['evaluations_p95']:6.0f}{errors}{row['missed']:8}{100 * row['covered']:10.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Record or replay."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("record", "replay"))
+    parser.add_argument("--only", choices=RUNS, help="record this run, also where it is recorded already")
+    parser.add_argument("--quick", action="store_true", help="replay with noise of one seed in place of four")
+    parser.add_argument("--json", type=Path, help="append the rows of a replay to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    sitting = Sitting(arguments.quick)
+    curves = load()
+    if arguments.what == "record":
+        for name in [arguments.only] if arguments.only else [name for name in RUNS if name not in curves]:
+            started = time.perf_counter()
+            curves[name] = record(name)
+            save(curves)
+            print(f"{name}: {len(curves[name])} curves after {time.perf_counter() - started:.0f} s", flush=True)
+        return
+    found = rows(curves, 1 if arguments.quick else 4)
+    print(_table(found))
+    if arguments.json:
+        append(arguments.json, sitting.record(search=found))
+
+
+if __name__ == "__main__":
+    main()

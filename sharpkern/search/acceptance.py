@@ -16,15 +16,19 @@ Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "un
 
 # Between the crossing and the last fall, or the first rise, ψ may bend: so much of the way is in doubt, ...
 _REACH = 0.03
-# ... and so much of the way to the nearest probe.
+# ... and so much of the way to the nearest probe, which is no further than this.
 _NEAR = 0.4
+_NEAREST = 0.4
+# Two probes miss by less than this share of the error estimated, at nine of ten points measured.
+_CALIBRATED = 0.5
+# One probe that misjudged more than this share of the way to the crossing of late is never enough.
+_UNSURE = 0.5
 # So many losses without a sign between the last fall and the first rise: noise hides the crossing among them.
 _BLURRED = 3
-# Where an earlier crossing would hide: the guard looks at the estimate divided by these ...
-_GUARD = 4.0
-_GUARD_NEAR = 1.5
-# ... where the slope alone would take this many times the loss off, or the exponent is below this.
-_GUARD_FALL = 3.0
+# Where the slope alone would take this many times the loss off, an earlier crossing may hide: the guard looks at the
+# estimate divided by this, or where the slope would take this many times the loss off, if that is less.
+_FAR_OUT = 3.0
+_GUARD, _GUARD_FALL = 4.0, 2.0
 # A fall or rise that an outcome rests on has to be so many times the noise.
 FIRM = 9.0
 # Noise may be so many times what is given without notice where that is large.
@@ -52,19 +56,11 @@ class Outcome:
 def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:
     """Return the estimate if it is exact enough and backed by enough probes, or the middle of a closed bracket."""
     lo, hi = curve.bracket()
-    if estimate is not None and curve.experience.is_learned and curve.experience.miss < MM2 and _familiar(curve, estimate, rtol):
-        return estimate
+    if estimate is not None and estimate.nearest <= max(_NEAREST, estimate.noise):
+        if _familiar(curve, estimate, rtol) or (lo > 0 and hi < math.inf and _backed(curve, estimate, rtol)):
+            return estimate
     if not (lo > 0 and hi < math.inf):
         return None
-    if estimate is not None:
-        tolerance = max(rtol, estimate.noise)
-        # Without a slope to trust, two probes determine it and ψ only together.
-        enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
-        inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
-        close = _REACH * max(curve.distances(estimate.y)) <= tolerance
-        exact = estimate.measured and estimate.error <= tolerance and estimate.nearest <= max(NEARMAX, estimate.noise)
-        if enough and inside and close and exact:
-            return estimate
     half = math.log(hi / lo) / 2
     better = estimate is not None and estimate.measured and 3.0 * estimate.noise < half
     blurred = sum(lo < probe.eta < hi for probe in curve.probes) >= _BLURRED and not better
@@ -75,18 +71,25 @@ def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | 
 
 
 def _familiar(curve: Curve, estimate: Estimate, rtol: float) -> bool:
-    """Return whether searches like those before were right so close to a probe."""
+    """Return whether it is exact enough by what the searches before say of such estimates, also with one side open."""
     lo, hi = curve.bracket()
-    if not (curve.trusts_slope() and lo < math.exp(estimate.y) < hi and estimate.noise <= rtol):
+    seen = (lo > 0 or hi < math.inf) and lo < math.exp(estimate.y) < hi
+    if not (seen and curve.experience.is_learned and curve.trusts_slope()):
         return False
-    if estimate.measured:
-        scale = _CALIBRATED if len(curve.probes) == 2 or C3 else 1.0
-        return scale * estimate.error <= rtol and estimate.nearest < NEARMAX
-    return len(curve.probes) == 1 and estimate.error <= rtol * ONE_TOL and estimate.nearest < ONE and curve.experience.miss < MM
+    alone = len(curve.probes) == 1 and curve.experience.miss < _UNSURE
+    error = _CALIBRATED * estimate.error if estimate.measured else estimate.error if alone else math.inf
+    return max(error, estimate.noise) <= rtol
 
 
-ONE, ONE_TOL = 0.4, 1.0
-_CALIBRATED = 0.5
+def _backed(curve: Curve, estimate: Estimate, rtol: float) -> bool:
+    """Return whether it is exact enough by the probes alone, which lie close on both sides."""
+    lo, hi = curve.bracket()
+    tolerance = max(rtol, estimate.noise)
+    # Without a slope to trust, two probes determine it and ψ only together.
+    enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
+    inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
+    close = _REACH * max(curve.distances(estimate.y)) <= tolerance
+    return enough and inside and close and estimate.measured and estimate.error <= tolerance
 
 
 def doubtful(curve: Curve, outcome: Outcome, rtol: float) -> tuple[Probe, float]:
@@ -108,13 +111,14 @@ def doubtful(curve: Curve, outcome: Outcome, rtol: float) -> tuple[Probe, float]
 def unchecked(curve: Curve, estimate: Estimate) -> Iterator[float]:
     """Yield the step sizes that must still be evaluated before the estimate may be returned.
 
-    An earlier crossing is possible where the loss would fall far below zero on a straight line, where ψ is flat, around
-    a probe that lies higher than its neighbours, and around one before the last fall that noise leaves without a sign.
+    An earlier crossing is possible where the loss would fall far below zero on a straight line, around a probe that
+    lies higher than its neighbours, and around one before the last fall that noise leaves without a sign.
     """
     eta = math.exp(estimate.y)
-    slope = max(curve.given_slope or 0.0, curve.slope() or 0.0)
-    if slope * eta > _GUARD_FALL * abs(curve.base_loss) > 0:
-        yield from _unless_near(curve, min(eta / _GUARD, GF * abs(curve.base_loss) / slope), _GUARD_NEAR)
+    slope = max(curve.given_slope or 0.0, curve.slope() or 0.0) or math.inf
+    fall = slope * eta / (abs(curve.base_loss) or math.inf)
+    if fall > _FAR_OUT:
+        yield from _unless_near(curve, eta / max(_GUARD, fall / _GUARD_FALL if fall < math.inf else 0.0), 1.5)
     for bump in _bumps(curve):
         yield from _unless_near(curve, bump, 1.25)
     for touch in _touches(curve):
@@ -191,22 +195,13 @@ def converged(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> O
     if estimate.noise > _TOO_NOISY or (certify and hi > lo * _widest(rtol)):
         return Outcome("unresolved", exponent=estimate.exponent)
     eta = min(max(math.exp(estimate.y), lo), hi) if certify else math.exp(estimate.y)
-    far = max(curve.distances(math.log(eta)))
-    if far == math.inf:
-        far = 0.0 # open
-        error = max(estimate.reported_error, _NEAR * estimate.nearest if estimate.measured else 0.0)
-        return Outcome("converged", eta, math.expm1(error), estimate.exponent if estimate.measured else None)
+    # Where one side is open nothing but the estimate tells how far the crossing may be.
+    far = max(distance for distance in curve.distances(math.log(eta)) if distance < math.inf)
     # Between the ends of a bracket that noise kept open the certificate says nothing about the crossing.
     if certify and hi > lo * (1 + 2.5 * rtol):
         error = far + estimate.noise
     else:
-        error = min(max(estimate.reported_error, _REACH * far, _NEAR * estimate.nearest), far + estimate.noise)
+        error = max(estimate.reported_error, _NEAR * estimate.nearest if estimate.measured else 0.0)
+        if lo > 0 and hi < math.inf:
+            error = min(max(error, _REACH * far), far + estimate.noise)
     return Outcome("converged", eta, math.expm1(error), estimate.exponent if estimate.measured else None)
-
-GF=2.0
-
-NEARMAX=.4
-MM=.5
-C3=True
-
-MM2=2.0

@@ -67,11 +67,11 @@ class Coordinate(NamedTuple):
 
 @dataclass(frozen=True)
 class Experience:
-    """What the searches before tell about a crossing seen from one probe.
+    """What the searches before tell about the way from a first probe to the crossing.
 
     Attributes:
-        exponent: Slope of ψ from there to the crossing.
-        miss: Share of the way there by which one is off, typically.
+        exponent: Slope of ψ on that way.
+        miss: Share of it by which it is misjudged, typically.
         is_learned: Whether enough searches have told so.
     """
 
@@ -112,6 +112,7 @@ class Curve:
     Attributes:
         noise_level: Standard error of a loss: as given, or as losses at neighbouring step sizes show it.
         noise_is_known: Whether there is no more noise than that, as far as it matters.
+        experience: What the searches before tell.
     """
 
     def __init__(
@@ -124,9 +125,9 @@ class Curve:
         *,
         noise_is_known: bool = False,
         bound: float | None = None,
-        experience: Experience = Experience(),  # noqa: B008
+        experience: Experience | None = None,
     ) -> None:
-        self.experience = experience
+        self.experience = experience or Experience()
         self.base_loss = base_loss
         self.given_slope = slope
         self.guess = guess
@@ -340,10 +341,9 @@ class Curve:
         if len(nodes) > 1 and abs(first.psi) > SIGNIFICANT * first.sigma:
             # ψ is flat, or falls: no power law to follow.
             return None
-        exponent = self.experience.exponent
-        reach = -first.psi / exponent
-        noise, error = NOISE * first.sigma / exponent, self.experience.miss * abs(reach)
-        return Estimate(first.y + reach, error, noise, exponent, measured=False, nearest=abs(reach))
+        exponent, miss = self.experience.exponent, self.experience.miss
+        way, noise = -first.psi / exponent, NOISE * first.sigma / exponent
+        return Estimate(first.y + way, miss * abs(way), noise, exponent, measured=False, nearest=abs(way))
 
     def _interpolate(self, first: Coordinate, second: Coordinate, third: Coordinate | None) -> Estimate:
         """Return the zero of ψ by a secant through the first two nodes, or by a parabola y(ψ) through three."""
@@ -361,7 +361,7 @@ class Curve:
             bend = (exponent - _secant(second, third)) / (first.y - third.y)
             parabola = _parabola_zero(first, second, third)
             shift = abs(parabola - y)
-            error = max(min(max(1.5 * abs(bend / exponent), 0.1) * product, nearest), (0.3 if shift <= nearest / 2 else SH) * shift)
+            error = max(min(max(1.5 * abs(bend / exponent), 0.1) * product, nearest), 0.3 * shift)
             if shift <= nearest / 2:
                 y = parabola
         error = max(error, _NEAREST * abs(first.y - y))
@@ -412,5 +412,3 @@ def _parabola_zero(a: Coordinate, b: Coordinate, c: Coordinate) -> float:
         + b.y * a.psi * c.psi / ((b.psi - a.psi) * (b.psi - c.psi))
         + c.y * a.psi * b.psi / ((c.psi - a.psi) * (c.psi - b.psi))
     )
-
-SH=.3

@@ -27,15 +27,15 @@ _WARM_WIDTH = math.log(2.0)
 _WIDTHS = (math.log(1.25), math.log(5.0))
 # One search may be deceived about the noise; so many in a row are not.
 _LOOKS = 1
-# What the first probe alone is worth is known after so many searches, and follows the last few.
+# After so many searches it is known how far the first probe alone misjudges the way to the crossing ...
 _ENOUGH = 2
-_GAIN = 0.15
-_EXPONENT_GAIN = 0.6
+# ... which is taken for this share before, follows about so many searches, one of which counts no more than so many
+# times the others, is never less than this, and grows by this factor where one probe was enough.
+_FIRST_MISS, _FOLLOWED, _OUTLIER, _LEAST_MISS, _FORGET = 0.5, 6.0, 2.0, 0.01, 1.05
+# Weight of the last search in the exponent, which lies between these; a way so short tells none.
+_FRESH = 0.6
 _EXPONENTS = (0.1, 30.0)
-_LEAST_MISS = 0.01
-_FORGET = 1.05
 _NO_WAY = 1e-3
-_OUT, _FIRST = 2.0, 0.5
 
 
 @dataclass
@@ -44,7 +44,7 @@ class SearchMemory:
 
     Attributes:
         eta: Last critical learning rate, or where it may be.
-        exponent: Slope of ψ there.
+        exponent: Slope of ψ from the first probe to there.
         slope: Δθᵀg of that search.
         norm_sq: |Δθ|² of that search.
         half_width: Half-width of the next grid of step sizes, in log units.
@@ -337,10 +337,9 @@ class LineSearch:
     def _experience(self) -> Experience:
         """Return what the searches before this one tell about this one."""
         before = self._before
-        exponent = min(max(before.exponent or 1.0, _EXPONENTS[0]), _EXPONENTS[1])
-        if (before.num_misses or 0) < _ENOUGH:
-            return Experience(exponent)
-        return Experience(exponent, before.miss or 1.0, is_learned=True)
+        if (before.num_misses or 0.0) < _ENOUGH:
+            return Experience(_clipped(before.exponent or 1.0))
+        return Experience(_clipped(before.exponent or 1.0), before.miss or 1.0, is_learned=True)
 
     def _first_guess(self, initial_lr: float | None, method: str) -> float:
         """Return the last crossing, scaled to this direction, or a first guess."""
@@ -369,7 +368,7 @@ class LineSearch:
     def _known_noise(self) -> float | None:
         """Return the noise that the memory holds, if that was of about the same base loss."""
         before, base = self._before, abs(self._base_loss)
-        if before.noise is None or before.base_loss is None or not before.base_loss / 2 < base < before.base_loss * 2:
+        if before.noise is None or before.base_loss is None or base < before.base_loss / 2:
             return None
         return before.noise
 
@@ -400,28 +399,27 @@ class LineSearch:
         )
 
     def _with_experience(self, before: SearchMemory, place: float) -> SearchMemory:
-        """Return the memory with what this search tells of how far its first probe alone could be trusted."""
-        exponent = self._outcome.exponent if self._outcome is not None else None
+        """Return the memory with what this search tells of the way from its first probe to the crossing."""
+        assert self._outcome is not None
+        exponent, experience = self._outcome.exponent, self._curve.experience
         if exponent is None:
             # Nobody looked: it is known a little less well.
-            return before if before.miss is None else replace(before, miss=min(before.miss * _FORGET, 1.0))
-        eta, loss = self._probes[0]
-        slope = self._given_slope or 0.0
-        w = 1.0 + (loss - self._base_loss) / (slope * eta) if slope > 0 else 0.0
-        way = math.log(place / eta)
-        if not (0 < w < math.inf) or abs(way) < _NO_WAY or w == 1.0:
-            return before if before.exponent is not None else replace(before, exponent=exponent)
-        chord = min(max(-math.log(w) / way, _EXPONENTS[0]), _EXPONENTS[1])
+            return replace(before, miss=min(_FORGET * before.miss, 1.0)) if before.miss is not None else before
         if before.exponent is None:
             return replace(before, exponent=exponent)
-        off = min(abs(1.0 + way * self._curve.experience.exponent / math.log(w)), 1.0)
-        num = min((before.num_misses or 0.0) + 1.0, 1 / _GAIN)
-        square = before.miss**2 if before.miss is not None else _FIRST**2
-        off = min(off, _OUT * math.sqrt(square))
+        eta, loss = self._probes[0]
+        slope, way = self._given_slope or 0.0, math.log(place / eta)
+        w = 1.0 + (loss - self._base_loss) / (slope * eta) if slope > 0 else 0.0
+        if not 0 < w < math.inf or w == 1.0 or abs(way) < _NO_WAY:
+            return before
+        psi, last = math.log(w), before.miss or _FIRST_MISS
+        # One search that went astray must not make all others doubtful.
+        miss = min(abs(way + psi / experience.exponent) / abs(psi / experience.exponent), 1.0, _OUTLIER * last)
+        num = min((before.num_misses or 0.0) + 1.0, _FOLLOWED)
         return replace(
             before,
-            exponent=before.exponent * (chord / before.exponent) ** _EXPONENT_GAIN,
-            miss=max(math.sqrt(square + (off**2 - square) / (num + 1)), _LEAST_MISS),
+            exponent=before.exponent ** (1 - _FRESH) * _clipped(-psi / way) ** _FRESH,
+            miss=max(math.sqrt(last**2 + (miss**2 - last**2) / (num + 1.0)), _LEAST_MISS),
             num_misses=num,
         )
 
@@ -434,6 +432,11 @@ class LineSearch:
         if looks > _LOOKS:
             return before
         return replace(before, noise=curve.noise_level / base, base_loss=base, num_looks=looks)
+
+
+def _clipped(exponent: float) -> float:
+    """Return the exponent, or the nearest one that a search can go by."""
+    return min(max(exponent, _EXPONENTS[0]), _EXPONENTS[1])
 
 
 def _scaled(before: SearchMemory, slope: float | None, norm_sq: float | None) -> float:

@@ -296,7 +296,8 @@ def _upward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
     eta = last * leap
     # Where two losses equal f₀ the slope is wrong, or nothing but noise is seen: larger steps show more.
     steep = estimate is not None and (estimate.exponent >= 0.25 or not estimate.measured)
-    if estimate is not None and steep and (lo > 0 or len(curve.probes) == 1):
+    if steep and (lo > 0 or len(curve.probes) == 1):
+        assert estimate is not None
         # The power law is local: it may be trusted over a decade or two.
         eta = min(max(math.exp(estimate.y), last * push if lo > 0 else 0.0), last * max(100.0, leap))
     return min(eta, _step_out(curve), _limit(curve))
@@ -312,8 +313,8 @@ def _downward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
         return math.sqrt(below[-1] * hi)
     if below:
         return below[0] / (10.0 if len(below) == 1 or _apart(below) else 3.0)
-    rises = [probe.eta for probe in curve.probes if curve.sign(probe) > 0]
-    if _apart(rises) and _first_rise(curve).rise < _LOCAL * abs(curve.base_loss) and curve.rises_at_once():
+    first = _first_rise(curve)
+    if hi * 2.0 < curve.probes[-1].eta and first.rise < _LOCAL * abs(curve.base_loss) and curve.rises_at_once():
         # The slope is contradicted: the same at the noise floor settles it.
         return _lowest(curve)
     leap, push = _stride(passes)
