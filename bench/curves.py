@@ -7,24 +7,27 @@ The ``untuned`` runs share neither model nor optimizer with those that the searc
 `bench_line_search.py`). The ``held out`` runs were recorded after its constants were fixed.
 """
 
+import argparse
 import copy
 import gzip
 import json
 import math
 import random
 import sys
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 # The checkout, also where the package is not installed.
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from ledger import RESULTS
+from ledger import RESULTS, Sitting, append
 from torch import Tensor, nn
 from torch.nn import functional as F
 from workloads import GPT, digits, mlp, text, token_loss
@@ -211,7 +214,7 @@ class Lion(torch.optim.Optimizer):
 def _stack(*widths: int, between: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Sequential:
     """Return linear layers with something between them."""
     layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(widths)):
         if i:
             layers += [nn.BatchNorm1d(before)] * norm + [between()]
         layers.append(nn.Linear(before, after))

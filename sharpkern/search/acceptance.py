@@ -56,9 +56,8 @@ class Outcome:
 def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:
     """Return the estimate if it is exact enough and backed by enough probes, or the middle of a closed bracket."""
     lo, hi = curve.bracket()
-    if estimate is not None and estimate.nearest <= max(_NEAREST, estimate.noise):
-        if _familiar(curve, estimate, rtol) or (lo > 0 and hi < math.inf and _backed(curve, estimate, rtol)):
-            return estimate
+    if estimate is not None and (_familiar(curve, estimate, rtol) or _backed(curve, estimate, rtol)):
+        return estimate
     if not (lo > 0 and hi < math.inf):
         return None
     half = math.log(hi / lo) / 2
@@ -76,14 +75,16 @@ def _familiar(curve: Curve, estimate: Estimate, rtol: float) -> bool:
     seen = (lo > 0 or hi < math.inf) and lo < math.exp(estimate.y) < hi
     if not (seen and curve.experience.is_learned and curve.trusts_slope()):
         return False
-    alone = len(curve.probes) == 1 and curve.experience.miss < _UNSURE
-    error = _CALIBRATED * estimate.error if estimate.measured else estimate.error if alone else math.inf
-    return max(error, estimate.noise) <= rtol
+    error = _CALIBRATED * estimate.error if estimate.measured else estimate.error
+    sure = estimate.measured or (len(curve.probes) == 1 and curve.experience.miss < _UNSURE)
+    return sure and estimate.nearest <= _NEAREST and max(error, estimate.noise) <= rtol
 
 
 def _backed(curve: Curve, estimate: Estimate, rtol: float) -> bool:
     """Return whether it is exact enough by the probes alone, which lie close on both sides."""
     lo, hi = curve.bracket()
+    if not (lo > 0 and hi < math.inf):
+        return False
     tolerance = max(rtol, estimate.noise)
     # Without a slope to trust, two probes determine it and ψ only together.
     enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
