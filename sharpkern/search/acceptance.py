@@ -1,8 +1,9 @@
 """When an estimate of the crossing may be returned, and what has to be looked at before.
 
-An estimate is settled once it is exact enough and lies between a fall and a rise. Before it is returned the search
-looks where an earlier crossing could hide, and how large the noise is; and, to certify it, for a fall and a rise that
-noise cannot have made close to either side of it.
+An estimate is settled once it is exact enough and lies between a fall and a rise, or the searches before tell how far
+such estimates are off; its error then covers the side where nothing was seen. Before it is returned the search looks
+where an earlier crossing could hide, and how large the noise is; and, to certify it, for a fall and a rise that noise
+cannot have made close to either side of it.
 """
 
 import math

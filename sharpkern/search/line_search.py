@@ -25,8 +25,8 @@ _LARGEST = 1e100
 # First half-width of a grid of K step sizes around a cold guess, and around a warm one.
 _WARM_WIDTH = math.log(2.0)
 _WIDTHS = (math.log(1.25), math.log(5.0))
-# One search may be deceived about the noise; so many in a row are not.
-_LOOKS = 1
+# One search may be deceived about the noise; so many are not.
+_LOOKS = 2
 # After so many searches it is known how far the first probe alone misjudges the way to the crossing ...
 _ENOUGH = 2
 # ... which is taken for this share before, follows about so many searches, one of which counts no more than so many
@@ -51,7 +51,7 @@ class SearchMemory:
         bound: Largest step tried where the last search found no rise.
         noise: Relative standard error of one loss, as last measured.
         base_loss: |f(0)| at that time.
-        num_looks: Searches in a row that measured the noise at about this base loss.
+        num_looks: Searches that have measured the noise.
         miss: Share of the way from the first probe to the crossing by which it misjudged that way, typically.
         num_misses: Searches that told so.
     """
@@ -164,7 +164,7 @@ class LineSearch:
             down that no probe came near, or that the noise exceeds, is not seen.
         noise: Relative standard error of one loss, as far as it is known. Before a result is returned one to three
             losses at neighbouring step sizes show whether it is more; the memory says so of the next searches, until
-            the base loss has changed by a factor of two.
+            the base loss has halved.
         max_evaluations: Most probes, the base loss not included.
         num_parallel: Step sizes asked for at a time.
         probes: Pairs (η, loss) that are known already, as those of a `warm_grid`.
@@ -366,7 +366,7 @@ class LineSearch:
         return self._given_slope if self._given_slope is not None else self._curve.slope()
 
     def _known_noise(self) -> float | None:
-        """Return the noise that the memory holds, if that was of about the same base loss."""
+        """Return the noise that the memory holds, unless the base loss has halved since."""
         before, base = self._before, abs(self._base_loss)
         if before.noise is None or before.base_loss is None or base < before.base_loss / 2:
             return None
@@ -402,14 +402,15 @@ class LineSearch:
         """Return the memory with what this search tells of the way from its first probe to the crossing."""
         assert self._outcome is not None
         exponent, experience = self._outcome.exponent, self._curve.experience
+        slope, (eta, loss) = self._given_slope or 0.0, self._probes[0]
+        if self._outcome.status != "converged" or slope <= 0:
+            return before
         if exponent is None:
             # Nobody looked: it is known a little less well.
             return replace(before, miss=min(_FORGET * before.miss, 1.0)) if before.miss is not None else before
-        if before.exponent is None:
-            return replace(before, exponent=exponent)
-        eta, loss = self._probes[0]
-        slope, way = self._given_slope or 0.0, math.log(place / eta)
-        w = 1.0 + (loss - self._base_loss) / (slope * eta) if slope > 0 else 0.0
+        if before.exponent is None or self._num_parallel > 1:
+            return replace(before, exponent=exponent) if self._curve.trusts_slope() else before
+        way, w = math.log(place / eta), 1.0 + (loss - self._base_loss) / (slope * eta)
         if not 0 < w < math.inf or w == 1.0 or abs(way) < _NO_WAY:
             return before
         psi, last = math.log(w), before.miss or _FIRST_MISS
@@ -418,7 +419,7 @@ class LineSearch:
         num = min((before.num_misses or 0.0) + 1.0, _FOLLOWED)
         return replace(
             before,
-            exponent=before.exponent ** (1 - _FRESH) * _clipped(-psi / way) ** _FRESH,
+            exponent=experience.exponent ** (1 - _FRESH) * _clipped(-psi / way) ** _FRESH,
             miss=max(math.sqrt(last**2 + (miss**2 - last**2) / (num + 1.0)), _LEAST_MISS),
             num_misses=num,
         )
@@ -428,10 +429,10 @@ class LineSearch:
         curve, before, base = self._curve, self._before, abs(self._base_loss)
         if not (curve.noise_is_known and base):
             return before
-        looks = (before.num_looks or 0) + 1 if self._known_noise() is not None else 1
-        if looks > _LOOKS:
+        looks = before.num_looks or 0
+        if looks >= _LOOKS and self._known_noise() is not None:
             return before
-        return replace(before, noise=curve.noise_level / base, base_loss=base, num_looks=looks)
+        return replace(before, noise=curve.noise_level / base, base_loss=base, num_looks=min(looks + 1, _LOOKS))
 
 
 def _clipped(exponent: float) -> float:

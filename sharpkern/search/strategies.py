@@ -295,9 +295,8 @@ def _upward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
     leap, push = _stride(passes)
     eta = last * leap
     # Where two losses equal f₀ the slope is wrong, or nothing but noise is seen: larger steps show more.
-    steep = estimate is not None and (estimate.exponent >= 0.25 or not estimate.measured)
-    if steep and (lo > 0 or len(curve.probes) == 1):
-        assert estimate is not None
+    flat = estimate is None or (estimate.measured and estimate.exponent < 0.25)
+    if estimate is not None and not flat and (lo > 0 or len(curve.probes) == 1):
         # The power law is local: it may be trusted over a decade or two.
         eta = min(max(math.exp(estimate.y), last * push if lo > 0 else 0.0), last * max(100.0, leap))
     return min(eta, _step_out(curve), _limit(curve))
