@@ -155,7 +155,8 @@ class LineSearch:
         norm_sq: |Δθ|² if known; together with the slope it scales the last result to this direction.
         initial_lr: First guess where there is no memory, usually the learning rate in use. "auto" starts at
             0.1·f(0)/slope instead if that is larger: in a warm-up the learning rate says little about the crossing.
-        memory: `SearchResult.memory` of the previous search.
+        memory: `SearchResult.memory` of the previous search. Once it tells how far one loss foretells the crossing, one
+            may do, and no rise need be seen beyond a fall; the error then covers what was not seen.
         rtol: Relative error to reach, in (0, 1).
         method: "auto", or "bisection" (doubling or halving, then bisection to 1/16, for comparison).
         certify: Whether to evaluate further until a fall and a rise beyond the noise enclose the answer. "converged"
