@@ -26,9 +26,10 @@ _CALIBRATED = 0.5
 _UNSURE = 0.5
 # So many losses without a sign between the last fall and the first rise: noise hides the crossing among them.
 _BLURRED = 3
-# Where the slope alone would take this many times the loss off, an earlier crossing may hide: the guard looks at the
-# estimate divided by this, or where the slope would take this many times the loss off, if that is less.
-_FAR_OUT = 3.0
+# Where the slope alone would take this many times the loss off, and half as many where the answer is so many times what
+# was expected, an earlier crossing may hide: the guard looks at the estimate divided by this, or where the slope would
+# take this many times the loss off, if that is less.
+_FAR_OUT, _UNEXPECTED = 3.0, 2.0
 _GUARD, _GUARD_FALL = 4.0, 2.0
 # A fall or rise that an outcome rests on has to be so many times the noise.
 FIRM = 9.0
@@ -119,7 +120,7 @@ def unchecked(curve: Curve, estimate: Estimate) -> Iterator[float]:
     eta = math.exp(estimate.y)
     slope = max(curve.given_slope or 0.0, curve.slope() or 0.0) or math.inf
     fall = slope * eta / (abs(curve.base_loss) or math.inf)
-    if fall > _FAR_OUT:
+    if fall > (_FAR_OUT if eta < _UNEXPECTED * curve.guess else _FAR_OUT / 2):
         yield from _unless_near(curve, eta / max(_GUARD, fall / _GUARD_FALL if fall < math.inf else 0.0), 1.5)
     for bump in _bumps(curve):
         yield from _unless_near(curve, bump, 1.25)
