@@ -1,8 +1,9 @@
 """When an estimate of the crossing may be returned, and what has to be looked at before.
 
-An estimate is settled once it is exact enough and lies between a fall and a rise. Before it is returned the search
-looks where an earlier crossing could hide, and how large the noise is; and, to certify it, for a fall and a rise that
-noise cannot have made close to either side of it.
+An estimate is settled once it is exact enough and lies between a fall and a rise, or the searches before tell how far
+such estimates are off; its error then covers the side where nothing was seen. Before it is returned the search looks
+where an earlier crossing could hide, and how large the noise is; and, to certify it, for a fall and a rise that noise
+cannot have made close to either side of it.
 """
 
 import math
@@ -16,15 +17,20 @@ Status: TypeAlias = Literal["converged", "ascent", "unbounded", "nonfinite", "un
 
 # Between the crossing and the last fall, or the first rise, ψ may bend: so much of the way is in doubt, ...
 _REACH = 0.03
-# ... and so much of the way to the nearest probe.
+# ... and so much of the way to the nearest probe, which is no further than this.
 _NEAR = 0.4
+_NEAREST = 0.4
+# Two probes miss by less than this share of the error estimated, at nine of ten points measured.
+_CALIBRATED = 0.5
+# One probe that misjudged more than this share of the way to the crossing of late is never enough.
+_UNSURE = 0.5
 # So many losses without a sign between the last fall and the first rise: noise hides the crossing among them.
 _BLURRED = 3
-# Where an earlier crossing would hide: the guard looks at the estimate divided by these ...
-_GUARDS = (4.0, 12.0)
-# ... where the slope alone would take this many times the loss off, or the exponent is below this.
-_GUARD_FALL = 2.0
-_GUARD_EXPONENT = 0.4
+# Where the slope alone would take this many times the loss off, and half as many where the answer is so many times what
+# was expected, an earlier crossing may hide: the guard looks at the estimate divided by this, or where the slope would
+# take this many times the loss off, if that is less.
+_FAR_OUT, _UNEXPECTED = 3.0, 2.0
+_GUARD, _GUARD_FALL = 4.0, 2.0
 # A fall or rise that an outcome rests on has to be so many times the noise.
 FIRM = 9.0
 # Noise may be so many times what is given without notice where that is large.
@@ -52,17 +58,10 @@ class Outcome:
 def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | None:
     """Return the estimate if it is exact enough and backed by enough probes, or the middle of a closed bracket."""
     lo, hi = curve.bracket()
+    if estimate is not None and (_familiar(curve, estimate, rtol) or _backed(curve, estimate, rtol)):
+        return estimate
     if not (lo > 0 and hi < math.inf):
         return None
-    if estimate is not None:
-        tolerance = max(rtol, estimate.noise)
-        # Without a slope to trust, two probes determine it and ψ only together.
-        enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
-        inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
-        close = _REACH * max(curve.distances(estimate.y)) <= tolerance
-        exact = estimate.measured and estimate.error <= tolerance
-        if enough and inside and close and exact:
-            return estimate
     half = math.log(hi / lo) / 2
     better = estimate is not None and estimate.measured and 3.0 * estimate.noise < half
     blurred = sum(lo < probe.eta < hi for probe in curve.probes) >= _BLURRED and not better
@@ -70,6 +69,30 @@ def settled(curve: Curve, estimate: Estimate | None, rtol: float) -> Estimate | 
         noise = half if blurred else 0.0
         return Estimate(math.log(lo) + half, half, noise, 1.0, measured=False, nearest=half)
     return None
+
+
+def _familiar(curve: Curve, estimate: Estimate, rtol: float) -> bool:
+    """Return whether it is exact enough by what the searches before say of such estimates, also with one side open."""
+    lo, hi = curve.bracket()
+    seen = (lo > 0 or hi < math.inf) and lo < math.exp(estimate.y) < hi
+    if not (seen and curve.experience.is_learned and curve.trusts_slope()):
+        return False
+    error = _CALIBRATED * estimate.error if estimate.measured else estimate.error
+    sure = estimate.measured or (len(curve.probes) == 1 and curve.experience.miss < _UNSURE)
+    return sure and estimate.nearest <= _NEAREST and max(error, estimate.noise) <= rtol
+
+
+def _backed(curve: Curve, estimate: Estimate, rtol: float) -> bool:
+    """Return whether it is exact enough by the probes alone, which lie close on both sides."""
+    lo, hi = curve.bracket()
+    if not (lo > 0 and hi < math.inf):
+        return False
+    tolerance = max(rtol, estimate.noise)
+    # Without a slope to trust, two probes determine it and ψ only together.
+    enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
+    inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol
+    close = _REACH * max(curve.distances(estimate.y)) <= tolerance
+    return enough and inside and close and estimate.measured and estimate.error <= tolerance
 
 
 def doubtful(curve: Curve, outcome: Outcome, rtol: float) -> tuple[Probe, float]:
@@ -82,7 +105,8 @@ def doubtful(curve: Curve, outcome: Outcome, rtol: float) -> tuple[Probe, float]
         probe = curve.ends()[0]
         return probe, abs(probe.rise) / FIRM
     probe = min(curve.ends(), key=lambda end: abs(math.log(end.eta / outcome.eta)))
-    deepest = max(-probe.rise for probe in curve.probes if probe.eta <= curve.bracket()[0])
+    falls = (-probe.rise for probe in curve.probes if probe.eta <= curve.bracket()[0])
+    deepest = max(falls, default=abs(probe.rise))
     # Where the noise given is what limits the error, it has to be more by far.
     return probe, max(min(deepest / FIRM, rtol * curve.drop(probe.eta) / NOISE), _MORE * curve.noise_level)
 
@@ -90,14 +114,14 @@ def doubtful(curve: Curve, outcome: Outcome, rtol: float) -> tuple[Probe, float]
 def unchecked(curve: Curve, estimate: Estimate) -> Iterator[float]:
     """Yield the step sizes that must still be evaluated before the estimate may be returned.
 
-    An earlier crossing is possible where the loss would fall far below zero on a straight line, where ψ is flat, around
-    a probe that lies higher than its neighbours, and around one before the last fall that noise leaves without a sign.
+    An earlier crossing is possible where the loss would fall far below zero on a straight line, around a probe that
+    lies higher than its neighbours, and around one before the last fall that noise leaves without a sign.
     """
     eta = math.exp(estimate.y)
     slope = max(curve.given_slope or 0.0, curve.slope() or 0.0) or math.inf
-    if slope * eta > _GUARD_FALL * abs(curve.base_loss) or estimate.exponent < _GUARD_EXPONENT:
-        for divisor in _GUARDS:
-            yield from _unless_near(curve, eta / divisor, 1.3)
+    fall = slope * eta / (abs(curve.base_loss) or math.inf)
+    if fall > (_FAR_OUT if eta < _UNEXPECTED * curve.guess else _FAR_OUT / 2):
+        yield from _unless_near(curve, eta / max(_GUARD, fall / _GUARD_FALL if fall < math.inf else 0.0), 1.5)
     for bump in _bumps(curve):
         yield from _unless_near(curve, bump, 1.25)
     for touch in _touches(curve):
@@ -174,10 +198,13 @@ def converged(curve: Curve, estimate: Estimate, rtol: float, certify: bool) -> O
     if estimate.noise > _TOO_NOISY or (certify and hi > lo * _widest(rtol)):
         return Outcome("unresolved", exponent=estimate.exponent)
     eta = min(max(math.exp(estimate.y), lo), hi) if certify else math.exp(estimate.y)
-    far = max(curve.distances(math.log(eta)))
+    # Where one side is open nothing but the estimate tells how far the crossing may be.
+    far = max(distance for distance in curve.distances(math.log(eta)) if distance < math.inf)
     # Between the ends of a bracket that noise kept open the certificate says nothing about the crossing.
     if certify and hi > lo * (1 + 2.5 * rtol):
         error = far + estimate.noise
     else:
-        error = min(max(estimate.reported_error, _REACH * far, _NEAR * estimate.nearest), far + estimate.noise)
+        error = max(estimate.reported_error, _NEAR * estimate.nearest if estimate.measured else 0.0)
+        if lo > 0 and hi < math.inf:
+            error = min(max(error, _REACH * far), far + estimate.noise)
     return Outcome("converged", eta, math.expm1(error), estimate.exponent if estimate.measured else None)

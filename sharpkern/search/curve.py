@@ -66,6 +66,21 @@ class Coordinate(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Experience:
+    """What the searches before tell about the way from a first probe to the crossing.
+
+    Attributes:
+        exponent: Slope of ψ on that way.
+        miss: Share of it by which it is misjudged, typically.
+        is_learned: Whether enough searches have told so.
+    """
+
+    exponent: float = 1.0
+    miss: float = 1.0
+    is_learned: bool = False
+
+
+@dataclass(frozen=True)
 class Estimate:
     """An estimate of the crossing from the probes nearest to it.
 
@@ -97,6 +112,7 @@ class Curve:
     Attributes:
         noise_level: Standard error of a loss: as given, or as losses at neighbouring step sizes show it.
         noise_is_known: Whether there is no more noise than that, as far as it matters.
+        experience: What the searches before tell.
     """
 
     def __init__(
@@ -109,7 +125,9 @@ class Curve:
         *,
         noise_is_known: bool = False,
         bound: float | None = None,
+        experience: Experience | None = None,
     ) -> None:
+        self.experience = experience or Experience()
         self.base_loss = base_loss
         self.given_slope = slope
         self.guess = guess
@@ -310,7 +328,7 @@ class Curve:
             return 1.0 / math.hypot(1.0 / fall, 1.0 / whole)
         return fall
 
-    def estimate(self, exponent: float) -> Estimate | None:
+    def estimate(self) -> Estimate | None:
         """Estimate the first crossing from the up to three probes around it."""
         nodes = _nearest(self.coordinates())
         if not nodes:
@@ -323,9 +341,9 @@ class Curve:
         if len(nodes) > 1 and abs(first.psi) > SIGNIFICANT * first.sigma:
             # ψ is flat, or falls: no power law to follow.
             return None
-        reach = -first.psi / exponent
-        noise = NOISE * first.sigma / exponent
-        return Estimate(first.y + reach, abs(reach), noise, exponent, measured=False, nearest=abs(reach))
+        exponent, miss = self.experience.exponent, self.experience.miss
+        way, noise = -first.psi / exponent, NOISE * first.sigma / exponent
+        return Estimate(first.y + way, miss * abs(way), noise, exponent, measured=False, nearest=abs(way))
 
     def _interpolate(self, first: Coordinate, second: Coordinate, third: Coordinate | None) -> Estimate:
         """Return the zero of ψ by a secant through the first two nodes, or by a parabola y(ψ) through three."""

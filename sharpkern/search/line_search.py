@@ -11,7 +11,7 @@ from typing import Literal
 
 from sharpkern.search.acceptance import Outcome
 from sharpkern.search.acceptance import Status as Status
-from sharpkern.search.curve import Curve
+from sharpkern.search.curve import Curve, Experience
 from sharpkern.search.strategies import Steps, adaptive, bisection, first_grid
 
 # The last critical learning rate predicts the next to within this factor; a ratio beyond is a change of scale.
@@ -25,8 +25,17 @@ _LARGEST = 1e100
 # First half-width of a grid of K step sizes around a cold guess, and around a warm one.
 _WARM_WIDTH = math.log(2.0)
 _WIDTHS = (math.log(1.25), math.log(5.0))
-# One search may be deceived about the noise; so many in a row are not.
+# One search may be deceived about the noise; so many are not.
 _LOOKS = 2
+# After so many searches it is known how far the first probe alone misjudges the way to the crossing ...
+_ENOUGH = 2
+# ... which is taken for this share before, follows about so many searches, one of which counts no more than so many
+# times the others, is never less than this, and grows by this factor where one probe was enough.
+_FIRST_MISS, _FOLLOWED, _OUTLIER, _LEAST_MISS, _FORGET = 0.5, 6.0, 2.0, 0.01, 1.05
+# Weight of the last search in the exponent, which lies between these; a way so short tells none.
+_FRESH = 0.6
+_EXPONENTS = (0.1, 30.0)
+_NO_WAY = 1e-3
 
 
 @dataclass
@@ -35,14 +44,16 @@ class SearchMemory:
 
     Attributes:
         eta: Last critical learning rate, or where it may be.
-        exponent: Slope of ψ there.
+        exponent: Slope of ψ from the first probe to there.
         slope: Δθᵀg of that search.
         norm_sq: |Δθ|² of that search.
         half_width: Half-width of the next grid of step sizes, in log units.
         bound: Largest step tried where the last search found no rise.
         noise: Relative standard error of one loss, as last measured.
         base_loss: |f(0)| at that time.
-        num_looks: Searches in a row that measured the noise at about this base loss.
+        num_looks: Searches that have measured the noise.
+        miss: Share of the way from the first probe to the crossing by which it misjudged that way, typically.
+        num_misses: Searches that told so.
     """
 
     eta: float | None = None
@@ -54,6 +65,8 @@ class SearchMemory:
     noise: float | None = None
     base_loss: float | None = None
     num_looks: float | None = None
+    miss: float | None = None
+    num_misses: float | None = None
 
     def to_dict(self) -> dict[str, float | None]:
         """Return the fields as a dict of floats."""
@@ -89,6 +102,7 @@ class SearchMemory:
             (self.half_width, 1e-3, 10.0),
             *((number, 1 / _LARGEST, _LARGEST) for number in (self.eta, self.norm_sq, self.bound)),
             *((number, 1 / _LARGEST, _LARGEST) for number in (self.noise, self.base_loss, self.num_looks)),
+            *((number, 1 / _LARGEST, _LARGEST) for number in (self.miss, self.num_misses)),
         )
         return all(value is None or low <= value <= high for value, low, high in ranges)
 
@@ -141,7 +155,8 @@ class LineSearch:
         norm_sq: |Δθ|² if known; together with the slope it scales the last result to this direction.
         initial_lr: First guess where there is no memory, usually the learning rate in use. "auto" starts at
             0.1·f(0)/slope instead if that is larger: in a warm-up the learning rate says little about the crossing.
-        memory: `SearchResult.memory` of the previous search.
+        memory: `SearchResult.memory` of the previous search. Once it tells how far one loss foretells the crossing, one
+            may do, and no rise need be seen beyond a fall; the error then covers what was not seen.
         rtol: Relative error to reach, in (0, 1).
         method: "auto", or "bisection" (doubling or halving, then bisection to 1/16, for comparison).
         certify: Whether to evaluate further until a fall and a rise beyond the noise enclose the answer. "converged"
@@ -150,7 +165,7 @@ class LineSearch:
             down that no probe came near, or that the noise exceeds, is not seen.
         noise: Relative standard error of one loss, as far as it is known. Before a result is returned one to three
             losses at neighbouring step sizes show whether it is more; the memory says so of the next searches, until
-            the base loss has changed by a factor of two.
+            the base loss has halved.
         max_evaluations: Most probes, the base loss not included.
         num_parallel: Step sizes asked for at a time.
         probes: Pairs (η, loss) that are known already, as those of a `warm_grid`.
@@ -220,6 +235,7 @@ class LineSearch:
             rtol,
             noise_is_known=known is not None and (self._before.num_looks or 0) >= _LOOKS,
             bound=self._before.bound,
+            experience=self._experience(),
         )
         if not math.isfinite(self._base_loss):
             self._outcome = Outcome("nonfinite")
@@ -315,10 +331,16 @@ class LineSearch:
 
     def _strategy(self, method: str, rtol: float, certify: bool) -> Steps:
         """Return the generator that chooses step sizes."""
-        exponent = min(max(self._before.exponent or 1.0, 0.3), 30.0)
         if method == "bisection":
             return bisection(self._curve)
-        return adaptive(self._curve, exponent, rtol, certify, self._num_parallel, self._width)
+        return adaptive(self._curve, rtol, certify, self._num_parallel, self._width)
+
+    def _experience(self) -> Experience:
+        """Return what the searches before this one tell about this one."""
+        before = self._before
+        if (before.num_misses or 0.0) < _ENOUGH:
+            return Experience(_clipped(before.exponent or 1.0))
+        return Experience(_clipped(before.exponent or 1.0), before.miss or 1.0, is_learned=True)
 
     def _first_guess(self, initial_lr: float | None, method: str) -> float:
         """Return the last crossing, scaled to this direction, or a first guess."""
@@ -345,9 +367,9 @@ class LineSearch:
         return self._given_slope if self._given_slope is not None else self._curve.slope()
 
     def _known_noise(self) -> float | None:
-        """Return the noise that the memory holds, if that was of about the same base loss."""
+        """Return the noise that the memory holds, unless the base loss has halved since."""
         before, base = self._before, abs(self._base_loss)
-        if before.noise is None or before.base_loss is None or not before.base_loss / 2 < base < before.base_loss * 2:
+        if before.noise is None or before.base_loss is None or base < before.base_loss / 2:
             return None
         return before.noise
 
@@ -367,16 +389,40 @@ class LineSearch:
         elif not self._guess / _LOST < place < math.inf:
             # A guess that led nowhere is not made again.
             return replace(before, eta=None, bound=curve.probes[-1].eta if hi == math.inf else None)
-        measured = self._outcome.exponent is not None and curve.trusts_slope()
         slope = self._slope()
         return replace(
-            before,
+            self._with_experience(before, place),
             eta=place,
-            exponent=self._outcome.exponent if measured else before.exponent,
             slope=slope if slope is not None and slope > 0 else None,
             norm_sq=self._norm_sq,
             half_width=min(max(0.7 * self._width + 0.9 * abs(math.log(place / self._guess)), _WIDTHS[0]), _WIDTHS[1]),
             bound=None,
+        )
+
+    def _with_experience(self, before: SearchMemory, place: float) -> SearchMemory:
+        """Return the memory with what this search tells of the way from its first probe to the crossing."""
+        assert self._outcome is not None
+        exponent, experience = self._outcome.exponent, self._curve.experience
+        slope, (eta, loss) = self._given_slope or 0.0, self._probes[0]
+        if self._outcome.status != "converged" or slope <= 0:
+            return before
+        if exponent is None:
+            # Nobody looked: it is known a little less well.
+            return replace(before, miss=min(_FORGET * before.miss, 1.0)) if before.miss is not None else before
+        if before.exponent is None or self._num_parallel > 1:
+            return replace(before, exponent=exponent) if self._curve.trusts_slope() else before
+        way, w = math.log(place / eta), 1.0 + (loss - self._base_loss) / (slope * eta)
+        if not 0 < w < math.inf or w == 1.0 or abs(way) < _NO_WAY:
+            return before
+        psi, last = math.log(w), before.miss or _FIRST_MISS
+        # One search that went astray must not make all others doubtful.
+        miss = min(abs(way + psi / experience.exponent) / abs(psi / experience.exponent), 1.0, _OUTLIER * last)
+        num = min((before.num_misses or 0.0) + 1.0, _FOLLOWED)
+        return replace(
+            before,
+            exponent=experience.exponent ** (1 - _FRESH) * _clipped(-psi / way) ** _FRESH,
+            miss=max(math.sqrt(last**2 + (miss**2 - last**2) / (num + 1.0)), _LEAST_MISS),
+            num_misses=num,
         )
 
     def _with_noise(self) -> SearchMemory:
@@ -384,10 +430,15 @@ class LineSearch:
         curve, before, base = self._curve, self._before, abs(self._base_loss)
         if not (curve.noise_is_known and base):
             return before
-        looks = (before.num_looks or 0) + 1 if self._known_noise() is not None else 1
-        if looks > _LOOKS:
+        looks = before.num_looks or 0
+        if looks >= _LOOKS and self._known_noise() is not None:
             return before
-        return replace(before, noise=curve.noise_level / base, base_loss=base, num_looks=looks)
+        return replace(before, noise=curve.noise_level / base, base_loss=base, num_looks=min(looks + 1, _LOOKS))
+
+
+def _clipped(exponent: float) -> float:
+    """Return the exponent, or the nearest one that a search can go by."""
+    return min(max(exponent, _EXPONENTS[0]), _EXPONENTS[1])
 
 
 def _scaled(before: SearchMemory, slope: float | None, norm_sq: float | None) -> float:

@@ -25,7 +25,7 @@ _LEAST_STEP = 1.05
 # A probe that shows nothing proves so for step sizes up to this ratio above it.
 _CLOSE = 4.5
 # Estimates miss the crossing by up to this share of their distance to the nearest probe ...
-_MISS = 0.2
+_MISS = 0.1
 # ... and noise hides signs within its own error: probes are aimed beyond both, but no further than this, in log units.
 _VISIBLE, _FURTHEST = 1.3, 0.5
 # A loss that changes nowhere over this ratio of step sizes is flat as far as its noise lets see.
@@ -36,7 +36,7 @@ _LOCAL = 0.1
 Steps = Generator[tuple[float, ...], None, Outcome]
 
 
-def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int, width: float) -> Steps:
+def adaptive(curve: Curve, rtol: float, certify: bool, num: int, width: float) -> Steps:
     """Try step sizes where the probes so far put the crossing, until they agree; look where they may be deceived."""
     chooser = _Single(curve, rtol) if num == 1 else _Grids(curve, rtol, num, width)
     answer = None
@@ -45,7 +45,7 @@ def adaptive(curve: Curve, exponent: float, rtol: float, certify: bool, num: int
     while True:
         outcome = _dead_end(curve)
         if outcome is None:
-            estimate = curve.estimate(exponent)
+            estimate = curve.estimate()
             found = settled(curve, estimate, rtol)
             answer = kept(curve, answer, found) if certify else found
             if answer is None:
@@ -295,7 +295,8 @@ def _upward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
     leap, push = _stride(passes)
     eta = last * leap
     # Where two losses equal f₀ the slope is wrong, or nothing but noise is seen: larger steps show more.
-    if estimate is not None and estimate.exponent >= 0.25 and (lo > 0 or len(curve.probes) == 1):
+    flat = estimate is None or (estimate.measured and estimate.exponent < 0.25)
+    if estimate is not None and not flat and (lo > 0 or len(curve.probes) == 1):
         # The power law is local: it may be trusted over a decade or two.
         eta = min(max(math.exp(estimate.y), last * push if lo > 0 else 0.0), last * max(100.0, leap))
     return min(eta, _step_out(curve), _limit(curve))
@@ -311,7 +312,8 @@ def _downward(curve: Curve, estimate: Estimate | None, passes: int) -> float:
         return math.sqrt(below[-1] * hi)
     if below:
         return below[0] / (10.0 if len(below) == 1 or _apart(below) else 3.0)
-    if _first_rise(curve).rise < _LOCAL * abs(curve.base_loss) and curve.rises_at_once():
+    first = _first_rise(curve)
+    if hi * 2.0 < curve.probes[-1].eta and first.rise < _LOCAL * abs(curve.base_loss) and curve.rises_at_once():
         # The slope is contradicted: the same at the noise floor settles it.
         return _lowest(curve)
     leap, push = _stride(passes)
