@@ -86,6 +86,7 @@ def cheap(training: Training) -> list[Method]:
         *(Method(f"sharpkern, {name}", "λ_c", search(training, **options)) for name, options in searches),
         Method("published method", "λ_c", published(training)),
         Method("sharpkern, loss differences", "λ_dir", partial(_along, training, "forward")),
+        Method("sharpkern, gradient differences", "λ_dir", partial(_along, training, "gradient")),
         Method("sharpkern, exact product", "λ_dir", partial(_along, training, "hvp")),
         Method("double backward", "λ_dir", partial(_double_backward, training)),
     ]

@@ -15,13 +15,16 @@ from sharpkern.distributed.sharding import local, over_shards
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.session import Engine, Session, Target, in_session
 from sharpkern.errors import RetainedWarning, warn
-from sharpkern.measures.hvp import GradientGraph, check_symmetry
+from sharpkern.measures.hvp import GradientGraph, check_differentiable, check_symmetry, no_reducers, refuse_shards
 from sharpkern.measures.self_checks import check_repeatable, confirm
 from sharpkern.ops.reductions import inner_product, total
 from sharpkern.search.finite_differences import Estimate, at_step, three_point
 
-_METHODS = ("forward", "hvp")
+_METHODS = ("forward", "gradient", "hvp")
 _RETAINED_FLOOR = 0.9
+# At ±h the slope differs from that at 0 by a share within these, or another h is tried, that aims at the share between;
+# so many pairs of gradients at most. An error above a third leaves nothing of the value.
+_CHANGES, _CHANGE, _GRADIENT_PAIRS, _UNRESOLVED = (0.001, 0.1), 0.02, 3, 1 / 3
 # Errors of an inner product of exact products, in units of the rounding seen in them.
 _ROUNDINGS = 5
 
@@ -33,7 +36,8 @@ class DirectionalSharpness(float):
         error: relative uncertainty, nan where the value is. Of "forward" the truncation and rounding of the difference,
             and what rounding of the weights left out; of "hvp" rounding alone.
         step_size: the h of the difference, or the last one tried where the value is nan; None for "hvp".
-        forwards: losses evaluated, all of them: base loss, differences and checks.
+        forwards: losses evaluated, all of them: base loss, differences and checks; for "gradient" each with a backward
+            pass.
 
     Example:
         >>> import copy
@@ -70,10 +74,12 @@ def directional_sharpness(
         loss_fn: Returns the scalar loss of the model's current parameters, the same in every call.
         direction: Δθ, parameter change per unit learning rate.
         method: "forward": loss differences, usually 5 to 9 forward passes and at most 23, plus 2 checks in the first
-            call. "hvp": exact, one forward pass and three backward passes, two of them through the graph of the first;
-            not for models with fused kernels.
-        step_size: h of the three points 0 and ±h, a learning rate, for "forward"; by default the one at which
-            truncation and rounding balance. Two more losses, at ±h/2, tell the error, or four where they are coarse.
+            call. "gradient": the difference of two gradients along Δθ, each one forward and one backward pass, plus 2
+            checks in the first call, and up to 4 more where the first step is much too long or too short. "hvp": exact,
+            one forward pass and three backward passes, two of them through the graph of the first; not for models with
+            fused kernels.
+        step_size: h of the points ±h, a learning rate, for "forward" and "gradient"; by default one at which truncation
+            and rounding balance. For "forward" two more losses, at ±h/2, tell the error, or four where they are coarse.
 
     Returns:
         λ_dir in 1/learning-rate: negative where the curvature is, nan where the loss does not resolve it
@@ -88,8 +94,8 @@ def directional_sharpness(
         RuntimeError: If ``method="hvp"`` and the loss cannot be differentiated twice. Where that cannot be told of an
             operator, because its gradient is not torch's own, a warning says so.
 
-    Memory: "forward": the largest weight matrix; "hvp": the graph of a forward and a backward pass and three copies of
-        the parameters.
+    Memory: "forward": as `critical_sharpness`; "gradient": that, a backward pass and the gradients; "hvp": the graph of
+        a forward and a backward pass and three copies of the parameters.
     Determinism: as deterministic as ``loss_fn``.
     Source: Kalra et al. 2026, arXiv 2601.16979, for the quantity.
 
@@ -101,10 +107,14 @@ def directional_sharpness(
         6.0
     """
     if method not in _METHODS:
-        raise ValueError(f"method must be one of 'forward', 'hvp', got {method!r}; leave it out for 'forward'")
+        raise ValueError(
+            f"method must be one of 'forward', 'gradient', 'hvp', got {method!r}; leave it out for 'forward'"
+        )
     _check_step_size(step_size, method)
     if method == "hvp":
         return _by_product(model, loss_fn, direction)
+    if method == "gradient":
+        return _by_gradients(model, loss_fn, direction, step_size)
     return _by_differences(model, loss_fn, direction, step_size)
 
 
@@ -154,6 +164,63 @@ def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Dire
         return DirectionalSharpness(curvature / slope, _ROUNDINGS * graph.rounding * shares, forwards=forwards)
 
     return in_session(measured, model, direction, [loss_fn], grad=True, plan=())
+
+
+def _by_gradients(
+    model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction, step_size: float | None
+) -> DirectionalSharpness:
+    """Return λ_dir from the slopes of the loss at ±h, each from one gradient."""
+
+    def measured(session: Session) -> DirectionalSharpness:
+        direction = session.direction
+        parameters = [pair.parameter for pair in session.pairs]
+        refuse_shards(parameters)
+        deltas = [pair.move.update() for pair in session.pairs]
+        lengths = [0.0]
+
+        def slope_fn() -> Tensor:
+            with torch._C.DisableTorchFunction():
+                for parameter in parameters:
+                    # A frozen parameter moves too if the direction says so.
+                    parameter.requires_grad_()
+            with no_reducers(session.outer):
+                loss = loss_fn()
+            check_differentiable(loss)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            lengths[0] = math.sqrt(_dot(gradients, gradients))
+            sums = [inner_product(g, d) for g, d in zip(gradients, deltas, strict=True)]
+            # A loss without a value has no slope.
+            return torch.stack(sums).sum() + 0 * loss.detach()
+
+        target = session.target(slope_fn)
+
+        def measure(engine: Engine) -> DirectionalSharpness:
+            h, change = step_size or 0.05 * (direction.lr or 0.0) or _small_step(direction), math.nan
+            for _ in range(1 if step_size else _GRADIENT_PAIRS):
+                if not math.isnan(change):
+                    h *= min(max(_CHANGE / change if change else math.inf, 1e-3), 1e3)
+                ahead, behind = engine.losses([h, -h])
+                slope, curvature = (ahead + behind) / 2, (behind - ahead) / (2 * h)
+                change = h * abs(curvature / slope) if slope else math.nan
+                if math.isnan(change) or _CHANGES[0] <= change <= _CHANGES[1]:
+                    break
+            if math.isnan(change):
+                return DirectionalSharpness(math.nan, step_size=h, forwards=target.closure.calls)
+            roundoff = target.closure.precision.unit_roundoff or max(torch.finfo(p.dtype).eps for p in parameters)
+            rounding = roundoff * lengths[0] * math.sqrt(direction.norm_sq) / abs(slope)
+            if not target.checks.repeatable:
+                check_repeatable(ahead, engine.losses([h])[0], rounding)
+                target.checks.repeatable = True
+            confirm(engine, target.checks, slope, [(h, ahead)], rounding)
+            # Of the second derivative a central difference leaves out about the square of what the slope changes by.
+            error = change**2 + (rounding / change if change else math.inf)
+            error += abs(1 - retained_share(session.pairs, engine.rounded, h, direction.norm_sq))
+            value = curvature / slope if error < _UNRESOLVED else math.nan
+            return DirectionalSharpness(value, error, step_size=h, forwards=target.closure.calls)
+
+        return session.run(target, measure)
+
+    return in_session(measured, model, direction, [loss_fn], grad=True, plan=(step_size, "gradient"))
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -51,12 +51,7 @@ class GradientGraph:
 
     def __init__(self, session: Session, loss_fn: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         self._parameters = tuple(parameters)
-        if any(is_sharded(parameter) for parameter in self._parameters):
-            raise TypeError(
-                "parameters must be plain tensors for Hessian-vector products, got DTensors (FSDP2 or tensor "
-                "parallelism); use critical_sharpness, or directional_sharpness(method='forward'), which need forward "
-                "passes only"
-            )
+        refuse_shards(self._parameters)
         self._session = session
         with session.in_step():
             # The fused attention kernels have no second derivative; plain matrix products do.
@@ -168,6 +163,16 @@ def check_symmetry(forth: float, back: float, scale: float) -> None:
     if abs(forth - back) > 0.1 * scale:
         raise RuntimeError(
             f"Hessian-vector products must be symmetric, got uᵀHv = {forth:.3g} and vᵀHu = {back:.3g}; {_HIDDEN}"
+        )
+
+
+def refuse_shards(parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters whose gradients this rank has no more than its shards of."""
+    if any(is_sharded(parameter) for parameter in parameters):
+        raise TypeError(
+            "parameters must be plain tensors for Hessian-vector products, got DTensors (FSDP2 or tensor "
+            "parallelism); use critical_sharpness, or directional_sharpness(method='forward'), which need forward "
+            "passes only"
         )
 
 

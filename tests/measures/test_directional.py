@@ -55,7 +55,7 @@ def test_equals_the_dense_hessian(kind, method, error):
     assert directional_sharpness(model, loss_fn, direction, method=method) == pytest.approx(expected, rel=error)
 
 
-@pytest.mark.parametrize("method", ["hvp", "forward"])
+@pytest.mark.parametrize("method", ["hvp", "forward", "gradient"])
 def test_in_float64(method):
     model, inputs, labels, loss_fn = classifier(torch.float64)
     direction = Direction.from_gradients(model)
@@ -63,7 +63,7 @@ def test_in_float64(method):
     assert directional_sharpness(model, loss_fn, direction, method=method) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["hvp", "forward"])
+@pytest.mark.parametrize("method", ["hvp", "forward", "gradient"])
 def test_scales_with_the_direction_and_not_with_the_loss(method):
     model, _, _, loss_fn = classifier(torch.float64)
     gradients = {p: p.grad for p in model.parameters()}
@@ -76,7 +76,7 @@ def test_scales_with_the_direction_and_not_with_the_loss(method):
     assert same == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["hvp", "forward"])
+@pytest.mark.parametrize("method", ["hvp", "forward", "gradient"])
 def test_clipped_gradients_do_not_bias_it(method):
     model, inputs, labels, loss_fn = classifier()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
@@ -85,7 +85,7 @@ def test_clipped_gradients_do_not_bias_it(method):
     assert directional_sharpness(model, loss_fn, direction, method=method) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["hvp", "forward"])
+@pytest.mark.parametrize("method", ["hvp", "forward", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.filterwarnings("ignore::sharpkern.RetainedWarning")
 def test_a_loss_without_a_value_has_no_curvature(method, value):
@@ -104,7 +104,7 @@ def test_a_direction_without_curvature_is_not_refused_for_its_rounding():
     assert math.isnan(value) or value.error > 1
 
 
-@pytest.mark.parametrize("method", ["hvp", "forward"])
+@pytest.mark.parametrize("method", ["hvp", "forward", "gradient"])
 def test_a_frozen_parameter_moves_where_the_direction_says_so(method):
     weight = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
     model = nn.ParameterList([weight])
@@ -115,7 +115,7 @@ def test_a_frozen_parameter_moves_where_the_direction_says_so(method):
     assert not weight.requires_grad
 
 
-@pytest.mark.parametrize("method", ["hvp", "forward"])
+@pytest.mark.parametrize("method", ["hvp", "forward", "gradient"])
 def test_leaves_no_trace_and_repeats_itself_under_dropout(method):
     model, _, _, loss_fn = classifier(dropout=0.5)
     direction = Direction.from_gradients(model)
@@ -197,7 +197,9 @@ def test_a_closure_that_draws_a_new_batch_each_time_is_refused():
 
 def test_unknown_method_is_refused():
     model, _, _, loss_fn = classifier()
-    with pytest.raises(ValueError, match="method must be one of 'forward', 'hvp', got 'exact'; leave it out for"):
+    with pytest.raises(
+        ValueError, match="method must be one of 'forward', 'gradient', 'hvp', got 'exact'; leave it out for"
+    ):
         directional_sharpness(model, loss_fn, Direction.from_gradients(model), method="exact")
 
 
@@ -208,7 +210,7 @@ def test_no_slope_is_nan_by_the_product():
     assert math.isnan(directional_sharpness(model, lambda: model[0].square().sum(), direction, method="hvp"))
 
 
-@pytest.mark.parametrize("method", ["hvp", "forward"])
+@pytest.mark.parametrize("method", ["hvp", "forward", "gradient"])
 def test_is_a_number_that_knows_how_it_was_measured(method):
     model, inputs, labels, loss_fn = classifier()
     direction = Direction.from_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -293,3 +295,32 @@ def test_steps_that_are_none_are_refused(step_size, method, error, message):
     model, _, _, loss_fn = classifier()
     with pytest.raises(error, match=message):
         directional_sharpness(model, loss_fn, Direction.from_gradients(model), method=method, step_size=step_size)
+
+
+@pytest.mark.parametrize("swapping", [True, False])
+def test_two_gradients_say_what_the_exact_product_says(swapping, request):
+    if not swapping:
+        request.getfixturevalue("no_swapping")
+    model, _, _, loss_fn = classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    direction = Direction.from_optimizer(optimizer)
+    exact = directional_sharpness(model, loss_fn, direction, method="hvp")
+    before = [(p.data_ptr(), p._version, p.grad) for p in model.parameters()]
+    first = directional_sharpness(model, loss_fn, direction, method="gradient")
+    second = directional_sharpness(model, loss_fn, direction, method="gradient")
+    for value in (first, second):
+        assert value == pytest.approx(exact, rel=max(1e-4, 3 * value.error))
+        assert value.error < 0.02
+    assert second.forwards <= first.forwards
+    given = directional_sharpness(model, loss_fn, direction, method="gradient", step_size=first.step_size)
+    assert (given.step_size, float(given)) == (first.step_size, float(first))
+    after = [(p.data_ptr(), p._version, p.grad) for p in model.parameters()]
+    assert all(a[:2] == b[:2] and a[2] is b[2] for a, b in zip(before, after, strict=True))
+
+
+def test_two_gradients_of_different_batches_are_refused():
+    model, inputs, labels, _ = classifier()
+    batches = iter(range(100))
+    loss_fn = lambda: F.cross_entropy(model(inputs.roll(next(batches), 0) * (1 + next(batches))), labels)
+    with pytest.raises(ValueError, match="must return the same loss whenever it is called"):
+        directional_sharpness(model, loss_fn, Direction.from_gradients(model), method="gradient")
