@@ -25,16 +25,17 @@ from typing import Any
 # The checkout, also where the package is not installed.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import ledger
 import numpy as np
 import torch
-from ledger import RESULTS, Sitting, append
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workloads import GPT, digits, mlp, text, token_loss
+from workloads import GPT, standard_digits, text, token_loss
 
+from sharpkern.cli.digits import network
 from sharpkern.search import LineSearch, SearchMemory
 
-FILE = RESULTS / "curves.json.gz"
+FILE = ledger.RESULTS / "curves.json.gz"
 # Step sizes of a record over the first crossing, in log: dense around it.
 _SPACINGS = ((-6, -3, 0.25), (-3, -1.5, 0.125), (-1.5, 1.5, 0.05), (1.5, 4.01, 0.125))
 NODES = tuple(round(float(x), 4) for spacing in _SPACINGS for x in np.arange(*spacing))
@@ -296,7 +297,7 @@ def _like(model: nn.Module, x: Tensor) -> Tensor:
 
 def _images(size: int, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
     """Return a function that draws digits, a fifth of them with a wrong label."""
-    images, targets = digits()
+    images, targets = standard_digits()
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> tuple[Tensor, Tensor]:
@@ -437,9 +438,9 @@ _Adam, _AdamW, _SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 _GPT_ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "schedule": _warm_up}
 
 RUNS: dict[str, Run] = {
-    "MLP, SGD": Run("tuned", lambda s: _trained(mlp(), _SGD, _classified(64, s), lr=0.1), range(0, NUM_STEPS, 4)),
+    "MLP, SGD": Run("tuned", lambda s: _trained(network(s), _SGD, _classified(64, s), lr=0.1), range(0, NUM_STEPS, 4)),
     "MLP, SGD momentum": Run(
-        "tuned", lambda s: _trained(mlp(), _SGD, _classified(64, s), lr=0.03, momentum=0.9), range(0, NUM_STEPS, 4)
+        "tuned", lambda s: _trained(network(s), _SGD, _classified(64, s), lr=0.03, momentum=0.9), range(0, NUM_STEPS, 4)
     ),
     "GPT, AdamW": Run("tuned", lambda s: _trained(GPT(), _AdamW, _sentences(16, 64, s), lr=3e-3, **_GPT_ADAMW)),
     "PPO, Adam": Run("untuned", _ppo, sorted({*MEASURED, *range(16, NUM_STEPS, 13)})),
@@ -615,7 +616,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append the rows of a replay to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sitting = Sitting(arguments.quick)
     curves = load()
     if arguments.what == "record":
         for name in [arguments.only] if arguments.only else [name for name in RUNS if name not in curves]:
@@ -624,10 +624,10 @@ def main() -> None:
             save(curves)
             print(f"{name}: {len(curves[name])} curves after {time.perf_counter() - started:.0f} s", flush=True)
         return
-    found = rows(curves, 1 if arguments.quick else 4)
-    print(_table(found))
+    made = ledger.record(arguments.quick, lambda quick: {"search": rows(curves, 1 if quick else 4)})
+    print(_table(made["search"]))
     if arguments.json:
-        append(arguments.json, sitting.record(search=found))
+        ledger.append(arguments.json, made)
 
 
 if __name__ == "__main__":

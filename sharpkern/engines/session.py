@@ -50,7 +50,6 @@ ENGINES = ("auto", "virtual", "batched", "inplace")
 
 # What takes the place of an engine that is unable, and how that measures.
 _NEXT = {
-    "swapped": ("virtual", ""),
     "batched": ("virtual", "one step size at a time"),
     "virtual": ("inplace", "in place, θ is written and restored"),
 }
@@ -237,7 +236,8 @@ class Session:
         self, target: Target, use: Callable[[Engine], Result], *, engine: str = "auto", quickest: str = "virtual"
     ) -> Result:
         """Call ``use`` with an engine, and with the next one in its place if it turns out unable and none was named."""
-        name = self._swapped(target, engine, self.choose(target, engine, quickest))
+        chosen = self.choose(target, engine, quickest)
+        name = "swapped" if self._may_swap(target, engine, chosen) else chosen
         found: dict[str, str] = {}
         while True:
             # One step size at a time takes less memory.
@@ -246,14 +246,14 @@ class Session:
                 with self.open(target, name) as opened:
                     result = use(opened)
             except unable as reason:
-                if name not in _NEXT or (engine != "auto" and name != "swapped"):
+                if name != "swapped" and (engine != "auto" or name not in _NEXT):
                     raise
                 found[name] = str(reason)
-                name = _NEXT[name][0] if engine == "auto" else engine
+                name = chosen if name == "swapped" else _NEXT[name][0]
             else:
                 # Where no engine is able, it is not the engines' fault.
                 for left, why in found.items():
-                    if _NEXT[left][1]:
+                    if left in _NEXT:
                         warn(f"measuring {_NEXT[left][1]}: {why}", EngineFallbackWarning)
                 target.checks.unsupported |= found
                 return result
@@ -278,13 +278,12 @@ class Session:
             name, _ = _NEXT[name]
         return name
 
-    def _swapped(self, target: Target, engine: str, name: str) -> str:
-        """The name of the engine that swaps memory, where it may take the place of another and is quicker."""
-        if name == "batched" or engine == "virtual" or target.compiled or "swapped" in target.checks.unsupported:
-            return name
-        if name == "virtual" and sum(pair.weight.nbytes for pair in self.pairs) > _SWAPPED_BYTES:
-            return name
-        return "swapped" if may_swap(self.model, self.pairs, self.guard) else name
+    def _may_swap(self, target: Target, engine: str, chosen: str) -> bool:
+        """Whether the engine that swaps memory may take the place of the one that was chosen, and is quicker."""
+        if chosen == "batched" or engine == "virtual" or target.compiled or "swapped" in target.checks.unsupported:
+            return False
+        is_large = sum(pair.weight.nbytes for pair in self.pairs) > _SWAPPED_BYTES
+        return not (chosen == "virtual" and is_large) and may_swap(self.model, self.pairs, self.guard)
 
     @contextmanager
     def open(self, target: Target, name: str, *, kept: Kept | None = None, backup: Backup = "auto") -> Iterator[Engine]:

@@ -114,7 +114,7 @@ def _is_plain(pair: TrackedParam) -> bool:
     return (
         type(weight) in (Tensor, nn.Parameter)
         and weight.dtype in (torch.float32, torch.float64)
-        and pair.move.base is weight
+        and pair.move.base is weight is pair.parameter
         # CUDA graphs hold addresses.
         and weight.device.type == "cpu"
         and weight.layout is torch.strided

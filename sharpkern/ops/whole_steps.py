@@ -13,6 +13,8 @@ from sharpkern.ops.arithmetic import CPU_CHUNK
 from sharpkern.ops.optimizer_steps import checked_rule, update_of
 from sharpkern.ops.update import LazyUpdate
 
+# Small tensors share a block up to this part of the whole.
+_SHARE = 16
 # The number of a step, where a part of it begins, and that part of each of its operands that are there.
 Piece = tuple[int, int, list[Tensor]]
 
@@ -60,16 +62,23 @@ def _together(steps: Sequence[LazyUpdate]) -> list[tuple[Tensor, Tensor]]:
         delta = update_of(rule, *operands, numbers=first.numbers, decoupled=first.decoupled, flag=first.flag, out=out)
         if delta is not out:
             out.copy_(delta)
+        del delta
         sizes = [len(pieces[0]) for *_, pieces in block]
-        wide = (out.double().split(sizes), operands[1].double().split(sizes))
-        for (i, *_), part, delta64, grad64 in zip(block, out.split(sizes), *wide, strict=True):
+        sums += _products(out, operands[1], sizes)
+        for (i, *_), part in zip(block, out.split(sizes), strict=True):
             numbers.append(i)
-            sums += torch.dot(delta64, grad64), torch.dot(delta64, delta64)
             if not _is_large(steps[i]):
                 deltas[i] = part.view(steps[i].base.shape)
     totals = torch.zeros(len(steps), 2, dtype=torch.float64)
     totals.index_add_(0, torch.tensor(numbers), torch.stack(sums).view(-1, 2))
     return list(zip(deltas, totals, strict=True))
+
+
+def _products(delta: Tensor, grad: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Yield Δθᵀg and |Δθ|² of each part of a block, in float64."""
+    for part, grad_part in zip(delta.double().split(sizes), grad.double().split(sizes), strict=True):
+        yield torch.dot(part, grad_part)
+        yield torch.dot(part, part)
 
 
 def _is_large(step: LazyUpdate) -> bool:
@@ -79,7 +88,9 @@ def _is_large(step: LazyUpdate) -> bool:
 def _blocks(steps: Sequence[LazyUpdate]) -> Iterator[list[Piece]]:
     """Yield what is worked on at a time: a piece of one large tensor, or several small ones."""
     block: list[Piece] = []
-    room = CPU_CHUNK
+    # What is copied side by side takes several times a block, which is to be little beside Δθ.
+    most = min(CPU_CHUNK, sum(step.base.numel() for step in steps) // _SHARE)
+    room = most
     for i, step in enumerate(steps):
         operands = [tensor.detach().view(-1) for tensor in step.operands]
         size = len(operands[0])
@@ -87,9 +98,9 @@ def _blocks(steps: Sequence[LazyUpdate]) -> Iterator[list[Piece]]:
             for start in range(0, size, CPU_CHUNK):
                 yield [(i, start, [operand[start : start + CPU_CHUNK] for operand in operands])]
             continue
-        if size > room:
+        if size > room and block:
             yield block
-            block, room = [], CPU_CHUNK
+            block, room = [], most
         block.append((i, 0, operands))
         room -= size
     if block:

@@ -338,7 +338,8 @@ class LineSearch:
     def _experience(self) -> Experience:
         """Return what the searches before this one tell about this one."""
         before = self._before
-        if (before.num_misses or 0.0) < _ENOUGH:
+        # Several at a time lie far apart, and on both sides anyway.
+        if (before.num_misses or 0.0) < _ENOUGH or self._num_parallel > 1:
             return Experience(_clipped(before.exponent or 1.0))
         return Experience(_clipped(before.exponent or 1.0), before.miss or 1.0, is_learned=True)
 

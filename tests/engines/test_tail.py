@@ -125,7 +125,7 @@ def test_a_whole_measurement(engine: str, taken: Taken) -> None:
     assert (measured.engine, measured.status) == (engine, "converged")
     assert len(taken) >= 3
     written = sharpkern.critical_sharpness(model, loss_fn, direction, engine="inplace")
-    assert measured.critical_lr == pytest.approx(written.critical_lr, rel=1e-3)
+    assert measured.critical_lr == pytest.approx(written.critical_lr, rel=5e-3)
 
 
 @pytest.mark.gpu
