@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import sharpkern
 from sharpkern.distributed.lockstep import Lockstep
+from sharpkern.engines import session
 from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.helpers.models import GPT, MLP, Block
 from tests.helpers.processes import on_ranks
@@ -469,7 +470,9 @@ def blind_on_one_rank(rank: int) -> tuple[str, float, float]:
 
     loss_fn().backward()
     direction = sharpkern.Direction.from_gradients(model)
-    with warnings.catch_warnings(record=True) as caught:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        # Swapped memory is in every code's sight.
+        patch.setattr(session, "may_swap", lambda *_: False)
         warnings.simplefilter("always")
         measured = sharpkern.critical_sharpness(model, loss_fn, direction)
     assert [warning.category for warning in caught] == [sharpkern.EngineFallbackWarning], caught
