@@ -1,6 +1,7 @@
 """The engine that swaps memory: parameters hold θ − ηΔθ in memory of its own during a pass, and θ is only read.
 
-No mode looks on, so that small models are not slowed down by one, and forming all weights takes one call per tensor.
+A mode looks on in the first pass alone, so that small models are not slowed down by it, and forming all weights takes
+one call per tensor.
 Tensors made before that share memory with a parameter go on reading θ: `may_swap` refuses those in sight, and the
 storage oracle finds the others.
 """
@@ -56,8 +57,7 @@ class SwappedEngine:
     def close(self) -> None:
         """Give every parameter its own memory again. May be called again after an interrupt."""
         self._watch.ended = True
-        for pair, theta in zip(self._pairs, self._thetas, strict=True):
-            pair.weight.data = theta
+        self.swap_back()
 
     def _loss(self, eta: float) -> float:
         modes: list[Any] = [_Swapped(self, -eta)] if eta else []
