@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sharpkern.errors import NoUpdateError as NoUpdateError
     from sharpkern.errors import RankError as RankError
     from sharpkern.errors import RetainedWarning as RetainedWarning
+    from sharpkern.errors import SampleWarning as SampleWarning
     from sharpkern.errors import SharpkernWarning as SharpkernWarning
     from sharpkern.errors import SlopeMismatchWarning as SlopeMismatchWarning
     from sharpkern.errors import UncheckedWarning as UncheckedWarning
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from sharpkern.measures.directional import directional_sharpness as directional_sharpness
     from sharpkern.measures.hessian import HessianResult as HessianResult
     from sharpkern.measures.hessian import hessian_sharpness as hessian_sharpness
+    from sharpkern.measures.micro_batches import MicroBatch as MicroBatch
+    from sharpkern.measures.micro_batches import split as split
     from sharpkern.measures.relative import relative_critical_sharpness as relative_critical_sharpness
     from sharpkern.measures.result import Measurement as Measurement
     from sharpkern.measures.thresholds import stability_threshold as stability_threshold
@@ -59,6 +62,7 @@ _HOME = {
     "NoUpdateError": "errors",
     "RankError": "errors",
     "RetainedWarning": "errors",
+    "SampleWarning": "errors",
     "SharpkernWarning": "errors",
     "SlopeMismatchWarning": "errors",
     "UncheckedWarning": "errors",
@@ -67,6 +71,8 @@ _HOME = {
     "HessianResult": "measures.hessian",
     "hessian_sharpness": "measures.hessian",
     "Measurement": "measures.result",
+    "MicroBatch": "measures.micro_batches",
+    "split": "measures.micro_batches",
     "MemoryPlan": "memory.plan",
     "memory_plan": "memory.planning",
     "mixture_sweep": "mixtures.sweep",

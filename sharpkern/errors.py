@@ -41,6 +41,10 @@ class UnmovedWarning(SharpkernWarning):
     """Parameters of the model hold gradients, and no optimizer that the monitor knows of moves them."""
 
 
+class SampleWarning(SharpkernWarning):
+    """The whole batch was measured in place of a sample of its micro-batches, which may have misled."""
+
+
 class RankError(RuntimeError):
     """The measurement failed on another rank of a distributed run, and so on all of them."""
 

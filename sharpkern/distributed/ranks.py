@@ -34,6 +34,13 @@ class Ranks(Protocol):
     def means(self, numbers: Sequence[float]) -> list[float]:
         """The mean of each number over the ranks."""
 
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """The numbers of every rank, in their order."""
+
+    @property
+    def number(self) -> int:
+        """Of this rank in that order."""
+
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a tensor over the ranks."""
 
@@ -64,6 +71,15 @@ class Alone:
     def means(self, numbers: Sequence[float]) -> list[float]:
         """The numbers themselves."""
         return list(numbers)
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """The numbers themselves, of one rank."""
+        return [list(numbers)]
+
+    @property
+    def number(self) -> int:
+        """Of the only rank."""
+        return 0
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
@@ -119,6 +135,19 @@ class Together:
         """The mean of each number over the ranks; a collective for each group."""
         values: list[float] = self.mean(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
         return values
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """The numbers of every rank, as many on each; a collective, for ranks of one group."""
+        told = torch.zeros(self._size, len(numbers), dtype=torch.float64, device=self._device)
+        told[self.number] = torch.tensor(numbers, dtype=torch.float64)
+        torch.distributed.all_reduce(told, group=self._groups[0])
+        values: list[list[float]] = told.tolist()
+        return values
+
+    @property
+    def number(self) -> int:
+        """Of this rank in its group."""
+        return torch.distributed.get_rank(self._groups[0])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -111,6 +112,8 @@ class KnownFacts:
         noise: relative standard error of one loss, as it was seen last.
         trained_loss: how the loss that was trained compares with the closure's.
         slopes: how the loss falls, beside what the gradient says.
+        excesses: by how many standard errors samples of micro-batches were steeper than the whole batch.
+        told_whole: the user was warned that the whole batch is measured in place of a sample.
     """
 
     repeatable: bool = False
@@ -121,6 +124,8 @@ class KnownFacts:
     noise: float = 0.0
     trained_loss: TrainedLoss = field(default_factory=TrainedLoss)
     slopes: Slopes = field(default_factory=Slopes)
+    excesses: deque[float] = field(default_factory=lambda: deque(maxlen=16))
+    told_whole: bool = False
 
     def begin(self) -> None:
         """Count a measurement; the 2nd, 4th, 8th and so on check again what was checked before."""
@@ -418,6 +423,8 @@ def _agreed(ranks: Ranks, direction: Any, known_base: float | None) -> tuple[Any
 
 def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:
     """Whether the model, one of its modules or the closure was compiled by torch.compile or torch.jit."""
+    # Of micro-batches' closures, the first.
+    loss_fn = getattr(loss_fn, "first", loss_fn)
     if hasattr(loss_fn, "_torchdynamo_orig_callable") or isinstance(loss_fn, torch.jit.ScriptFunction):
         return True
     return any(

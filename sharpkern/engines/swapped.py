@@ -39,6 +39,9 @@ class SwappedEngine:
         self._watches_all = any(isinstance(module, _TWO_WAYS) and not module.training for module in model.modules())
         self._thetas = [pair.weight.detach() for pair in pairs]
         self._formed = [torch.empty_like(theta) for theta in self._thetas]
+        # The step that they were formed for, which serves passes of several closures.
+        self._formed_for: float | None = None
+        self._versions: list[int] = []
         self._moves = [pair.move.at(theta) for pair, theta in zip(pairs, self._thetas, strict=True)]
 
     @property
@@ -68,16 +71,22 @@ class SwappedEngine:
 
     def swap(self, alpha: float) -> None:
         """Give every parameter memory that holds θ + αΔθ."""
-        step = Step(alpha)
+        step, is_new = Step(alpha), alpha != self._formed_for
+        self._formed_for = None
         with torch.no_grad():
             for pair, move, formed in zip(self._pairs, self._moves, self._formed, strict=True):
-                step.form(move, dtype=formed.dtype, out=formed)
+                if is_new:
+                    step.form(move, dtype=formed.dtype, out=formed)
                 pair.weight.data = formed
+        self._formed_for, self._versions = alpha, [pair.weight._version for pair in self._pairs]
         # An enclosing autocast may hold casts of the former weights.
         torch.clear_autocast_cache()
 
     def swap_back(self) -> None:
         """Give every parameter its own memory again, between passes."""
+        if self._versions != [pair.weight._version for pair in self._pairs]:
+            # A closure has written what was formed, as an embedding with max_norm does.
+            self._formed_for = None
         for pair, theta in zip(self._pairs, self._thetas, strict=True):
             pair.weight.data = theta
         torch.clear_autocast_cache()

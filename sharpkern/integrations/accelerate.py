@@ -3,7 +3,7 @@
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import update_wrapper, wraps
+from functools import partial, update_wrapper, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
+from sharpkern.measures.micro_batches import Clip, coefficient
 from sharpkern.measures.result import Measurement
 from sharpkern.monitoring.monitor import LossFn, Monitor, MonitorOptions
 
@@ -101,15 +102,19 @@ class SharpnessMonitor(Monitor):
         self._trained: list[float | Tensor | None] = []
         # What backward() was called on since the last micro-batch; two are as good as more.
         self._losses: deque[Tensor] = deque(maxlen=2)
+        # Norm before clipping and the largest one, of the step in progress.
+        self._clipped: Clip = None
         _watch_backward(accelerator, self)
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         loss_fn: Callable[..., Tensor],
         *batch: Any,
         heldout: LossFn | None = None,
-        loss: float | Tensor | None = None,
+        loss: Any = None,
         direction: Direction | Callable[[], Direction] | None = None,
+        weights: Sequence[float] | None = None,
+        clip: Clip = None,
     ) -> Measurement | None:
         """Take a micro-batch, and measure after the last one of a step that is due."""
         if not batch:
@@ -133,13 +138,33 @@ class SharpnessMonitor(Monitor):
         batches, self._batches = self._batches, []
         trained, self._trained = self._trained, []
         known = [one for one in trained if one is not None]
-        total = sum(known) / num_steps if len(known) == len(batches) else None
-        return super().__call__(_StepLoss(loss_fn, batches, num_steps), heldout, loss=total, direction=direction)
+        clipped, self._clipped = clip if clip is not None else self._clipped, None
+        if self._options.sample is None:
+            total = sum(known) / num_steps if len(known) == len(batches) else None
+            return super().__call__(_StepLoss(loss_fn, batches, num_steps), heldout, loss=total, direction=direction)
+        if 0 < len(batches) < num_steps:
+            # Where the data ends the gradient is a share of the mean's.
+            clipped = (coefficient(clipped) or 1.0) * len(batches) / num_steps
+        return super().__call__(
+            [partial(loss_fn, *one) for one in batches],
+            heldout,
+            loss=known if len(known) == len(batches) else None,
+            direction=direction,
+            weights=weights,
+            clip=clipped,
+        )
 
 
 def _watch_backward(accelerator: Any, monitor: SharpnessMonitor) -> None:
-    """Have the monitor note what ``backward`` is called on, as long as there is one."""
-    backward, watching = accelerator.backward, weakref.ref(monitor)
+    """Have the monitor note what ``backward`` is called on, and how gradients are clipped, as long as there is one."""
+    backward, clip, watching = accelerator.backward, accelerator.clip_grad_norm_, weakref.ref(monitor)
+
+    @wraps(clip)
+    def clipped(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+        norm, monitor = clip(parameters, max_norm, *args, **kwargs), watching()
+        if monitor is not None and norm is not None and accelerator.sync_gradients:
+            monitor._clipped = norm, max_norm
+        return norm
 
     @wraps(backward)
     def noted(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +173,7 @@ def _watch_backward(accelerator: Any, monitor: SharpnessMonitor) -> None:
             monitor._losses.append(loss.detach())
         return backward(loss, *args, **kwargs)
 
-    accelerator.backward = noted
+    accelerator.backward, accelerator.clip_grad_norm_ = noted, clipped
 
 
 class _StepLoss:

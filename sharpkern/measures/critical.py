@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,25 +18,30 @@ from sharpkern.engines.session import Engine, Session, in_session
 from sharpkern.engines.timing import EngineTimes
 from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.measures.micro_batches import Clip, Losses, Several, Step, is_sequence
 from sharpkern.measures.result import Measurement, Options
 from sharpkern.measures.run import ENOUGH_FORWARDS, ConstantLossError, Run, finish
+from sharpkern.measures.sampled import NoSampleError, SampledRun, tell_whole
 from sharpkern.search.line_search import SearchMemory, SearchResult
 
 
 def critical_sharpness(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    loss_fn: Several,
     direction: Direction,
     *,
     initial_lr: float | None = None,
-    rtol: float = 0.01,
+    rtol: float | None = None,
     method: str = "auto",
     engine: str = "auto",
-    base_loss: float | Tensor | None = None,
+    base_loss: Losses = None,
     certify: bool = False,
     noise: float | None = None,
     max_forwards: int = 40,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    sample: float | str | None = None,
+    weights: Sequence[float] | None = None,
+    clip: Clip = None,
 ) -> Measurement:
     """Measure λ_c = 2/η_c, η_c being the smallest η with L(θ − ηΔθ) > L(θ).
 
@@ -46,10 +52,11 @@ def critical_sharpness(
     Args:
         model: evaluated by ``loss_fn``; its parameters are recognised by identity.
         loss_fn: takes no argument and returns the scalar loss of the model's current parameters, of the batch that the
-            gradient is of. Called unchanged, several times; it has to give the same loss each time.
+            gradient is of. Called unchanged, several times; it has to give the same loss each time. Or a sequence of
+            such closures, or of (closure, weight): the micro-batches of one step, of this rank.
         direction: Δθ, parameter change per unit learning rate.
         initial_lr: first guess of η_c; the optimizer's learning rate by default.
-        rtol: relative error of η_c to reach, in (0, 1).
+        rtol: relative error of η_c to reach, in (0, 1); 0.01 by default, 0.05 with ``sample``.
         method: "auto", or "bisection" (doubling and bisection to 1/16, the published search).
         engine: "auto"; "virtual" computes with θ − ηΔθ without ever writing θ; "batched" the same for up to 8 step
             sizes in one call of ``loss_fn``, which pays for small models and few tokens on a GPU; "inplace" lets the
@@ -59,7 +66,8 @@ def critical_sharpness(
         base_loss: L(θ), if it is known already, each rank's own: the loss that was trained. It is compared with what
             ``loss_fn`` returns in the first three calls for a model and closure and every twentieth, and used in its
             place in the others, which saves one evaluation. Where ``loss_fn`` draws random numbers (dropout), or 16-bit
-            arithmetic makes it differ from what the engine computes in float32, it is compared and never used.
+            arithmetic makes it differ from what the engine computes in float32, it is compared and never used. Of
+            micro-batches a sequence: what each closure returns.
         certify: evaluate further until a fall and a rise beyond the noise enclose η_c, within 2.5·rtol of each other,
             or, where noise hides all signs in so narrow a bracket, within a ratio of 1.5; ``error`` then covers all of
             it. A bracket that stays open is "unresolved". A rise further down that no evaluation came near, or that
@@ -71,6 +79,13 @@ def critical_sharpness(
             default the mean over the ranks of a `DistributedDataParallel` model or of the mesh of DTensor parameters
             (FSDP2, tensor parallelism), or over all ranks where they are found to hold the same weights and update at
             the first measurement, by one more evaluation; ranks then also fail alike, where one of them fails.
+        sample: of the micro-batches of all ranks, which ones are evaluated. None: all. "auto": as many as ``rtol``
+            needs. A share, or a number of them: these alone, and ``error`` says how exact that is. Drawn anew in each
+            measurement, not from the run's random streams. Where it would save nothing (less than 12 micro-batches), or
+            might mislead, all are evaluated; a `SampleWarning` tells why.
+        weights: of the micro-batches in the gradient, such as numbers of tokens, relative to all ranks'; equal by
+            default.
+        clip: what clipping multiplied the gradient by, or (its norm before, max_norm): a sample needs it.
 
     Returns:
         Measurement: with ``sharpness`` in 1/learning-rate, and a ``status`` that says whether there is one.
@@ -102,38 +117,71 @@ def critical_sharpness(
         >>> m.status, abs(m.sharpness - 2 / m.critical_lr) < 1e-12
         ('converged', True)
     """
-    options = Options(initial_lr, rtol, method, engine, certify, noise, max_forwards, reduce)
-    measurement, _ = measure(model, loss_fn, direction, options, base_loss=base_loss)
+    options = Options(initial_lr, rtol, method, engine, certify, noise, max_forwards, reduce, sample)
+    measurement, _ = measure(model, loss_fn, direction, options, base_loss=base_loss, weights=weights, clip=clip)
     return measurement
 
 
 def measure(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    loss_fn: Several,
     direction: Direction,
     options: Options,
     *,
-    base_loss: float | Tensor | None = None,
-    trained_loss: float | Tensor | None = None,
+    base_loss: Losses = None,
+    trained_loss: Losses = None,
     memory: SearchMemory | None = None,
     pace: EngineTimes | None = None,
+    weights: Sequence[float] | None = None,
+    clip: Clip = None,
+    draw: int | None = None,
 ) -> tuple[Measurement, SearchMemory]:
-    """`critical_sharpness` with a warm start."""
+    """`critical_sharpness` with a warm start, and what a sample is drawn by."""
     started = time.perf_counter()
-    check_arguments(model, loss_fn, direction)
-    known_base = _as_number("base_loss", base_loss) if trained_loss is None else _as_number("loss", trained_loss)
+    name, given = ("base_loss", base_loss) if trained_loss is None else ("loss", trained_loss)
+    step = Step.of(loss_fn, weights, given, clip, name) if is_sequence(loss_fn) else None
+    if step is None and (options.sample is not None or weights is not None):
+        raise TypeError(
+            "loss_fn must be a sequence of closures with sample= or weights=, one for each micro-batch, got one; split "
+            "the batch by sharpkern.split(batch, 16) and pass [lambda b=b: loss_of(b) for b in parts]"
+        )
+    loss_fns: list[Any] = [loss_fn] if step is None else [step.closure, *step.closure.parts]
+    whole_fn = loss_fns[0]
+    check_arguments(model, whole_fn, direction)
+    if options.sample is not None and direction.slope is None:
+        raise ValueError(
+            "direction must know its slope for a sample, got one that no gradient belongs to; make it by "
+            "Direction.from_optimizer(optimizer), or leave sample out"
+        )
+    known_base = _as_number(name, given if step is None else step.loss(given))
 
     def measured(session: Session) -> tuple[Run, SearchResult]:
-        target = session.target(loss_fn)
+        if step is not None:
+            step.settle(session)
+        target = session.target(whole_fn)
         left = _common(memory, session.ranks)
+        # The same on all ranks.
+        (number,) = session.ranks.means([target.checks.num_measurements if draw is None else draw])
+
+        def sampled(engine: Engine) -> tuple[Run, SearchResult]:
+            assert step is not None
+            run = SampledRun(session, target, engine, options, step)
+            return run, run.of_sample(left, number)
 
         def search(engine: Engine) -> tuple[Run, SearchResult]:
+            target.closure.loss_fn = whole_fn
             run = Run(session, target, engine, options, must_agree=base_loss is not None)
             result = finish(run, run.search(left))
             if pace is not None and isinstance(engine, VirtualEngine):
                 pace.note(engine.name, engine.work, engine.seconds)
             return run, result
 
+        if options.sample is not None:
+            try:
+                return session.run(target, sampled, engine=options.engine)
+            except NoSampleError as reason:
+                tell_whole(target.checks, str(reason))
+                target.closure.calls = math.ceil(target.closure.calls / len(loss_fns[1:]))
         quickest = "virtual" if pace is None or not _may_batch(session.pairs, options) else pace.engine()
         return session.run(target, search, engine=options.engine, quickest=quickest)
 
@@ -142,7 +190,7 @@ def measure(
             measured,
             model,
             direction,
-            [loss_fn],
+            loss_fns,
             reduce=options.reduce,
             base_loss=known_base,
             plan=replace(options, reduce=None),

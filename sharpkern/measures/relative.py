@@ -65,6 +65,10 @@ def relative_critical_sharpness(
     if not tasks:
         raise ValueError("tasks must hold at least one closure, got none; pass {'name': loss_fn}")
     chosen = Options.of(relative_critical_sharpness, options)
+    if chosen.sample is not None:
+        raise ValueError(
+            "sample needs the slope of the loss along the direction, which a task's is not known; leave sample out"
+        )
     for loss_fn in tasks.values():
         check_arguments(model, loss_fn, direction)
     without_slope = replace(direction, slope=None)

@@ -40,6 +40,11 @@ class Measurement:
         retained: share of the displacement at η_c that survives rounding to the weights' dtype; 1.0 = all. Estimated
             from about 4096 elements of each tensor; nan where there is no η_c.
         seconds: wall time.
+        sample_size: micro-batches that decided, where a sample was asked for: all of them where it had to grow to
+            that; None where the whole batch was measured at once. Then forwards counts one for every whole batch, and
+            probes and bracket are estimates for it.
+        num_micro_batches: of the step, on all ranks; None likewise.
+        beta: how much of the sample's deviation in slope was taken from its losses, 1 where all of it; None likewise.
 
     Source: Kalra et al. 2026, arXiv 2601.16979.
     """
@@ -53,11 +58,14 @@ class Measurement:
     error: float
     exponent: float | None
     probes: tuple[tuple[float, float], ...]
-    forwards: int
+    forwards: float
     status: Status
     engine: str
     retained: float
     seconds: float
+    sample_size: int | None = None
+    num_micro_batches: int | None = None
+    beta: float | None = None
 
 
 def check_values(status: Status, critical_lr: float, sharpness: float, base_loss: float) -> None:
@@ -76,13 +84,14 @@ class MeasureOptions(TypedDict, total=False):
     """The keyword arguments that `sharpkern.critical_sharpness` shares with whatever measures for its caller."""
 
     initial_lr: float | None
-    rtol: float
+    rtol: float | None
     method: str
     engine: str
     certify: bool
     noise: float | None
     max_forwards: int
     reduce: Callable[[Tensor], Tensor] | None
+    sample: float | str | None
 
 
 @dataclass(frozen=True)
@@ -90,13 +99,19 @@ class Options:
     """What can be chosen about a measurement; the meaning of each is told by `sharpkern.critical_sharpness`."""
 
     initial_lr: float | None = None
-    rtol: float = 0.01
+    rtol: float | None = None
     method: str = "auto"
     engine: str = "auto"
     certify: bool = False
     noise: float | None = None
     max_forwards: int = 40
     reduce: Callable[[Tensor], Tensor] | None = None
+    sample: float | str | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """Of η_c, relative: as given, or the default."""
+        return self.rtol or (0.01 if self.sample is None else 0.05)
 
     @classmethod
     def of(cls, caller: Callable[..., Any], options: Mapping[str, Any]) -> "Options":
@@ -112,7 +127,8 @@ class Options:
         return cls(**options)
 
     def __post_init__(self) -> None:
-        _check_number("rtol", self.rtol, "a number in (0, 1)", lambda x: 0 < x < 1, "leave it out for 0.01")
+        if self.rtol is not None:
+            _check_number("rtol", self.rtol, "a number in (0, 1)", lambda x: 0 < x < 1, "leave it out for 0.01")
         if self.initial_lr is not None:
             _check_number(
                 "initial_lr", self.initial_lr, "positive and finite", _positive, "leave it out for the optimizer's"
@@ -134,6 +150,26 @@ class Options:
             raise TypeError(
                 f"reduce must be callable on the loss tensor, got {type(self.reduce).__name__}; pass a function that "
                 "all-reduces the loss, or leave it out"
+            )
+        if self.sample is not None:
+            self._check_sample()
+
+    def _check_sample(self) -> None:
+        sample = self.sample
+        is_number = isinstance(sample, (int, float)) and not isinstance(sample, bool)
+        if not is_number and sample != "auto":
+            raise TypeError(f"sample must be 'auto', a share or a number of micro-batches, got {sample!r}")
+        if isinstance(sample, int) and sample < 4:
+            raise ValueError(
+                f"sample must be at least 4 micro-batches, got {sample}; pass 'auto' for as many as needed"
+            )
+        if isinstance(sample, float) and not 0 < sample <= 1:
+            raise ValueError(f"sample must be a share in (0, 1], got {sample}; pass 'auto' for as many as needed")
+        taken = {"reduce": self.reduce is not None, "certify": self.certify, "method": self.method != "auto"}
+        if any(taken.values()):
+            names = " and ".join(f"{name}=" for name, given in taken.items() if given)
+            raise ValueError(
+                f"sample cannot be combined with {names}, which speaks of the whole batch's own losses; leave one out"
             )
 
 

@@ -28,7 +28,7 @@ from sharpkern.search.line_search import LineSearch, SearchMemory, SearchResult,
 _RETAINED_FLOOR = 0.9
 # Relative difference of two losses that are the same but for float32 roundings, and of two that may be the same but for
 # how they were computed: by other kernels, or compiled.
-_SAME_LOSS, _SAME_ARITHMETIC = 5e-7, 1e-4
+SAME_LOSS, SAME_ARITHMETIC = 5e-7, 1e-4
 # Evaluations that a search with several at a time may need.
 ENOUGH_FORWARDS = 4 * NUM_PARALLEL
 
@@ -100,7 +100,7 @@ class Run:
             norm_sq=self._direction.norm_sq,
             initial_lr=options.initial_lr or self._direction.lr,
             memory=memory,
-            rtol=options.rtol,
+            rtol=options.tolerance,
             method="bisection" if options.method == "bisection" else "auto",
             certify=options.certify,
             noise=noise,
@@ -124,7 +124,7 @@ class Run:
         random = self._trained is not None and self._draws_random_numbers()
         self._in_eval_mode = not self._model.training or (not random and _has_dropout(self._model))
         # More would be more than the noise of the losses that it is compared with.
-        same = not random and self._is_near(min(_SAME_LOSS, 2 * self._noise()))
+        same = not random and self._is_near(min(SAME_LOSS, 2 * self._noise()))
         if not (self._checks.repeatable or same) and self._spare_forwards() > 2:
             (again,) = yield (0.0,)
             check_repeatable(self._base, again, self._noise())
@@ -135,7 +135,7 @@ class Run:
         if self._trained is None:
             return
         # The engine computes in float32 what training rounded.
-        tolerance = max(_SAME_ARITHMETIC, 20 * self._noise(), 4 * self._closure.precision.widened_roundoff)
+        tolerance = max(SAME_ARITHMETIC, 20 * self._noise(), 4 * self._closure.precision.widened_roundoff)
         if self._must_agree and not random and not self._is_near(tolerance):
             raise ValueError(
                 f"base_loss must be what loss_fn returns at the current parameters, got {self._trained} and loss_fn "

@@ -52,7 +52,7 @@ class MixturePoint:
     @classmethod
     def of(cls, shares: tuple[float, ...], repeat: int, task: str, m: Measurement) -> "MixturePoint":
         """Return the point of a measurement."""
-        found = (m.critical_lr, m.sharpness, m.status, m.error, m.bracket, m.base_loss, m.forwards, m.engine)
+        found = (m.critical_lr, m.sharpness, m.status, m.error, m.bracket, m.base_loss, int(m.forwards), m.engine)
         return cls(shares, repeat, task, *found)
 
     @property

@@ -21,6 +21,7 @@ from sharpkern.engines.settling import outermost, ranks_for
 from sharpkern.engines.timing import EngineTimes
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
 from sharpkern.measures.critical import measure
+from sharpkern.measures.micro_batches import Clip, Losses, Several
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import constant_loss
 from sharpkern.monitoring.logs import sender
@@ -188,13 +189,15 @@ class Monitor:
 
     def __call__(
         self,
-        loss_fn: LossFn,
+        loss_fn: Several,
         heldout: LossFn | None = None,
         *,
-        loss: float | Tensor | None = None,
+        loss: Losses = None,
         direction: Direction | Callable[[], Direction] | None = None,
+        weights: Sequence[float] | None = None,
+        clip: Clip = None,
     ) -> Measurement | None:
-        """Measure if this step is due."""
+        """Measure if this step is due; of several closures, the micro-batches of the step."""
         due, step = self.is_due, self.step
         self.step += 1
         if not due:
@@ -211,6 +214,9 @@ class Monitor:
             trained_loss=loss,
             memory=self._memory,
             pace=self._pace,
+            weights=weights,
+            clip=clip,
+            draw=step,
         )
         reason = constant_loss(measurement.base_loss, measurement.probes)
         if reason is not None:
@@ -221,7 +227,12 @@ class Monitor:
             # The slope of another batch's loss is not the gradient's: the search finds it by itself.
             sideways = replace(direction, slope=None)
             other, self._heldout_memory = measure(
-                self._model, heldout, sideways, self._options, memory=self._heldout_memory, pace=self._heldout_pace
+                self._model,
+                heldout,
+                sideways,
+                replace(self._options, sample=None),
+                memory=self._heldout_memory,
+                pace=self._heldout_pace,
             )
         record = Record(step, direction.lr, measurement, other)
         self.history.append(record)
@@ -230,7 +241,7 @@ class Monitor:
         return measurement
 
     def _make(
-        self, step: int, direction: Direction | Callable[[], Direction] | None, loss_fns: Sequence[LossFn]
+        self, step: int, direction: Direction | Callable[[], Direction] | None, loss_fns: Sequence[Any]
     ) -> Direction | None:
         """The direction of a step, or None on all ranks where one has none."""
         try:

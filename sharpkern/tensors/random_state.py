@@ -24,6 +24,19 @@ def note_streams(devices: Iterable[torch.device]) -> list[Callable[[], None]]:
     return undo
 
 
+class Streams:
+    """The streams of Python, NumPy, torch on the CPU and on every GPU in use, as they are when it is made."""
+
+    def __init__(self) -> None:
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._undo = note_streams(torch.device("cuda", k) for k in range(torch.cuda.device_count() if used else 0))
+
+    def put_back(self) -> None:
+        """Make the streams what they were."""
+        for undo in self._undo:
+            undo()
+
+
 def seed_streams(seed: str, devices: Iterable[torch.device], generators: Iterable[Any] = ()) -> None:
     """Seed the streams that `note_streams` notes and some generators, and no other."""
     random.seed(seed)

@@ -209,6 +209,6 @@ def test_editors_know_the_options_of_whatever_measures_for_its_caller() -> None:
     options = {field.name: field.type for field in fields(Options)}
     assert get_type_hints(MeasureOptions) == options
     keywords = signature(sharpkern.critical_sharpness).parameters
-    assert keywords.keys() - {"model", "loss_fn", "direction"} == {*options, "base_loss"}
+    assert keywords.keys() - {"model", "loss_fn", "direction"} == {*options, "base_loss", "weights", "clip"}
     own = {name for name, one in signature(sharpkern.Monitor).parameters.items() if one.kind is one.KEYWORD_ONLY}
     assert get_type_hints(MonitorOptions).keys() == {*options, *own}

@@ -25,6 +25,8 @@ class Closure:
     """The user's ``loss_fn``, called unchanged.
 
     Attributes:
+        loss_fn: what is called; of a step's micro-batches, one after the other.
+        own: the last loss as this rank alone has it.
         calls: evaluations so far.
         random: whether the last call drew random numbers.
         redone: whether a call was made again, as another thread drew from them meanwhile; so it may have before.
@@ -43,11 +45,12 @@ class Closure:
         ranks: Ranks | None = None,
         lockstep: Lockstep | None = None,
     ) -> None:
-        self._loss_fn = loss_fn
+        self.loss_fn = loss_fn
         self.guard = guard
         self.ranks: Ranks = ranks or Alone()
         self._lockstep = lockstep
         self.precision = precision
+        self.own = 0.0
         self.calls = 0
         self.random = False
         self.redone = False
@@ -74,7 +77,7 @@ class Closure:
         evaluating.clear()
         failure = self._end_pass(failure)
         try:
-            value, self.asked = self.ranks.agree(loss, failure, asks=asks)
+            value, self.asked = self._agreed(loss, failure, asks=asks)
             return value
         finally:
             # What was raised holds this frame, which must not hold it; see ranks.py.
@@ -122,7 +125,7 @@ class Closure:
         def one(value: Tensor) -> Tensor:
             with around(value):
                 # That it differentiates is no mistake before it is found to be one for a single value.
-                loss = self._loss_fn()
+                loss = self.loss_fn()
             check_loss(loss)
             return loss
 
@@ -144,11 +147,19 @@ class Closure:
         evaluating.clear()
         failure = self._end_pass(failure)
         try:
-            agreed = [self.ranks.agree(loss, failure, asks=asks) for loss in losses]
+            agreed = [self._agreed(loss, failure, asks=asks) for loss in losses]
             self.asked = any(asked for _, asked in agreed)
             return [value for value, _ in agreed]
         finally:
             del failure
+
+    def _agreed(self, loss: Tensor | None, failure: BaseException | None, *, asks: bool) -> tuple[float, bool]:
+        try:
+            value, asked = self.ranks.agree(loss, failure, asks=asks)
+        finally:
+            del failure
+        self.own = value if loss is None or isinstance(self.ranks, Alone) else float(loss)
+        return value, asked
 
     def _wide(self, losses: Tensor) -> Tensor:
         """One loss or several, in a precision in which they can be compared."""
@@ -174,7 +185,7 @@ class Closure:
 
     def _called(self) -> Tensor:
         try:
-            return self._loss_fn()
+            return self.loss_fn()
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise

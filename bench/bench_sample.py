@@ -1,0 +1,290 @@
+"""λ_c of a step of many micro-batches from a sample of them, on training runs, beside the whole batch measured finely.
+
+    python bench/bench_sample.py [--quick] [--json PATH]
+
+Forwards are those of the whole step, the base losses being known from training; errors are |log(η_c/reference)|.
+"steady" are the points where the reference's exponent lies between 0.5 and 1.5, which is what most of training is like.
+"""
+
+import math
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ledger
+import numpy as np
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from workloads import GPT, standard_digits, text, token_loss
+
+import sharpkern
+from sharpkern.cli.digits import network
+from sharpkern.search.sampled import SampledSearch, first_size
+
+STEADY = (0.5, 1.5)
+METHODS: dict[str, dict[str, Any]] = {
+    "auto, 5 %": {"sample": "auto"},
+    "8, trend line": {"sample": 8, "rtol": 0.2},
+}
+PLAIN, WHOLE = "plain mean of 1/8", "whole, 0.1 %"
+_ROWS, _CONTEXT = 4, 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to train, and when to measure: now and then in the first steps, and often after them."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    lr: float
+    num_micro_batches: int
+    num_steps: int
+    every: int
+    first: int = 44
+    max_norm: float | None = None
+    warm_up: int = 20
+    rows: int = _ROWS
+
+    def steps(self) -> Iterator[tuple[int, nn.Module, torch.optim.Optimizer, list[sharpkern.MicroBatch], Any]]:
+        """Train; yield before every step that is measured."""
+        torch.manual_seed(0)
+        model = self.model()
+        optimizer = self.optimizer(model.parameters(), lr=self.lr)
+        draw = _drawing(model, self.rows, torch.Generator().manual_seed(1))
+        for step in range(self.num_steps):
+            optimizer.param_groups[0]["lr"] = self.lr * min(1.0, (step + 1) / self.warm_up)
+            optimizer.zero_grad()
+            parts = [sharpkern.MicroBatch(draw()) for _ in range(self.num_micro_batches)]
+            for part in parts:
+                (part() / len(parts)).backward()
+            clip = None
+            if self.max_norm is not None:
+                clip = nn.utils.clip_grad_norm_(model.parameters(), self.max_norm), self.max_norm
+            if step % (self.every if step >= self.first else 11) == 0:
+                yield step, model, optimizer, parts, clip
+            optimizer.step()
+
+
+def _drawing(model: nn.Module, rows: int, generator: torch.Generator) -> Callable[[], Callable[[], Tensor]]:
+    """Return a function that draws the closure of a micro-batch."""
+    if not isinstance(model, GPT):
+        images, targets = standard_digits()
+
+        def some_digits() -> Callable[[], Tensor]:
+            chosen = torch.randint(0, len(images), (rows,), generator=generator)
+            return lambda: F.cross_entropy(model(images[chosen]), targets[chosen])
+
+        return some_digits
+    data = text()
+
+    def some_text() -> Callable[[], Tensor]:
+        starts = torch.randint(0, len(data) - _CONTEXT - 1, (rows,), generator=generator)
+        both = data[starts[:, None] + torch.arange(_CONTEXT + 1)]
+        return lambda: token_loss(model(both[:, :-1]), both[:, 1:])
+
+    return some_text
+
+
+def gpt(dropout: float = 0.0) -> GPT:
+    """Return a language model of 50 thousand parameters."""
+    model = GPT(32, 2, 4, _CONTEXT)
+    if dropout:
+        model.blocks = nn.Sequential(*(nn.Sequential(block, nn.Dropout(dropout)) for block in model.blocks))
+    return model
+
+
+def runs(quick: bool) -> list[Run]:
+    """Return what is measured."""
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1)
+    momentum = partial(torch.optim.SGD, momentum=0.9)
+    digits = Run("digits, momentum", network, momentum, 0.03, 28, 9 if quick else 120, 3, 3, rows=64)
+    if quick:
+        return [digits]
+    return [
+        digits,
+        Run("GPT, AdamW", gpt, adamw, 3e-3, 32, 124, 4),
+        Run("GPT, AdamW, clipped", gpt, adamw, 3e-3, 32, 124, 4, max_norm=0.3),
+        Run("GPT, AdamW, dropout 0.1", partial(gpt, 0.1), adamw, 3e-3, 32, 124, 4),
+        Run("GPT, AdamW", gpt, adamw, 3e-3, 128, 124, 4),
+    ]
+
+
+def measure_run(run: Run) -> list[dict[str, Any]]:
+    """Return a row for each method and phase."""
+    points: list[dict[str, Any]] = []
+    monitors: dict[str, sharpkern.Monitor] = {}
+    fine = None
+    for step, model, optimizer, parts, clip in run.steps():
+        if not monitors:
+            monitors = {name: sharpkern.Monitor(model, optimizer, **options) for name, options in METHODS.items()}
+            fine = sharpkern.Monitor(model, optimizer, rtol=1e-3)
+        assert fine is not None
+        reference = fine(parts)
+        assert reference is not None
+        found = {}
+        for name, monitor in monitors.items():
+            monitor.step = step
+            found[name] = monitor(parts, clip=1.0 if clip is None else clip)
+        few = random.Random(step).sample(parts, max(4, len(parts) // 8))
+        direction = replace(sharpkern.Direction.from_optimizer(optimizer), slope=None)
+        found[WHOLE] = reference
+        found[PLAIN] = sharpkern.critical_sharpness(model, few, direction, initial_lr=reference.critical_lr)
+        if reference.status != "converged":
+            continue
+        exponent = reference.exponent or found["auto, 5 %"].exponent
+        steady = exponent is not None and STEADY[0] <= exponent <= STEADY[1]
+        for name, m in found.items():
+            error = abs(math.log(m.critical_lr / reference.critical_lr)) if m.status == "converged" else math.inf
+            share = len(few) / len(parts) if name == PLAIN else 1.0
+            row = {"step": step, "method": name, "phase": "steady" if steady else "other", "error": error}
+            row |= {"forwards": m.forwards * share, "said": m.error, "size": m.sample_size, "beta": m.beta}
+            points.append(row | {"status": m.status, "exponent": exponent})
+        print(run.name, run.num_micro_batches, *points[-4:], sep="\n  ", file=sys.stderr, flush=True)
+    return list(_summaries(run, points))
+
+
+def _summaries(run: Run, points: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for method in (*METHODS, WHOLE, PLAIN):
+        for phase in ("steady", "other"):
+            own = [one for one in points if (one["method"], one["phase"]) == (method, phase)]
+            if not own:
+                continue
+            errors, said, forwards = (np.array([one[key] for one in own]) for key in ("error", "said", "forwards"))
+            yield {
+                "run": run.name,
+                "micro_batches": run.num_micro_batches,
+                "method": method,
+                "phase": phase,
+                "points": len(own),
+                "forwards_mean": float(forwards.mean()),
+                "error_median": float(np.median(errors)),
+                "error_p90": float(np.percentile(errors, 90)),
+                "covered": float((errors <= said).mean()),
+                "not_converged": sum(one["status"] != "converged" for one in own),
+                "size_median": float(np.median([one["size"] or 0 for one in own])),
+            }
+
+
+_NUM_RANKS, _EACH, _STEPS = 2, 16, 6
+
+
+def _double(rank: int | None) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], list[Callable[[], Tensor]]]]:
+    """Return a model in float64, and a function that draws a rank's micro-batches of a step, or those of all."""
+    torch.manual_seed(0)
+    model = gpt().double()
+    generator = torch.Generator().manual_seed(1)
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    data = text()
+
+    def draw() -> list[Callable[[], Tensor]]:
+        starts = torch.randint(0, len(data) - 65, (_NUM_RANKS * _EACH, 2), generator=generator)
+        rows = [data[start[:, None] + torch.arange(65)] for start in starts]
+        own = rows if rank is None else rows[rank * _EACH : (rank + 1) * _EACH]
+        return [lambda both=both: token_loss(wrapped(both[:, :-1]), both[:, 1:]) for both in own]
+
+    return wrapped, torch.optim.AdamW(model.parameters(), lr=3e-3), draw
+
+
+def _on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=_NUM_RANKS)
+    model, optimizer, draw = _double(rank)
+    monitor = sharpkern.Monitor(model, optimizer, sample="auto")
+    found = []
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        parts = [sharpkern.MicroBatch(closure) for closure in draw()]
+        for part in parts:
+            (part() / len(parts)).backward()
+        m = monitor(parts)
+        assert m is not None
+        found.append((m.critical_lr, m.error, m.sample_size, m.beta))
+        optimizer.step()
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def ranks_beside_one_process() -> dict[str, Any]:
+    """Measure on two ranks, and by one process that is given the same draws and searches by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.start_processes(_on_rank, (folder,), nprocs=_NUM_RANKS, start_method="spawn")
+        of_ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(_NUM_RANKS)]
+    model, optimizer, draw = _double(None)
+    num, memory, alone = _NUM_RANKS * _EACH, None, []
+    groups = [range(start, start + _EACH) for start in range(0, num, _EACH)]
+    for step in range(_STEPS):
+        optimizer.zero_grad()
+        closures = draw()
+        losses = [closure() for closure in closures]
+        torch.stack(losses).mean().backward()
+        direction = sharpkern.Direction.from_optimizer(optimizer).bind(model)
+        theta = {name: p.detach().clone() for name, p in model.named_parameters()}
+        moves = {id(p): delta for p, delta in zip(direction.parameters, direction.tensors, strict=True)}
+        delta = {name: moves[id(p)] for name, p in model.named_parameters()}
+        search = SampledSearch(
+            direction.slope,
+            groups,
+            first_size(num, "auto", 0.05, _NUM_RANKS),
+            base=[float(loss.detach()) for loss in losses],
+            noise=1e-14,
+            norm_sq=direction.norm_sq,
+            initial_lr=direction.lr,
+            memory=memory,
+            draw=float(step),
+        )
+        search.trust_base(is_exact=True)
+        asking = search.ask()
+        try:
+            numbers, eta = next(asking)
+            while True:
+                moved = {name: theta[name] - eta * delta[name] for name in theta}
+                with torch.no_grad():
+                    told = [_at(model, moved, closures[i]) for i in numbers]
+                numbers, eta = asking.send(told)
+        except StopIteration as stop:
+            found = stop.value
+        memory = found.found.memory
+        alone.append((found.found.critical_lr, found.found.error, found.size, found.beta))
+        optimizer.step()
+    off = [abs(math.log(a[0] / b[0])) for rank in of_ranks for a, b in zip(rank, alone, strict=True)]
+    return {
+        "ranks": _NUM_RANKS,
+        "micro_batches": num,
+        "steps": _STEPS,
+        "ranks_equal_to_the_bit": of_ranks[0] == of_ranks[1],
+        "same_sizes": [one[2] for one in of_ranks[0]] == [one[2] for one in alone],
+        "largest_difference_of_critical_lr": max(off),
+        "sizes": [one[2] for one in alone],
+    }
+
+
+def _at(model: nn.Module, moved: dict[str, Tensor], closure: Callable[[], Tensor]) -> float:
+    (both,) = closure.__defaults__  # type: ignore[attr-defined]
+    return float(token_loss(functional_call(model, moved, (both[:, :-1],)), both[:, 1:]))
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Measure the runs, then the ranks."""
+    chosen = runs(quick)
+    # The longest first; errors and counts do not mind a busy machine.
+    with multiprocessing.get_context("spawn").Pool(min(2, len(chosen)), torch.set_num_threads, (1,)) as pool:
+        rows = [row for of_run in pool.map(measure_run, chosen[::-1], chunksize=1) for row in of_run]
+    columns = "run micro_batches method phase points forwards_mean error_median error_p90 covered not_converged"
+    ledger.show("λ_c from a sample of the micro-batches", rows, columns + " size_median")
+    ranks = ranks_beside_one_process()
+    print(ranks)
+    return {"sample": rows, "ranks": ranks}
+
+
+if __name__ == "__main__":
+    ledger.main(__doc__, measure)
