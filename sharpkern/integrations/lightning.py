@@ -16,6 +16,7 @@ from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
 from sharpkern.errors import NoUpdateError
 from sharpkern.integrations.around_step import AroundStep
+from sharpkern.measures.micro_batches import Clip
 from sharpkern.measures.result import MeasureOptions, Options
 from sharpkern.monitoring.monitor import CallbackOptions, Monitor
 
@@ -69,7 +70,8 @@ class SharpnessCallback(Callback):
         every: measure on optimizer steps whose number, ``trainer.global_step``, this divides; or a function of the
             number that says whether.
         warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, see `sharpkern.Monitor`.
-        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``.
+        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``; ``sample`` takes some of
+            the batches that are accumulated.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -100,6 +102,8 @@ class SharpnessCallback(Callback):
         self._batches: list[tuple[Any, ...]] = []
         # What they were trained on.
         self._losses: list[Tensor] = []
+        # Norm of the gradient before clipping, and the largest one.
+        self._clip: Clip = None
         self._measured: tuple[dict[str, float], int] | None = None
 
     @property
@@ -164,6 +168,12 @@ class SharpnessCallback(Callback):
                 "optimizer must evaluate the loss once in a step, got LBFGS, which searches by itself along its "
                 "directions; leave SharpnessCallback out"
             )
+        by_value = trainer.gradient_clip_val and getattr(trainer.gradient_clip_algorithm, "value", "norm") != "norm"
+        if by_value and self._options.get("sample") is not None:
+            raise ValueError(
+                "sample needs gradients that keep their direction, got gradient_clip_algorithm='value'; clip by norm, "
+                "or leave sample out"
+            )
         model = trainer.strategy.model
         assert model is not None
         self._monitor = Monitor(model, optimizer, log=self._keep, **self._options)
@@ -227,9 +237,23 @@ class SharpnessCallback(Callback):
                 raise NoUpdateError("the step must have a loss, got none: training_step skipped all of its batches")
             return step()
 
+        clip, self._clip = self._clip, None
         with _logging_off(trainer, pl_module):
-            loss = torch.stack(losses).sum() if losses else None
-            self.monitor(partial(_loss, trainer, batches), loss=loss, direction=direction)
+            if self._options.get("sample") is None or not batches:
+                loss = torch.stack(losses).sum() if losses else None
+                self.monitor(partial(_loss, trainer, batches), loss=loss, direction=direction)
+                return
+            num = len(batches)
+            parts = [partial(_loss, trainer, [batch], num) for batch in batches]
+            self.monitor(parts, loss=[num * one for one in losses], direction=direction, clip=clip)
+
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the gradient's norm, which the Trainer clips next."""
+        if self._is_due and self._options.get("sample") is not None and trainer.gradient_clip_val:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._clip = torch.nn.utils.get_total_norm(gradients), float(trainer.gradient_clip_val)
 
     def _keep(self, values: dict[str, float], step: int) -> None:
         self._measured = values, step
@@ -245,13 +269,13 @@ class SharpnessCallback(Callback):
         self._forget()
 
 
-def _loss(trainer: "Trainer", batches: Sequence[tuple[Any, ...]]) -> Tensor:
-    """The loss whose gradient the step had: that of each batch divided as Lightning does before ``backward``."""
+def _loss(trainer: "Trainer", batches: Sequence[tuple[Any, ...]], times: int = 1) -> Tensor:
+    """The loss whose gradient the step had, some times: that of each batch divided as Lightning does."""
     losses = []
     for batch, *index in batches:
         output: Any = trainer.strategy.training_step(_shallow(batch), *index)
         losses.append(output["loss"] if isinstance(output, Mapping) else output)
-    first, *others = (loss / trainer.accumulate_grad_batches for loss in losses)
+    first, *others = (loss * (times / trainer.accumulate_grad_batches) for loss in losses)
     total: Tensor = sum(others, first)
     return total
 

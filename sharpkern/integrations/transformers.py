@@ -4,8 +4,9 @@ import copy
 import sys
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from typing_extensions import Unpack
 
 from sharpkern._support.optional import missing
 from sharpkern.engines.session import is_compiled
+from sharpkern.measures.micro_batches import Clip
 from sharpkern.measures.result import MeasureOptions, Options
 from sharpkern.monitoring.monitor import CallbackOptions, Monitor
 from sharpkern.tensors.random_state import note_streams
@@ -50,7 +52,8 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         every: measure on steps whose number, ``state.global_step``, this divides; or a function of the number that
             says whether.
         warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, see `sharpkern.Monitor`.
-        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``.
+        **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``; ``sample`` takes some of
+            the batches that are accumulated.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -163,8 +166,13 @@ class SharpnessCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Measure, if the step is due."""
         step, self._step = self._step, None
-        if step is not None:
+        if step is None:
+            return
+        step.end()
+        if self._options.get("sample") is None:
             self.monitor(step.loss, loss=step.trained)
+        else:
+            self.monitor(step.parts, loss=step.losses, clip=step.clip)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let go of the Trainer."""
@@ -174,7 +182,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
     def _forget(self) -> None:
         """Drop a step that was broken off."""
         if self._step is not None:
-            self._step.unwatch()
+            self._step.end()
         self._step = None
 
     def _log(self, values: dict[str, float], step: int) -> None:
@@ -198,13 +206,38 @@ class _MicroBatch(NamedTuple):
 
 
 class _Step:
-    """The micro-batches of one optimizer step, noted as they are trained on."""
+    """The micro-batches of one optimizer step, noted as they are trained on.
+
+    Attributes:
+        clip: norm of the gradient before clipping, and the largest one; None where the Trainer did not ask for it.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._batches: list[_MicroBatch] = []
         self._losses: list[Tensor] = []
+        self.clip: Clip = None
+        self._clip_before = vars(trainer.accelerator).get("clip_grad_norm_", _ABSENT)
+        self._clip = trainer.accelerator.clip_grad_norm_
+        trainer.accelerator.clip_grad_norm_ = self._noted_clip
         self.watch()
+
+    def end(self) -> None:
+        """Put both methods back, if that has not been done."""
+        self.unwatch()
+        attributes = vars(self._trainer.accelerator)
+        if attributes.get("clip_grad_norm_") != self._noted_clip:
+            return
+        if self._clip_before is _ABSENT:
+            del attributes["clip_grad_norm_"]
+        else:
+            attributes["clip_grad_norm_"] = self._clip_before
+
+    def _noted_clip(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+        norm = self._clip(parameters, max_norm, *args, **kwargs)
+        if self.clip is None and norm is not None:
+            self.clip = norm, max_norm
+        return norm
 
     def watch(self) -> None:
         """Note the next micro-batch, by an attribute that is in place of the method until it is called."""
@@ -225,22 +258,38 @@ class _Step:
         """The loss that was trained on, None where there was none."""
         return sum(self._losses[1:], self._losses[0]) if self._losses else None
 
+    @property
+    def losses(self) -> list[Tensor] | None:
+        """What micro-batches were trained on, each as large as the sum."""
+        return [len(self._losses) * loss for loss in self._losses] or None
+
+    @property
+    def parts(self) -> list[Callable[[], Tensor]]:
+        """Closures of micro-batches whose mean is the loss."""
+        return [partial(self._part, batch) for batch in self._batches]
+
+    def _part(self, batch: _MicroBatch) -> Tensor:
+        return len(self._batches) * self._sum([batch])
+
     def loss(self) -> Tensor:
         """The same at the parameters as they are: the sum that the Trainer reports."""
+        return self._sum(self._batches)
+
+    def _sum(self, batches: Sequence[_MicroBatch]) -> Tensor:
         trainer = self._trainer
-        streams = note_streams({p.device for batch in self._batches for p in batch.model.parameters()})
+        streams = note_streams({p.device for batch in batches for p in batch.model.parameters()})
         total: Tensor | None = None
         with _unchanged(trainer, trainer.state, trainer.control, trainer.accelerator):
             trainer.accelerator.backward = _nothing
             # A compute_loss that logs would log at every evaluation.
             trainer.log = _nothing
-            for batch in self._batches:
+            for batch in batches:
                 for stream in batch.rewind:
                     stream()
                 # Label smoothing takes the labels out of them.
                 loss = trainer.training_step(batch.model, copy.copy(batch.inputs), *batch.args, **batch.kwargs)
                 total = loss if total is None else total + loss
-            if self._batches and not is_compiled(self._batches[0].model, self.loss):
+            if batches and not is_compiled(batches[0].model, self.loss):
                 # The random numbers were those of the gradient, and none of the streams that they were put into.
                 for stream in streams:
                     stream()

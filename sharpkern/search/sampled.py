@@ -28,6 +28,8 @@ _EXPONENTS = (0.02, 20.0)
 _LEAST_W = 1e-3
 # Largest tolerance of the search on a sample; log units are cut here.
 _FINEST, _WIDEST = 0.03, 5.0
+# A smaller exponent says that the functions bend before their slopes are seen, so that these tell little.
+_BENT = 0.3
 # Most evaluations of all functions after the sample has told where, and what is left unsure where there was no step.
 _MOST_NEWTON, _EXACT = 6, 1e-3
 # Slopes of a sample that are so many standard errors off are not those of the mean.
@@ -171,14 +173,15 @@ class SampledSearch:
             exponent = _clipped((self._psi(near[0]) - self._psi(near[1])) / math.log(near[0] / near[1]))
         while True:
             size, estimate = len(self.members), self._estimate(nearest)
-            half = _student(size - 2) * estimate.error / (self._slope * nearest * exponent)
+            is_bent = exponent < _BENT and not self._has_all
+            half = (1 + is_bent) * _student(size - 2) * estimate.error / (self._slope * nearest * exponent)
             error = math.expm1(min(half, _WIDEST)) + doubt
-            if error <= self._rtol or not self._may_grow or self._has_all:
+            if (error <= self._rtol and not is_bent) or not self._may_grow or self._has_all:
                 found = _moved(found, eta, error, exponent, probes)
                 return SampledResult(found, self._base_loss, size, estimate.beta, excess)
             wanted = size * (half / max(self._rtol - doubt, self._rtol / 3)) ** 2
             wanted = max(size + 2, math.ceil(1.2 * wanted / (1 + wanted / self._num)))
-            if 4 * (wanted - size) >= self._num:
+            if is_bent or 4 * (wanted - size) >= self._num:
                 # For a larger sample three probes of the new members, and perhaps one of all, are no cheaper.
                 wanted, nearest = self._num, eta
             self._grow(wanted)

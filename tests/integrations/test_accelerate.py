@@ -88,7 +88,7 @@ class Loop:
         forget()
         self.accelerator = Accelerator(
             cpu=True,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=NUM_STEPS, **(plugin or {})),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(**({"num_steps": NUM_STEPS} | (plugin or {}))),
             mixed_precision=accelerator.pop("mixed_precision", "fp16" if scaled else "no"),
             **accelerator,
         )
@@ -568,3 +568,18 @@ def test_all_ranks_agree_with_one_process_on_the_whole_batch(ranks: list[dict[st
 @pytest.mark.parametrize("name", [name for name in JOBS if name.startswith("untouched")])
 def test_training_on_ranks_is_bit_for_bit_the_same(ranks: list[dict[str, Any]], name: str) -> None:
     assert [rank[name] for rank in ranks] == [True] * NUM_RANKS, ranks[0][name]
+
+
+def test_a_sample_of_accumulated_batches_tells_of_all() -> None:
+    found = {}
+    for name, options in {"whole": {"rtol": 1e-3}, "sample": {"sample": "auto"}}.items():
+        # Ten micro-batches an epoch, so that every step of sixteen is cut short, and its gradient is a share.
+        for plugin in ({"num_steps": 16}, {"num_steps": 16, "sync_with_dataloader": False}):
+            loop = Loop(plain_model(torch.float64), num=160, plugin=plugin, options=options)
+            loop.run(3)
+            found[name, "sync_with_dataloader" in plugin] = [record.measurement for record in loop.monitor.history]
+    for short in (True, False):
+        for whole, m in zip(found["whole", short], found["sample", short], strict=True):
+            assert abs(np.log(m.critical_lr / whole.critical_lr)) <= max(m.error, 0.05)
+            assert m.num_micro_batches in (None, 16)
+        assert any(m.sample_size is not None for m in found["sample", short])

@@ -986,3 +986,23 @@ def test_two_ranks_measure_the_whole_batch(tmp_path: Path) -> None:
         assert (row["step"], row["lr"], row["status"]) == (expected["step"], expected["lr"], "converged")
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-9)
         assert row["lambda_c"] == pytest.approx(expected["lambda_c"], rel=1e-5)
+
+
+def test_a_sample_of_accumulated_batches_tells_of_all() -> None:
+    found, weights = [], []
+    for callback in (SharpnessCallback(rtol=1e-3), SharpnessCallback(sample="auto")):
+        run, model = trainer(callback, accumulate_grad_batches=16, gradient_clip_val=0.05, max_epochs=1), Digits()
+        run.fit(model, loader(16))
+        found.append([record.measurement for record in callback.monitor.history])
+        weights.append(list(model.parameters()))
+    for whole, m in zip(*found, strict=True):
+        assert abs(np.log(m.critical_lr / whole.critical_lr)) <= max(m.error, 0.05)
+        assert m.base_loss == pytest.approx(whole.base_loss, rel=1e-4)
+    # Of 22 batches the second step has 6, which are too few.
+    assert [m.num_micro_batches for m in found[1]] == [16, None]
+    assert all(map(torch.equal, *weights))
+
+
+def test_a_sample_needs_to_know_how_gradients_are_clipped() -> None:
+    with pytest.raises(ValueError, match="gradients that keep their direction, got gradient_clip_algorithm='value'"):
+        fitted(SharpnessCallback(sample="auto"), gradient_clip_val=0.1, gradient_clip_algorithm="value", max_epochs=1)

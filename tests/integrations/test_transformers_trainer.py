@@ -4,6 +4,7 @@ import argparse
 import gc
 import inspect
 import json
+import math
 import os
 import pickle
 import random
@@ -731,3 +732,17 @@ def test_making_the_callback_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     SharpnessCallback(every=2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sample_of_accumulated_batches_tells_of_all(tmp_path: Path) -> None:
+    # Dropout with the masks of training, and gradients that are clipped by far.
+    usual = {"gradient_accumulation_steps": 16, "max_grad_norm": 0.05, "max_steps": 1}
+    exact, sampled = SharpnessCallback(rtol=1e-3), SharpnessCallback(sample="auto")
+    trainers = [train(tmp_path, callback, **usual) for callback in (exact, sampled)]
+    for whole, found in zip(exact.monitor.history, sampled.monitor.history, strict=True):
+        m = found.measurement
+        assert abs(math.log(m.critical_lr / whole.measurement.critical_lr)) <= m.error
+        assert (m.sample_size is not None, m.num_micro_batches) == (True, 16)
+        assert m.base_loss == pytest.approx(whole.measurement.base_loss, rel=1e-5)
+    assert all(map(torch.equal, *(trainer.model.parameters() for trainer in trainers)))
+    assert "clip_grad_norm_" not in vars(trainers[1].accelerator)

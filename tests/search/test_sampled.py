@@ -104,6 +104,18 @@ def test_all_functions_decide_where_the_sample_cannot() -> None:
     assert forwards(asked, 24) < 4.5
 
 
+def test_all_functions_decide_where_they_bend_before_their_slopes_are_seen() -> None:
+    _, slopes, bends = parabolas(128, 7, spread=0.02)
+    functions = [lambda eta, s=s, h=h: 3 + h * eta**1.2 - s * eta for s, h in zip(slopes, bends, strict=True)]
+    truth = (mean(slopes) / mean(bends)) ** 5
+    found, _ = search(functions, mean(slopes), initial_lr=1.0)
+    assert found.size == 128
+    assert found.found.critical_lr == pytest.approx(truth, rel=0.05)
+    few, _ = search(functions, mean(slopes), 16, initial_lr=1.0)
+    assert few.size == 16
+    assert abs(math.log(few.found.critical_lr / truth)) < few.found.error
+
+
 def test_weights_count() -> None:
     functions, slopes, bends = parabolas(32, 2)
     weights = [1.0 + (k % 5) for k in range(32)]
