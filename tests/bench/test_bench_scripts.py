@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -317,3 +318,13 @@ def test_cost_grows_with_the_parameters_as_a_line(measured, tokens):
 def test_the_plot_is_of_the_ledger(measured):
     growth = importlib.import_module("bench_peers")
     assert Image.open(ROOT / "bench" / "results" / "growth.png").text["Description"] == growth.growth_source(measured)
+
+
+def test_samples_are_compared_with_the_whole_batch():
+    sample = importlib.import_module("bench_sample")
+    (run,) = sample.runs(quick=True)
+    rows = sample.measure_run(replace(run, num_steps=4, every=3, first=0))
+    of_method = {row["method"]: row for row in rows if row["phase"] == rows[0]["phase"]}
+    assert of_method["whole, 0.1 %"]["error_median"] == 0.0
+    assert 0 < of_method["auto, 5 %"]["forwards_mean"] < of_method["whole, 0.1 %"]["forwards_mean"]
+    assert of_method["auto, 5 %"]["error_p90"] < 0.05 < of_method["plain mean of 1/8"]["error_p90"]
