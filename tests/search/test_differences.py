@@ -147,6 +147,7 @@ def test_the_error_of_an_extrapolated_value_covers_what_the_part_in_h_squared_le
     assert 0.05 < abs(estimate.value / 2 - 1) < estimate.error < 0.2
 
 
+@pytest.mark.long
 def test_the_error_covers_the_truth_in_training(monkeypatch):
     """MLP on digits and GPT on bytes, float32 against the exact product in float64."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
