@@ -100,7 +100,7 @@ def tops(training: Training, loss_fn: Counted, tol: float) -> list[tuple[str, Ca
         return Found(found.value, 1, found.iterations, found.converged)
 
     def by(peer: Any, method: str, **options: int) -> Measure:
-        run = getattr(peer(training.model, loss_fn.batch), method)
+        run = getattr(peer(training.model, loss_fn.loss.batch), method)
         return lambda _: run(tol, **options)
 
     return [
@@ -122,7 +122,7 @@ def search(training: Training, **options: Any) -> Measure:
     own = type("Own", (Counted,), {})
 
     def measure(loss_fn: Counted) -> Found:
-        found = monitor(own(loss_fn.model, loss_fn.loss_of, loss_fn.batch))
+        found = monitor(own(loss_fn.model, loss_fn.loss))
         converged = found.status == "converged"
         return Found(found.sharpness if converged else None, found.forwards, converged=converged)
 
@@ -361,7 +361,7 @@ def main() -> None:
     top, direction = hessian_sharpness(training.model, loss_fn, tol=TOL).value, _along(training, "hvp", loss_fn).value
     print(f"sharpkern: λ_max {top:.9f}, λ_dir {direction:.9f}")
     for peer, method in ((EigenThings, "lanczos"), (CurvLinOps, "eigsh"), (PyHessian, "power")):
-        theirs = peer(training.model, loss_fn.batch)
+        theirs = peer(training.model, loss_fn.loss.batch)
         print(f"{peer.__name__}: λ_max {getattr(theirs, method)(TOL).value:.9f}", end="")
         # PyHessian hands no products out.
         print(f", λ_dir {along(training, theirs.product):.9f}" if hasattr(theirs, "product") else "")

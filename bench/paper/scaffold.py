@@ -48,13 +48,12 @@ class Figure:
 
     name: str  # of the script and of its files
     about: str  # one line for --help
-    # What the rows depend on; after an edit of it the rows that were kept are refused.
-    setting: Callable[[Order], object]
-    pieces: Callable[[Order], Mapping[str, Piece]]
+    settings: tuple[Any, Any]  # full and quick: what the rows depend on; after an edit the rows kept are refused
+    pieces: Callable[[Any, Order], Mapping[str, Piece]]  # of a setting
     draw: Callable[[list[Row], Path], None]
     # What the README here has in the figure's table, by the words in front of it.
     numbers: Callable[[list[Row]], dict[str, str]]
-    takes_data: bool = False  # whether --data may name a larger data set
+    of_data: tuple[Any, Any] | None = None  # full and quick with a larger data set, which --data names
 
 
 def main(figure: Figure, arguments: list[str] | None = None) -> None:
@@ -62,7 +61,7 @@ def main(figure: Figure, arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=figure.about)
     parser.add_argument("--quick", action="store_true", help="a small version, to see that everything runs")
     parser.add_argument("--output", type=Path, help="folder for the files (default: results beside the script)")
-    if figure.takes_data:
+    if figure.of_data:
         parser.add_argument("--data", type=Path, help="folder of the data set of the paper, if it is at hand")
     given = parser.parse_args(arguments)
     # The same bits on every machine of a kind, and no slower at this size.
@@ -70,7 +69,10 @@ def main(figure: Figure, arguments: list[str] | None = None) -> None:
     output = given.output or (RESULTS / "quick" if given.quick else RESULTS)
     order = Order(given.quick, output / "work" / figure.name, getattr(given, "data", None))
     rows, seconds = _rows(figure, order)
-    _write_csv(rows, output / f"{figure.name}.csv")
+    with (output / f"{figure.name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     conditions = {
         "seconds": round(seconds),
         "quick": order.quick,
@@ -99,14 +101,11 @@ def table(numbers: Mapping[str, str]) -> list[str]:
 
 def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
     """Return the rows of all pieces, of which those that were done before are only read, and the seconds they took."""
-    settings = {
-        "figure": figure.name,
-        "quick": order.quick,
-        "data": order.data and str(order.data),
-        "setting": repr(figure.setting(order)),
-    }
+    setting = ((order.data and figure.of_data) or figure.settings)[order.quick]
+    data = order.data and str(order.data)
+    settings = {"figure": figure.name, "quick": order.quick, "data": data, "setting": repr(setting)}
     order.work.mkdir(parents=True, exist_ok=True)
-    pieces = figure.pieces(order)
+    pieces = figure.pieces(setting, order)
     journal = ResumableLog(order.work / "pieces.jsonl", settings)
     done = {entry["piece"] for entry in journal.rows}
     with progress_bar(len(pieces), done=len(done), shown=sys.stderr.isatty()) as advance:
@@ -119,14 +118,6 @@ def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
     entries = {entry["piece"]: entry for entry in journal.rows}
     rows = [row for name in pieces for row in entries[name]["rows"]]
     return rows, sum(entry["seconds"] for entry in entries.values())
-
-
-def _write_csv(rows: list[Row], path: Path) -> None:
-    """Write rows, with a column for every key of any of them, floats to six digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
 
 
 def _value(text: str) -> float | str:
