@@ -27,44 +27,34 @@ _MOST_BUFFERS = 64
 Say = Callable[[str], None]
 
 
-def operations(bench: Bench) -> list[str]:
-    """Return the names of what can be swept: operations as their checks name them."""
-    return list(dict.fromkeys(case.operation for case in timed(bench, 1 << 12).values()))
-
-
 def sizes(bench: Bench) -> list[int]:
     """Return numbers of elements, a factor of four apart."""
     return [1 << power for power in range(12, bench.pick(gpu=28, cpu=24, quick=20) + 1, 2)]
 
 
-def sweep_here(operation: str, beside: Path, *, quick: bool, say: Say) -> int:
-    """Sweep an operation in this process and return the exit code: 1 where something was wrong."""
+@torch.no_grad()
+def sweep(operation: str, beside: Path, *, quick: bool, say: Say) -> int:
+    """Write a CSV and a PNG per case of an operation beside a path; return the exit code, 1 where a line was wrong."""
     bench = Bench(machine_here(), quick)
-    try:
-        with torch.no_grad():
-            return 0 if sweep(bench, operation, beside, say) else 1
-    except BlockedError as error:
-        say(str(error))
-        return 1
-
-
-def sweep(bench: Bench, operation: str, beside: Path, say: Say) -> bool:
-    """Write a CSV and a PNG per case of an operation beside a path; return whether every line was right everywhere."""
-    if operation not in operations(bench):
-        raise ValueError(f"sweep must be one of {', '.join(operations(bench))}, got {operation!r}")
-    bench = checked(bench, operation)
-    right = True
-    for name, case in timed(bench, 1 << 12).items():
-        if case.operation == operation:
+    cases = timed(bench, 1 << 12)
+    known = dict.fromkeys(case.operation for case in cases.values())
+    if operation not in known:
+        raise ValueError(f"sweep must be one of {', '.join(known)}, got {operation!r}")
+    bench, right = checked(bench, operation), True
+    for name in (name for name, case in cases.items() if case.operation == operation):
+        try:
             rows, all_right = _rows(bench, name, say)
-            right &= all_right
-            path = beside.with_name(f"{beside.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.csv")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(path, rows)
-            device = torch.cuda.get_device_name() if bench.machine.is_gpu else "CPU, one thread"
-            _draw(rows, f"{name}, {device}", path.with_suffix(".png"))
-            say(f"{name}: wrote {path} and {path.with_suffix('.png').name}")
-    return right
+        except BlockedError as error:
+            say(str(error))
+            return 1
+        right &= all_right
+        path = beside.with_name(f"{beside.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, rows)
+        device = torch.cuda.get_device_name() if bench.machine.is_gpu else "CPU, one thread"
+        _draw(rows, f"{name}, {device}", path.with_suffix(".png"))
+        say(f"{name}: wrote {path} and {path.with_suffix('.png').name}")
+    return 0 if right else 1
 
 
 def _rows(bench: Bench, name: str, say: Say) -> tuple[list[Json], bool]:

@@ -85,8 +85,7 @@ def _plain(scene: Training) -> Iterator[Json]:
 
 def _first(scene: Training) -> Iterator[Json]:
     """Weigh the first measurement of the model, which begins at the optimizer's learning rate and makes the checks."""
-    peak = scene.machine.peak(lambda: scene.measured)
-    first = scene.measured
+    peak, first = scene.machine.peak(lambda: scene.measured), scene.measured
     fields = {"forwards": first.forwards, "ms_per_forward": 1e3 * first.seconds / first.forwards}
     yield {"variant": "virtual", **fields, **_measured_fields(first), **peak, **scene.about()}
 
