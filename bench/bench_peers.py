@@ -190,41 +190,38 @@ def growth_rows(quick: bool) -> list[dict[str, Any]]:
     for size in ("tiny", "small", "1M") if quick else SIZES:
         trained = 20 if quick else _GROWTH_TRAINED
         training = Training.of_text(size, trained // 2)
-        for _ in range(trained):
-            training.begin(32 if quick else 256)
-            training.step()
+        training.run(trained, 32 if quick else 256)
         searches = _QUICK_SEARCHES if quick else _SEARCHES
         found += [_growth_row(training, size, tokens, count) for tokens, count in searches.items()]
     return found
 
 
 def _growth_row(training: Training, size: str, tokens: int, searches: int) -> dict[str, Any]:
-    monitor = sharpkern.Monitor(training.model, training.optimizer)
-    plain, taken = [], []
+    method = Method("sharpkern", "λ_c", search(training, engine="virtual"))
+    taken: dict[str, list[Taken]] = defaultdict(list)
+    plain: list[float] = []
     for step in range(_GROWTH_WARM_UP + searches):
         if step:
             training.step()
         loss_fn = training.begin(tokens)
-        before, of_search, after = map(seconds, (loss_fn.plain, partial(monitor, loss_fn), loss_fn.plain))
-        if step >= _GROWTH_WARM_UP:
-            plain += [before, after]
-            taken.append((of_search, monitor.history[-1].measurement))
-    converged = [(one, m.forwards) for one, m in taken if m.status == "converged"]
+        plain += [*_turn([method], loss_fn, step, taken), seconds(loss_fn.plain)]
+    counted = taken[method.name][-searches:]
+    converged = [(one, found.forwards) for found, one in counted if found.converged]
     if not converged:
-        raise RuntimeError(f"no search of {size} and {tokens} tokens has converged: {[m.status for _, m in taken]}")
+        raise RuntimeError(f"no search of {size} and {tokens} tokens has converged: {counted}")
     return {
         "model": size,
         "parameters": training.parameters,
         "tokens": tokens,
-        "engine": taken[-1][1].engine,
+        "engine": "virtual",
         "searches": len(converged),
-        "not_converged": len(taken) - len(converged),
-        "plain_forward_seconds": median(plain),
+        "not_converged": len(counted) - len(converged),
+        "plain_forward_seconds": median(plain[-2 * searches :]),
         "search_seconds": median(one for one, _ in converged),
         "seconds_per_loss": median(one / forwards for one, forwards in converged),
         "forwards": median(forwards for _, forwards in converged),
         "forwards_mean": mean(forwards for _, forwards in converged),
-        "peak_bytes": peak_bytes(lambda: monitor(loss_fn)),
+        "peak_bytes": peak_bytes(partial(method.measure, loss_fn)),
         "plain_peak_bytes": peak_bytes(loss_fn.plain),
         "parameter_bytes": training.parameter_bytes,
     }

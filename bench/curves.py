@@ -19,7 +19,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
 from workloads import GPT, Loss, Point, Run, Training, classified, gpt_adamw, images, ramps, sentences, trained
+from workloads import stack as _stack
 
 from sharpkern.search import LineSearch, SearchMemory, SearchResult
 
@@ -141,16 +141,6 @@ class Lion(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_(torch.lerp(p.grad, momentum, beta1).sign_(), alpha=lr)
                 momentum.lerp_(p.grad, 1 - beta2)
-
-
-def _stack(*widths: int, between: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Sequential:
-    """Return linear layers with something between them."""
-    layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(pairwise(widths)):
-        if i:
-            layers += [nn.BatchNorm1d(before)] * norm + [between()]
-        layers.append(nn.Linear(before, after))
-    return nn.Sequential(*layers)
 
 
 def _convolution(before: int, after: int) -> nn.Sequential:
@@ -283,13 +273,16 @@ def _ppo(seed: int) -> Training:
     return training
 
 
-def _muon(seed: int) -> Training:
-    model = GPT(48)
+def _with_muon(model: GPT) -> list[torch.optim.Optimizer]:
     inner = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not q for q in inner)]
     adamw = AdamW(others, 3e-3, betas=(0.9, 0.95))
-    muon = torch.optim.Muon(inner, lr=0.02, weight_decay=0.0)
-    return Training(model, [muon, adamw], sentences(seed + 1, 8), _RAMPS)
+    return [torch.optim.Muon(inner, lr=0.02, weight_decay=0.0), adamw]
+
+
+def _muon(seed: int) -> Training:
+    model = GPT(48)
+    return Training(model, _with_muon(model), sentences(seed + 1, 8), _RAMPS)
 
 
 def _run(

@@ -342,9 +342,7 @@ def trained() -> tuple[Training, Counted]:
     """Return a model of a few thousand parameters after some steps of AdamW, with its next gradient, in float64."""
     training = Training.of_text("least")
     training.model.double()
-    for _ in range(20):
-        training.begin(128)
-        training.step()
+    training.run(20, 128)
     return training, training.begin(128)
 
 

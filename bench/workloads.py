@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pydoc_data.topics import topics
 from typing import Any, TypeVar
 
@@ -64,6 +65,16 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
+def stack(*widths: int, between: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Sequential:
+    """Return linear layers with something between them."""
+    layers: list[nn.Module] = []
+    for i, (before, after) in enumerate(pairwise(widths)):
+        if i:
+            layers += [nn.BatchNorm1d(before)] * norm + [between()]
+        layers.append(nn.Linear(before, after))
+    return nn.Sequential(*layers)
+
+
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
@@ -114,9 +125,9 @@ def standard_digits() -> Batch:
     return images / 2, targets
 
 
-def text() -> Tensor:
-    """Return the bytes of Python's help topics."""
-    return torch.frombuffer(bytearray("\n".join(topics.values()), "utf-8"), dtype=torch.uint8).long()
+def text(words: str = "\n".join(topics.values())) -> Tensor:
+    """Return the bytes of a text, which is Python's help topics."""
+    return torch.frombuffer(bytearray(words, "utf-8"), dtype=torch.uint8).long()
 
 
 def images(seed: int, size: int | None = None) -> Callable[..., Batch]:
@@ -233,10 +244,10 @@ class Training:
             optimizer.step()
         self.steps += 1
 
-    def run(self, num_steps: int) -> None:
+    def run(self, num_steps: int, *size: int) -> None:
         """Take so many steps."""
         for _ in range(num_steps):
-            self.begin()
+            self.begin(*size)
             self.step()
 
     def points(self, measured: Sequence[int], other_batch: bool = False) -> Iterator["Point"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from runs import Curve, Gauge, by_run, close, draw_runs, largest_share, ratios, times
-from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number
+from scaffold import Figure, Piece, Row, main, median, not_converged, number
 
 # Beside the folder of this script; scaffold has put it on the path.
 from workloads import GPT, Loss, gpt_adamw, next_tokens, ramps, text, trained
@@ -71,7 +71,7 @@ def train(setting: Setting, lr: float) -> list[Row]:
     return rows
 
 
-def pieces(setting: Setting, order: Order) -> Mapping[str, Piece]:
+def pieces(setting: Setting, work: Path, data: None) -> Mapping[str, Piece]:
     """Return the training runs, one for each learning rate."""
     return {f"η = {lr:g}": partial(train, setting, lr) for lr in setting.lr}
 

@@ -21,7 +21,7 @@ from typing import Any
 from corpora import english
 from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
 from runs import Curve, draw_runs
-from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, read_rows, span
+from scaffold import Figure, Piece, Row, main, median, not_converged, number, read_rows, span
 
 from sharpkern._support.figures import BLUE, COLORS, ORANGE
 from sharpkern.cli import app
@@ -38,11 +38,11 @@ _CURVES = (
 )
 
 
-def pieces(setting: tuple[Stages, int, Any], order: Order) -> Mapping[str, Piece]:
+def pieces(setting: tuple[Stages, int, Any], work: Path, data: None) -> Mapping[str, Piece]:
     """Return the pieces of work: training, and measuring the revisions along each direction."""
     stages, batches, _ = setting
-    revisions = order.work / "revisions"
-    measuring = {f"measuring, {name}": partial(_measure, name, batches, revisions, order.work) for name in _DIRECTIONS}
+    revisions = work / "revisions"
+    measuring = {f"measuring, {name}": partial(_measure, name, batches, revisions, work) for name in _DIRECTIONS}
     return {"training": partial(_trained, stages, revisions), **measuring}
 
 

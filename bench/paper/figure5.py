@@ -16,10 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from corpora import apart, byte_rows, code, english
-from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, percent, span
+from corpora import code, english
+from scaffold import Figure, Piece, Row, main, median, not_converged, number, percent, span
 from torch import Tensor, nn
-from workloads import GPT, Loss, gpt_adamw, next_tokens, ramps, trained
+from workloads import GPT, Loss, gpt_adamw, next_tokens, ramps, text, trained
 
 import sharpkern
 from sharpkern._support.figures import COLORS, legend_below, light_grid, new_figure
@@ -27,6 +27,7 @@ from sharpkern.mixtures.plot import draw_mixture
 from sharpkern.mixtures.results import MixturePoint, MixtureSweep
 
 TASKS = ("English", "code")
+_OF_POINT = ("repeat", "task", "loss", "critical_lr", "status", "error", "forwards")
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,24 @@ SETTING = Setting(1500, 100, 300, (*(i / 10 for i in range(10)), 0.95, 1.0), 102
 QUICK = Setting(30, 5, 10, (0.0, 0.5, 1.0), 16, 16, 2, 5, 1)
 
 
-def pieces(setting: Setting, order: Order) -> Mapping[str, Piece]:
+def pieces(setting: Setting, work: Path, data: None) -> Mapping[str, Piece]:
     """Return the pieces of work: pre-training, the sweep, and training on each mix."""
-    weights = order.work / "pretrained.pt"
+    weights = work / "pretrained.pt"
     return {
         "pre-training": partial(_pretrain, setting, weights),
-        "sweep": partial(_sweep, setting, weights, order.work / "sweep.jsonl"),
+        "sweep": partial(_sweep, setting, weights, work / "sweep.jsonl"),
         **{f"training, {share:.0%} English": partial(_train, setting, weights, share) for share in setting.shares},
     }
 
 
 def _data(context: int) -> list[dict[str, Tensor]]:
-    """Return rows to train on and rows to measure on of each task."""
-    halves = {name: apart(byte_rows(words, context + 1)) for name, words in (("English", english()), ("code", code()))}
-    return [{name: half[i] for name, half in halves.items()} for i in range(2)]
+    """Return rows to train on, and every tenth to measure on, of each task."""
+    rows = {}
+    for name, words in zip(TASKS, (english(), code()), strict=True):
+        data = text(words)
+        rows[name] = data[: len(data) // (context + 1) * (context + 1)].view(-1, context + 1)
+    held = {name: torch.arange(len(of_one)) % 10 == 9 for name, of_one in rows.items()}
+    return [{name: of_one[held[name] == which] for name, of_one in rows.items()} for which in (False, True)]
 
 
 def _losses(model: nn.Module, heldout: Mapping[str, Tensor], rows: int) -> dict[str, float]:
@@ -110,16 +115,10 @@ def _sweep(setting: Setting, weights: Path, path: Path) -> list[Row]:
         {
             "kind": "sweep",
             "share": point.shares[0],
-            "repeat": point.repeat,
-            "task": point.task,
-            "loss": point.loss,
             "lambda_c": point.sharpness,
-            "critical_lr": point.critical_lr,
-            "status": point.status,
-            "error": point.error,
             "bracket_low": point.bracket[0],
             "bracket_high": point.bracket[1],
-            "forwards": point.forwards,
+            **{name: getattr(point, name) for name in _OF_POINT},
         }
         for point in sweep.points
     ]

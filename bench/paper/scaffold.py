@@ -34,22 +34,14 @@ Piece = Callable[[], list[Row]]
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the command line asks for."""
-
-    quick: bool  # a small version of everything, in seconds
-    work: Path  # folder for what is kept between calls, such as checkpoints
-    data: Path | None = None  # folder of a larger data set
-
-
-@dataclass(frozen=True)
 class Figure:
     """One figure of the paper on small scale."""
 
     name: str  # of the script and of its files
     about: str  # one line for --help
     settings: tuple[Any, Any]  # full and quick: what the rows depend on; after an edit the rows kept are refused
-    pieces: Callable[[Any, Order], Mapping[str, Piece]]  # of a setting
+    # Of a setting, a folder for what is kept between calls, such as checkpoints, and that of a larger data set.
+    pieces: Callable[[Any, Path, Path | None], Mapping[str, Piece]]
     draw: Callable[[list[Row], Path], None]
     # What the README here has in the figure's table, by the words in front of it.
     numbers: Callable[[list[Row]], dict[str, str]]
@@ -67,15 +59,19 @@ def main(figure: Figure, arguments: list[str] | None = None) -> None:
     # The same bits on every machine of a kind, and no slower at this size.
     torch.set_num_threads(1)
     output = given.output or (RESULTS / "quick" if given.quick else RESULTS)
-    order = Order(given.quick, output / "work" / figure.name, getattr(given, "data", None))
-    rows, seconds = _rows(figure, order)
+    data = getattr(given, "data", None)
+    setting = ((data and figure.of_data) or figure.settings)[given.quick]
+    settings = {"figure": figure.name, "quick": given.quick, "data": data and str(data), "setting": repr(setting)}
+    work = output / "work" / figure.name
+    work.mkdir(parents=True, exist_ok=True)
+    rows, seconds = _rows(figure.pieces(setting, work, data), ResumableLog(work / "pieces.jsonl", settings))
     with (output / f"{figure.name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     conditions = {
         "seconds": round(seconds),
-        "quick": order.quick,
+        "quick": given.quick,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -99,14 +95,8 @@ def table(numbers: Mapping[str, str]) -> list[str]:
     return [f"| {name} | {value} |" for name, value in numbers.items()]
 
 
-def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
+def _rows(pieces: Mapping[str, Piece], journal: ResumableLog) -> tuple[list[Row], float]:
     """Return the rows of all pieces, of which those that were done before are only read, and the seconds they took."""
-    setting = ((order.data and figure.of_data) or figure.settings)[order.quick]
-    data = order.data and str(order.data)
-    settings = {"figure": figure.name, "quick": order.quick, "data": data, "setting": repr(setting)}
-    order.work.mkdir(parents=True, exist_ok=True)
-    pieces = figure.pieces(setting, order)
-    journal = ResumableLog(order.work / "pieces.jsonl", settings)
     done = {entry["piece"] for entry in journal.rows}
     with progress_bar(len(pieces), done=len(done), shown=sys.stderr.isatty()) as advance:
         for name, compute in pieces.items():

@@ -281,8 +281,9 @@ def test_an_edit_of_a_setting_refuses_old_rows_and_empties_the_revisions(tmp_pat
     stale = tmp_path / "work" / "figure4" / "revisions" / "stage1-step7"
     stale.mkdir(parents=True)
     monkeypatch.setattr(figure, "train", lambda stages, folder: [{"there": stale.exists()}])
-    order = scaffold.Order(True, tmp_path / "work" / "figure4")
-    assert figure.FIGURE.pieces(figure.QUICK, order)["training"]() == [{"direction": "in training", "there": False}]
+    assert figure.pieces(figure.QUICK, tmp_path / "work" / "figure4", None)["training"]() == [
+        {"direction": "in training", "there": False}
+    ]
     for name in ("figure2", "figure3", "figure4", "figure5"):
         made = replace(
             module(name).FIGURE, name=name, pieces=lambda *given: {"one": lambda: [{"a": 1.0}]},

@@ -70,7 +70,7 @@ def test_a_figure_that_was_stopped_goes_on_to_the_same_table(name, quick, tmp_pa
     def with_pieces(**changes):
         return replace(figure, pieces=lambda *given: {**figure.pieces(*given), **changes})
 
-    first, second, _ = figure.pieces(figure.settings[1], script("scaffold").Order(True, tmp_path))
+    first, second, _ = figure.pieces(figure.settings[1], tmp_path, None)
     with pytest.raises(KeyboardInterrupt):
         make(with_pieces(**{second: stop}), tmp_path)
     assert not (tmp_path / f"{name}.csv").exists()
