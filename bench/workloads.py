@@ -80,22 +80,25 @@ def stack(*widths: int, between: Callable[[], nn.Module] = nn.GELU, norm: bool =
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a batch, as a function of the model in any precision."""
+    """The loss of a batch, as a function of the model."""
 
     of: Callable[[Any, Any], Tensor]  # outputs and targets
     batch: Any  # inputs and targets
 
     def __call__(self, model: nn.Module) -> Tensor:
-        """Evaluate it; numbers are taken in the model's precision."""
-        dtype = next(model.parameters()).dtype
-        inputs, targets = tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, self.batch)
+        """Evaluate it."""
+        inputs, targets = self.batch
         return self.of(model(inputs), targets)
+
+    def to(self, dtype: torch.dtype) -> "Loss":
+        """Return the same in a dtype."""
+        return replace(self, batch=tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, self.batch))
 
 
 class Counted:
     """The loss of one batch and of one model, and how often it was asked for."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
         self.model, self.loss, self.calls = model, loss, 0
 
     def __call__(self) -> Tensor:
@@ -193,7 +196,7 @@ class Training:
         self,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        draw: Callable[..., Any],
+        draw: Callable[..., Loss],
         schedule: Callable[[int], float] = CONSTANT,
     ) -> None:
         self.model, self.optimizers, self._draw, self._schedule = model, optimizers, draw, schedule
@@ -284,7 +287,7 @@ SIZES = {
 def trained(
     model: nn.Module,
     optimizer: Callable[..., torch.optim.Optimizer],
-    draw: Callable[..., Any],
+    draw: Callable[..., Loss],
     schedule: Callable[[int], float] = CONSTANT,
     **options: Any,
 ) -> Training:
@@ -297,9 +300,9 @@ def mlp(seed: int, size: int | None = 64, lr: float = 0.1, **options: Any) -> Tr
     return trained(network(seed), torch.optim.SGD, classified(seed + 1, size), lr=lr, **options)
 
 
-def gpt(seed: int, lr: float = 3e-3, schedule: Callable[[int], float] = CONSTANT, rows: int = 16) -> Training:
+def gpt(seed: int, lr: float = 3e-3, schedule: Callable[[int], float] = CONSTANT) -> Training:
     """Return a GPT on rows of text by AdamW."""
-    return trained(GPT(), gpt_adamw, sentences(seed + 1, rows), schedule, lr=lr)
+    return trained(GPT(), gpt_adamw, sentences(seed + 1, 16), schedule, lr=lr)
 
 
 # -- points -----------------------------------------------------------------------------------------------------------
@@ -313,7 +316,7 @@ class Point:
     lr: float
     slope: float | None
     model: nn.Module
-    loss_of: Callable[[nn.Module], Tensor]
+    loss_of: Loss
     weights: list[Tensor]
     direction: list[Tensor]
 
@@ -331,8 +334,9 @@ class Point:
 
     def to(self, dtype: torch.dtype) -> "Point":
         """Return the same in a dtype, on a copy of the model."""
+        model, loss_of = copy.deepcopy(self.model).to(dtype), self.loss_of.to(dtype)
         weights, direction = ([tensor.to(dtype) for tensor in tensors] for tensors in (self.weights, self.direction))
-        return replace(self, model=copy.deepcopy(self.model).to(dtype), weights=weights, direction=direction)
+        return replace(self, model=model, loss_of=loss_of, weights=weights, direction=direction)
 
     def first_crossing(self, start: float | None = None, per_decade: int = 20) -> float | None:
         """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none."""

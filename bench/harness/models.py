@@ -152,7 +152,7 @@ class Training(LanguageModel):
     @cached_property
     def measured(self) -> sharpkern.Measurement:
         """λ_c from the optimizer's state, begun at its learning rate: the first measurement, with all checks."""
-        return self.measure("auto", self.direction(resident=False))
+        return sharpkern.critical_sharpness(self.model, self.loss, self.direction(resident=False))
 
     @cached_property
     def losses(self) -> tuple[tuple[float, float], ...]:
@@ -175,12 +175,6 @@ class Training(LanguageModel):
     def direction(self, *, resident: bool) -> sharpkern.Direction:
         """Return the optimizer's next update."""
         return sharpkern.Direction.from_optimizer(self.optimizer, resident=resident)
-
-    def measure(
-        self, engine: str, direction: sharpkern.Direction, initial_lr: float | None = None
-    ) -> sharpkern.Measurement:
-        """Measure λ_c by one engine, from a first guess of η_c."""
-        return sharpkern.critical_sharpness(self.model, self.loss, direction, engine=engine, initial_lr=initial_lr)
 
     def about(self) -> Json:
         """Return what the figures are of."""

@@ -223,7 +223,7 @@ def work(
         gc.collect()
         # A fault of the device leaves it unusable for this process: the next one goes on.
         bench.machine.synchronize()
-        bench.machine.release_memory()
+        torch.cuda.empty_cache()
 
 
 def without_paths(text: str, limit: int = 400) -> str:

@@ -84,11 +84,6 @@ class Machine:
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
-    def release_memory(self) -> None:
-        """Give the allocator's unused memory back to the device."""
-        if self.is_gpu:
-            torch.cuda.empty_cache()
-
     def generator(self, seed: int) -> torch.Generator:
         """Return a random stream of its own on the device."""
         return torch.Generator(self.device).manual_seed(seed)

@@ -105,7 +105,8 @@ def _engine(scene: Training, engine: str, *, resident: bool) -> Iterator[Json]:
     if not agreement["passed"]:
         yield compared
         return
-    measure = partial(scene.measure, engine, direction, scene.start)
+    options: Json = {"engine": engine, "initial_lr": scene.start}
+    measure = partial(sharpkern.critical_sharpness, scene.model, scene.loss, direction, **options)
     measure()
     plain_peak, peak = machine.peak(scene.chunked_loss), machine.peak(measure)
     # In turns, so that clocks and other load meet both alike.
@@ -174,7 +175,7 @@ def passes(bench: Bench) -> Cases:
             bench.require("form", "embedding", "linear_cross_entropy")
             made.clear()
             gc.collect()
-            bench.machine.release_memory()
+            torch.cuda.empty_cache()
             made[preset.name] = Moving(bench.machine, preset)
         return made[preset.name]
 
