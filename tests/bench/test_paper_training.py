@@ -68,9 +68,9 @@ def test_a_figure_that_was_stopped_goes_on_to_the_same_table(name, quick, tmp_pa
     figure = script(name).FIGURE
 
     def with_pieces(**changes):
-        return replace(figure, pieces=lambda order: {**figure.pieces(order), **changes})
+        return replace(figure, pieces=lambda *given: {**figure.pieces(*given), **changes})
 
-    first, second, _ = figure.pieces(script("scaffold").Order(True, tmp_path))
+    first, second, _ = figure.pieces(figure.settings[1], tmp_path, None)
     with pytest.raises(KeyboardInterrupt):
         make(with_pieces(**{second: stop}), tmp_path)
     assert not (tmp_path / f"{name}.csv").exists()
