@@ -27,7 +27,9 @@ class Stopped(BaseException):
     """Stands for Ctrl-C."""
 
 
-@pytest.mark.parametrize(("name", "last"), [("figure4", "_measure"), ("figure5", "_train")])
+@pytest.mark.parametrize(
+    ("name", "last"), [pytest.param("figure4", "_measure", marks=pytest.mark.long), ("figure5", "_train")]
+)
 def test_the_quick_version_goes_on_where_it_was_stopped(name, last, tmp_path, monkeypatch, capsys) -> None:
     figure, scaffold = module(name), module("scaffold")
     arguments = ["--quick", "--output", str(tmp_path)]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("figure2", "figure3")
+NAMES = ("figure2", pytest.param("figure3", marks=pytest.mark.long))
 NAN, INF = float("nan"), float("inf")
 
 
@@ -117,7 +117,7 @@ def test_what_the_page_says_of_adamw_is_so():
 
 
 def test_results_and_pictures_are_small():
-    for name in NAMES:
+    for name in ("figure2", "figure3"):
         results = script("scaffold").RESULTS
         assert (results / f"{name}.csv").stat().st_size < 150_000
         assert (results / f"{name}.png").stat().st_size < 250_000
