@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bench_memory
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
+from decisions import trials
 from ledger import RESULTS, ROOT, latest
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "decisions.md")
 PLOT = RESULTS / "growth.png"
 METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
 # Steps between measurements, of the one number that README tells.
@@ -293,6 +294,10 @@ TABLES = {
     "overhead in brief": overhead_in_brief,
     "peers in brief": peers_in_brief,
     "memory in brief": lambda: bench_memory.brief(latest("memory")),
+    "cap": trials.cap_table,
+    "cap by task": trials.task_table,
+    "find_lr": trials.find_table,
+    "cost of the cap": trials.costs,
 }
 
 
@@ -309,3 +314,4 @@ if __name__ == "__main__":
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     bench_memory.picture(latest("memory"), RESULTS / "memory.png")
     draw_growth(latest("peers"), PLOT)
+    trials.draw()
