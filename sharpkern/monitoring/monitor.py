@@ -123,7 +123,7 @@ class Monitor:
 
     Memory: while it measures, one Δθ of the size of the parameters, and what the engine takes; nothing between.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
