@@ -85,7 +85,7 @@ class LRCap:
 
     Memory: none.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> _ = torch.manual_seed(0)
         >>> model, x, y = torch.nn.Linear(4, 1), torch.randn(8, 4), torch.randn(8, 1)

@@ -92,7 +92,7 @@ def find_lr(
 
     Memory: a copy of the parameters and of the momentum, a gradient, and what a measurement takes.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> _ = torch.manual_seed(0)
         >>> model, x, y = torch.nn.Linear(4, 1), torch.randn(64, 4), torch.randn(64, 1)
