@@ -16,12 +16,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
+from decisions import trials
 from ledger import RESULTS, ROOT, latest
 
 from sharpkern.memory import report
 from sharpkern.memory.plan import MemoryPlan
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "decisions.md")
 PLOT = RESULTS / "growth.png"
 METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
 # Where the gradient is not of the measured loss.
@@ -350,6 +351,10 @@ TABLES = {
     "overhead in brief": overhead_in_brief,
     "peers in brief": peers_in_brief,
     "memory in brief": memory_in_brief,
+    "cap": trials.cap_table,
+    "cap by task": trials.task_table,
+    "find_lr": trials.find_table,
+    "cost of the cap": trials.costs,
 }
 
 
@@ -366,3 +371,4 @@ if __name__ == "__main__":
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     report.draw(plans()[1], RESULTS / "memory.png")
     draw_growth(latest("peers"), PLOT)
+    trials.draw()
