@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sharpkern.measures.directional import directional_sharpness as directional_sharpness
     from sharpkern.measures.hessian import HessianResult as HessianResult
     from sharpkern.measures.hessian import hessian_sharpness as hessian_sharpness
+    from sharpkern.measures.losses import losses_along as losses_along
     from sharpkern.measures.relative import relative_critical_sharpness as relative_critical_sharpness
     from sharpkern.measures.result import Measurement as Measurement
     from sharpkern.measures.thresholds import stability_threshold as stability_threshold
@@ -66,6 +67,7 @@ _HOME = {
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "HessianResult": "measures.hessian",
     "hessian_sharpness": "measures.hessian",
+    "losses_along": "measures.losses",
     "Measurement": "measures.result",
     "MemoryPlan": "memory.plan",
     "memory_plan": "memory.planning",
