@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sharpkern.errors import UnmovedWarning as UnmovedWarning
     from sharpkern.measures.batch_directions import adamw_direction as adamw_direction
     from sharpkern.measures.batch_directions import gradient_direction as gradient_direction
+    from sharpkern.measures.blockwise import blockwise_critical_sharpness as blockwise_critical_sharpness
     from sharpkern.measures.critical import critical_sharpness as critical_sharpness
     from sharpkern.measures.directional import DirectionalSharpness as DirectionalSharpness
     from sharpkern.measures.directional import directional_sharpness as directional_sharpness
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _HOME = {
     "adamw_direction": "measures.batch_directions",
     "gradient_direction": "measures.batch_directions",
+    "blockwise_critical_sharpness": "measures.blockwise",
     "critical_sharpness": "measures.critical",
     "Direction": "directions.direction",
     "DirectionalSharpness": "measures.directional",
@@ -79,6 +81,9 @@ _HOME = {
     "SweetSpot": "mixtures.results",
     "stability_threshold": "measures.thresholds",
 }
+
+# What help(sharpkern) lists.
+__all__ = sorted([*_HOME, "ops"])
 
 
 def __getattr__(name: str) -> Any:

@@ -121,6 +121,7 @@ MEASURES: dict[str, Callable[[nn.Module, Loss, sharpkern.Direction], float]] = {
     "λ_dir": lambda m, f, d: float(sharpkern.directional_sharpness(m, f, d, step_size=1e-3)),
     "λ_dir, hvp": lambda m, f, d: float(sharpkern.directional_sharpness(m, f, d, method="hvp")),
     "loss along": lambda m, f, d: float(sharpkern.losses_along(m, f, d, [0.1, 0.5])[1]),
+    "λ_c of a block": lambda m, f, d: sharpkern.blockwise_critical_sharpness(m, f, d)["2"].sharpness,
     "relative λ_c": lambda m, f, d: sharpkern.relative_critical_sharpness(m, {"1": f, "2": f}, d)["2"].sharpness,
 }
 

@@ -104,7 +104,7 @@ def losses(*given: Any, engine: str, rtol: float) -> torch.Tensor:
     return sharpkern.losses_along(*given, [0.1, 0.2, 0.3], engine=engine)
 
 
-@pytest.mark.parametrize("measure", [sharpkern.critical_sharpness, losses])
+@pytest.mark.parametrize("measure", [sharpkern.critical_sharpness, losses, sharpkern.blockwise_critical_sharpness])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_error_at_any_instruction_leaves_nothing(engine: str, measure: Callable[..., object]) -> None:
     scene = Scene(engine, measure)

@@ -137,6 +137,7 @@ class Faulty:
 MEASURES: dict[str, Callable] = {
     "λ_c": sharpkern.critical_sharpness,
     "losses": lambda *given, engine: sharpkern.losses_along(*given, [0.1 * i for i in range(12)], engine=engine),
+    "blocks": sharpkern.blockwise_critical_sharpness,
 }
 ERRORS = [Boom(), KeyboardInterrupt(), torch.OutOfMemoryError("out of memory")]
 
@@ -144,7 +145,7 @@ ERRORS = [Boom(), KeyboardInterrupt(), torch.OutOfMemoryError("out of memory")]
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("measure", "error"),
-    [*(("λ_c", error) for error in ERRORS), ("losses", ERRORS[1])],
+    [*(("λ_c", error) for error in ERRORS), ("losses", ERRORS[1]), ("blocks", ERRORS[1])],
     ids=repr,
 )
 def test_everything_is_restored_when_the_closure_raises_at_any_call(
