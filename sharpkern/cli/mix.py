@@ -9,11 +9,11 @@ import torch
 import typer
 from torch import Tensor
 
-from sharpkern._support.figures import new_figure
+from sharpkern._support.optional import require
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, row_loss, rows_of, spread
 from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker
-from sharpkern.cli.refusals import check_output, refusals
+from sharpkern.cli.refusals import EXTRAS, check_output, refusals
 from sharpkern.mixtures.results import MixtureSweep, Summary
 from sharpkern.mixtures.sweep import mixture_sweep
 
@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Sweep, write and tell."""
     with refusals():
-        new_figure(1, 1)
+        require("measuring checkpoints", EXTRAS)
         check_output(output, "mix.jsonl", "mix.csv", "mix.png")
         place, shares = device_of(device), _shares(ratios)
         (checkpoint,) = checkpoints(model, [revision] if revision else [])

@@ -111,7 +111,7 @@ def measure_blocks(
                 part = session.part(session.direction.only(parameters))
             except NoUpdateError:
                 continue
-            started, closure.calls = time.perf_counter(), 0
+            started = time.perf_counter()
             # What one block's weights are read by says nothing about those of the next.
             checks.agrees = set(agrees)
             left = common(memories.get(name), session.ranks)
@@ -131,6 +131,7 @@ def measure_blocks(
             if run.engine.name in ("swapped", "inplace") or closure.precision.noise() <= _EXACT:
                 bases[run.engine.name] = m.base_loss
             found[name], memories[name] = m, result.memory
+            closure.calls = 0
         return found
 
     plan = (tuple(blocks), replace(options, reduce=None))

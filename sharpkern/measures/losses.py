@@ -68,6 +68,10 @@ def losses_along(
     options, etas = Options(engine=engine, reduce=reduce), _numbers(step_sizes)
 
     def measured(session: Session) -> tuple[list[float], float]:
+        own = [float(len(etas)), sum(etas), sum(eta * eta for eta in etas)]
+        unlike = [not math.isclose(*pair, rel_tol=1e-6) for pair in zip(own, session.ranks.means(own), strict=True)]
+        if any(session.ranks.any_of(unlike)):
+            raise ValueError(f"step_sizes must be the same on every rank, got {len(etas)} others here; pass the same")
         target = session.target(loss_fn)
         session.begin(target.checks)
         # Of another engine too, that takes the place of this one.

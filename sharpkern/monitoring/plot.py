@@ -145,7 +145,9 @@ def _draw_schedule(axes: Any, history: "Sequence[Record]") -> None:
     legend_once(axes)
 
 
-def draw_blocks(axes: Any, measured: "Sequence[tuple[int, Mapping[str, Measurement]]]", xlabel: str = "step") -> None:
+def draw_blocks(
+    axes: Any, measured: "Sequence[tuple[int | str, Mapping[str, Measurement]]]", xlabel: str = "step"
+) -> None:
     """Draw λ_c of every block against the step as a heat map; grey where it has no value."""
     if not measured:
         raise ValueError("history must hold λ_c of blocks to draw, got none; pass Monitor(..., blocks=True)")
