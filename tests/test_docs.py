@@ -58,6 +58,21 @@ def test_examples_in_docstrings(module: str) -> None:
         assert result.failed == 0, example.name
 
 
+def test_the_reference_has_every_public_name_and_no_other() -> None:
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    in_errors = {name for name in sharpkern._HOME if sharpkern._HOME[name] == "errors"}
+    own = {name for name in listed if name.count(".") == 1}
+    assert own == {f"sharpkern.{name}" for name in sharpkern._HOME.keys() - in_errors} | {
+        "sharpkern.ops",
+        "sharpkern.errors",
+    }
+    assert {name for name in listed if callable(pkgutil.resolve_name(name))} == {*listed} - {
+        "sharpkern.ops",
+        "sharpkern.errors",
+    }
+
+
 def test_public_functions_have_examples() -> None:
     shown = {example.name.rsplit(".", 1)[-1] for module in MODULES for example in examples(module)}
     assert {"critical_sharpness", "Monitor", "Direction", "stability_threshold"} <= shown

@@ -50,7 +50,7 @@ class Direction:
     Source:
         Kalra et al. 2026, "A Scalable Measure of Loss Landscape Curvature".
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> model(torch.ones(3, 2)).mean().backward()
@@ -264,7 +264,7 @@ class Direction:
         Memory:
             One tensor of each parameter's size, in the dtype of the two sides; the sides can be dropped afterwards.
 
-        Example:
+        Examples:
             >>> import copy
             >>> model = nn.Linear(2, 1)
             >>> optimizer = torch.optim.Adafactor(model.parameters(), lr=0.1)

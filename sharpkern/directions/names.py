@@ -14,7 +14,7 @@ _OUTER_WRAPPER = "module"
 def bare_name(name: str) -> str:
     """Return ``name`` without the prefixes of wrapper modules.
 
-    Example:
+    Examples:
         >>> bare_name("_orig_mod.module.blocks.0.weight")
         'blocks.0.weight'
     """

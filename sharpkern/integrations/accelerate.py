@@ -46,7 +46,7 @@ class SharpnessMonitor(Monitor):
 
     Memory: as the Monitor; in steps that are due, the micro-batches until the last of them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from accelerate import Accelerator
         >>> from sharpkern.integrations.accelerate import SharpnessMonitor

@@ -50,7 +50,7 @@ class AroundStep:
 
     Memory: a copy of the parameters, from just before the update until the end of the measurement, and then Δθ.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> from sharpkern.integrations.around_step import AroundStep
         >>> _ = torch.manual_seed(0)

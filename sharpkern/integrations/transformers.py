@@ -58,7 +58,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
 
     Memory: as the Monitor; in steps that are due, the micro-batches until the last of them.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
         >>> from sharpkern.integrations.transformers import SharpnessCallback

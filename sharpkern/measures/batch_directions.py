@@ -44,7 +44,7 @@ def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
     Source:
         Kalra et al. 2026, arXiv 2601.16979.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> gradient_direction(model, [lambda: 2 * model.weight.sum(), lambda: 4 * model.weight.sum()]).tensors
         (tensor([[3., 3.]]),)
@@ -101,7 +101,7 @@ def adamw_direction(
     Source:
         Loshchilov & Hutter 2019, arXiv 1711.05101; Kalra et al. 2026, arXiv 2601.16979.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> adamw_direction(model, [lambda: 2 * model.weight.sum()] * 3, weight_decay=0.0)
         Direction(1 tensors, 2 elements, |Δθ| = 1.41)

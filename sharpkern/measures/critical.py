@@ -88,7 +88,7 @@ def critical_sharpness(
 
     Source: Kalra et al. 2026, arXiv 2601.16979.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(3, 1)

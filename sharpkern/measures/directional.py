@@ -39,7 +39,7 @@ class DirectionalSharpness(float):
         forwards: losses evaluated, all of them: base loss, differences and checks; for "gradient" each with a backward
             pass.
 
-    Example:
+    Examples:
         >>> import copy
         >>> value = DirectionalSharpness(6.0, error=0.01, step_size=0.1, forwards=5)
         >>> f"{value:.2f}", value + 1, copy.copy(value).error
@@ -99,7 +99,7 @@ def directional_sharpness(
     Determinism: as deterministic as ``loss_fn``.
     Source: Kalra et al. 2026, arXiv 2601.16979, for the quantity.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> loss_fn = lambda: 3 * model.weight.square().sum()
         >>> loss_fn().backward()

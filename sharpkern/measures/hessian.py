@@ -84,7 +84,7 @@ def hessian_sharpness(
     Determinism: as deterministic as the model's backward passes.
     Source: Cohen et al. 2021 and 2022 (arXiv 2103.00065, 2207.14484).
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> result = hessian_sharpness(model, lambda: 3 * model.weight.square().sum())
         >>> round(result.value, 4), result.converged

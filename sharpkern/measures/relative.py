@@ -51,7 +51,7 @@ def relative_critical_sharpness(
 
     Source: Kalra et al. 2026, arXiv 2601.16979.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> tasks = {"steep": lambda: 4 * model.weight.square().sum(), "flat": lambda: model.weight.square().sum()}

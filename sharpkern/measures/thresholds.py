@@ -48,7 +48,7 @@ def stability_threshold(optimizer: Optimizers) -> float | dict[int, float]:
 
     Source: Kalra et al. 2026, arXiv 2601.16979; the derivation is in this module's docstring.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> stability_threshold(torch.optim.SGD([weight], lr=0.5))

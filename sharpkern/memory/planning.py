@@ -74,7 +74,7 @@ def memory_plan(
 
     Memory: none of the model's.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> with torch.device("meta"):
         ...     model = torch.nn.Sequential(torch.nn.Linear(512, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 10))

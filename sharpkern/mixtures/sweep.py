@@ -106,7 +106,7 @@ def mixture_sweep(
 
     Source: Kalra et al. 2026, arXiv 2601.16979.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> model = torch.nn.Linear(1, 1, bias=False).double()
         >>> _ = torch.nn.init.zeros_(model.weight)

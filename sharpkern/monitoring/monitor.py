@@ -129,7 +129,7 @@ class Monitor(Reports):
 
     Memory: while it measures, one Δθ of the size of the parameters, and what the engine takes; nothing between.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

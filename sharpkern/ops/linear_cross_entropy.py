@@ -73,7 +73,7 @@ def linear_cross_entropy(
     Determinism:
         The same bits on every run if the matrix product gives them.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> hidden, weight = torch.randn(2, 5, 8), torch.randn(100, 8)
         >>> labels = torch.randint(100, (2, 5))

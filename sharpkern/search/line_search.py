@@ -178,7 +178,7 @@ class LineSearch:
 
     Source: Kalra et al. 2026, arXiv 2601.16979, for η_c and for "bisection".
 
-    Example:
+    Examples:
         >>> search = LineSearch(1.0, slope=1.0, initial_lr=0.1)
         >>> while step_sizes := search.ask():
         ...     search.tell([1.0 - eta + eta**2 for eta in step_sizes])
@@ -517,7 +517,7 @@ def find_critical_lr(
         TypeError: If an argument is not of the named type.
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> result = find_critical_lr(lambda eta: 3.0 - 2.0 * eta + 0.5 * eta**2)
         >>> result.status, round(result.critical_lr, 1), round(result.sharpness, 2)
         ('converged', 4.0, 0.5)

@@ -13,6 +13,9 @@ from torch import distributed, multiprocessing
 
 Jobs = Mapping[str, Callable[[int], Any]]
 
+# Imported once, by the process that the ranks are forked from.
+PRELOADED = ["torch.distributed.tensor", "sharpkern.monitoring.monitor", "transformers.trainer", "accelerate"]
+
 
 def worker(rank: int, jobs: Jobs, folder: Path, num_ranks: int) -> None:
     """Run every job, in order, in a process of its own."""
@@ -47,8 +50,9 @@ def on_ranks(jobs: Jobs, num_ranks: int, folder: Path, seconds: float = 180) -> 
     Returns:
         The results by rank and name.
     """
+    multiprocessing.set_forkserver_preload(PRELOADED)
     processes = multiprocessing.start_processes(
-        worker, (jobs, folder, num_ranks), nprocs=num_ranks, join=False, start_method="spawn"
+        worker, (jobs, folder, num_ranks), nprocs=num_ranks, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + seconds
     try:
