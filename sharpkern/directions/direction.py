@@ -351,7 +351,7 @@ class Direction:
         Memory:
             None.
 
-        Example:
+        Examples:
             >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
             >>> model(torch.ones(3, 2)).mean().backward()
             >>> Direction.from_gradients(model).only("1").bind(model)

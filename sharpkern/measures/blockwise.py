@@ -61,7 +61,7 @@ def blockwise_critical_sharpness(
 
     Source: Kalra et al. 2026, arXiv 2601.16979, for λ_c.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
         >>> _ = [nn.init.ones_(parameter) for parameter in model.parameters()]
         >>> loss_fn = lambda: 3 * model[0].weight.square().sum() + model[1].weight.square().sum()

@@ -56,7 +56,7 @@ def losses_along(
 
     Source: Kalra et al. 2026, arXiv 2601.16979.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.ones_(model.weight)
         >>> loss_fn = lambda: model.weight.square().sum()

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from sharpkern._support.figures import (
@@ -60,7 +61,7 @@ def plot_history(
     heldout_losses = [(r.step, r.heldout.base_loss) for r in history if r.heldout]
     if heldout_losses:
         loss_axes.plot(*columns(heldout_losses), color=ORANGE, linewidth=1.2)
-    for other, color in zip((runs or {}).values(), _RUN_COLORS, strict=False):
+    for other, color in zip((runs or {}).values(), cycle(_RUN_COLORS), strict=False):
         loss_axes.plot(*columns([(r.step, r.measurement.base_loss) for r in other]), color=color, linewidth=1.0)
     loss_axes.set_ylabel("loss")
     loss_axes.set_xlabel(xlabel)
@@ -90,11 +91,11 @@ def draw_history(
     draw_measurements(axes, history, lambda record: record.heldout, r"held-out $\lambda_c$", ORANGE)
     for (label, points), (color, marker) in zip((extra or {}).items(), _EXTRA_STYLES, strict=False):
         _draw_extra(axes, label, points, color, marker)
-    for (label, other), color in zip((runs or {}).items(), _RUN_COLORS, strict=False):
+    for (label, other), color in zip((runs or {}).items(), cycle(_RUN_COLORS), strict=False):
         draw_measurements(axes, other, lambda record: record.measurement, rf"$\lambda_c$ of {label}", color)
         lines = [(record.step, 2 / record.lr) for record in other if record.lr]
         axes.plot(*columns(lines), color=color, linestyle="--", linewidth=0.8, zorder=1)
-    _limit(axes, {line.get_color(): line for line in axes.lines if line.get_linestyle() == "-"}, rated)
+    _limit(axes, rated)
     axes.set_ylabel("sharpness (1/learning rate)")
     light_grid(axes)
     legend_once(axes)
@@ -107,25 +108,29 @@ def _refuse_empty(history: "Sequence[Record]") -> None:
         )
 
 
-def _limit(axes: Any, lines: Mapping[str, Any], rated: Sequence[tuple[int, float]]) -> None:
+def _limit(axes: Any, rated: Sequence[tuple[int, float]]) -> None:
     """Let the bulk of all lines fill the axis, with 2/η where it is near, and mark at the edges what lies outside."""
-    curves = {color: list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for color, line in lines.items()}
-    logs = sorted(math.log(y) for points in curves.values() for _, y in points if 0 < y < math.inf)
+    # Without 2/η, and marks that stand at an edge already.
+    lines = [line for line in axes.lines if line.get_transform() is axes.transData and line.get_linestyle() != "--"]
+    curves = [line.get_ydata() for line in lines if line.get_linestyle() == "-"]
+    logs = sorted(math.log(y) for curve in curves for y in curve if 0 < y < math.inf)
     if not logs:
         return
     low, high = logs[len(logs) // 10], logs[-1 - len(logs) // 10]
     room = max(high - low, _LEAST_ROOM)
     bottom, top = max(logs[0], low - room), min(logs[-1], high + room)
-    near = [math.log(line) for _, line in rated if bottom - room <= math.log(line) <= top + room]
+    thresholds = [math.log(line) for _, line in rated]
+    bounds = [math.log(y) for line in lines if line.get_linestyle() != "-" for y in line.get_ydata() if y > 0]
+    near = [y for y in (*thresholds, *bounds) if bottom - room <= y <= top + room]
     bottom, top = min([bottom, *near]), max([top, *near])
     margin = 0.06 * max(top - bottom, _LEAST_ROOM)
     axes.set_ylim(math.exp(bottom - margin), math.exp(top + margin))
-    for color, points in curves.items():
-        above = [x for x, y in points if y > 0 and math.log(y) > top]
-        below = [x for x, y in points if y > 0 and math.log(y) < bottom]
-        draw_at_edge(axes, above, 0.97, "2", color, "beyond the axis")
-        draw_at_edge(axes, below, 0.03, "1", color, "beyond the axis")
-    if rated and not near:
+    for line in lines:
+        points = [(x, math.log(y)) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True) if y > 0]
+        above, below = [x for x, y in points if y > top + margin], [x for x, y in points if y < bottom - margin]
+        draw_at_edge(axes, above, 0.97, "2", line.get_color(), "beyond the axis")
+        draw_at_edge(axes, below, 0.03, "1", line.get_color(), "beyond the axis")
+    if rated and not any(bottom <= y <= top for y in thresholds):
         words = f"2/η from {min(line for _, line in rated):.3g} to {max(line for _, line in rated):.3g}, off the axis"
         place = 0.99 if math.log(rated[-1][1]) > top else 0.01
         style = {"ha": "right", "va": "top" if place > 0.5 else "bottom", "fontsize": "x-small", "color": GREY}

@@ -180,6 +180,12 @@ def test_neither_an_outlier_nor_a_far_threshold_squeezes_the_axis() -> None:
     axes, _, high = limits(*bulk, lr=1e-5)
     assert high < 20
     assert [text.get_text() for text in axes.texts] == ["2/η from 2e+05 to 2e+05, off the axis"]
+    # A bound is marked too where it lies below.
+    axes = Figure().subplots()
+    history = [record(i, value) for i, value in enumerate(bulk)]
+    draw_history(axes, [*history, record(20, 0.15, "unbounded"), record(21, 0.9, "unbounded")])
+    assert axes.get_ylim()[0] > 0.15
+    assert [list(line.get_xdata()) for line in axes.lines if line.get_label() == "beyond the axis"] == [[20]]
     # A near one is seen.
     axes, _, high = limits(*bulk, lr=0.5)
     assert 4 < high < 20
