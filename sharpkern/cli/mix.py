@@ -57,20 +57,21 @@ def command(
             rows = rows_of(paths, encode, tokens, at_least=heldout + batch_size, option=f"--{name}")
             tasks[name], sources[name] = _apart(rows, heldout)
         loaded = checkpoint.load(place, dtype.value)
-        sweep = mixture_sweep(
-            loaded,
-            # As even as can be: the mean over batches is then that over rows.
-            {name: list(rows.tensor_split(-(-heldout // batch_size))) for name, rows in tasks.items()},
-            sources,
-            shares,
-            maker(direction, beta2, weight_decay),
-            batch_loss=partial(row_loss, loaded),
-            batch_size=batch_size,
-            num_batches=batches,
-            repeats=repeats,
-            seed=seed,
-            path=output / "mix.jsonl",
-        )
+        with refusals(output / "mix.jsonl", len(set(shares)) * repeats):
+            sweep = mixture_sweep(
+                loaded,
+                # As even as can be: the mean over batches is then that over rows.
+                {name: list(rows.tensor_split(-(-heldout // batch_size))) for name, rows in tasks.items()},
+                sources,
+                shares,
+                maker(direction, beta2, weight_decay),
+                batch_loss=partial(row_loss, loaded),
+                batch_size=batch_size,
+                num_batches=batches,
+                repeats=repeats,
+                seed=seed,
+                path=output / "mix.jsonl",
+            )
         _show(sweep)
         sweep.to_csv(output / "mix.csv")
         sweep.plot(output / "mix.png")
