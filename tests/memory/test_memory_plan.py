@@ -373,6 +373,8 @@ def test_a_plan_is_told_written_and_drawn(tmp_path: Path) -> None:
         assert row["peak_bytes"] == sum(row["parts"].values())
         assert row["card_gb"] == 24
         assert row["method"] in result.output
+    assert result.output.startswith("Fits a 24 GB card: virtual, Δθ from state (")
+    assert "MiB on each GPU" in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines() if not line.startswith("Wrote"))
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
@@ -421,6 +423,21 @@ def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match="model must be a configuration of transformers"):
             sharpkern.memory_plan(tmp_path, progress=False)
+
+
+def test_the_headline_says_where_nothing_fits() -> None:
+    rows = tuple(
+        MethodMemory(name, "state", 1, {"weights": size * GIB}) for name, size in (("in place", 300), ("virtual", 250))
+    )
+    plan = MemoryPlan("large", {}, rows)
+    words = "Fits no card of up to 192 GB; the least is virtual, Δθ from state (250.00 GiB on each GPU). Shard it"
+    assert str(plan).startswith(words)
+
+
+def test_help_keeps_choices_whole_on_a_narrow_terminal() -> None:
+    shown = CliRunner().invoke(app, ["memory", "--help"], env={"COLUMNS": "60"}).output
+    assert "auto|float32|bfloat16|float16" in shown
+    assert "…" not in shown
 
 
 def test_the_command_line_offers_what_there_is() -> None:
