@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from sharpkern.errors import UnmovedWarning as UnmovedWarning
     from sharpkern.measures.batch_directions import adamw_direction as adamw_direction
     from sharpkern.measures.batch_directions import gradient_direction as gradient_direction
+    from sharpkern.measures.blockwise import blockwise_critical_sharpness as blockwise_critical_sharpness
     from sharpkern.measures.critical import critical_sharpness as critical_sharpness
     from sharpkern.measures.directional import DirectionalSharpness as DirectionalSharpness
     from sharpkern.measures.directional import directional_sharpness as directional_sharpness
     from sharpkern.measures.hessian import HessianResult as HessianResult
     from sharpkern.measures.hessian import hessian_sharpness as hessian_sharpness
+    from sharpkern.measures.losses import losses_along as losses_along
     from sharpkern.measures.micro_batches import MicroBatch as MicroBatch
     from sharpkern.measures.micro_batches import split as split
     from sharpkern.measures.relative import relative_critical_sharpness as relative_critical_sharpness
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from sharpkern.mixtures.results import MixtureSweep as MixtureSweep
     from sharpkern.mixtures.results import SweetSpot as SweetSpot
     from sharpkern.mixtures.sweep import mixture_sweep as mixture_sweep
+    from sharpkern.monitoring.lr_cap import LRCap as LRCap
+    from sharpkern.monitoring.lr_finder import LRSuggestion as LRSuggestion
+    from sharpkern.monitoring.lr_finder import find_lr as find_lr
     from sharpkern.monitoring.monitor import Monitor as Monitor
     from sharpkern.monitoring.monitor import Record as Record
     from sharpkern.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
 _HOME = {
     "adamw_direction": "measures.batch_directions",
     "gradient_direction": "measures.batch_directions",
+    "blockwise_critical_sharpness": "measures.blockwise",
     "critical_sharpness": "measures.critical",
     "Direction": "directions.direction",
     "DirectionalSharpness": "measures.directional",
@@ -70,12 +76,16 @@ _HOME = {
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "HessianResult": "measures.hessian",
     "hessian_sharpness": "measures.hessian",
+    "losses_along": "measures.losses",
     "Measurement": "measures.result",
     "MicroBatch": "measures.micro_batches",
     "split": "measures.micro_batches",
     "MemoryPlan": "memory.plan",
     "memory_plan": "memory.planning",
     "mixture_sweep": "mixtures.sweep",
+    "LRCap": "monitoring.lr_cap",
+    "LRSuggestion": "monitoring.lr_finder",
+    "find_lr": "monitoring.lr_finder",
     "Monitor": "monitoring.monitor",
     "Record": "monitoring.monitor",
     "relative_critical_sharpness": "measures.relative",
@@ -83,6 +93,9 @@ _HOME = {
     "SweetSpot": "mixtures.results",
     "stability_threshold": "measures.thresholds",
 }
+
+# What help(sharpkern) lists.
+__all__ = sorted([*_HOME, "ops"])
 
 
 def __getattr__(name: str) -> Any:

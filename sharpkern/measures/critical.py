@@ -7,15 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from sharpkern import ops
 from sharpkern.directions.direction import Direction
 from sharpkern.distributed.ranks import Ranks
 from sharpkern.distributed.sharding import whole
 from sharpkern.engines.session import Engine, Session, in_session
-from sharpkern.engines.timing import EngineTimes
+from sharpkern.engines.timing import EngineTimes, may_batch
 from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.measures.micro_batches import Clip, Losses, Several, Step, is_sequence
@@ -159,7 +157,7 @@ def measure(
         if step is not None:
             step.settle(session)
         target = session.target(whole_fn)
-        left = _common(memory, session.ranks)
+        left = common(memory, session.ranks)
         # The same on all ranks.
         (number,) = session.ranks.means([target.checks.num_measurements if draw is None else draw])
 
@@ -202,7 +200,7 @@ def measure(
     return run.measurement(result, time.perf_counter() - started), result.memory
 
 
-def _common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
+def common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
     """What the last search left, unless a rank has searched by itself since: all have to begin alike."""
     own = [number or 0.0 for number in (memory or SearchMemory()).to_dict().values()]
     unlike = [not math.isclose(*pair, rel_tol=1e-12) for pair in zip(own, ranks.means(own), strict=True)]
@@ -211,13 +209,8 @@ def _common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
 
 def _may_batch(pairs: Sequence[TrackedParam], options: Options) -> bool:
     """Whether several step sizes at a time may be quicker, and the choice is nobody else's."""
-    # Ranks would not agree on what is quickest.
-    distributed = torch.distributed
-    alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
-    # On a CPU eight cost more than a whole search one at a time (bench/results/line_search.json).
-    on_gpu = all(ops.has_kernels(pair.weight.device) for pair in pairs)
     searches = options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
-    return searches and options.reduce is None and alone and on_gpu
+    return searches and options.reduce is None and may_batch(pairs)
 
 
 def check_arguments(model: object, loss_fn: object, direction: object) -> None:

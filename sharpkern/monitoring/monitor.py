@@ -3,8 +3,9 @@
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from sharpkern._support.files import write_rows
+from sharpkern._support.files import append_line
 from sharpkern.directions.direction import Direction
 from sharpkern.directions.parts import parts_of
 from sharpkern.distributed.ranks import as_one
@@ -20,17 +21,20 @@ from sharpkern.distributed.sharding import local, reshard
 from sharpkern.engines.settling import outermost, ranks_for
 from sharpkern.engines.timing import EngineTimes
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
+from sharpkern.measures.blockwise import Blocks, blocks_of, measure_blocks
 from sharpkern.measures.critical import measure
-from sharpkern.measures.micro_batches import Clip, Losses, Several
+from sharpkern.measures.micro_batches import Clip, Losses, Several, Step
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import constant_loss
 from sharpkern.monitoring.logs import sender
+from sharpkern.monitoring.reports import Reports
 from sharpkern.search.line_search import SearchMemory
 
 LossFn = Callable[[], Tensor]
 
-# Measured steps that a suggested learning rate is drawn from.
-_RECENT = 10
+# Measured steps that the median of η_c is taken of, for an alarm, a suggested learning rate and a cap; and the share of
+# it that a learning rate may be.
+RECENT, SHARE = 5, 0.25
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class Record:
         lr: learning rate of the direction's reference group at that step.
         measurement: of the gradient's own batch.
         heldout: of the held-out loss along the same direction, or None.
+        blocks: of the batch's loss with one block moving at a time, by the block's name; empty where not asked for.
     """
 
     step: int
     lr: float | None
     measurement: Measurement
     heldout: Measurement | None = None
+    blocks: Mapping[str, Measurement] = field(default_factory=dict)
 
     def row(self) -> dict[str, float | int | str | None]:
         """The record as one flat row; learning rates, and sharpness in 1/learning-rate."""
@@ -71,6 +77,7 @@ class Record:
             "heldout_lambda_c": heldout.sharpness if heldout else None,
             "heldout_critical_lr": heldout.critical_lr if heldout else None,
             "heldout_status": heldout.status if heldout else None,
+            **{f"by_block/{name}": one.sharpness for name, one in self.blocks.items()},
         }
 
 
@@ -85,11 +92,12 @@ class MonitorOptions(CallbackOptions, total=False):
     """The keyword arguments of `Monitor`."""
 
     log: Any
+    blocks: bool | Blocks
     masters: Mapping[nn.Parameter, Tensor] | None
     scaler: Any
 
 
-class Monitor:
+class Monitor(Reports):
     """Measures critical sharpness in a training loop; call it after ``backward()`` and before ``optimizer.step()``.
 
     Args:
@@ -100,11 +108,15 @@ class Monitor:
         log: called with a flat dictionary, and with ``step=`` where it takes that; or an object with ``add_scalar``,
             such as TensorBoard's ``SummaryWriter``. ``wandb.log`` is called so that nothing of the loop's own is
             dropped, and the curves stand against ``sharpness/step``. Where no rise was found there is
-            ``sharpness/critical_lr_bound`` in place of λ_c and η_c.
+            ``sharpness/critical_lr_bound`` in place of λ_c and η_c. Or the path of a file: each measurement appends a
+            line of JSON with its whole row, null where there is no finite value; on several ranks the first one does.
+        blocks: True, or blocks as for `blockwise_critical_sharpness`, to measure λ_c of each block in every measured
+            step too: some forward passes more for each. They are logged as ``sharpness/by_block/<name>``.
         masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
         scaler: the loop's ``GradScaler``, if it has one: scaled gradients cannot be told from others without it.
-        warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, once for each time that it is fallen below:
-            with 1.5, when the loss would rise at one and a half times the step. None for never.
+        warn_below: ratio below which a `HeadroomWarning` is raised where the median of the last 5 measured η_c/η falls
+            below it, once for each fall: 1.0 where the steps themselves raise the loss of their batch. None for never.
+            Good runs fall below 1.5 now and then. The loss itself warns as early.
         **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``. On a GPU, outside of distributed
             runs, "auto" times passes of one and of 8 step sizes, once for each size of batch, and takes the quicker:
             name an engine where two runs have to agree to the last bit.
@@ -145,6 +157,7 @@ class Monitor:
         *,
         every: int | Callable[[int], bool] = 1,
         log: Any = None,
+        blocks: bool | Blocks = False,
         masters: Mapping[nn.Parameter, Tensor] | None = None,
         scaler: Any = None,
         warn_below: float | None = None,
@@ -154,12 +167,15 @@ class Monitor:
             raise TypeError(f"every must be an int or a function of the step, got {every!r}; leave it out for 1")
         if not callable(every) and every < 1:
             raise ValueError(f"every must be at least 1, got {every}; leave it out for 1")
-        if log is not None and not callable(log) and not hasattr(log, "add_scalar"):
-            raise TypeError(f"log must be callable or have add_scalar, got {type(log).__name__}; pass wandb.log")
+        is_path = isinstance(log, (str, os.PathLike))
+        if log is not None and not is_path and not callable(log) and not hasattr(log, "add_scalar"):
+            raise TypeError(
+                f"log must be callable, a path, or have add_scalar, got {type(log).__name__}; pass wandb.log"
+            )
         if warn_below is not None and (isinstance(warn_below, bool) or not isinstance(warn_below, (int, float))):
-            raise TypeError(f"warn_below must be a number or None, got {warn_below!r}; pass 1.5, or leave it out")
+            raise TypeError(f"warn_below must be a number or None, got {warn_below!r}; pass 1.0, or leave it out")
         if warn_below is not None and not 0 < warn_below < math.inf:
-            raise ValueError(f"warn_below must be a positive finite ratio, got {warn_below}; pass 1.5, or leave it out")
+            raise ValueError(f"warn_below must be a positive finite ratio, got {warn_below}; pass 1.0, or leave it out")
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that is trained"
@@ -168,7 +184,10 @@ class Monitor:
         self._model = model
         self._optimizer = optimizer
         self._every = every
-        self._send_to = None if log is None else sender(log)
+        self._send_to = None if log is None or is_path else sender(log)
+        self._file = log if is_path else None
+        self._blocks = blocks if isinstance(blocks, bool) else blocks_of(model, blocks)
+        self._block_memories: dict[str, SearchMemory] = {}
         self._masters = masters
         self._scaler = scaler
         self._warn_below = warn_below
@@ -234,8 +253,16 @@ class Monitor:
                 memory=self._heldout_memory,
                 pace=self._heldout_pace,
             )
-        record = Record(step, direction.lr, measurement, other)
+        parts: Mapping[str, Measurement] = {}
+        if self._blocks:
+            blocks = blocks_of(self._model, None) if self._blocks is True else self._blocks
+            whole = loss_fn if callable(loss_fn) else Step.of(loss_fn, weights, None, None, "loss").closure
+            every = replace(self._options, sample=None)
+            parts = measure_blocks(self._model, whole, direction, blocks, every, self._block_memories)
+        record = Record(step, direction.lr, measurement, other, parts)
         self.history.append(record)
+        if self._file is not None and _is_first_rank():
+            append_line(self._file, record.row())
         self._send(record)
         self._warn(record)
         return measurement
@@ -277,19 +304,18 @@ class Monitor:
             )
 
     def suggest_lr(self) -> float | None:
-        """Half of the smallest η_c of the last 10 measured steps: the step that lowers the batch's loss the most.
+        """A quarter of the median of the last 5 measured η_c: an upper bound for the schedule.
 
-        So it is where the loss is quadratic along Δθ: it falls up to η_c/2, and is back where it was at η_c. It speaks
-        of single batches and single steps. That is a bound to look at when a run becomes unsteady, and a first guess
-        for a new one; it is no schedule, and no promise that training with it is quickest: noise between batches asks
-        for less, and many runs train well at the edge, η = η_c.
+        "ascent" counts as 0, "unbounded" as its bound. `sharpkern.LRCap` holds a schedule below it. It is no reason to
+        raise a rate: η_c grows with the rate, so that it never says stop.
 
         Returns:
-            float: a learning rate of the reference group, the other groups keeping their ratios to it; None where none
-            of these steps has converged, as just after a checkpoint was loaded, which holds no history.
+            float: a learning rate of the reference group, the other groups keeping their ratios to it; 0.0 where most
+            of these updates go uphill; None where nothing was measured, as just after a checkpoint was loaded, which
+            holds no history.
         """
-        recent = [record.measurement for record in self.history[-_RECENT:]]
-        return min((0.5 * m.critical_lr for m in recent if m.status == "converged"), default=None)
+        recent = critical_lrs(self.history)[-RECENT:]
+        return SHARE * statistics.median(recent) if recent else None
 
     def __str__(self) -> str:
         if not self.history:
@@ -300,29 +326,6 @@ class Monitor:
             return f"step {record.step}: loss {m.base_loss:.4g}, λ_c {m.status}"
         against = f" = {m.critical_lr / record.lr:.3g} × lr" if record.lr else ""
         return f"step {record.step}: loss {m.base_loss:.4g}, λ_c {m.sharpness:.4g}, η_c {m.critical_lr:.3g}{against}"
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one row per measured step.
-
-        Args:
-            path: of the file, written anew.
-
-        Raises:
-            ValueError: nothing was measured yet.
-        """
-        if not self.history:
-            raise ValueError("history must hold a measurement to be written, got none; call the monitor first")
-        write_rows(path, [record.row() for record in self.history])
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw λ_c, 2/η and the loss against the step; needs the extra ``plot``.
-
-        Args:
-            path: of the image, its format by the ending.
-        """
-        from sharpkern.monitoring.plot import plot_history
-
-        plot_history(self.history, path)
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and what warm-starts the next search: plain numbers, for a checkpoint."""
@@ -360,39 +363,49 @@ class Monitor:
         self._memory, self._heldout_memory = memories
 
     def _warn(self, record: Record) -> None:
-        """Warn where η_c/η has fallen below the ratio since the last measurement."""
-        m = record.measurement
-        if self._warn_below is None or not record.lr or m.status not in {"converged", "ascent"}:
+        """Warn where the median of η_c/η has fallen below the ratio since the last measurement."""
+        recent = [one for one in self.history if one.lr and critical_lrs([one])][-RECENT:]
+        if self._warn_below is None or record not in recent or len(recent) < RECENT:
             return
-        headroom = m.critical_lr / record.lr
+        headroom = statistics.median(one.measurement.critical_lr / one.lr for one in recent if one.lr)
         fell, self._is_below = headroom < self._warn_below and not self._is_below, headroom < self._warn_below
         if fell and _is_first_rank():
+            median = statistics.median(critical_lrs(recent))
             # What it is to be below, and what the last measurements ask for.
-            suggested = min(m.critical_lr / self._warn_below, self.suggest_lr() or math.inf)
-            uphill = m.status == "ascent"
-            remedy = "look at the direction, which goes uphill" if uphill else f"try {suggested:.3g} or less"
+            suggested = median * min(SHARE, 1 / self._warn_below)
+            remedy = f"try {suggested:.3g} or less" if median else "look at the direction, which goes uphill"
             warn(
-                f"step {record.step}: the learning rate is {record.lr:.3g} and the loss rises from η_c = "
-                f"{m.critical_lr:.3g} on, {headroom:.3g} times the learning rate and below {self._warn_below:.3g}; "
-                f"{remedy}, or lengthen the warm-up",
+                f"step {record.step}: the learning rate is {record.lr:.3g}, and of the last {RECENT} measurements the "
+                f"median of η_c is {median:.3g} and that of η_c over the learning rate {headroom:.3g}, below "
+                f"{self._warn_below:.3g}; {remedy}, lengthen the warm-up, or cap the rate by sharpkern.LRCap",
                 HeadroomWarning,
             )
 
+    def send(self, values: Mapping[str, float], step: int) -> None:
+        """Send values of a step to where the measurements go."""
+        if self._send_to is not None:
+            self._send_to(values, step)
+
     def _send(self, record: Record) -> None:
-        if self._send_to is None:
-            return
         status, heldout = record.measurement.status, record.heldout
         # A bound is no value: of a curve it would leave nothing to see but itself.
         names = [] if status == "unbounded" else ["lambda_c", "critical_lr", "headroom"]
-        names += ["forwards", "directional_sharpness"]
+        names += ["forwards", "directional_sharpness", "lr", "loss"]
         names += [] if heldout is None or heldout.status == "unbounded" else ["heldout_lambda_c"]
+        names += [f"by_block/{name}" for name, one in record.blocks.items() if one.status != "unbounded"]
         row = record.row()
         # What is not a number stays out of the curves; what came of the measurement is told beside.
         values = {f"sharpness/{name}": value for name in names if _is_finite(value := row[name])}
         values |= {"sharpness/converged": 0.0, f"sharpness/{status}": 1.0}
         if status == "unbounded":
             values["sharpness/critical_lr_bound"] = record.measurement.critical_lr
-        self._send_to(values, record.step)
+        self.send(values, record.step)
+
+
+def critical_lrs(records: Iterable[Record]) -> list[float]:
+    """What is known of η_c in records, 0 where the loss rises at once and the bound where no rise was found."""
+    measured = [record.measurement for record in records]
+    return [m.critical_lr for m in measured if m.status in {"converged", "ascent", "unbounded"}]
 
 
 def _is_finite(value: float | int | str | None) -> TypeGuard[float]:
