@@ -19,7 +19,7 @@ import bench_memory
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
 from ledger import RESULTS, ROOT, latest
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "curves-and-blocks.md")
 PLOT = RESULTS / "growth.png"
 METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
 # Steps between measurements, of the one number that README tells.
@@ -282,7 +282,38 @@ def growing() -> str:
     return "\n".join(lines)
 
 
+def blocks() -> str:
+    """λ_c of every block beside that of the whole, and how often it was the largest, in warm-up and after."""
+    record = latest("blocks")
+    first, second = record["phases"]
+    names = dict.fromkeys(row["block"] for phase in (first, second) for row in phase["blocks"])
+    lines = [
+        "| block | λ_c over that of the whole, warm-up | after | share of Δθᵀg, warm-up | after | largest λ_c of all, "
+        "warm-up | after |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        rows = [next((row for row in one["blocks"] if row["block"] == name), None) for one in (first, second)]
+        cells = [
+            "" if row is None else f"{row[column]:{style}}"
+            for column, style in (("share_of_whole", ".2g"), ("share_of_slope", ".1%"))
+            for row in rows
+        ]
+        counts = [f"{one['limiting'].get(name, 0)} of {one['steps']}" for one in (first, second)]
+        lines.append(f"| `{name}` | {' | '.join([*cells, *counts])} |")
+    lines += [
+        "",
+        f"GPT of {record['parameters'] / 1e6:.2g} M parameters, AdamW, {record['tokens']} tokens a step, "
+        f"{record['warm_up']} steps of warm-up. Medians over measured steps; λ_c of the whole is "
+        f"{first['lambda_c']:.3g} in the warm-up and {second['lambda_c']:.3g} after it. All blocks together took "
+        f"{second['forwards_of_blocks']:g} forward passes, the whole "
+        f"{median(row['forwards'] for row in record['rows']):g}.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
+    "blocks": blocks,
     "peers": peers,
     "growth": growing,
     "line search": line_search,
