@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from sharpkern.mixtures.results import MixtureSweep as MixtureSweep
     from sharpkern.mixtures.results import SweetSpot as SweetSpot
     from sharpkern.mixtures.sweep import mixture_sweep as mixture_sweep
+    from sharpkern.monitoring.lr_cap import LRCap as LRCap
+    from sharpkern.monitoring.lr_finder import LRSuggestion as LRSuggestion
+    from sharpkern.monitoring.lr_finder import find_lr as find_lr
     from sharpkern.monitoring.monitor import Monitor as Monitor
     from sharpkern.monitoring.monitor import Record as Record
     from sharpkern.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -74,6 +77,9 @@ _HOME = {
     "MemoryPlan": "memory.plan",
     "memory_plan": "memory.planning",
     "mixture_sweep": "mixtures.sweep",
+    "LRCap": "monitoring.lr_cap",
+    "LRSuggestion": "monitoring.lr_finder",
+    "find_lr": "monitoring.lr_finder",
     "Monitor": "monitoring.monitor",
     "Record": "monitoring.monitor",
     "relative_critical_sharpness": "measures.relative",

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import update_wrapper, wraps
 from typing import Any
 
@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
 from sharpkern.measures.result import Measurement
+from sharpkern.monitoring.lr_cap import CapOptions, cap_of, load_cap, with_cap
 from sharpkern.monitoring.monitor import LossFn, Monitor, MonitorOptions
 
 # They keep gradients of their own, and some step inside the backward pass.
@@ -36,8 +37,13 @@ class SharpnessMonitor(Monitor):
         accelerator: that the run was prepared by.
         model: as ``accelerator.prepare`` returned it.
         optimizer: likewise; a list of them where several step together.
+        cap: arguments of a `sharpkern.LRCap`, such as ``{"peak": 1e-3}``, that holds the learning rate below a share of
+            η_c: **this changes the run**. It is called by itself; measure as `LRCap.every` says. None changes nothing.
         **options: of `sharpkern.Monitor`, such as ``every``, and of `sharpkern.critical_sharpness`. ``log`` is
             ``accelerator.log`` by default, which writes where trackers were initialised; None writes nothing.
+
+    Attributes:
+        cap: the `sharpkern.LRCap`, None where there is none; its state goes with the monitor's.
 
     Raises:
         ImportError: if accelerate, the extra ``accelerate``, is missing.
@@ -76,6 +82,8 @@ class SharpnessMonitor(Monitor):
         accelerator: Any,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        cap: CapOptions | None = None,
         **options: Unpack[MonitorOptions],
     ) -> None:
         try:
@@ -95,6 +103,7 @@ class SharpnessMonitor(Monitor):
             )
         options.setdefault("log", accelerator.log)
         super().__init__(model, optimizer, **options)
+        self.cap = cap_of(self, optimizer, cap)
         self._accelerator = accelerator
         self._batches: list[tuple[Any, ...]] = []
         # What each of them was trained on, None where that is not known.
@@ -134,7 +143,20 @@ class SharpnessMonitor(Monitor):
         trained, self._trained = self._trained, []
         known = [one for one in trained if one is not None]
         total = sum(known) / num_steps if len(known) == len(batches) else None
-        return super().__call__(_StepLoss(loss_fn, batches, num_steps), heldout, loss=total, direction=direction)
+        loss_of_step = _StepLoss(loss_fn, batches, num_steps)
+        measurement = super().__call__(loss_of_step, heldout, loss=total, direction=direction)
+        if self.cap is not None:
+            self.cap.step()
+        return measurement
+
+    def state_dict(self) -> dict[str, Any]:
+        """The Monitor's, and that of the cap."""
+        return with_cap(super().state_dict(), self.cap)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        super().load_state_dict(state)
+        load_cap(self.cap, state)
 
 
 def _watch_backward(accelerator: Any, monitor: SharpnessMonitor) -> None:

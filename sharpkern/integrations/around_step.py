@@ -18,6 +18,7 @@ from sharpkern.directions.direction import Direction
 from sharpkern.directions.parts import BETWEEN, Place, check_steps, parts_of
 from sharpkern.distributed.sharding import local
 from sharpkern.errors import NoUpdateError, RetainedWarning, warn
+from sharpkern.monitoring.lr_cap import is_called_from
 from sharpkern.ops.reductions import to_host
 
 # Root mean square of what rounding to the nearest adds to x, over eps·|x|, for x of any binary digits.
@@ -44,6 +45,8 @@ class AroundStep:
         measure: called after a step that was due, and handed the function that makes its direction, as
             `sharpkern.Monitor` takes it. From the call of that function until ``measure`` returns or raises the
             parameters hold θ. It raises `NoUpdateError` where nothing moved, or not to finite weights.
+        before: called in every step instead, when its gradient is complete and the optimizer is about to write the
+            weights; nothing is copied and ``measure`` is not called.
 
     Raises:
         TypeError: if the optimizer's step runs no hooks, or is not one step from one gradient.
@@ -72,9 +75,11 @@ class AroundStep:
         optimizer: Optimizer,
         is_due: Callable[[], bool],
         measure: Callable[[Callable[[], Direction]], object],
+        before: Callable[[], object] | None = None,
     ) -> None:
         self._is_due = is_due
         self._measure = measure
+        self._at_start = before
         self._step: FrameType | None = None
         self._start: _Start | None = None
         self._versions: list[int] = []
@@ -104,17 +109,17 @@ class AroundStep:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         step = sys._getframe(1)
-        if self._step is not None and _is_called_from(step, self._step):
+        if self._step is not None and is_called_from(step, self._step):
             # The step of a base class, which has the same hooks, and is a part of this one.
             return None
         # What a step that raised has left goes with it.
         self._step, self._start, self._moves_first = step, None, False
-        if not self._is_due():
+        if self._at_start is None and not self._is_due():
             return None
         self._versions = _versions(optimizer)
         itself, *others = args
         if not any(map(callable, (*others, *kwargs.values()))):
-            self._start = _Start(optimizer)
+            self._begin(optimizer)
             return None
 
         def noted(value: Any) -> Any:
@@ -131,10 +136,16 @@ class AroundStep:
                 self._moves_first = True
             result = closure(*args, **kwargs)
             if self._start is None:
-                self._start = _Start(optimizer)
+                self._begin(optimizer)
             return result
 
         return noting
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        if self._at_start is None:
+            self._start = _Start(optimizer)
+        else:
+            self._at_start()
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if sys._getframe(1) is not self._step:
@@ -262,13 +273,6 @@ def _places(optimizer: Optimizer) -> list[Place]:
 
 def _versions(optimizer: Optimizer) -> list[int]:
     return [place.parameter._version for place in _places(optimizer)]
-
-
-def _is_called_from(frame: FrameType, caller: FrameType) -> bool:
-    above: FrameType | None = frame
-    while above is not None and above is not caller:
-        above = above.f_back
-    return above is not None
 
 
 def _write(parameter: Tensor, value: Tensor) -> None:

@@ -17,6 +17,7 @@ from sharpkern.directions.direction import Direction
 from sharpkern.errors import NoUpdateError
 from sharpkern.integrations.around_step import AroundStep
 from sharpkern.measures.result import MeasureOptions, Options
+from sharpkern.monitoring.lr_cap import CapOptions, LRCap, cap_of, load_cap, with_cap
 from sharpkern.monitoring.monitor import CallbackOptions, Monitor
 
 
@@ -55,8 +56,8 @@ class SharpnessCallback(Callback):
     Around the optimizer steps that are due it takes Δθ = (θ − θ′)/lr of the step itself, whatever the optimizer, with
     accumulation and clipping in it, and measures at θ: the loss is that of ``training_step``, evaluated again for all
     batches of the step under the strategy and the precision that train, without its logging. The run is bit for bit
-    what it would have been without. See `AroundStep` for what rounding makes of the difference; with
-    ``precision="bf16-true"`` most of a small step is lost, and with it the meaning of λ_c.
+    what it would have been without, unless ``cap`` is given. See `AroundStep` for what rounding makes of the
+    difference; with ``precision="bf16-true"`` most of a small step is lost, and with it the meaning of λ_c.
 
     ``sharpness/lambda_c``, ``sharpness/critical_lr``, ``sharpness/headroom``, ``sharpness/forwards`` and the others of
     `sharpkern.Monitor` go to every logger with the number of the measured step, whatever ``log_every_n_steps`` is, and
@@ -69,6 +70,9 @@ class SharpnessCallback(Callback):
         every: measure on optimizer steps whose number, ``trainer.global_step``, this divides; or a function of the
             number that says whether.
         warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, see `sharpkern.Monitor`.
+        cap: arguments of a `sharpkern.LRCap`, such as ``{"peak": 1e-3}``, that holds the learning rate below a share of
+            η_c: **this changes the run**. Δθ is then measured before the step, by `Direction.from_optimizer`. Measure
+            as `LRCap.every` says. None changes nothing.
         **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``.
 
     Raises:
@@ -84,13 +88,17 @@ class SharpnessCallback(Callback):
         every: int | Callable[[int], bool] = 1,
         *,
         warn_below: float | None = None,
+        cap: CapOptions | None = None,
         **options: Unpack[MeasureOptions],
     ) -> None:
         self._options: CallbackOptions = {"every": every, "warn_below": warn_below, **options}
         # What is wrong with them is told here, and not when training begins. No random number is drawn for that.
         Options.of(SharpnessCallback, options)
         stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
-        Monitor(stand_in, torch.optim.SGD(stand_in.parameters()), **self._options)
+        sgd = torch.optim.SGD(stand_in.parameters())
+        cap_of(Monitor(stand_in, sgd, **self._options), sgd, cap)
+        self._cap_options = cap
+        self._cap: LRCap | None = None
         self._monitor: Monitor | None = None
         self._around: AroundStep | None = None
         self._state: dict[str, Any] = {}
@@ -115,15 +123,21 @@ class SharpnessCallback(Callback):
             )
         return self._monitor
 
+    @property
+    def cap(self) -> LRCap | None:
+        """The `sharpkern.LRCap` of the training that goes on, or of the last one; None where there is none."""
+        return self._cap
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it: plain numbers."""
-        return self._state if self._monitor is None else self._monitor.state_dict()
+        return self._state if self._monitor is None else with_cap(self._monitor.state_dict(), self._cap)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         # A search for the learning rate loads its checkpoint in the midst of training.
         if self._around is not None:
             self.monitor.load_state_dict(state_dict)
+            load_cap(self._cap, state_dict)
         self._state = state_dict
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
@@ -167,10 +181,28 @@ class SharpnessCallback(Callback):
         model = trainer.strategy.model
         assert model is not None
         self._monitor = Monitor(model, optimizer, log=self._keep, **self._options)
+        self._leave()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        foreseen = partial(Direction.from_optimizer, optimizer, scaler=scaler)
+
+        def before() -> None:
+            assert self._cap is not None
+            if self._is_due:
+                self._measure(trainer, pl_module, foreseen)
+            self._cap.step()
+
+        self._around = AroundStep(
+            optimizer,
+            lambda: self._is_due,
+            partial(self._measure, trainer, pl_module),
+            before=None if self._cap_options is None else before,
+        )
+        # Its hook comes after that, which may be what makes its rate known.
+        self._cap = cap_of(self._monitor, optimizer, self._cap_options)
         if self._state:
             self._monitor.load_state_dict(self._state)
+            load_cap(self._cap, self._state)
             self._state = {}
-        self._around = AroundStep(optimizer, lambda: self._is_due, partial(self._measure, trainer, pl_module))
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -232,15 +264,17 @@ class SharpnessCallback(Callback):
             self.monitor(partial(_loss, trainer, batches), loss=loss, direction=direction)
 
     def _keep(self, values: dict[str, float], step: int) -> None:
-        self._measured = values, step
+        # What the cap tells comes after what was measured.
+        self._measured = {**(self._measured[0] if self._measured else {}), **values}, step
 
     def _forget(self) -> None:
         """Drop the batches of a step."""
         self._is_due, self._batch, self._batches, self._losses = False, None, [], []
 
     def _leave(self) -> None:
-        if self._around is not None:
-            self._around.remove()
+        for one in (self._around, self._cap):
+            if one is not None:
+                one.remove()
         self._around = None
         self._forget()
 

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from sharpkern._support.optional import missing
 from sharpkern.engines.session import is_compiled
 from sharpkern.measures.result import MeasureOptions, Options
+from sharpkern.monitoring.lr_cap import CapOptions, LRCap, cap_of, load_cap, with_cap
 from sharpkern.monitoring.monitor import CallbackOptions, Monitor
 from sharpkern.tensors.random_state import note_streams
 
@@ -36,7 +37,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
     It measures between clipping and the optimizer's step, on the very micro-batches of that step: the Trainer's own
     ``training_step`` is evaluated again without its backward pass, so that the loss is the one that is trained,
     whatever makes it: gradient accumulation, label smoothing, autocast, a ``compute_loss`` of one's own, dropout with
-    the masks that the gradient saw. The run is bit for bit what it would have been without.
+    the masks that the gradient saw. The run is bit for bit what it would have been without, unless ``cap`` is given.
 
     ``sharpness/lambda_c``, ``sharpness/critical_lr``, ``sharpness/headroom`` and the others of `sharpkern.Monitor` go
     wherever the Trainer logs to, with the number of steps that the measured weights have taken.
@@ -50,6 +51,8 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         every: measure on steps whose number, ``state.global_step``, this divides; or a function of the number that
             says whether.
         warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, see `sharpkern.Monitor`.
+        cap: arguments of a `sharpkern.LRCap`, such as ``{"peak": args.learning_rate}``, that holds the learning rate
+            below a share of η_c: **this changes the run**. Measure as `LRCap.every` says. None changes nothing.
         **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``.
 
     Raises:
@@ -79,6 +82,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         every: int | Callable[[int], bool] = 1,
         *,
         warn_below: float | None = None,
+        cap: CapOptions | None = None,
         **options: Unpack[MeasureOptions],
     ) -> None:
         for name, value in {"every": every, **options}.items():
@@ -88,12 +92,15 @@ class SharpnessCallback(TrainerCallback, ExportableState):
                     "restore_callback_states_from_checkpoint=False: the callback that you pass is taken up without it"
                 )
         self._options: CallbackOptions = {"every": every, "warn_below": warn_below, **options}
+        self._cap_options = cap
         # What is wrong with them is told here, and not when the data have been prepared and training begins. No random
         # number is drawn for that.
         Options.of(SharpnessCallback, options)
         stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
-        Monitor(stand_in, torch.optim.SGD(stand_in.parameters()), **self._options)
+        sgd = torch.optim.SGD(stand_in.parameters())
+        cap_of(Monitor(stand_in, sgd, **self._options), sgd, cap)
         self._monitor: Monitor | None = None
+        self._cap: LRCap | None = None
         self._trainer: weakref.ref[Any] | None = None
         self._step: _Step | None = None
 
@@ -112,14 +119,20 @@ class SharpnessCallback(TrainerCallback, ExportableState):
             )
         return self._monitor
 
+    @property
+    def cap(self) -> LRCap | None:
+        """The `sharpkern.LRCap` of the training that goes on, or of the last one; None where there is none."""
+        return self._cap
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint's ``trainer_state.json`` holds of it: plain numbers."""
         options = {
             name: f"function {getattr(value, '__qualname__', value)}" if callable(value) else value
-            for name, value in self._options.items()
+            for name, value in (self._options | ({"cap": self._cap_options} if self._cap_options else {})).items()
         }
         # A callback that the Trainer makes of it has the second as an attribute; `on_train_begin` reads it in any case.
-        return {"args": options, "attributes": {"_saved": self._monitor.state_dict() if self._monitor else None}}
+        saved = with_cap(self._monitor.state_dict(), self._cap) if self._monitor else None
+        return {"args": options, "attributes": {"_saved": saved}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Make the Monitor, and take up what a checkpoint tells.
@@ -133,11 +146,14 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         _refuse_strategy(trainer)
         self._trainer = weakref.ref(trainer)
         self._monitor = Monitor(trainer.model_wrapped, trainer.optimizer, log=self._log, **self._options)
+        self._remove_cap()
+        self._cap = cap_of(self._monitor, trainer.optimizer, self._cap_options)
         # A checkpoint of a run without this callback has no entry, which the Trainer expects when it saves.
         callbacks: Any = state.stateful_callbacks
         stored = callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step > 0 and stored["attributes"]["_saved"] is not None:
             self._monitor.load_state_dict(stored["attributes"]["_saved"])
+            load_cap(self._cap, stored["attributes"]["_saved"])
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin to note micro-batches, if the step is due.
@@ -165,11 +181,18 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         step, self._step = self._step, None
         if step is not None:
             self.monitor(step.loss, loss=step.trained)
+        if self._cap is not None:
+            self._cap.step()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let go of the Trainer."""
         self._forget()
+        self._remove_cap()
         self._trainer = None
+
+    def _remove_cap(self) -> None:
+        if self._cap is not None:
+            self._cap.remove()
 
     def _forget(self) -> None:
         """Drop a step that was broken off."""

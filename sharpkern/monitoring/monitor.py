@@ -3,7 +3,8 @@
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -30,8 +31,9 @@ from sharpkern.search.line_search import SearchMemory
 
 LossFn = Callable[[], Tensor]
 
-# Measured steps that a suggested learning rate is drawn from.
-_RECENT = 10
+# Measured steps that the median of η_c is taken of, for an alarm, a suggested learning rate and a cap; and the share of
+# it that a learning rate may be.
+RECENT, SHARE = 5, 0.25
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,9 @@ class Monitor(Reports):
             step too: some forward passes more for each. They are logged as ``sharpness/by_block/<name>``.
         masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
         scaler: the loop's ``GradScaler``, if it has one: scaled gradients cannot be told from others without it.
-        warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, once for each time that it is fallen below:
-            with 1.5, when the loss would rise at one and a half times the step. None for never.
+        warn_below: ratio below which a `HeadroomWarning` is raised where the median of the last 5 measured η_c/η falls
+            below it, once for each fall: 1.0 where the steps themselves raise the loss of their batch. None for never.
+            Good runs fall below 1.5 now and then. The loss itself warns as early.
         **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``. On a GPU, outside of distributed
             runs, "auto" times passes of one and of 8 step sizes, once for each size of batch, and takes the quicker:
             name an engine where two runs have to agree to the last bit.
@@ -169,9 +172,9 @@ class Monitor(Reports):
                 f"log must be callable, a path, or have add_scalar, got {type(log).__name__}; pass wandb.log"
             )
         if warn_below is not None and (isinstance(warn_below, bool) or not isinstance(warn_below, (int, float))):
-            raise TypeError(f"warn_below must be a number or None, got {warn_below!r}; pass 1.5, or leave it out")
+            raise TypeError(f"warn_below must be a number or None, got {warn_below!r}; pass 1.0, or leave it out")
         if warn_below is not None and not 0 < warn_below < math.inf:
-            raise ValueError(f"warn_below must be a positive finite ratio, got {warn_below}; pass 1.5, or leave it out")
+            raise ValueError(f"warn_below must be a positive finite ratio, got {warn_below}; pass 1.0, or leave it out")
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that is trained"
@@ -245,8 +248,6 @@ class Monitor(Reports):
             parts = measure_blocks(self._model, loss_fn, direction, blocks, self._options, self._block_memories)
         record = Record(step, direction.lr, measurement, other, parts)
         self.history.append(record)
-        if self._file is not None and _is_first_rank():
-            append_line(self._file, record.row())
         self._send(record)
         self._warn(record)
         return measurement
@@ -288,19 +289,18 @@ class Monitor(Reports):
             )
 
     def suggest_lr(self) -> float | None:
-        """Half of the smallest η_c of the last 10 measured steps: the step that lowers the batch's loss the most.
+        """A quarter of the median of the last 5 measured η_c: an upper bound for the schedule.
 
-        So it is where the loss is quadratic along Δθ: it falls up to η_c/2, and is back where it was at η_c. It speaks
-        of single batches and single steps. That is a bound to look at when a run becomes unsteady, and a first guess
-        for a new one; it is no schedule, and no promise that training with it is quickest: noise between batches asks
-        for less, and many runs train well at the edge, η = η_c.
+        "ascent" counts as 0, "unbounded" as its bound. `sharpkern.LRCap` holds a schedule below it. It is no reason to
+        raise a rate: η_c grows with the rate, so that it never says stop.
 
         Returns:
-            float: a learning rate of the reference group, the other groups keeping their ratios to it; None where none
-            of these steps has converged, as just after a checkpoint was loaded, which holds no history.
+            float: a learning rate of the reference group, the other groups keeping their ratios to it; 0.0 where most
+            of these updates go uphill; None where nothing was measured, as just after a checkpoint was loaded, which
+            holds no history.
         """
-        recent = [record.measurement for record in self.history[-_RECENT:]]
-        return min((0.5 * m.critical_lr for m in recent if m.status == "converged"), default=None)
+        recent = critical_lrs(self.history)[-RECENT:]
+        return SHARE * statistics.median(recent) if recent else None
 
     def __str__(self) -> str:
         if not self.history:
@@ -348,26 +348,34 @@ class Monitor(Reports):
         self._memory, self._heldout_memory = memories
 
     def _warn(self, record: Record) -> None:
-        """Warn where η_c/η has fallen below the ratio since the last measurement."""
-        m = record.measurement
-        if self._warn_below is None or not record.lr or m.status not in {"converged", "ascent"}:
+        """Warn where the median of η_c/η has fallen below the ratio since the last measurement."""
+        recent = [one for one in self.history if one.lr and critical_lrs([one])][-RECENT:]
+        if self._warn_below is None or record not in recent or len(recent) < RECENT:
             return
-        headroom = m.critical_lr / record.lr
+        headroom = statistics.median(one.measurement.critical_lr / one.lr for one in recent if one.lr)
         fell, self._is_below = headroom < self._warn_below and not self._is_below, headroom < self._warn_below
         if fell and _is_first_rank():
+            median = statistics.median(critical_lrs(recent))
             # What it is to be below, and what the last measurements ask for.
-            suggested = min(m.critical_lr / self._warn_below, self.suggest_lr() or math.inf)
-            uphill = m.status == "ascent"
-            remedy = "look at the direction, which goes uphill" if uphill else f"try {suggested:.3g} or less"
+            suggested = median * min(SHARE, 1 / self._warn_below)
+            remedy = f"try {suggested:.3g} or less" if median else "look at the direction, which goes uphill"
             warn(
-                f"step {record.step}: the learning rate is {record.lr:.3g} and the loss rises from η_c = "
-                f"{m.critical_lr:.3g} on, {headroom:.3g} times the learning rate and below {self._warn_below:.3g}; "
-                f"{remedy}, or lengthen the warm-up",
+                f"step {record.step}: the learning rate is {record.lr:.3g}, and of the last {RECENT} measurements the "
+                f"median of η_c is {median:.3g} and that of η_c over the learning rate {headroom:.3g}, below "
+                f"{self._warn_below:.3g}; {remedy}, lengthen the warm-up, or cap the rate by sharpkern.LRCap",
                 HeadroomWarning,
             )
 
+    def send(self, values: Mapping[str, Any], step: int) -> None:
+        """Send values of a step to where the measurements go."""
+        if self._send_to is not None:
+            self._send_to(values, step)
+        elif self._file is not None and _is_first_rank():
+            append_line(self._file, {"step": step, **values})
+
     def _send(self, record: Record) -> None:
-        if self._send_to is None:
+        if self._file is not None:
+            self.send(record.row(), record.step)
             return
         status, heldout = record.measurement.status, record.heldout
         # A bound is no value: of a curve it would leave nothing to see but itself.
@@ -381,7 +389,13 @@ class Monitor(Reports):
         values |= {"sharpness/converged": 0.0, f"sharpness/{status}": 1.0}
         if status == "unbounded":
             values["sharpness/critical_lr_bound"] = record.measurement.critical_lr
-        self._send_to(values, record.step)
+        self.send(values, record.step)
+
+
+def critical_lrs(records: Iterable[Record]) -> list[float]:
+    """What is known of η_c in records, 0 where the loss rises at once and the bound where no rise was found."""
+    measured = [record.measurement for record in records]
+    return [m.critical_lr for m in measured if m.status in {"converged", "ascent", "unbounded"}]
 
 
 def _is_finite(value: float | int | str | None) -> TypeGuard[float]:

@@ -150,6 +150,30 @@ JOBS = {
 }
 
 
+def capped(rank: int) -> tuple[list[float], list[torch.Tensor]]:
+    """Rates and weights of a run with a cap, whose ranks have data of their own."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=8.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    monitor = sharpkern.Monitor(model, optimizer, every=2)
+    cap = sharpkern.LRCap(monitor, optimizer, peak=8.0, warm_steps=4)
+    inputs, labels = shard(rank)
+    loss_fn = lambda: F.cross_entropy(model(inputs), labels)
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        monitor(loss_fn, loss=loss)
+        cap.step()
+        optimizer.step()
+        scheduler.step()
+    return [one.lr for one in cap.history], [p.detach() for p in model.parameters()]
+
+
+JOBS["capped"] = capped
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """What each rank found."""
@@ -170,6 +194,14 @@ def test_all_ranks_agree_with_the_whole_batch(ranks) -> None:
 @pytest.mark.parametrize("name", [name for name in JOBS if name.endswith("gradients")])
 def test_the_run_is_bit_for_bit_what_it_would_have_been(ranks, name) -> None:
     assert [rank[name] for rank in ranks] == [True] * NUM_RANKS, ranks[0][name]
+
+
+def test_all_ranks_take_the_same_capped_rates(ranks) -> None:
+    here, other = (rank["capped"] for rank in ranks)
+    assert isinstance(here, tuple), here
+    assert here[0] == other[0]
+    assert max(here[0]) < 8.0
+    assert all(map(torch.equal, here[1], other[1]))
 
 
 def test_a_sweep_goes_on_where_all_ranks_were(ranks) -> None:

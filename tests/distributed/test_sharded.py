@@ -652,6 +652,7 @@ def test_two_ranks_give_what_one_process_gives(two, name) -> None:
     check_values([rank[f"values: {name}"] for rank in two])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VALUES_OF_THREE)
 def test_three_ranks_give_what_one_process_gives(three, name) -> None:
     check_values([rank[name] for rank in three])

@@ -171,6 +171,36 @@ def sharpnesses(loop: Loop) -> list[float]:
     return [record.measurement.sharpness for record in loop.monitor.history]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_cap_holds_the_rate_of_accumulated_steps(scaled: bool, tmp_path: Path) -> None:
+    options = {"cap": {"peak": 1.0, "warm_steps": 4}}
+
+    def made() -> Loop:
+        loop = Loop(plain_model(torch.float32 if scaled else torch.float64), scaled=scaled, options=options)
+        for group in loop.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = 1.0
+        loop.schedule.scheduler.base_lrs = [1.0]
+        loop.accelerator.register_for_checkpointing(loop.monitor)
+        return loop
+
+    loop = made()
+    loop.run(6)
+    loop.accelerator.save_state(str(tmp_path))
+    loop.run(3)
+    cap = loop.monitor.cap
+    assert cap.num_steps == 9 - len(loop.monitor.skipped)
+    assert [one.step for one in cap.history] == [record.step for record in loop.monitor.history]
+    assert [one.scheduled for one in cap.history] == [record.lr for record in loop.monitor.history]
+    assert all(one.lr <= 0.25 * max(m.measurement.critical_lr for m in loop.monitor.history) for one in cap.history)
+    assert any(one.lr < 0.5 * one.scheduled for one in cap.history)
+    again = made()
+    again.accelerator.load_state(str(tmp_path))
+    # Where the data were: after two epochs of three steps.
+    again.run(3)
+    assert again.monitor.cap.history == cap.history[-len(again.monitor.cap.history) :] != []
+    assert all(map(torch.equal, again.model.parameters(), loop.model.parameters()))
+
+
 PRECISIONS = {
     "no": {},
     "bf16": {"mixed_precision": "bf16"},

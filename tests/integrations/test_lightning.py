@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import random
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -541,7 +542,9 @@ def plain_loop(
     model = Digits(make).double()
     configured = model.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    cap = options.pop("cap", None)
     monitor = sharpkern.Monitor(model, optimizer, **options)
+    monitor.cap = None if cap is None else sharpkern.LRCap(monitor, optimizer, **cap)
     loss_of = lambda batch: F.cross_entropy(model.net(batch[0].double()), batch[1]) / accumulate
     for _ in range(num_epochs):
         batches = list(loader())
@@ -553,6 +556,8 @@ def plain_loop(
             # In the order of the groups, to the last bit.
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.5)
             monitor(lambda step=step: sum(map(loss_of, step)))
+            if monitor.cap is not None:
+                monitor.cap.step()
             optimizer.step()
             schedule.step()
     return monitor, model
@@ -654,7 +659,7 @@ def test_the_callbacks_monitor_has_it_all(tmp_path: Path) -> None:
     monitor.to_csv(tmp_path / "run.csv")
     assert len((tmp_path / "run.csv").read_text(encoding="utf-8").splitlines()) == 3
     monitor.plot(tmp_path / "run.png")
-    assert monitor.suggest_lr() == min(r.measurement.critical_lr for r in monitor.history) / 2
+    assert monitor.suggest_lr() == statistics.median([r.measurement.critical_lr for r in monitor.history][-5:]) / 4
 
 
 def test_options_are_the_monitors(recwarn: pytest.WarningsRecorder) -> None:
@@ -669,8 +674,8 @@ def test_options_are_the_monitors(recwarn: pytest.WarningsRecorder) -> None:
         SharpnessCallback(every=0)
     callback = SharpnessCallback(every=2, warn_below=1e6, rtol=0.1, engine="inplace")
     assert torch.equal(torch.get_rng_state(), before)
-    fitted(callback, max_steps=3)
-    assert [record.measurement.engine for record in callback.monitor.history] == ["inplace"] * 2
+    fitted(callback, max_steps=9)
+    assert [record.measurement.engine for record in callback.monitor.history] == ["inplace"] * 5
     assert any(isinstance(warning.message, sharpkern.HeadroomWarning) for warning in recwarn)
 
 
@@ -809,6 +814,53 @@ def test_a_run_that_is_taken_up_measures_as_if_it_had_not_stopped(tmp_path: Path
     trainer(cold, max_epochs=3).fit(Digits(), batches, ckpt_path=tmp_path / "cold.ckpt")
     assert [record.step for record in cold.monitor.history] == [8, 12, 16]
     assert cold.monitor.history[0].measurement.probes != rest[0].measurement.probes
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor"])
+def test_the_cap_does_what_it_does_in_a_plain_loop(name: str) -> None:
+    make = lambda model: with_lr(OPTIMIZERS[name](model), 30.0)
+    options: dict[str, Any] = {"every": sharpkern.LRCap.every(3), "cap": {"peak": 90.0, "warm_steps": 8}}
+    monitor, model = plain_loop(make, 2, 1, **options)
+    callback, lightning = SharpnessCallback(**options), Digits(make)
+    run = fitted(callback, lightning, precision="64-true", max_epochs=2, gradient_clip_val=0.5)
+    assert callback.cap.history == monitor.cap.history
+    assert callback.cap.num_steps == run.global_step == 22
+    assert any(one.lr < 0.5 * one.scheduled for one in callback.cap.history)
+    assert all(map(torch.equal, model.parameters(), lightning.parameters()))
+    assert float(run.callback_metrics["sharpness/lr"]) == pytest.approx(callback.cap.history[-1].lr, rel=1e-6)
+    assert "sharpness/lambda_c" in run.callback_metrics
+
+
+def with_lr(optimizer: torch.optim.Optimizer, factor: float) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+    return optimizer
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step\\(\\)` before")
+def test_a_capped_run_of_mixed_precision_is_taken_up(tmp_path: Path) -> None:
+    make = lambda model: with_lr(OPTIMIZERS["SGD"](model), 100.0)
+    options = {"cap": {"peak": 5.0, "warm_steps": 6}}
+
+    def run(callback: SharpnessCallback, *others: Any, **settings: Any) -> Digits:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        model = Digits(make)
+        trainer(callback, *others, max_epochs=3, plugins=[plugin], **settings.pop("trainer", {})).fit(
+            model, loader(64), **settings
+        )
+        return model
+
+    straight, resumed = SharpnessCallback(**options), SharpnessCallback(**options)
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    first = run(straight, keep, trainer={"enable_checkpointing": True})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided")
+        second = run(resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert straight.monitor.skipped
+    assert straight.cap.num_steps == 18 - len(straight.monitor.skipped)
+    assert resumed.cap.history == straight.cap.history[-len(resumed.cap.history) :] != []
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
 
 
 def test_only_training_is_measured() -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import runpy
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -346,8 +347,8 @@ def test_a_step_and_a_loss_of_ones_own_are_measured_and_log_once(tmp_path: Path)
 
 
 def test_the_alarm_is_the_monitors(tmp_path: Path) -> None:
-    with pytest.warns(sharpkern.HeadroomWarning, match=r"step 0: .* below 1e\+06; try"):
-        train(tmp_path, SharpnessCallback(warn_below=1e6), max_steps=2)
+    with pytest.warns(sharpkern.HeadroomWarning, match=r"step 4: .* below 1e\+06; try"):
+        train(tmp_path, SharpnessCallback(warn_below=1e6), max_steps=5)
 
 
 class Collecting(Trainer):
@@ -518,6 +519,47 @@ def test_a_cold_start_would_have_been_seen(tmp_path: Path) -> None:
         SharpnessCallback(**stored["stateful_callbacks"]["SharpnessCallback"]["args"])
 
 
+def test_the_cap_holds_the_rate_and_is_taken_up(tmp_path: Path) -> None:
+    # Far beyond what this model bears.
+    options = {"cap": {"peak": 3.0, "warm_steps": 3}}
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "learning_rate": 3.0, "optim": "sgd"}
+    plain = train(tmp_path / "plain", SharpnessCallback(), **settings)
+    straight = SharpnessCallback(**options)
+    capped = train(tmp_path, straight, **settings)
+    history = straight.cap.history
+    assert straight.cap.num_steps == len(history) == 8
+    for one, (step, measurement) in zip(history[:3], measured(straight).items(), strict=False):
+        recent = [m.critical_lr for m in list(measured(straight).values())[: step + 1]]
+        assert one.lr == min(one.scheduled, statistics.median(recent) / 4)
+        assert measurement.critical_lr == recent[-1]
+    assert all(one.lr < one.scheduled for one in history[1:])
+    # The scheduled rates are what they were, and the run is not.
+    rates = [[entry["learning_rate"] for entry in run.state.log_history if "loss" in entry] for run in (plain, capped)]
+    assert rates[0] == rates[1]
+    assert reported(plain)[2:] != reported(capped)[2:]
+    told = [entry["sharpness/lr"] for entry in capped.state.log_history if "sharpness/lr" in entry]
+    assert told == [one.lr for one in history]
+    for restored in (False, True):
+        callback = SharpnessCallback(**options)
+        again = {"restore_callback_states_from_checkpoint": restored, **settings}
+        trainer = Trainer(gpt2(), arguments(tmp_path, **again), train_dataset=rows(40), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        if restored:
+            callback = trainer.pop_callback(SharpnessCallback)
+        assert callback.cap.history == history[4:]
+        assert all(map(torch.equal, trainer.model.parameters(), capped.model.parameters()))
+    # A second training with the same callback has a cap of its own.
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.cap.num_steps == 8
+
+
+@pytest.mark.parametrize("cap", [1.0, {"share": 0.25}, {"peak": 1.0, "shares": 0.1}])
+def test_options_of_a_cap_are_told_at_once(cap: Any) -> None:
+    with pytest.raises(TypeError, match="cap must"):
+        SharpnessCallback(cap=cap)
+
+
 def test_the_monitor_is_at_hand(tmp_path: Path) -> None:
     callback = SharpnessCallback(every=2, rtol=0.05)
     with pytest.raises(AttributeError, match="monitor is there once"):
@@ -536,7 +578,8 @@ def test_the_monitor_is_at_hand(tmp_path: Path) -> None:
     callback.monitor.to_csv(tmp_path / "run.csv")
     callback.monitor.plot(tmp_path / "run.png")
     assert len((tmp_path / "run.csv").read_text().splitlines()) == 3
-    assert callback.monitor.suggest_lr() == min(m.critical_lr for m in measured(callback).values()) / 2
+    recent = [m.critical_lr for m in measured(callback).values()][-5:]
+    assert callback.monitor.suggest_lr() == statistics.median(recent) / 4
 
 
 def test_trained_twice_it_begins_anew(tmp_path: Path) -> None:

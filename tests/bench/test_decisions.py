@@ -1,0 +1,78 @@
+"""bench/decisions: what counts as a failure, that runs are made once, and that the committed counts come out again."""
+
+import importlib
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("decisions.trials")
+
+
+def test_two_runs_that_are_made_anew_fail_as_the_committed_ones(trials: Any) -> None:
+    made, kept = trials.quick()
+    at_best = {("MLP", "AdamW", policy, 1): 0 for policy in ("none", "cap")}
+    assert made == kept == {**at_best, ("MLP", "AdamW", "none", 10): 1, ("MLP", "AdamW", "cap", 10): 0}
+
+
+def test_regret_is_of_the_best_peak_and_a_quarter_of_its_gain_is_a_failure(trials: Any) -> None:
+    best = trials.Trial("MLP", "SGD", "none", 1, 0.1, 20, 2.0, 1.0, 0, 1.0)
+    others = [
+        replace(best, multiple=0, final=0.5),
+        replace(best, multiple=10, final=1.3),
+        replace(best, multiple=10, seed=21, final=math.inf),
+        replace(best, policy="cap", multiple=10, final=1.2),
+        replace(best, policy="find_lr", multiple=0, peak=0.2, final=math.nan),
+        replace(best, policy="range test", multiple=0, peak=0.05, final=math.nan),
+    ]
+    found = [best, *others]
+    assert [regret for _, regret in trials.regrets(found)] == pytest.approx([0.0, 0.3, 2.0, 0.2])
+    key = ("MLP", "SGD")
+    assert trials.failures(found) == {(*key, "none", 1): 0, (*key, "none", 10): 2, (*key, "cap", 10): 0}
+    rows = trials.cap_table(found).splitlines()[2:]
+    assert rows == [
+        "| known | SGD | no cap | 0.0% | 0 of 1 | 115.0% | 2 of 2 |  |  |",
+        "| known | SGD | **cap** |  |  | 20.0% | 0 of 1 |  |  |",
+    ]
+    assert trials.task_table(found).splitlines()[2:] == ["| MLP | SGD | 0.1 | 0% |  | 115% | 20% |  |  |"]
+    assert trials.find_table(found).splitlines()[2:] == [
+        "| known | SGD | find_lr | 1 | ×2.0 | ×2.0 |",
+        "| known | SGD | range test, lowest loss × 2 | 1 | ×1.0 | ×1.0 |",
+    ]
+
+
+def test_a_run_is_made_once(trials: Any, tmp_path: Path) -> None:
+    made = []
+
+    def make() -> Any:
+        made.append(1)
+        return trials.Trial("GPT, Muon", "Muon", "cap", 10, 0.215443469, 20, 5.5, math.inf, 7, 1.5)
+
+    path = tmp_path / "runs.csv"
+    key = make().key
+    for _ in range(2):
+        log = trials.Log(path)
+        assert log.get(key, make).key == log.get(key, make).key == key
+    assert len(made) == 2
+    assert trials.load(path) == [replace(make(), peak=0.215443)]
+
+
+def test_the_committed_runs_are_whole(trials: Any) -> None:
+    rows = trials.load()
+    assert len({row.key for row in rows if row.policy not in ("find_lr", "range test")}) == sum(
+        row.policy not in ("find_lr", "range test") for row in rows
+    )
+    kinds = {(row.task, row.optimizer) for row in rows}
+    assert kinds <= {(task, kind) for task, (_, of_task) in trials.MODELS.items() for kind in of_task}
+    # Each kind has every multiple, with and without the cap.
+    for kind in kinds:
+        found = {(row.multiple, row.policy) for row in rows if (row.task, row.optimizer) == kind}
+        assert {(multiple, policy) for multiple in trials.MULTIPLES for policy in ("none", "cap")} <= found
