@@ -368,6 +368,11 @@ def failures(found: Iterable[Trial]) -> dict[tuple[str, str, str, int], int]:
     return {key: counts[key] for key in sorted(counts)}
 
 
+def _percent(share: float, digits: int = 0) -> str:
+    # Not minus nothing.
+    return f"{round(share, digits + 2) + 0.0:.{digits}%}"
+
+
 def cap_table(found: Sequence[Trial] | None = None) -> str:
     """Mean regret and failures, by optimizer, with the tasks that constants were chosen on and with others."""
     rows = regrets(load() if found is None else found)
@@ -387,7 +392,7 @@ def cap_table(found: Sequence[Trial] | None = None) -> str:
             tasks = dict.fromkeys(task for task, _ in own)
             means = [statistics.mean(regret for task, regret in own if task == one) for one in tasks]
             failed = sum(regret > FAILED for _, regret in own)
-            cells.append(f"{statistics.mean(means):.1%} | {failed} of {len(own)}" if own else " | ")
+            cells.append(f"{_percent(statistics.mean(means), 1)} | {failed} of {len(own)}" if own else " | ")
         if any(cell != " | " for cell in cells):
             lines.append(
                 f"| {'new' if new else 'known'} | {optimizer} | {POLICIES[policy]} | " + " | ".join(cells) + " |"
@@ -410,7 +415,7 @@ def task_table(found: Sequence[Trial] | None = None) -> str:
                 for one, regret in rows
                 if (one.task, one.optimizer, one.multiple, one.policy) == (task, optimizer, multiple, policy)
             ]
-            cells.append(f"{statistics.mean(regret for _, regret in own):.0%}" if own else "")
+            cells.append(_percent(statistics.mean(regret for _, regret in own)) if own else "")
         peak = next(o.peak for o, _ in rows if (o.task, o.optimizer, o.multiple) == (task, optimizer, 1))
         lines.append(f"| {task} | {optimizer} | {peak:.2g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -448,9 +453,9 @@ def costs(found: Sequence[Trial] | None = None) -> str:
     all_found = load() if found is None else found
     runs = [one for one in all_found if one.multiple]
     forwards = [one.forwards for one in runs if one.policy == "cap" and math.isfinite(one.final)]
-    hours = sum(one.seconds for one in all_found) / 3600
+    minutes = sum(one.seconds for one in all_found) / 60
     return (
-        f"{len(all_found)} runs, {hours:.1f} hours of one CPU core. A capped run of {STEPS} steps took "
+        f"{len(all_found)} runs, {minutes:.0f} minutes of one CPU core, on a busy machine. A capped run of {STEPS} steps took "
         f"{statistics.median(forwards):.0f} forward passes for its measurements (median; at most {max(forwards)})."
     )
 
