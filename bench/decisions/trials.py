@@ -455,8 +455,9 @@ def costs(found: Sequence[Trial] | None = None) -> str:
     forwards = [one.forwards for one in runs if one.policy == "cap" and math.isfinite(one.final)]
     minutes = sum(one.seconds for one in all_found) / 60
     return (
-        f"{len(all_found)} runs, {minutes:.0f} minutes of one CPU core, on a busy machine. A capped run of {STEPS} steps took "
-        f"{statistics.median(forwards):.0f} forward passes for its measurements (median; at most {max(forwards)})."
+        f"{len(all_found)} runs, {minutes:.0f} minutes of one CPU core, on a busy machine. A capped run of {STEPS} "
+        f"steps took {statistics.median(forwards):.0f} forward passes for its measurements (median; at most "
+        f"{max(forwards)})."
     )
 
 
