@@ -15,15 +15,16 @@ from statistics import mean, median
 from typing import Any, NamedTuple
 
 import ledger
-import numpy as np
+import torch
+from curves import Answer, search, summary
 from torch import nn
-from workloads import Counted, Point, Run, Training, seconds, standard_runs
+from workloads import Counted, Point, Run, Training, in_turns, mlp, seconds, standard_runs
 
 import sharpkern
 from sharpkern.bench.models import engines
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.memory.counter import peak_bytes
-from sharpkern.search import LineSearch, SearchMemory, SearchResult, warm_grid
+from sharpkern.search import SearchMemory, SearchResult, warm_grid
 
 METHODS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -40,74 +41,47 @@ QUICK = ("auto", "auto, 8 at a time", "bisection")
 # Of runs that measure another batch than the gradient's, and of all others.
 OTHER_BATCH = ("auto, slope unknown", "auto, slope unknown, 8 at a time", "bisection")
 OWN_BATCH = tuple(method for method in METHODS if method != "auto, slope unknown, 8 at a time")
-# An answer this far off, in log units, is another crossing and not an inexact one.
-OTHER_CROSSING = 0.25
 
 
-class Series:
-    """Results of one method on one run."""
-
-    def __init__(self) -> None:
-        self.memory: SearchMemory | None = None
-        self.steps: list[int] = []
-        self.results: list[SearchResult] = []
-        self.passes: list[int] = []
-        self.truths: list[float | None] = []
-
-    def measure(self, point: Point, base_loss: float, truth: float | None, slope: float | None, options: Any) -> None:
-        """Measure one point, starting from the last result, with the base loss in the first pass as a measurement."""
-        known = {"slope": slope, "norm_sq": point.norm_sq}
-        num_parallel = options.get("num_parallel", 1)
-        first = warm_grid(self.memory, **known, num=num_parallel - 1) if num_parallel > 1 else ()
-        probes = [(eta, point.loss(eta)) for eta in first]
-        search = LineSearch(base_loss, **known, initial_lr=point.lr, memory=self.memory, probes=probes, **options)
-        while step_sizes := search.ask():
-            search.tell([point.loss(eta) for eta in step_sizes])
-        result = search.result()
-        self.memory = result.memory
-        self.steps.append(point.step)
-        self.results.append(result)
-        self.passes.append(result.passes if first else 1 + result.passes)
-        self.truths.append(truth)
-
-    def row(self, run: str, method: str) -> dict[str, Any]:
-        """Return the summary; errors are relative, over the points where both sides found a crossing."""
-        pairs = [
-            (abs(math.log(result.critical_lr / truth)), result.error)
-            for result, truth in zip(self.results, self.truths, strict=True)
-            if truth is not None and result.status == "converged"
-        ]
-        errors, reported = (np.array(column) for column in zip(*pairs, strict=True))
-        evaluations = [result.evaluations for result in self.results]
-        first = [count for step, count in zip(self.steps, evaluations, strict=True) if step < 10]
-        return {
-            "run": run,
-            "method": method,
-            "points": len(self.results),
-            "steps": [self.steps[0], self.steps[-1]],
-            "evaluations_mean": mean(evaluations),
-            "evaluations_p95": float(np.percentile(evaluations, 95)),
-            "passes_with_base_loss_mean": mean(self.passes),
-            "evaluations_first_ten_steps": mean(first) if first else None,
-            "error_median": float(np.median(errors)),
-            "error_p95": float(np.percentile(errors, 95)),
-            "error_p99": float(np.percentile(errors, 99)),
-            "other_crossings": int((errors > OTHER_CROSSING).sum()),
-            "covered": float((errors <= reported).mean()),
-            "statuses": dict(Counter(sorted(result.status for result in self.results))),
-            "no_crossing_in_scan": self.truths.count(None),
-        }
+def measure_point(
+    point: Point, base_loss: float, slope: float | None, memory: SearchMemory | None, options: dict[str, Any]
+) -> tuple[SearchResult, int]:
+    """Return the result, and the passes that it took with the base loss in the first one as a measurement has it."""
+    known = {"slope": slope, "norm_sq": point.norm_sq}
+    num_parallel = options.get("num_parallel", 1)
+    first = warm_grid(memory, **known, num=num_parallel - 1) if num_parallel > 1 else ()
+    probes = [(eta, point.loss(eta)) for eta in first]
+    result = search(point.loss, base_loss, **known, initial_lr=point.lr, memory=memory, probes=probes, **options)
+    return result, result.passes + (not first)
 
 
-def measure_run(run: Run, methods: Sequence[str]) -> list[dict[str, Any]]:
+def measure_run(name: str, run: Run, methods: Sequence[str]) -> list[dict[str, Any]]:
     """Train the run and return one row per method."""
-    series = {method: Series() for method in methods}
-    for point in run.points():
-        truth, base_loss = point.first_crossing(), point.loss(0.0)
-        for method in methods:
+    answers: dict[str, list[Answer]] = {method: [] for method in methods}
+    for double in run.points():
+        truth, point = double.first_crossing(), double.to(torch.float32)
+        base_loss = point.loss(0.0)
+        for method, found in answers.items():
             slope = None if "slope unknown" in method else point.slope
-            series[method].measure(point, base_loss, truth, slope, METHODS[method])
-    return [series[method].row(run.name, method) for method in methods]
+            memory = found[-1].result.memory if found else None
+            result, passes = measure_point(point, base_loss, slope, memory, METHODS[method])
+            found.append(Answer(point.step, result, truth, passes))
+    return [{"run": name, "method": method, **_row(found)} for method, found in answers.items()]
+
+
+def _row(answers: Sequence[Answer]) -> dict[str, Any]:
+    first = [answer.result.evaluations for answer in answers if answer.step < 10]
+    row = summary(answers)
+    return {
+        "points": row.pop("searches"),
+        "steps": [answers[0].step, answers[-1].step],
+        "passes_with_base_loss_mean": mean(answer.passes for answer in answers),
+        "evaluations_first_ten_steps": mean(first) if first else None,
+        "other_crossings": row.pop("missed"),
+        **row,
+        "statuses": dict(Counter(sorted(answer.result.status for answer in answers))),
+        "no_crossing_in_scan": sum(answer.crossing is None for answer in answers),
+    }
 
 
 ENGINES = ("virtual", "batched", "inplace")
@@ -129,7 +103,7 @@ class Workload(NamedTuple):
 def workloads(quick: bool) -> list[Workload]:
     """Return what is measured: from models whose calls take longer than their products to one where these count."""
     few = 3 if quick else 31
-    small = [Workload("MLP", Training.of_digits, 64, few), Workload("GPT", partial(Training.of_text, "0.1M"), 32, few)]
+    small = [Workload("MLP", partial(mlp, 0), 64, few), Workload("GPT", partial(Training.of_text, "0.1M"), 32, few)]
     large = (("14M", 32, 15), ("30M", 32, 9), ("30M", 256, 3), ("5M", 1024, 3))
     gpts = [Workload("GPT", partial(Training.of_text, size), tokens, steps) for size, tokens, steps in large]
     return small if quick else small + gpts
@@ -147,22 +121,20 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
     building: list[float] = []
     searches: dict[str, list[_Search]] = defaultdict(list)
     for step in range(_TRAINED + _WARM_UP + workload.steps):
+        if step:
+            training.step()
         loss_fn = training.begin(workload.tokens)
         if step >= _TRAINED:
-            first = step % len(ENGINES)
-            for engine in ENGINES[first:] + ENGINES[:first]:
+            for engine in in_turns(ENGINES, step):
                 plain.append(seconds(loss_fn.plain))
                 calls = loss_fn.calls
                 found = monitors[engine](loss_fn)
-                passes = loss_fn.calls - calls
-                searches[engine].append(_Search(found.critical_lr, found.status, found.forwards, passes, found.seconds))
+                searches[engine].append(_Search(found, loss_fn.calls - calls))
             building.append(seconds(lambda: sharpkern.Direction.from_optimizer(optimizer)))
-        if step < _TRAINED + _WARM_UP + workload.steps - 1:
-            training.step()
     counted = _converged({engine: searches[engine][_WARM_UP:] for engine in ENGINES})
     plain_seconds = median(plain)
     direction = sharpkern.Direction.from_optimizer(optimizer)
-    eta = counted["virtual"][-1].critical_lr
+    eta = counted["virtual"][-1].found.critical_lr
     step_sizes = [eta * (k + 1) / NUM_PARALLEL for k in range(NUM_PARALLEL)]
     per_step_size = _per_step_size(model, loss_fn, direction, step_sizes, workload.steps)
 
@@ -187,9 +159,9 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
             **about,
             "engine": engine,
             "searches": len(of_one),
-            "forwards": median(search.forwards for search in of_one),
-            "passes": median(search.passes for search in of_one),
-            "search_in_plain_forwards": median(search.seconds for search in of_one) / plain_seconds,
+            "forwards": median(one.found.forwards for one in of_one),
+            "passes": median(one.passes for one in of_one),
+            "search_in_plain_forwards": median(one.found.seconds for one in of_one) / plain_seconds,
             "step_size_in_plain_forwards": per_step_size[engine],
             "pass_over_virtual_pass": ratio if engine == "batched" else None,
             "extra_bytes": peak_bytes(partial(losses, engine)) - forward_peak,
@@ -199,22 +171,18 @@ def cost_rows(workload: Workload) -> list[dict[str, Any]]:
 
 
 class _Search(NamedTuple):
-    critical_lr: float
-    status: str
-    forwards: int
+    found: sharpkern.Measurement
     passes: int
-    seconds: float
 
 
 def _converged(searches: dict[str, list[_Search]]) -> dict[str, list[_Search]]:
     """Return the searches of the steps at which every engine found a crossing."""
-    steps = [found for found in zip(*searches.values(), strict=True) if all(s.status == "converged" for s in found)]
-    kept = {engine: [found[i] for found in steps] for i, engine in enumerate(searches)}
-    for engine, found in kept.items():
-        off = [abs(math.log(one.critical_lr / kept["virtual"][i].critical_lr)) for i, one in enumerate(found)]
+    steps = [one for one in zip(*searches.values(), strict=True) if all(s.found.status == "converged" for s in one)]
+    for i, engine in enumerate(searches):
+        off = [abs(math.log(one[i].found.critical_lr / one[0].found.critical_lr)) for one in steps]
         if not off or median(off) > _SAME:
-            raise RuntimeError(f"engine {engine} disagrees with virtual, nothing is timed: {searches}")
-    return kept
+            raise RuntimeError(f"engine {engine} disagrees with {ENGINES[0]}, nothing is timed: {searches}")
+    return {engine: [one[i] for one in steps] for i, engine in enumerate(searches)}
 
 
 def _per_step_size(
@@ -235,9 +203,9 @@ def _per_step_size(
 def measure(quick: bool) -> dict[str, Any]:
     """Compare the searches, then the engines."""
     rows: list[dict[str, Any]] = []
-    for run in standard_runs(quick):
-        print(run.name, file=sys.stderr)
-        rows += measure_run(run, OTHER_BATCH if run.other_batch else QUICK if quick else OWN_BATCH)
+    for name, run in standard_runs(quick).items():
+        print(name, file=sys.stderr)
+        rows += measure_run(name, run, OTHER_BATCH if run.other_batch else QUICK if quick else OWN_BATCH)
     columns = (
         "run method points evaluations_mean evaluations_p95 passes_with_base_loss_mean evaluations_first_ten_steps"
     )

@@ -14,6 +14,7 @@ One sequence of 256 tokens makes a step: few, so that weights formed for a probe
 λ_c varies more from batch to batch, than in runs of more tokens.
 """
 
+from dataclasses import replace
 from statistics import median, quantiles
 from typing import Any
 
@@ -21,7 +22,7 @@ import ledger
 import torch
 import transformers
 from torch import Tensor
-from workloads import seconds, text
+from workloads import Loss, Training, gpt_adamw, seconds, stretches, token_loss
 
 import sharpkern
 
@@ -32,33 +33,29 @@ _WARM_UP = 20
 _SPACING = 4
 
 
-class Training:
-    """Next-byte prediction on Python's help topics, by AdamW."""
+class Watched(Training):
+    """GPT-2 in training on Python's help topics, by AdamW, and its Monitor."""
 
     def __init__(self, width: int, layers: int, context: int, every: int) -> None:
         torch.manual_seed(0)
         sizes = {"vocab_size": 256, "n_positions": context, "n_embd": width, "n_layer": layers, "n_head": 8}
         others = {"bos_token_id": None, "eos_token_id": None}
-        self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **others))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
-        self.monitor = sharpkern.Monitor(self.model, self.optimizer, every=every)
-        self._data, self._context = text(), context
+        model, draw = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **others)), stretches(context)
 
-    def step(self, number: int, measured: bool) -> float:
+        def draw_next() -> Loss:
+            return replace(draw(context), of=lambda outputs, targets: token_loss(outputs.logits, targets))
+
+        super().__init__(model, [gpt_adamw(model.parameters(), 3e-4)], draw_next)
+        self.monitor = sharpkern.Monitor(model, self.optimizer, every=every)
+
+    def train(self, number: int, measured: bool) -> float:
         """Train one step, and return the seconds that it took."""
-        first = number * self._context % (len(self._data) - self._context)
-        tokens = self._data[None, first : first + self._context]
-
-        def loss_fn() -> Tensor:
-            loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
-            return loss
 
         def train() -> None:
-            self.optimizer.zero_grad()
-            loss_fn().backward()
+            loss_fn = self.begin()
             if measured:
                 self.monitor(loss_fn)
-            self.optimizer.step()
+            self.step()
 
         # Dropout masks are the step's, whoever has drawn before.
         torch.manual_seed(number)
@@ -70,7 +67,7 @@ class Training:
         return [*self.model.parameters(), *state]
 
 
-def windows(training: Training, twin: Training, num_steps: int, num_windows: int) -> list[dict[str, Any]]:
+def windows(training: Watched, twin: Watched, num_steps: int, num_windows: int) -> list[dict[str, Any]]:
     """Train twins in turns, step by step."""
     rows = []
     # The first step is measured, which starts from the last result.
@@ -80,7 +77,7 @@ def windows(training: Training, twin: Training, num_steps: int, num_windows: int
         for number in range(num_steps):
             for measured in (True, False) if number % 2 == 0 else (False, True):
                 one = training if measured else twin
-                taken[measured].append(one.step(_WARM_UP + window * num_steps + number, measured))
+                taken[measured].append(one.train(_WARM_UP + window * num_steps + number, measured))
         if not all(map(torch.equal, training.bits(), twin.bits())):
             raise RuntimeError("training with a monitor differs from training without, nothing is recorded")
         with_monitor, without = sum(taken[True]), sum(taken[False])
@@ -90,7 +87,7 @@ def windows(training: Training, twin: Training, num_steps: int, num_windows: int
     return rows
 
 
-def measured_steps(training: Training, num: int, start: int) -> list[dict[str, Any]]:
+def measured_steps(training: Watched, num: int, start: int) -> list[dict[str, Any]]:
     """Train on, some steps measured, and compare each with the steps around it that are not."""
     # The monitor is due on each call here.
     monitor = training.monitor
@@ -98,7 +95,7 @@ def measured_steps(training: Training, num: int, start: int) -> list[dict[str, A
     for number in range(num * _SPACING + _SPACING // 2):
         measured = number % _SPACING == _SPACING // 2
         monitor.step = 0
-        taken.append(training.step(start + number, measured))
+        taken.append(training.train(start + number, measured))
         if measured:
             measurements[number] = monitor.history[-1].measurement
     rows = []
@@ -114,17 +111,17 @@ def overhead(quick: bool) -> dict[str, Any]:
     """Train, in windows and then in single steps."""
     width, layers, context = (32, 2, 32) if quick else (512, 10, 256)
     num_steps, num_windows, num_measured = (4, 1, 3) if quick else (50, 2, 12)
-    training, twin = (Training(width, layers, context, num_steps) for _ in range(2))
-    first = [training.step(number, measured=number == 0) for number in range(_WARM_UP)]
+    training, twin = (Watched(width, layers, context, num_steps) for _ in range(2))
+    first = [training.train(number, measured=number == 0) for number in range(_WARM_UP)]
     for number in range(_WARM_UP):
-        twin.step(number, measured=False)
+        twin.train(number, measured=False)
     in_windows = windows(training, twin, num_steps, num_windows)
     del twin
     steps = measured_steps(training, num_measured, _WARM_UP + num_windows * num_steps)
     lower, middle, upper = quantiles((row["steps"] for row in steps), n=4, method="inclusive")
     return {
         "model": "GPT-2",
-        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "parameters": training.parameters,
         "tokens": context,
         "step_seconds": median(row["step_seconds"] for row in steps),
         "first_measurement_steps": first[0] / median(first[1:]) - 1,

@@ -16,17 +16,17 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 import ledger
 import numpy as np
 import torch
-from other_methods import MAIN, Found, Measure, Method, cheap, search, tops
-from workloads import Counted, Point, Training, seconds, timed
+from other_methods import MAIN, Found, Method, cheap, search, tops
+from workloads import Counted, Point, Training, in_turns, seconds, timed
 
 import sharpkern
 from sharpkern._support.figures import COLORS, GREY, legend_below, light_grid, new_figure
@@ -39,11 +39,7 @@ _WARM_UP = 8
 _SAME = 0.05
 
 
-class Taken(NamedTuple):
-    """One measurement of one method, and the seconds that it took."""
-
-    found: Found
-    seconds: float
+Taken = tuple[Found, float]  # what a method said, and the seconds that it took
 
 
 def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) -> list[dict[str, Any]]:
@@ -57,15 +53,15 @@ def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) 
     plain: list[float] = []
     first_unit = 0.0
     for step in range(_WARM_UP + steps):
+        if step:
+            training.step()
         loss_fn = training.begin(tokens)
         counts = step >= _WARM_UP
         now = _turn(methods if counts else searches, loss_fn, step, taken)
         first_unit = first_unit or median(now)
         if counts:
             plain += now
-            truths.append(true_sharpness(training, loss_fn, taken[searches[0].name][-1].found))
-        if step < _WARM_UP + steps - 1:
-            training.step()
+            truths.append(true_sharpness(training, loss_fn, taken[searches[0].name][-1][0]))
     about = {
         "model": size,
         "parameters": training.parameters,
@@ -77,13 +73,11 @@ def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) 
     }
     rows = []
     for method in methods:
-        counted = taken[method.name][-steps:]
+        (first, first_seconds), counted = taken[method.name][0], taken[method.name][-steps:]
         row = {**about, **_summary(method.name, method.quantity, counted, plain)}
         row["peak_bytes"] = peak_bytes(partial(method.measure, loss_fn))
         if method in searches:
-            first = taken[method.name][0]
-            row["first_in_plain_forwards"] = first.seconds / first_unit
-            row["first_forwards"] = first.found.forwards
+            row |= {"first_in_plain_forwards": first_seconds / first_unit, "first_forwards": first.forwards}
             row["errors"] = _errors(method.name, counted, truths)
         if method is searches[0]:
             row["early"] = early
@@ -96,11 +90,10 @@ def compare(size: str, tokens: int, trained: int, steps: int, everything: bool) 
 def _turn(methods: Sequence[Method], loss_fn: Counted, step: int, taken: dict[str, list[Taken]]) -> list[float]:
     """Measure a step by every method, and return what the plain forward passes between them took."""
     before = [parameter.detach().clone() for parameter in loss_fn.model.parameters()]
-    first = step % len(methods)
     plain = []
-    for method in [*methods[first:], *methods[:first]]:
+    for method in in_turns(methods, step):
         plain.append(seconds(loss_fn.plain))
-        taken[method.name].append(Taken(*timed(partial(method.measure, loss_fn))))
+        taken[method.name].append(timed(partial(method.measure, loss_fn)))
     if not all(map(torch.equal, before, loss_fn.model.parameters())):
         raise RuntimeError("a method has changed the weights, nothing is recorded")
     return plain
@@ -123,16 +116,16 @@ def true_sharpness(training: Training, loss_fn: Counted, near: Found) -> float |
         return None
     direction = sharpkern.Direction.from_optimizer(training.optimizer)
     by_parameter = dict(zip(direction.parameters, direction.tensors, strict=True))
-    weights = {name: parameter.detach() for name, parameter in training.model.named_parameters()}
-    moved = {name: by_parameter[parameter] for name, parameter in training.model.named_parameters()}
-    point = Point(0, training.lr, direction.slope, training.model, loss_fn.loss_of, loss_fn.batch, weights, moved)
+    weights = [parameter.detach() for parameter in training.model.parameters()]
+    deltas = [by_parameter[parameter] for parameter in training.model.parameters()]
+    point = Point(0, training.lr, direction.slope, training.model, loss_fn.loss, weights, deltas)
     crossing = point.first_crossing(start=0.4 / near.value, per_decade=10)
     return None if crossing is None else 2 / crossing
 
 
 def _errors(name: str, taken: Sequence[Taken], truths: Sequence[float | None]) -> list[float]:
     """Return the relative errors of η_c at the steps where there is one."""
-    pairs = [(one.found.value, truth) for one, truth in zip(taken, truths, strict=True)]
+    pairs = [(found.value, truth) for (found, _), truth in zip(taken, truths, strict=True)]
     errors = [abs(truth / value - 1) for value, truth in pairs if value is not None and truth is not None]
     if not errors or median(errors) > _SAME:
         raise RuntimeError(f"{name} is off, nothing is recorded: it found {pairs}")
@@ -143,33 +136,26 @@ def _top_rows(training: Training, loss_fn: Counted) -> list[dict[str, Any]]:
     """Return a row for each way to the largest eigenvalue."""
     rows = []
     for name, prepare in tops(training, loss_fn, TOL):
-        rows.append(_top_row(name, prepare, loss_fn))
+        row: dict[str, Any] = {"method": name, "quantity": "λ_max", "peak_bytes": None}
+        # Whatever another package raises with this torch is told in the row.
+        try:
+            measure = partial(prepare(), loss_fn)
+            plain = [seconds(loss_fn.plain) for _ in range(5)]
+            taken = timed(measure)
+            plain += [seconds(loss_fn.plain) for _ in range(5)]
+            row |= {**_summary(name, "λ_max", [taken], plain), "peak_bytes": peak_bytes(measure)}
+        except ImportError:
+            row["status"] = "not installed"
+        except Exception as error:
+            row["status"] = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        rows.append(row)
         gc.collect()
     return rows
 
 
-def _top_row(name: str, prepare: Callable[[], Measure], loss_fn: Counted) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": name, "quantity": "λ_max", "peak_bytes": None}
-    # Whatever another package raises with this torch is told in the row.
-    try:
-        measure = partial(prepare(), loss_fn)
-        plain = [seconds(loss_fn.plain) for _ in range(5)]
-        taken = Taken(*timed(measure))
-        plain += [seconds(loss_fn.plain) for _ in range(5)]
-        row |= _summary(name, "λ_max", [taken], plain)
-        row["peak_bytes"] = peak_bytes(measure)
-    except ImportError:
-        row["status"] = "not installed"
-    except Exception as error:
-        said = str(error).partition("\n")[0]
-        row["status"] = f"failed: {type(error).__name__}: {said}"
-    return row
-
-
 def _summary(name: str, quantity: str, taken: Sequence[Taken], plain: Sequence[float]) -> dict[str, Any]:
     """Return what a method's measurements took; the value is the last step's."""
-    each = [one.seconds / median(plain) for one in taken]
-    last = taken[-1].found
+    each, found = [one / median(plain) for _, one in taken], [one for one, _ in taken]
     return {
         "method": name,
         "quantity": quantity,
@@ -177,11 +163,11 @@ def _summary(name: str, quantity: str, taken: Sequence[Taken], plain: Sequence[f
         "measurements": len(taken),
         "in_plain_forwards": median(each),
         "in_plain_forwards_each": each,
-        "forwards": median(one.found.forwards for one in taken),
-        "forwards_mean": mean(one.found.forwards for one in taken),
-        "products": last.products,
-        "converged": last.converged,
-        "value": last.value,
+        "forwards": median(one.forwards for one in found),
+        "forwards_mean": mean(one.forwards for one in found),
+        "products": found[-1].products,
+        "converged": found[-1].converged,
+        "value": found[-1].value,
     }
 
 
@@ -204,41 +190,38 @@ def growth_rows(quick: bool) -> list[dict[str, Any]]:
     for size in ("tiny", "small", "1M") if quick else SIZES:
         trained = 20 if quick else _GROWTH_TRAINED
         training = Training.of_text(size, trained // 2)
-        for _ in range(trained):
-            training.begin(32 if quick else 256)
-            training.step()
+        training.run(trained, 32 if quick else 256)
         searches = _QUICK_SEARCHES if quick else _SEARCHES
         found += [_growth_row(training, size, tokens, count) for tokens, count in searches.items()]
     return found
 
 
 def _growth_row(training: Training, size: str, tokens: int, searches: int) -> dict[str, Any]:
-    monitor = sharpkern.Monitor(training.model, training.optimizer)
-    plain, taken = [], []
+    method = Method("sharpkern", "λ_c", search(training, engine="virtual"))
+    taken: dict[str, list[Taken]] = defaultdict(list)
+    plain: list[float] = []
     for step in range(_GROWTH_WARM_UP + searches):
-        loss_fn = training.begin(tokens)
-        before, of_search, after = map(seconds, (loss_fn.plain, partial(monitor, loss_fn), loss_fn.plain))
-        if step >= _GROWTH_WARM_UP:
-            plain += [before, after]
-            taken.append((of_search, monitor.history[-1].measurement))
-        if step < _GROWTH_WARM_UP + searches - 1:
+        if step:
             training.step()
-    converged = [(one, m.forwards) for one, m in taken if m.status == "converged"]
+        loss_fn = training.begin(tokens)
+        plain += [*_turn([method], loss_fn, step, taken), seconds(loss_fn.plain)]
+    counted = taken[method.name][-searches:]
+    converged = [(one, found.forwards) for found, one in counted if found.converged]
     if not converged:
-        raise RuntimeError(f"no search of {size} and {tokens} tokens has converged: {[m.status for _, m in taken]}")
+        raise RuntimeError(f"no search of {size} and {tokens} tokens has converged: {counted}")
     return {
         "model": size,
         "parameters": training.parameters,
         "tokens": tokens,
-        "engine": taken[-1][1].engine,
+        "engine": "virtual",
         "searches": len(converged),
-        "not_converged": len(taken) - len(converged),
-        "plain_forward_seconds": median(plain),
+        "not_converged": len(counted) - len(converged),
+        "plain_forward_seconds": median(plain[-2 * searches :]),
         "search_seconds": median(one for one, _ in converged),
         "seconds_per_loss": median(one / forwards for one, forwards in converged),
         "forwards": median(forwards for _, forwards in converged),
         "forwards_mean": mean(forwards for _, forwards in converged),
-        "peak_bytes": peak_bytes(lambda: monitor(loss_fn)),
+        "peak_bytes": peak_bytes(partial(method.measure, loss_fn)),
         "plain_peak_bytes": peak_bytes(loss_fn.plain),
         "parameter_bytes": training.parameter_bytes,
     }

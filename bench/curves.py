@@ -10,19 +10,17 @@ one when the loss has halved, and the guard for unexpectedly far answers.
 """
 
 import argparse
-import copy
 import gzip
 import json
 import math
 import random
 import sys
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # The checkout, also where the package is not installed.
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ledger
 import numpy as np
 import torch
+import workloads
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workloads import GPT, standard_digits, text, token_loss
+from torch.optim import SGD, Adam, AdamW
+from workloads import GPT, Loss, Point, Run, Training, classified, gpt_adamw, images, ramps, sentences, trained
+from workloads import stack as _stack
 
-from sharpkern.cli.digits import network
-from sharpkern.search import LineSearch, SearchMemory
+from sharpkern.search import LineSearch, SearchMemory, SearchResult
 
 FILE = ledger.RESULTS / "curves.json.gz"
 # Step sizes of a record over the first crossing, in log: dense around it.
@@ -52,24 +52,15 @@ class Curve:
     """The loss along one update, around its first crossing.
 
     With x = log(η/η_c) the record is of w·exp(−x), where w = 1 + (f(η) − f(0))/(slope·η): a constant on a quadratic.
-
-    Attributes:
-        step: of training.
-        lr: the learning rate in use.
-        base_loss: f(0).
-        slope: −f′(0).
-        norm_sq: |Δθ|².
-        crossing: the first η with f(η) > f(0).
-        bend: w·exp(−x) at each of `NODES`; nan where the loss is not finite.
     """
 
-    step: int
-    lr: float
-    base_loss: float
-    slope: float
-    norm_sq: float
-    crossing: float
-    bend: list[float] = field(repr=False)
+    step: int  # of training
+    lr: float  # in use
+    base_loss: float  # f(0)
+    slope: float  # −f′(0)
+    norm_sq: float  # |Δθ|²
+    crossing: float  # the first η with f(η) > f(0)
+    bend: list[float] = field(repr=False)  # w·exp(−x) at each of `NODES`; nan where the loss is not finite
 
     def rise(self, eta: float) -> float:
         """Return f(η) − f(0), by cubics through four nodes each."""
@@ -85,92 +76,30 @@ class Curve:
         return (w - 1.0) * self.slope * eta if math.isfinite(w) else math.inf
 
 
-# --- Training ------------------------------------------------------------------------------------------------------
+def curve_of(point: Point) -> Curve | None:
+    """Return the curve of a point, or None where the loss does not fall at first, or not rise at last."""
+    point, lr, slope = point.to(torch.float64), point.lr, point.slope
+    base_loss = point.loss(0.0)
 
+    def rise(eta: float) -> float:
+        return point.loss(eta) - base_loss
 
-Loss = Callable[[nn.Module], Tensor]
-
-
-@dataclass
-class Training:
-    """A model in training.
-
-    Attributes:
-        model: that is trained.
-        optimizers: each with its share of the parameters.
-        draw: returns the loss, as a function of the model in any precision, of the batch of a step.
-        schedule: share of the learning rate at a step.
-    """
-
-    model: nn.Module
-    optimizers: Sequence[torch.optim.Optimizer]
-    draw: Callable[[int], Loss]
-    schedule: Callable[[int], float] = lambda step: 1.0
-
-    def curves(self, measured: Sequence[int]) -> Iterator[Curve]:
-        """Train, and record the loss along the update at each step measured, where there is a first crossing."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        peaks = [group["lr"] for group in groups]
-        for step in range(max(measured) + 1):
-            for group, peak in zip(groups, peaks, strict=True):
-                group["lr"] = peak * self.schedule(step)
-            loss_of = self.draw(step)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            loss_of(self.model).backward()
-            before = copy.deepcopy(self.model) if step in measured else None
-            gradients = [None if p.grad is None else p.grad.double() for p in self.model.parameters()]
-            for optimizer in self.optimizers:
-                optimizer.step()
-            if before is not None:
-                lr = groups[0]["lr"]
-                pairs = zip(before.parameters(), self.model.parameters(), strict=True)
-                direction = [(old.detach().double() - new.detach().double()) / lr for old, new in pairs]
-                slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None)
-                curve = _record(_Line(before, loss_of, direction), step, lr, slope)
-                if curve is not None:
-                    yield curve
-
-
-class _Line:
-    """The loss along a direction in float64."""
-
-    def __init__(self, model: nn.Module, loss_of: Loss, direction: Sequence[Tensor]) -> None:
-        self._model, self._loss_of = copy.deepcopy(model).double(), loss_of
-        self._weights = [p.detach().clone() for p in self._model.parameters()]
-        self._direction = direction
-        self.base_loss = self._loss(0.0)
-        self.norm_sq = sum(float((d**2).sum()) for d in direction)
-
-    def rise(self, eta: float) -> float:
-        """Return f(η) − f(0)."""
-        return self._loss(eta) - self.base_loss
-
-    @torch.no_grad()
-    def _loss(self, eta: float) -> float:
-        for p, w, d in zip(self._model.parameters(), self._weights, self._direction, strict=True):
-            torch.sub(w, d, alpha=eta, out=p)
-        return float(self._loss_of(self._model))
-
-
-def _record(line: _Line, step: int, lr: float, slope: float) -> Curve | None:
-    """Return the curve, or None where the loss does not fall at first, or not rise at last."""
-    if slope <= 0:
+    if slope is None or slope <= 0:
         return None
-    lo = 1e-2 * min(lr, 0.1 * abs(line.base_loss) / slope)
-    top = max(1e4 * lr, 100 * abs(line.base_loss) / slope)
-    while not line.rise(lo) <= 0:
+    lo = 1e-2 * min(lr, 0.1 * abs(base_loss) / slope)
+    top = max(1e4 * lr, 100 * abs(base_loss) / slope)
+    while not rise(lo) <= 0:
         lo /= 4
         if lo < 1e-12 * lr:
             return None
-    while line.rise(lo * _SCAN) <= 0:
+    while rise(lo * _SCAN) <= 0:
         lo *= _SCAN
         if lo > top:
             return None
     hi = lo * _SCAN
     while True:
-        crossing = _zero(line.rise, lo, hi)
-        rises = [line.rise(crossing * math.exp(x)) for x in NODES]
+        crossing = _zero(rise, lo, hi)
+        rises = [rise(crossing * math.exp(x)) for x in NODES]
         below = next((i for i, x in enumerate(NODES) if x < -1e-9 and not rises[i] <= 0), None)
         if not below:
             break
@@ -181,7 +110,7 @@ def _record(line: _Line, step: int, lr: float, slope: float) -> Curve | None:
     ]
     rounded = [float(f"{value:.6g}") if math.isfinite(value) else math.nan for value in bend]
     rounded[NODES.index(0.0)] = 1.0
-    return Curve(step, lr, line.base_loss, slope, line.norm_sq, crossing, rounded)
+    return Curve(point.step, lr, base_loss, slope, point.norm_sq, crossing, rounded)
 
 
 def _zero(rise: Callable[[float], float], lo: float, hi: float) -> float:
@@ -214,25 +143,14 @@ class Lion(torch.optim.Optimizer):
                 momentum.lerp_(p.grad, 1 - beta2)
 
 
-def _stack(*widths: int, between: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Sequential:
-    """Return linear layers with something between them."""
-    layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(pairwise(widths)):
-        if i:
-            layers += [nn.BatchNorm1d(before)] * norm + [between()]
-        layers.append(nn.Linear(before, after))
-    return nn.Sequential(*layers)
-
-
 def _convolution(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after))
 
 
-def _cnn() -> nn.Sequential:
-    """Return two convolutions with BatchNorm, for images in a row."""
-    first, second = _convolution(1, 16), _convolution(16, 32)
-    body = (first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU())
-    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+def _of_images(width: int, *body: nn.Module) -> nn.Sequential:
+    """Return a classifier of images in a row, whose body ends in so many channels."""
+    rest = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *body, *rest)
 
 
 class _Residual(nn.Module):
@@ -244,9 +162,13 @@ class _Residual(nn.Module):
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
+def _cnn() -> nn.Sequential:
+    first, second = _convolution(1, 16), _convolution(16, 32)
+    return _of_images(32, first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU())
+
+
 def _resnet() -> nn.Sequential:
-    body = (_convolution(1, 16), nn.ReLU(), _Residual(16), nn.MaxPool2d(2), _Residual(16))
-    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return _of_images(16, _convolution(1, 16), nn.ReLU(), _Residual(16), nn.MaxPool2d(2), _Residual(16))
 
 
 class _ViT(nn.Module):
@@ -289,75 +211,45 @@ class _ActorCritic(nn.Module):
         return self.action(hidden).log_softmax(-1), self.value(hidden)[:, 0]
 
 
-# --- Batches -------------------------------------------------------------------------------------------------------
+# --- Runs ----------------------------------------------------------------------------------------------------------
 
 
-def _like(model: nn.Module, x: Tensor) -> Tensor:
-    """Return numbers in the model's precision."""
-    return x.to(next(model.parameters()).dtype)
+def _reconstructed(seed: int) -> Callable[[], Loss]:
+    draw = images(seed, 64)
 
-
-def _images(size: int, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Return a function that draws digits, a fifth of them with a wrong label."""
-    images, targets = standard_digits()
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> tuple[Tensor, Tensor]:
-        rows = torch.randint(0, len(images), (size,), generator=generator)
-        return images[rows], targets[rows]
-
-    return draw
-
-
-def _classified(size: int, seed: int, label_smoothing: float = 0.0) -> Callable[[int], Loss]:
-    draw = _images(size, seed)
-
-    def loss(step: int) -> Loss:
-        images, targets = draw()
-        return lambda model: F.cross_entropy(model(_like(model, images)), targets, label_smoothing=label_smoothing)
+    def loss() -> Loss:
+        inputs, _ = draw()
+        return Loss(F.mse_loss, (inputs, inputs))
 
     return loss
 
 
-def _sentences(num_rows: int, length: int, seed: int) -> Callable[[int], Loss]:
-    data, generator = text(), torch.Generator().manual_seed(seed)
-
-    def loss(step: int) -> Loss:
-        starts = torch.randint(0, len(data) - length - 1, (num_rows,), generator=generator)
-        rows = torch.stack([data[start : start + length + 1] for start in starts])
-        return lambda model: token_loss(model(rows[:, :-1]), rows[:, 1:])
-
-    return loss
-
-
-def _reconstructed(seed: int) -> Callable[[int], Loss]:
-    draw = _images(64, seed)
-
-    def loss(step: int) -> Loss:
-        images, _ = draw()
-        return lambda model: F.mse_loss(model(_like(model, images)), _like(model, images))
-
-    return loss
-
-
-def _denoised(seed: int) -> Callable[[int], Loss]:
+def _denoised(seed: int) -> Callable[[], Loss]:
     """Return losses of a model that is to find the noise in images, told how much there is."""
-    draw, generator = _images(64, seed), torch.Generator().manual_seed(seed + 1)
+    draw, generator = images(seed, 64), torch.Generator().manual_seed(seed + 1)
 
-    def loss(step: int) -> Loss:
-        images, _ = draw()
-        angle = 0.5 * math.pi * torch.rand(len(images), 1, generator=generator)
-        noise = torch.randn(images.shape, generator=generator)
+    def loss() -> Loss:
+        clean, _ = draw()
+        angle = 0.5 * math.pi * torch.rand(len(clean), 1, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
         waves = angle * torch.arange(1, 17, 2)
-        inputs = torch.cat([angle.cos() * (2 * images - 1) + angle.sin() * noise, waves.sin(), waves.cos()], 1)
-        return lambda model: F.mse_loss(model(_like(model, inputs)), _like(model, noise))
+        inputs = torch.cat([angle.cos() * (2 * clean - 1) + angle.sin() * noise, waves.sin(), waves.cos()], 1)
+        return Loss(F.mse_loss, (inputs, noise))
 
     return loss
 
 
-def _rewarded(model: nn.Module, seed: int) -> Callable[[int], Loss]:
-    """Return clipped policy losses (PPO) on parts of 256 actions, drawn anew every 16 steps, with linear rewards."""
-    generator = torch.Generator().manual_seed(seed)
+def _clipped(outputs: tuple[Tensor, Tensor], played: Sequence[Tensor]) -> Tensor:
+    """Return the policy loss of PPO, with those of the value and of the entropy."""
+    (log_p, value), (actions, rewards, advantage, old_log_p) = outputs, played
+    ratio = (log_p.gather(1, actions)[:, 0] - old_log_p).exp()
+    clipped = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    return 0.5 * F.mse_loss(value, rewards) - clipped.mean() + 0.01 * (log_p.exp() * log_p).sum(-1).mean()
+
+
+def _ppo(seed: int) -> Training:
+    """Return PPO on parts of 256 actions, drawn anew every 16 steps, with linear rewards."""
+    model, generator = _ActorCritic(), torch.Generator().manual_seed(seed + 1)
     preferences = torch.randn(8, 4, generator=generator)
     played: list[Tensor] = []
 
@@ -370,128 +262,77 @@ def _rewarded(model: nn.Module, seed: int) -> Callable[[int], Loss]:
         advantage = (rewards - value - (rewards - value).mean()) / (rewards - value).std()
         return [states, actions, rewards, advantage, log_p.gather(1, actions)[:, 0]]
 
-    def loss(step: int) -> Loss:
-        if step % 16 == 0:
+    def loss() -> Loss:
+        if training.steps % 16 == 0:
             played[:] = play()
         rows = torch.randperm(256, generator=generator)[:64]
-        states, actions, *rest = (column[rows] for column in played)
+        states, *rest = (column[rows] for column in played)
+        return Loss(_clipped, (states, rest))
 
-        def of(model: nn.Module) -> Tensor:
-            rewards, advantage, old_log_p = (_like(model, column) for column in rest)
-            log_p, value = model(_like(model, states))
-            ratio = (log_p.gather(1, actions)[:, 0] - old_log_p).exp()
-            clipped = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-            return 0.5 * F.mse_loss(value, rewards) - clipped.mean() + 0.01 * (log_p.exp() * log_p).sum(-1).mean()
-
-        return of
-
-    return loss
-
-
-# --- Runs ----------------------------------------------------------------------------------------------------------
-
-
-def _warm_up(step: int) -> float:
-    """Share of the learning rate: up in 100 steps, down in the last 100."""
-    return min(1.0, (step + 1) / 100, (NUM_STEPS - step) / 100)
+    training = trained(model, Adam, loss, lr=1e-3)
+    return training
 
 
 def _with_muon(model: GPT) -> list[torch.optim.Optimizer]:
     inner = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not q for q in inner)]
-    adamw = torch.optim.AdamW(others, 3e-3, betas=(0.9, 0.95))
+    adamw = AdamW(others, 3e-3, betas=(0.9, 0.95))
     return [torch.optim.Muon(inner, lr=0.02, weight_decay=0.0), adamw]
-
-
-def _trained(
-    model: nn.Module, optimizer: type[torch.optim.Optimizer], draw: Callable[[int], Loss], **options: Any
-) -> Training:
-    schedule = options.pop("schedule", None)
-    training = Training(model, [optimizer(model.parameters(), **options)], draw)
-    return training if schedule is None else Training(model, training.optimizers, draw, schedule)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run.
-
-    Attributes:
-        group: "tuned", "untuned" or "held out".
-        make: builds it, from the seed of its batches.
-        measured: the steps to record.
-    """
-
-    group: str
-    make: Callable[[int], Training]
-    measured: Sequence[int] = MEASURED
-
-
-def _ppo(seed: int) -> Training:
-    model = _ActorCritic()
-    return _trained(model, torch.optim.Adam, _rewarded(model, seed), lr=1e-3)
 
 
 def _muon(seed: int) -> Training:
     model = GPT(48)
-    return Training(model, _with_muon(model), _sentences(8, 64, seed), _warm_up)
+    return Training(model, _with_muon(model), sentences(seed + 1, 8), _RAMPS)
 
 
-_Adam, _AdamW, _SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
-_GPT_ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "schedule": _warm_up}
+def _run(
+    group: str,
+    model: Callable[[], nn.Module],
+    optimizer: Callable[..., torch.optim.Optimizer],
+    draw: Callable[[int], Callable[[], Loss]],
+    schedule: Callable[[int], float] = workloads.CONSTANT,
+    **options: float,
+) -> Run:
+    """Return a run of a model by one optimizer on what is drawn by a seed of its own."""
+    return Run(lambda seed: trained(model(), optimizer, draw(seed + 1), schedule, **options), MEASURED, group=group)
+
+
+_RAMPS = ramps(NUM_STEPS, 100, 100)
+_digits = partial(classified, size=32)
+_sentences, _short = (partial(sentences, num_rows=8, length=length) for length in (64, 32))
 
 RUNS: dict[str, Run] = {
-    "MLP, SGD": Run(
-        "tuned", lambda s: _trained(network(s - 1), _SGD, _classified(64, s), lr=0.1), range(0, NUM_STEPS, 4)
+    "MLP, SGD": Run(workloads.mlp, range(0, NUM_STEPS, 4), group="tuned"),
+    "MLP, SGD momentum": Run(partial(workloads.mlp, lr=0.03, momentum=0.9), range(0, NUM_STEPS, 4), group="tuned"),
+    "GPT, AdamW": Run(partial(workloads.gpt, schedule=_RAMPS), MEASURED, group="tuned"),
+    "PPO, Adam": Run(_ppo, sorted({*MEASURED, *range(16, NUM_STEPS, 13)}), group="untuned"),
+    "diffusion, AdamW": _run("untuned", partial(_stack, 80, 128, 128, 64, between=nn.SiLU), AdamW, _denoised, lr=2e-3),
+    "autoencoder, Adafactor": _run(
+        "untuned", partial(_stack, 64, 64, 8, 64, 64), torch.optim.Adafactor, _reconstructed, lr=0.02
     ),
-    "MLP, SGD momentum": Run(
-        "tuned",
-        lambda s: _trained(network(s - 1), _SGD, _classified(64, s), lr=0.03, momentum=0.9),
-        range(0, NUM_STEPS, 4),
+    "CNN with BatchNorm, SGD momentum": _run("untuned", _cnn, SGD, _digits, lr=0.05, momentum=0.9, weight_decay=1e-4),
+    "CNN with BatchNorm, Adam, batch 8": _run("untuned", _cnn, Adam, partial(classified, size=8), lr=1e-3),
+    "ViT, label smoothing": _run(
+        "untuned", _ViT, AdamW, partial(classified, size=64, label_smoothing=0.1), _RAMPS, lr=2e-3, weight_decay=0.05
     ),
-    "GPT, AdamW": Run("tuned", lambda s: _trained(GPT(), _AdamW, _sentences(16, 64, s), lr=3e-3, **_GPT_ADAMW)),
-    "PPO, Adam": Run("untuned", _ppo, sorted({*MEASURED, *range(16, NUM_STEPS, 13)})),
-    "diffusion, AdamW": Run(
-        "untuned", lambda s: _trained(_stack(80, 128, 128, 64, between=nn.SiLU), _AdamW, _denoised(s), lr=2e-3)
+    "LSTM, Adam": _run(
+        "untuned", partial(_Recurrent, nn.LSTM, 96), Adam, partial(sentences, num_rows=8, length=48), lr=3e-3
     ),
-    "autoencoder, Adafactor": Run(
-        "untuned", lambda s: _trained(_stack(64, 64, 8, 64, 64), torch.optim.Adafactor, _reconstructed(s), lr=0.02)
+    "GPT, Muon": Run(_muon, MEASURED, group="untuned"),
+    "GPT, AdamW, batch 8": _run("untuned", partial(GPT, 48, 3), gpt_adamw, _sentences, _RAMPS, lr=2e-3),
+    "GPT, Lion, batch 8": _run("untuned", partial(GPT, 48), Lion, _sentences, _RAMPS, lr=3e-4),
+    "ResNet with BatchNorm, SGD": _run("held out", _resnet, SGD, _digits, lr=0.1),
+    "MLP with BatchNorm, AdamW": _run(
+        "held out", partial(_stack, 64, 96, 96, 10, between=nn.ReLU, norm=True), AdamW, _digits, lr=2e-3
     ),
-    "CNN with BatchNorm, SGD momentum": Run(
-        "untuned", lambda s: _trained(_cnn(), _SGD, _classified(32, s), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    ),
-    "CNN with BatchNorm, Adam, batch 8": Run("untuned", lambda s: _trained(_cnn(), _Adam, _classified(8, s), lr=1e-3)),
-    "ViT, label smoothing": Run(
-        "untuned",
-        lambda s: _trained(_ViT(), _AdamW, _classified(64, s, 0.1), lr=2e-3, weight_decay=0.05, schedule=_warm_up),
-    ),
-    "LSTM, Adam": Run("untuned", lambda s: _trained(_Recurrent(nn.LSTM, 96), _Adam, _sentences(8, 48, s), lr=3e-3)),
-    "GPT, Muon": Run("untuned", _muon),
-    "GPT, AdamW, batch 8": Run(
-        "untuned", lambda s: _trained(GPT(48, 3), _AdamW, _sentences(8, 64, s), lr=2e-3, **_GPT_ADAMW)
-    ),
-    "GPT, Lion, batch 8": Run(
-        "untuned", lambda s: _trained(GPT(48), Lion, _sentences(8, 64, s), lr=3e-4, schedule=_warm_up)
-    ),
-    "ResNet with BatchNorm, SGD": Run("held out", lambda s: _trained(_resnet(), _SGD, _classified(32, s), lr=0.1)),
-    "MLP with BatchNorm, AdamW": Run(
-        "held out",
-        lambda s: _trained(_stack(64, 96, 96, 10, between=nn.ReLU, norm=True), _AdamW, _classified(32, s), lr=2e-3),
-    ),
-    "GRU, RMSprop": Run(
-        "held out", lambda s: _trained(_Recurrent(nn.GRU, 64), torch.optim.RMSprop, _sentences(8, 32, s), lr=1e-3)
-    ),
-    "GPT of width 32, SGD momentum": Run(
-        "held out",
-        lambda s: _trained(GPT(32, 1), _SGD, _sentences(8, 32, s), lr=0.1, momentum=0.9, schedule=_warm_up),
-    ),
+    "GRU, RMSprop": _run("held out", partial(_Recurrent, nn.GRU, 64), torch.optim.RMSprop, _short, lr=1e-3),
+    "GPT of width 32, SGD momentum": _run("held out", partial(GPT, 32, 1), SGD, _short, _RAMPS, lr=0.1, momentum=0.9),
 }
 
 
 def record(name: str, seed: int = 0) -> list[Curve]:
     """Train a run and return its curves."""
-    run = RUNS[name]
-    torch.manual_seed(seed)
-    return list(run.make(seed + 1).curves(run.measured))
+    return list(filter(None, map(curve_of, replace(RUNS[name], seed=seed).points())))
 
 
 def load(path: Path = FILE) -> dict[str, list[Curve]]:
@@ -508,7 +349,7 @@ def save(curves: Mapping[str, Sequence[Curve]], path: Path = FILE) -> None:
     path.write_bytes(gzip.compress(json.dumps(stored).encode(), 9, mtime=0))
 
 
-# --- Replay --------------------------------------------------------------------------------------------------------
+# --- Searches ------------------------------------------------------------------------------------------------------
 
 # Of each run, the noise of its losses in float32 is drawn from this range, relative to the base loss.
 NOISE = (5e-8, 2e-7)
@@ -521,23 +362,27 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a search said of one curve.
-
-    Attributes:
-        step: of training.
-        evaluations: base loss not counted.
-        status: of the search.
-        miss: distance of its answer from the first crossing, in log units; nan where there is none.
-        reported: the distance that it reported.
-    """
+class Answer(NamedTuple):
+    """What a search said at a step of training."""
 
     step: int
-    evaluations: int
-    status: str
-    miss: float
-    reported: float
+    result: SearchResult
+    crossing: float | None  # the first one, if it is known
+    passes: int = 1
+
+    @property
+    def miss(self) -> float:
+        """The distance of the answer from the first crossing, in log units; nan where there is none."""
+        there = self.crossing is not None and self.result.status == "converged"
+        return abs(math.log(self.result.critical_lr / self.crossing)) if there else math.nan
+
+
+def search(loss: Callable[[float], float], base_loss: float, **options: Any) -> SearchResult:
+    """Search along a loss."""
+    line = LineSearch(base_loss, **options)
+    while step_sizes := line.ask():
+        line.tell([loss(eta) for eta in step_sizes])
+    return line.result()
 
 
 def replay(curves: Sequence[Curve], seed: str = "0", **options: Any) -> list[Answer]:
@@ -547,42 +392,34 @@ def replay(curves: Sequence[Curve], seed: str = "0", **options: Any) -> list[Ans
     memory: SearchMemory | None = None
     answers = []
     for curve in curves:
-        size = noise * abs(curve.base_loss)
-        search = LineSearch(
-            curve.base_loss + rng.gauss(0.0, size),
-            slope=curve.slope,
-            norm_sq=curve.norm_sq,
-            initial_lr=curve.lr,
-            memory=memory,
-            **options,
-        )
-        while step_sizes := search.ask():
-            search.tell([curve.base_loss + curve.rise(eta) + rng.gauss(0.0, size) for eta in step_sizes])
-        result = search.result()
+
+        def loss(eta: float, curve: Curve = curve) -> float:
+            rise = curve.rise(eta) if eta else 0.0
+            return curve.base_loss + rise + rng.gauss(0.0, noise * abs(curve.base_loss))
+
+        known = {"slope": curve.slope, "norm_sq": curve.norm_sq, "initial_lr": curve.lr, "memory": memory}
+        result = search(loss, loss(0.0), **known, **options)
         memory = result.memory
-        found = result.status == "converged"
-        miss = abs(math.log(result.critical_lr / curve.crossing)) if found else math.nan
-        reported = math.log1p(result.error) if found else math.nan
-        answers.append(Answer(curve.step, result.evaluations, result.status, miss, reported))
+        answers.append(Answer(curve.step, result, curve.crossing))
     return answers
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return evaluations and errors of searches."""
-    found = [answer for answer in answers if answer.status == "converged"]
+    """Return evaluations, the base loss not counted, and errors of searches."""
+    found = [answer for answer in answers if not math.isnan(answer.miss)]
     misses = np.array([answer.miss for answer in found])
-    evaluations = np.array([answer.evaluations for answer in answers])
+    evaluations = np.array([answer.result.evaluations for answer in answers])
     median, p95, p99 = (float(np.percentile(misses, q)) for q in (50, 95, 99))
     return {
         "searches": len(answers),
-        "without_answer": len(answers) - len(found),
+        "without_answer": sum(answer.result.status != "converged" for answer in answers),
         "evaluations_mean": float(evaluations.mean()),
         "evaluations_p95": float(np.percentile(evaluations, 95)),
         "error_median": median,
         "error_p95": p95,
         "error_p99": p99,
         "missed": int((misses > MISSED).sum()),
-        "covered": float(np.mean([answer.miss <= answer.reported for answer in found])),
+        "covered": float(np.mean([answer.miss <= math.log1p(answer.result.error) for answer in found])),
     }
 
 
@@ -601,16 +438,12 @@ def rows(curves: Mapping[str, Sequence[Curve]], seeds: int) -> list[dict[str, An
     return found
 
 
-def _table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows for people."""
-    lines = [f"{'search':12}{'group':10}{'run':36}evaluations, p95    error %, p95, p99     missed  covered %"]
-    for row in found:
-        errors = "".join(f"{100 * row[key]:8.3f}" for key in ("error_median", "error_p95", "error_p99"))
-        lines.append(
-            f"{row['search']:12}{row['group']:10}{row['run']:36}{row['evaluations_mean']:6.2f}"
-            f"{row['evaluations_p95']:6.0f}{errors}{row['missed']:8}{100 * row['covered']:10.1f}"
-        )
-    return "\n".join(lines)
+def measure(quick: bool) -> dict[str, Any]:
+    """Search along all recorded curves, with noise of one seed or of four."""
+    found = rows(load(), 1 if quick else 4)
+    columns = "search group run evaluations_mean evaluations_p95 error_median error_p95 error_p99 missed covered"
+    ledger.show("Searches along recorded losses", found, columns)
+    return {"search": found}
 
 
 def main() -> None:
@@ -621,19 +454,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="replay with noise of one seed in place of four")
     parser.add_argument("--json", type=Path, help="append the rows of a replay to this file")
     arguments = parser.parse_args()
+    if arguments.what == "replay":
+        ledger.run(measure, arguments.quick, arguments.json)
+        return
     torch.set_num_threads(1)
     curves = load()
-    if arguments.what == "record":
-        for name in [arguments.only] if arguments.only else [name for name in RUNS if name not in curves]:
-            started = time.perf_counter()
-            curves[name] = record(name)
-            save(curves)
-            print(f"{name}: {len(curves[name])} curves after {time.perf_counter() - started:.0f} s", flush=True)
-        return
-    made = ledger.record(arguments.quick, lambda quick: {"search": rows(curves, 1 if quick else 4)})
-    print(_table(made["search"]))
-    if arguments.json:
-        ledger.append(arguments.json, made)
+    for name in [arguments.only] if arguments.only else [name for name in RUNS if name not in curves]:
+        curves[name], taken = workloads.timed(partial(record, name))
+        save(curves)
+        print(f"{name}: {len(curves[name])} curves after {taken:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

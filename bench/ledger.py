@@ -30,18 +30,23 @@ Measure = Callable[[bool], dict[str, Any]]
 
 
 def main(about: str | None, measure: Measure) -> None:
-    """Run a benchmark from the command line, in one thread, and add its record to a file."""
+    """Run a benchmark from the command line."""
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small version, whose figures mean nothing")
     parser.add_argument("--json", type=Path, help="add the record to this file")
     arguments = parser.parse_args()
+    run(measure, arguments.quick, arguments.json)
+
+
+def run(measure: Measure, quick: bool, path: Path | None) -> None:
+    """Run a benchmark in one thread, and add its record to a file if there is one."""
     torch.set_num_threads(1)
-    made = record(arguments.quick, measure)
+    made = record(quick, measure)
     conditions = made["environment"]
     before, after = conditions["load_average"]
     print(f"{conditions['seconds']:.0f} s; load average {before:.1f} before, {after:.1f} after")
-    if arguments.json:
-        append(arguments.json, made)
+    if path:
+        append(path, made)
 
 
 def record(quick: bool, measure: Measure) -> dict[str, Any]:

@@ -46,8 +46,6 @@ MAIN = (
     "sharpkern, loss differences",
     "double backward",
 )
-# Steps of Lanczos that the benchmark's models take, as its own verdict says.
-_LANCZOS_STEPS = 10
 _MOST_PROBES = 40
 
 
@@ -99,16 +97,17 @@ def tops(training: Training, loss_fn: Counted, tol: float) -> list[tuple[str, Ca
         found = hessian_sharpness(training.model, loss_fn, tol=tol)
         return Found(found.value, 1, found.iterations, found.converged)
 
-    def by(peer: Any, method: str, **options: int) -> Measure:
-        run = getattr(peer(training.model, loss_fn.batch), method)
-        return lambda _: run(tol, **options)
+    def by(peer: Any, *options: Any) -> Measure:
+        found = peer(training.model, loss_fn.loss.batch)
+        return lambda _: found.top(tol, *options)
 
     return [
         ("sharpkern", lambda: ours),
-        ("curvlinops and scipy", lambda: by(CurvLinOps, "eigsh")),
-        ("hessian-eigenthings, Lanczos", lambda: by(EigenThings, "lanczos", steps=_LANCZOS_STEPS)),
-        ("hessian-eigenthings, power iteration", lambda: by(EigenThings, "power")),
-        ("PyHessian, power iteration", lambda: by(PyHessian, "power")),
+        ("curvlinops and scipy", lambda: by(CurvLinOps)),
+        # Steps of Lanczos that the benchmark's models take, as its own verdict says.
+        ("hessian-eigenthings, Lanczos", lambda: by(EigenThings, "lanczos", 10)),
+        ("hessian-eigenthings, power iteration", lambda: by(EigenThings, "deflated_power_iteration")),
+        ("PyHessian, power iteration", lambda: by(PyHessian)),
     ]
 
 
@@ -122,7 +121,7 @@ def search(training: Training, **options: Any) -> Measure:
     own = type("Own", (Counted,), {})
 
     def measure(loss_fn: Counted) -> Found:
-        found = monitor(own(loss_fn.model, loss_fn.loss_of, loss_fn.batch))
+        found = monitor(own(loss_fn.model, loss_fn.loss))
         converged = found.status == "converged"
         return Found(found.sharpness if converged else None, found.forwards, converged=converged)
 
@@ -236,21 +235,14 @@ class EigenThings:
         return self._operator.matvec(vector)
 
     @sdpa_kernel(SDPBackend.MATH)
-    def lanczos(self, tol: float, steps: int = 40) -> Found:
-        """Find the largest eigenvalue by a number of Lanczos steps, which are all made; tol is for the verdict."""
-        from hessian_eigenthings import lanczos
+    def top(self, tol: float, find: str, steps: int = 100) -> Found:
+        """Find the largest eigenvalue by Lanczos, whose steps are all made, or "deflated_power_iteration"."""
+        import hessian_eigenthings
 
-        return self._found(lanczos(self._operator, k=1, max_iter=steps, which="LA", tol=tol, seed=0))
-
-    @sdpa_kernel(SDPBackend.MATH)
-    def power(self, tol: float) -> Found:
-        """Find the eigenvalue of largest magnitude by power iteration, to a relative residual; 100 products at most."""
-        from hessian_eigenthings import deflated_power_iteration
-
-        return self._found(deflated_power_iteration(self._operator, k=1, max_iter=100, tol=tol, seed=0))
-
-    def _found(self, result: Any) -> Found:
-        return Found(result.eigenvalues.item(), result.iterations, result.iterations, result.converged.item())
+        options = {"which": "LA"} if find == "lanczos" else {}
+        run = getattr(hessian_eigenthings, find)
+        found = run(self._operator, k=1, max_iter=steps, tol=tol, seed=0, **options)
+        return Found(found.eigenvalues.item(), found.iterations, found.iterations, found.converged.item())
 
 
 class CurvLinOps:
@@ -280,7 +272,7 @@ class CurvLinOps:
         return self._operator @ vector
 
     @sdpa_kernel(SDPBackend.MATH)
-    def eigsh(self, tol: float) -> Found:
+    def top(self, tol: float) -> Found:
         """Find the largest eigenvalue by scipy, to a relative residual."""
         from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -305,7 +297,7 @@ class PyHessian:
         self._model, self._batch = copy.deepcopy(model), batch
 
     @sdpa_kernel(SDPBackend.MATH)
-    def power(self, tol: float) -> Found:
+    def top(self, tol: float) -> Found:
         """Find the eigenvalue of largest magnitude, until it changes by less than a share; 100 products at most."""
         # It clears the gradients before each product.
         cleared = mock.patch.object(self._model, "zero_grad", wraps=self._model.zero_grad)
@@ -342,9 +334,7 @@ def trained() -> tuple[Training, Counted]:
     """Return a model of a few thousand parameters after some steps of AdamW, with its next gradient, in float64."""
     training = Training.of_text("least")
     training.model.double()
-    for _ in range(20):
-        training.begin(128)
-        training.step()
+    training.run(20, 128)
     return training, training.begin(128)
 
 
@@ -360,9 +350,9 @@ def main() -> None:
     training, loss_fn = trained()
     top, direction = hessian_sharpness(training.model, loss_fn, tol=TOL).value, _along(training, "hvp", loss_fn).value
     print(f"sharpkern: λ_max {top:.9f}, λ_dir {direction:.9f}")
-    for peer, method in ((EigenThings, "lanczos"), (CurvLinOps, "eigsh"), (PyHessian, "power")):
-        theirs = peer(training.model, loss_fn.batch)
-        print(f"{peer.__name__}: λ_max {getattr(theirs, method)(TOL).value:.9f}", end="")
+    for peer, options in ((EigenThings, ("lanczos", 40)), (CurvLinOps, ()), (PyHessian, ())):
+        theirs = peer(training.model, loss_fn.loss.batch)
+        print(f"{peer.__name__}: λ_max {theirs.top(TOL, *options).value:.9f}", end="")
         # PyHessian hands no products out.
         print(f", λ_dir {along(training, theirs.product):.9f}" if hasattr(theirs, "product") else "")
 

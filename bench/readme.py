@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -15,124 +15,123 @@ from typing import Any
 # The checkout, also where the package is not installed.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import bench_memory
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
 from decisions import trials
 from ledger import RESULTS, ROOT, latest
 
+from sharpkern.memory import report
+from sharpkern.memory.plan import MemoryPlan
+
 PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "decisions.md")
 PLOT = RESULTS / "growth.png"
 METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
-# Steps between measurements, of the one number that README tells.
-_USUAL = 50
 # Where the gradient is not of the measured loss.
 NO_SLOPE = {
     "auto, slope unknown": "default",
     "auto, slope unknown, 8 at a time": "default, 8 at a time",
     "bisection": "doubling and bisection",
 }
+# Steps between measurements, of the one number that README tells.
+_USUAL = 50
+_AUTO = ("λ_c", "sharpkern, auto, virtual")
+_TRAINING = ("training", "forward + backward")
 
 
-def line_search() -> str:
-    """Evaluations and errors of the default search and of the published one."""
-    lines = [
-        "| run | search | forward passes, base loss not counted | passes, base loss counted | median error | 95th "
-        "percentile | another crossing found | true value within `error` |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(head: str, line: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table from its titles and the format of a row's fields."""
+    return [f"| {head} |", "|---" * (head.count(" | ") + 1) + "|", *(f"| {line.format(**row)} |" for row in rows)]
+
+
+def searched() -> list[dict[str, Any]]:
+    """Return the rows of the searches that are shown, with the names that they are shown by."""
     rows = latest("line_search")["line_search"]
     with_slope = {row["run"] for row in rows if row["method"] == "auto"}
-    for row in rows:
-        methods = METHODS if row["run"] in with_slope else NO_SLOPE
-        if row["method"] in methods:
-            lines.append(
-                f"| {row['run']} | {methods[row['method']]} | {row['evaluations_mean']:.2f} | "
-                f"{row['passes_with_base_loss_mean']:.2f} | "
-                f"{row['error_median']:.3%} | {row['error_p95']:.2%} | {row['other_crossings']} of {row['points']} | "
-                f"{row['covered']:.0%} |"
-            )
-    single, several, points = mean_passes(rows)
-    lines += [
-        "",
-        f"Averaged over all {points} points, a search takes {single:.1f} passes with one step size each, or "
-        f"{several:.1f} passes with eight step sizes each. The base loss is counted.",
-    ]
-    return "\n".join(lines)
+    named = [{**row, "shown": (METHODS if row["run"] in with_slope else NO_SLOPE).get(row["method"])} for row in rows]
+    return [row for row in named if row["shown"]]
 
 
-def mean_passes(rows: list[dict[str, Any]]) -> tuple[float, float, int]:
+def mean_passes() -> tuple[float, float, int]:
     """Passes of the default search, one step size and eight at a time, averaged over points, and how many these are."""
-    with_slope = {row["run"] for row in rows if row["method"] == "auto"}
-    passes = {"default": 0.0, "default, 8 at a time": 0.0}
-    points = 0
-    for row in rows:
-        method = (METHODS if row["run"] in with_slope else NO_SLOPE).get(row["method"])
-        if method in passes:
-            passes[method] += row["points"] * row["passes_with_base_loss_mean"]
-            points += row["points"] * (method == "default")
-    single, several = (total / points for total in passes.values())
-    return single, several, points
+    single, several = (
+        [(row["points"], row["passes_with_base_loss_mean"]) for row in searched() if row["shown"] == name]
+        for name in ("default", "default, 8 at a time")
+    )
+    points = sum(num for num, _ in single)
+    return *(sum(num * passes for num, passes in one) / points for one in (single, several)), points
 
 
-def cost() -> str:
+def line_search() -> list[str]:
+    """Evaluations and errors of the default search and of the published one."""
+    single, several, points = mean_passes()
+    said = (
+        f"Averaged over all {points} points, a search takes {single:.1f} passes with one step size each, or "
+        f"{several:.1f} passes with eight step sizes each. The base loss is counted."
+    )
+    head = (
+        "run | search | forward passes, base loss not counted | passes, base loss counted | median error | 95th "
+        "percentile | another crossing found | true value within `error`"
+    )
+    line = (
+        "{run} | {shown} | {evaluations_mean:.2f} | {passes_with_base_loss_mean:.2f} | {error_median:.3%} | "
+        "{error_p95:.2%} | {other_crossings} of {points} | {covered:.0%}"
+    )
+    return [*table(head, line, searched()), "", said]
+
+
+def cost() -> list[str]:
     """Time and memory of one search in a training loop, by each engine."""
-    lines = [
-        "| model | tokens | engine | forwards | passes | search, in plain forwards | one of 8 step sizes, in plain "
-        "forwards | r_8 | extra memory | largest matrix | parameters |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in latest("line_search")["cost"]:
-        ratio = row["pass_over_virtual_pass"]
-        megabytes = [row[name] / 1e6 for name in ("extra_bytes", "largest_matrix_bytes", "parameter_bytes")]
-        lines.append(
-            f"| {row['model']}, {row['parameters'] / 1e6:.2g} M | {row['tokens']} | {row['engine']} | "
-            f"{row['forwards']:g} | {row['passes']:g} | {row['search_in_plain_forwards']:.1f} | "
-            f"{row['step_size_in_plain_forwards']:.2f} | "
-            f"{'' if ratio is None else f'{ratio:.1f}'} | " + " | ".join(f"{size:.1f} MB" for size in megabytes) + " |"
-        )
-    return "\n".join(lines)
+    head = (
+        "model | tokens | engine | forwards | passes | search, in plain forwards | one of 8 step sizes, in plain "
+        "forwards | r_8 | extra memory | largest matrix | parameters"
+    )
+    line = (
+        "{model}, {parameters:.2g} M | {tokens} | {engine} | {forwards:g} | {passes:g} | "
+        "{search_in_plain_forwards:.1f} | {step_size_in_plain_forwards:.2f} | {r_8} | {extra_bytes:.1f} MB | "
+        "{largest_matrix_bytes:.1f} MB | {parameter_bytes:.1f} MB"
+    )
+    sizes = ("parameters", "extra_bytes", "largest_matrix_bytes", "parameter_bytes")
+    rows = latest("line_search")["cost"]
+    in_millions = [{**row, **{name: row[name] / 1e6 for name in sizes}} for row in rows]
+    return table(head, line, [{**row, "r_8": _known(row["pass_over_virtual_pass"], ".1f")} for row in in_millions])
 
 
-def kernels() -> str:
+def kernels() -> list[str]:
     """What the newest compiler makes of each kernel."""
     by_version = json.loads((RESULTS / "static.json").read_text(encoding="utf-8"))
     newest = by_version[max(by_version, key=lambda version: tuple(map(int, version.split("."))))]
     architectures = ["sm_80", "sm_90", "sm_100", "gfx942"]
-    lines = [
-        f"| case | kernel | registers {' / '.join(architectures)} | shared memory | spills | matrix instructions | "
-        "16-byte loads, stores (sm_90) |",
-        "|---|---|---|---|---|---|---|",
+    rows = [
+        {
+            "case": case,
+            **kernel[architectures.index("sm_90")],
+            "registers": " / ".join(str(one["registers"]) for one in kernel),
+            "shared": max(one["shared"] for one in kernel),
+            "spills": sum(one["spills"] for one in kernel),
+            "matrix": sum(sum(one["matrix"].values()) for one in kernel),
+        }
+        for case, by_architecture in newest.items()
+        for kernel in zip(*(by_architecture[name] for name in architectures), strict=True)
     ]
-    for case, by_architecture in newest.items():
-        for kernel in zip(*(by_architecture[name] for name in architectures), strict=True):
-            hopper = kernel[architectures.index("sm_90")]
-            matrix = sum(sum(one["matrix"].values()) for one in kernel)
-            lines.append(
-                f"| {case} | `{hopper['kernel']}` | {' / '.join(str(one['registers']) for one in kernel)} | "
-                f"{max(one['shared'] for one in kernel)} B | {sum(one['spills'] for one in kernel)} | {matrix} | "
-                f"{hopper['wide_loads']}, {hopper['wide_stores']} |"
-            )
-    return "\n".join(lines)
+    head = (
+        f"registers {' / '.join(architectures)} | shared memory | spills | matrix instructions | 16-byte loads, stores"
+    )
+    line = "{case} | `{kernel}` | {registers} | {shared} B | {spills} | {matrix} | {wide_loads}, {wide_stores}"
+    return table(f"case | kernel | {head} (sm_90)", line, rows)
 
 
-def overhead() -> str:
+def overhead() -> list[str]:
     """What a monitor adds to training time, by how often it measures, and in whole windows of steps."""
     record = latest("overhead")
     found = record["overhead"]
     rows, windows = found["measured_steps"], found["windows"]
-    lines = [
-        f"| measured on every | training takes longer by (median of {len(rows)} measurements) | middle half of them |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {row['every']}th step | {row['overhead']:.1%} | {row['lower_quartile']:.1%} – {row['upper_quartile']:.1%} |"
-        for row in found["by_every"]
-    ]
+    head = f"measured on every | training takes longer by (median of {len(rows)} measurements) | middle half of them"
+    line = "{every}th step | {overhead:.1%} | {lower_quartile:.1%} – {upper_quartile:.1%}"
     forwards = [row["forwards"] for row in rows]
     steps = median(row["steps"] for row in rows)
     whole = ", ".join(f"{window['overhead']:.1%} ({window['forwards']} forward passes)" for window in windows)
     before, after = record["environment"]["load_average"]
-    lines += [
+    return [
+        *table(head, line, found["by_every"]),
         "",
         f"A measurement took {min(forwards)} to {max(forwards)} forward passes (median {median(forwards):g}). It took "
         f"as long as {steps:.1f} training steps (median). The first measurement of a run makes extra checks and took "
@@ -142,145 +141,203 @@ def overhead() -> str:
         f"a monitor that ends in the same bits: {whole}. The machine was not idle (load average {before:.1f} before, "
         f"{after:.1f} after).",
     ]
-    return "\n".join(lines)
 
 
-def overhead_in_brief() -> str:
+def overhead_in_brief() -> list[str]:
     """What a measurement on every 50th step costs, in one sentence."""
     found = latest("overhead")["overhead"]
     (row,) = (row for row in found["by_every"] if row["every"] == _USUAL)
-    return (
+    return [
         f"**Cost: {row['overhead']:.1%} longer training** with a measurement on every {_USUAL}th step "
         f"({found['model']} of {found['parameters'] / 1e6:.0f} M parameters, AdamW, {found['tokens']} tokens a step, "
         "one CPU thread; [how it was measured](docs/numbers.md#what-a-monitor-adds-to-training))."
-    )
-
-
-def peers() -> str:
-    """One measurement by each method, in plain forward passes of the same run."""
-    record = latest("peers")
-    models: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in record["peers"]:
-        name = row["method"] if row["quantity"] == "training" else f"{row['quantity']}, {row['method']}"
-        models.setdefault(f"{row['parameters'] / 1e6:.2g} M", {})[name] = row
-    # Largest eigenvalues are computed of the first model alone.
-    (first, of_first), *others = models.items()
-    about = of_first["forward + backward"]
-    lines = [
-        f"| method | time in plain forward passes, {' | '.join(f'{name} parameters' for name in models)} | losses "
-        "evaluated | error of η_c, median and worst | peak memory beyond θ, in θ | λ at the last step |",
-        "|---|---" + "|---" * len(others) + "|---|---|---|---|",
-        f"| plain forward pass | 1 {'| 1 ' * len(others)}| 1 | | {_in_theta('plain_peak_bytes', about)} | |",
     ]
-    for name in of_first:
-        rows = [of_one.get(name, {}) for of_one in models.values()]
-        times = [_time(row) for row in rows]
-        row = rows[0]
-        forwards = " and ".join(dict.fromkeys(f"{row['forwards']:g}" for row in rows if "forwards" in row))
-        products = row.get("products")
-        work = f"{products} product{'s' * (products > 1)}" if products else forwards
-        errors = row.get("errors")
-        value = row.get("value")
-        lines.append(
-            f"| {name} | {' | '.join(times)} | {work} | {f'{median(errors):.2%}, {max(errors):.2%}' if errors else ''} "
-            f"| {_in_theta('peak_bytes', row)} | {'' if value is None else f'{value:.4g}'} |"
-        )
-    auto = {name: of_one["λ_c, sharpkern, auto, virtual"] for name, of_one in models.items()}
-    counts = " and ".join(f"{row['measurements']} ({name})" for name, row in auto.items())
-    each = [row["in_plain_forwards_each"] for row in auto.values()]
+
+
+def measured_by_peers() -> tuple[dict[str, Any], dict[tuple[str, str], list[dict[str, Any]]], list[str]]:
+    """Return the record, the rows of each quantity and method, one per model, and what the models are called."""
+    record = latest("peers")
+    names = list(dict.fromkeys(f"{row['parameters'] / 1e6:.2g} M" for row in record["peers"]))
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in record["peers"]:
+        time = _known(row.get("in_plain_forwards"), ".1f") or row["status"]
+        memory = f"{row['peak_bytes'] / row['parameter_bytes']:.2f}" if row["peak_bytes"] else ""
+        rows.setdefault((row["quantity"], row["method"]), []).append({**row, "time": time, "memory": memory})
+    return record, rows, names
+
+
+def _times(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Return the times of a method; largest eigenvalues are computed of the first model alone."""
+    return " | ".join([row["time"] for row in rows] + [""] * (len(names) - len(rows)))
+
+
+def peers() -> list[str]:
+    """One measurement by each method, in plain forward passes of the same run."""
+    record, rows, names = measured_by_peers()
+    about, auto = rows[_TRAINING][0], rows[_AUTO]
+    lines = []
+    for key, of_method in rows.items():
+        first = of_method[0]
+        products, errors = first.get("products"), first.get("errors")
+        forwards = " and ".join(dict.fromkeys(f"{row['forwards']:g}" for row in of_method if "forwards" in row))
+        lines.append({
+            "method": key[1] if key == _TRAINING else ", ".join(key),
+            "times": _times(of_method, names),
+            "work": f"{products} product{'s' * (products > 1)}" if products else forwards,
+            "errors": f"{median(errors):.2%}, {max(errors):.2%}" if errors else "",
+            "memory": first["memory"],
+            "value": _known(first.get("value"), ".4g"),
+        })  # fmt: skip
+    head = (
+        f"method | time in plain forward passes, {' | '.join(f'{name} parameters' for name in names)} | losses "
+        "evaluated | error of η_c, median and worst | peak memory beyond θ, in θ | λ at the last step"
+    )
+    top, rule, *lines = table(head, "{method} | {times} | {work} | {errors} | {memory} | {value}", lines)
+    plain = about["plain_peak_bytes"] / about["parameter_bytes"]
+    counts = " and ".join(f"{row['measurements']} ({name})" for name, row in zip(names, auto, strict=True))
+    each = [row["in_plain_forwards_each"] for row in auto]
     spreads = " and ".join(f"{min(taken):.1f} to {max(taken):.1f}, {mean(taken):.1f} on average," for taken in each)
-    firsts = " and ".join(f"{row['first_in_plain_forwards']:.0f}" for row in auto.values())
-    early = ", ".join(str(one["forwards"]) for one in auto[first]["early"])
+    firsts = " and ".join(f"{row['first_in_plain_forwards']:.0f}" for row in auto)
+    early = ", ".join(str(one["forwards"]) for one in auto[0]["early"])
     before, after = record["environment"]["load_average"]
-    lines += [
+    return [
+        top,
+        rule,
+        f"| plain forward pass | {'1 | ' * len(names)}1 | | {plain:.2f} | |",
+        *lines,
         "",
         f"Medians over {counts} successive steps of {about['tokens']} tokens, after the warm-up. The largest "
         f"eigenvalues were computed at the last step only. Load average {before:.1f} before, {after:.1f} after.",
         "",
-        f"Single measurements of the default search (λ_c, sharpkern, auto, virtual) took {spreads} plain forward "
+        f"Single measurements of the default search ({', '.join(_AUTO)}) took {spreads} plain forward "
         f"passes. The first measurement of a model starts cold and makes extra checks. It took {firsts}. During the "
         f"first {about['trained']} steps, half of them warm-up, every tenth step was measured. These searches "
-        f"evaluated {early} losses ({first}).",
+        f"evaluated {early} losses ({names[0]}).",
     ]
-    return "\n".join(lines)
 
 
-def peers_in_brief() -> str:
+def peers_in_brief() -> list[str]:
     """The default search beside the published method, one exact product and the quickest package for λ_max."""
-    record = latest("peers")
-    models: dict[int, dict[tuple[str, str], dict[str, Any]]] = {}
-    for row in record["peers"]:
-        models.setdefault(row["parameters"], {})[row["quantity"], row["method"]] = row
-    first, *others = models.values()
-    eigenvalues = [row for row in first.values() if row["quantity"] == "λ_max" and "sharpkern" not in row["method"]]
-    quickest = min(eigenvalues, key=lambda row: row.get("in_plain_forwards", math.inf))["method"]
-    names = [f"{parameters / 1e6:.2g} M parameters" for parameters in models]
-    lines = [
-        f"| method | measures | forward passes, {' | '.join(names)} | extra memory, in model sizes |",
-        "|---|---|---" + "|---" * len(others) + "|---|",
-    ]
-    for quantity, method, label, what in (
-        ("λ_c", "sharpkern, auto, virtual", "**sharpkern**", "λ_c"),
-        ("λ_c", "published method", "published method, our version", "λ_c"),
-        ("λ_dir", "double backward", "exact Hessian-vector product", "curvature along the update"),
-        ("λ_max", quickest, quickest, "largest Hessian eigenvalue"),
-    ):
-        rows = [of_one.get((quantity, method), {}) for of_one in models.values()]
-        lines.append(f"| {label} | {what} | {' | '.join(map(_time, rows))} | {_in_theta('peak_bytes', rows[0])} |")
-    times = [_time(of_one["training", "forward + backward"]) for of_one in models.values()]
-    training = " and ".join(dict.fromkeys(times))
-    each = first["λ_c", "sharpkern, auto, virtual"]["in_plain_forwards_each"]
-    lines += [
+    _, rows, names = measured_by_peers()
+    others = [key for key in rows if key[0] == "λ_max" and "sharpkern" not in key[1]]
+    quickest = min(others, key=lambda key: rows[key][0].get("in_plain_forwards", math.inf))
+    shown = {
+        _AUTO: "**sharpkern** | λ_c",
+        ("λ_c", "published method"): "published method, our version | λ_c",
+        ("λ_dir", "double backward"): "exact Hessian-vector product | curvature along the update",
+        quickest: f"{quickest[1]} | largest Hessian eigenvalue",
+    }
+    names = [f"{name} parameters" for name in names]
+    lines = [{"label": label, "times": _times(rows[key], names), **rows[key][0]} for key, label in shown.items()]
+    head = f"method | measures | forward passes, {' | '.join(names)} | extra memory, in model sizes"
+    each = rows[_AUTO][0]["in_plain_forwards_each"]
+    return [
+        *table(head, "{label} | {times} | {memory}", lines),
         "",
         "Time is in plain forward passes of the same model and batch, median over training steps, on one CPU thread. "
-        f"Forward and backward together take {training}. Single sharpkern measurements took {min(each):.1f} to "
-        f"{max(each):.1f} ({names[0]}).",
+        f"Forward and backward together take {' and '.join(dict.fromkeys(row['time'] for row in rows[_TRAINING]))}. "
+        f"Single sharpkern measurements took {min(each):.1f} to {max(each):.1f} ({names[0]}).",
     ]
-    return "\n".join(lines)
 
 
-def _time(row: Mapping[str, Any]) -> str:
-    return f"{row['in_plain_forwards']:.1f}" if "in_plain_forwards" in row else row.get("status", "")
-
-
-def _in_theta(column: str, row: Mapping[str, Any]) -> str:
-    return f"{row[column] / row['parameter_bytes']:.2f}" if row.get(column) else ""
+def _known(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def growing() -> str:
+def growing() -> list[str]:
     """One λ_c by parameters and tokens, and the power of the parameters that it grows with."""
     rows = by_tokens(latest("peers")["growth"])
-    lines = [
-        "| tokens | parameters | plain forward pass | one λ_c | in plain forward passes | losses evaluated | each loss "
-        "| peak memory beyond θ, in θ |",
-        "|---|---|---|---|---|---|---|---|",
+    head = (
+        "tokens | parameters | plain forward pass | one λ_c | in plain forward passes | losses evaluated | each loss "
+        "| peak memory beyond θ, in θ"
+    )
+    line = "{tokens} | {size:.3g} M | {plain} | {search} | {ratio:.1f} | {forwards:g} | {loss} | {memory:.2f}"
+    told = [
+        {
+            **row,
+            **dict(zip(("plain", "search", "loss"), (_duration(row[column]) for column in FITTED), strict=True)),
+            "size": row["parameters"] / 1e6,
+            "ratio": row["search_seconds"] / row["plain_forward_seconds"],
+            "memory": row["peak_bytes"] / row["parameter_bytes"],
+        }
+        for of_one in rows.values()
+        for row in of_one
     ]
-    for tokens, of_one in rows.items():
-        for row in of_one:
-            plain, search, loss = (row[column] for column in FITTED)
-            lines.append(
-                f"| {tokens} | {row['parameters'] / 1e6:.3g} M | {_duration(plain)} | {_duration(search)} | "
-                f"{search / plain:.1f} | {row['forwards']:g} | {_duration(loss)} | {_in_theta('peak_bytes', row)} |"
-            )
-    powers = {tokens: [exponent(of_one, column) for column in FITTED] for tokens, of_one in rows.items()}
-    said = [
-        "; ".join(f"{power[i][0]:.2f} ± {power[i][1]:.2f} at {tokens} tokens" for tokens, power in powers.items())
-        for i in range(len(FITTED))
-    ]
-    lines += [
+    plain, search, loss = (
+        "; ".join(
+            "{:.2f} ± {:.2f} at {} tokens".format(*exponent(of_one, column), tokens) for tokens, of_one in rows.items()
+        )
+        for column in FITTED
+    )
+    return [
+        *table(head, line, told),
         "",
         "Time grows as a power of the number of parameters. The exponents (straight-line fits in logarithms, ± "
         "standard error) are:",
         "",
-        f"- a plain forward pass: {said[0]}",
-        f"- one λ_c: {said[1]}",
-        f"- one λ_c, divided by the losses it evaluated: {said[2]}",
+        f"- a plain forward pass: {plain}",
+        f"- one λ_c: {search}",
+        f"- one λ_c, divided by the losses it evaluated: {loss}",
     ]
-    return "\n".join(lines)
+
+
+# The plan that is told whole, and of the others these methods.
+_WHOLE = "olmo2-7b"
+_METHODS = (
+    "plain forward",
+    "forward and backward",
+    "clone and dictionary",
+    "in place, Δθ from state",
+    "virtual, Δθ from state",
+)
+
+
+def plans() -> tuple[list[MemoryPlan], MemoryPlan]:
+    """Return all memory plans, and the one that is told whole."""
+    found = [MemoryPlan.from_json(plan) for plan in latest("memory")["plans"]]
+    return found, next(plan for plan in found if plan.model == _WHOLE)
+
+
+def memory() -> list[str]:
+    """One plan whole, and a few methods of all."""
+    found, whole = plans()
+    names = report.columns(whole)
+    of_whole = [{"label": report.label(row), "cells": " | ".join(report.cells(row, names))} for row in whole.rows]
+    of_all = []
+    for plan in found:
+        peaks = {report.label(row): "{} ({})".format(*report.cells(row)) for row in plan.rows}
+        of_all.append({"plan": plan, "peaks": " | ".join(peaks.get(method, "") for method in _METHODS)})
+    less = sum(
+        all(row.peak_bytes < plan["forward and backward"].peak_bytes for row in plan.rows if row.direction == "state")
+        for plan in found
+    )
+    return [
+        *table(f"{whole.model}, GiB | peak | {' | '.join(names)} | smallest card", "{label} | {cells}", of_whole),
+        "",
+        *table(
+            f"peak on each GPU, GiB (smallest card) | GPUs | {' | '.join(_METHODS)}",
+            "{plan.model} | {plan.conditions[gpus]} | {peaks}",
+            of_all,
+        ),
+        "",
+        f"In {less} of these {len(found)} plans, every measurement with Δθ from the optimizer's state peaks below "
+        "forward and backward. (Forward and backward keep all activations here; nothing is recomputed.)",
+    ]
+
+
+def memory_in_brief() -> list[str]:
+    """What training and the smallest measurement of the whole plan take, in two sentences."""
+    _, plan = plans()
+    least = min((row for row in plan.rows if row.direction), key=lambda row: row.peak_bytes)
+    told = ["{} GiB ({} card)".format(*report.cells(row)) for row in (plan["forward and backward"], least)]
+    return [
+        f"OLMo 2 7B, bf16 weights, AdamW with float32 moments, one sequence of {plan.conditions['tokens']} tokens: "
+        f'forward and backward peak at {told[0]}. The leanest measurement, "{report.label(least)}", peaks at {told[1]}.'
+    ]
 
 
 TABLES = {
@@ -290,10 +347,10 @@ TABLES = {
     "cost": cost,
     "kernels": kernels,
     "overhead": overhead,
-    "memory": lambda: bench_memory.markdown(latest("memory")),
+    "memory": memory,
     "overhead in brief": overhead_in_brief,
     "peers in brief": peers_in_brief,
-    "memory in brief": lambda: bench_memory.brief(latest("memory")),
+    "memory in brief": memory_in_brief,
     "cap": trials.cap_table,
     "cap by task": trials.task_table,
     "find_lr": trials.find_table,
@@ -301,17 +358,17 @@ TABLES = {
 }
 
 
-def with_tables(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
+def with_tables(text: str, tables: Mapping[str, Callable[[], list[str]]] = TABLES) -> str:
     """Markdown with every marked part made anew."""
     for name, make in tables.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = marked.sub(lambda found, make=make: found[1] + make() + "\n" + found[2], text)
+        text = marked.sub(lambda found, make=make: found[1] + "\n".join(make()) + "\n" + found[2], text)
     return text
 
 
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    bench_memory.picture(latest("memory"), RESULTS / "memory.png")
+    report.draw(plans()[1], RESULTS / "memory.png")
     draw_growth(latest("peers"), PLOT)
     trials.draw()

@@ -1,7 +1,7 @@
 """What the benchmarks train and measure: real runs, frozen at chosen steps, and GPTs of 1 to 100 million parameters.
 
-Each run trains as usual; at the steps to measure it yields a `Point` that evaluates L(θ − ηΔθ) for any η, in fp32 and
-in float64. Δθ is what the optimizer's own step did, (θ − θ′)/η, so that the runs need no formula.
+A `Training` trains as usual; at the steps to measure it yields a `Point`, which evaluates L(θ − ηΔθ) for any η. Δθ is
+what the optimizers' own step did, (θ − θ′)/η, so that the runs need no formula.
 """
 
 import copy
@@ -9,19 +9,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from functools import partial
+from itertools import pairwise
+from pydoc_data.topics import topics
+from typing import Any, TypeVar
 
 import ledger  # noqa: F401 - makes the checkout importable
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from sharpkern.cli.digits import digits, network
 
 _Result = TypeVar("_Result")
 Batch = tuple[Tensor, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+gpt_adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 class Block(nn.Module):
@@ -62,9 +65,61 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
+def stack(*widths: int, between: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Sequential:
+    """Return linear layers with something between them."""
+    layers: list[nn.Module] = []
+    for i, (before, after) in enumerate(pairwise(widths)):
+        if i:
+            layers += [nn.BatchNorm1d(before)] * norm + [between()]
+        layers.append(nn.Linear(before, after))
+    return nn.Sequential(*layers)
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a batch, as a function of the model."""
+
+    of: Callable[[Any, Any], Tensor]  # outputs and targets
+    batch: Any  # inputs and targets
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """Evaluate it."""
+        inputs, targets = self.batch
+        return self.of(model(inputs), targets)
+
+    def to(self, dtype: torch.dtype) -> "Loss":
+        """Return the same in a dtype."""
+        return replace(self, batch=tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, self.batch))
+
+
+class Counted:
+    """The loss of one batch and of one model, and how often it was asked for."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        self.model, self.loss, self.calls = model, loss, 0
+
+    def __call__(self) -> Tensor:
+        """Evaluate it, with a graph where gradients are enabled."""
+        self.calls += 1
+        return self.loss(self.model)
+
+    def plain(self) -> float:
+        """Evaluate it without a graph, which is what times are given in."""
+        with torch.no_grad():
+            return float(self())
+
+
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy over all tokens."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def next_tokens(rows: Tensor) -> Loss:
+    """Return the loss of predicting every token of some rows, but the first, from those before."""
+    return Loss(token_loss, (rows[:, :-1], rows[:, 1:]))
 
 
 def standard_digits() -> Batch:
@@ -73,124 +128,215 @@ def standard_digits() -> Batch:
     return images / 2, targets
 
 
-def text() -> Tensor:
-    """Return the bytes of Python's help topics."""
-    from pydoc_data.topics import topics
-
-    return torch.frombuffer(bytearray("\n".join(topics.values()), "utf-8"), dtype=torch.uint8).long()
+def text(words: str = "\n".join(topics.values())) -> Tensor:
+    """Return the bytes of a text, which is Python's help topics."""
+    return torch.frombuffer(bytearray(words, "utf-8"), dtype=torch.uint8).long()
 
 
-@dataclass(frozen=True)
-class Run:
-    """How to train, and at which steps to measure."""
+def images(seed: int, size: int | None = None) -> Callable[..., Batch]:
+    """Return a function that draws so many digits, or all; a fifth of them have a wrong label."""
+    everything, generator = standard_digits(), torch.Generator().manual_seed(seed)
 
-    name: str  # in the table
-    kind: str  # "digits" (MLP) or "text" (GPT)
-    num_steps: int
-    lr: float  # the peak
-    measured: Sequence[int]  # steps
-    batch_size: int | None = None  # None for the full batch
-    momentum: float = 0.0  # of SGD (digits)
-    warmup: int = 0  # steps, linear
-    decay: int = 0  # steps at the end, linear
-    other_batch: bool = False  # whether to measure the loss of another batch than the gradient's
-    seed: int = 0  # of the weights and the batches
-
-    def lr_at(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        up = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        down = min(1.0, (self.num_steps - step) / self.decay) if self.decay else 1.0
-        return self.lr * up * down
-
-    def points(self) -> Iterator["Point"]:
-        """Train, and yield a point at each step to measure."""
-        torch.manual_seed(self.seed)
-        draw = self._batches(torch.Generator().manual_seed(self.seed + 1))
-        loss_of: Loss
-        if self.kind == "digits":
-            model: nn.Module = network(self.seed)
-            loss_of = F.cross_entropy
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=self.momentum)
-        else:
-            model, loss_of = GPT(), token_loss
-            optimizer = torch.optim.AdamW(model.parameters(), self.lr, betas=(0.9, 0.95), weight_decay=0.1)
-        measured = set(self.measured)
-        for step in range(self.num_steps):
-            lr = self.lr_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = draw()
-            optimizer.zero_grad()
-            loss_of(model(batch[0]), batch[1]).backward()
-            before = {name: p.detach().clone() for name, p in model.named_parameters()}
-            optimizer.step()
-            if step in measured:
-                direction = {name: (before[name] - p.detach()) / lr for name, p in model.named_parameters()}
-                gradient = {name: p.grad for name, p in model.named_parameters()}
-                slope = sum(float((gradient[name].double() * d.double()).sum()) for name, d in direction.items())
-                used = draw() if self.other_batch else batch
-                yield Point(step, lr, None if self.other_batch else slope, model, loss_of, used, before, direction)
-
-    def _batches(self, generator: torch.Generator) -> Callable[[], Batch]:
-        """Return a function that draws the next batch."""
-        if self.kind == "text":
-            data, num_rows = text(), self.batch_size or 1
-
-            def rows_of_text() -> Batch:
-                starts = torch.randint(0, len(data) - 65, (num_rows,), generator=generator)
-                rows = data[starts[:, None] + torch.arange(65)]
-                return rows[:, :-1], rows[:, 1:]
-
-            return rows_of_text
-        images, targets = standard_digits()
-        size = self.batch_size
+    def draw(size: int | None = size) -> Batch:
         if size is None:
-            return lambda: (images, targets)
+            return everything
+        rows = torch.randint(0, len(everything[0]), (size,), generator=generator)
+        return everything[0][rows], everything[1][rows]
 
-        def some_digits() -> Batch:
-            rows = torch.randint(0, len(images), (size,), generator=generator)
-            return images[rows], targets[rows]
+    return draw
 
-        return some_digits
+
+def classified(seed: int, size: int | None = None, label_smoothing: float = 0.0) -> Callable[..., Loss]:
+    """Return a function that draws the loss of some digits, or of all."""
+    draw, of = images(seed, size), partial(F.cross_entropy, label_smoothing=label_smoothing)
+    return lambda *size: Loss(of, draw(*size))
+
+
+def sentences(seed: int, num_rows: int, length: int = 64) -> Callable[[], Loss]:
+    """Return a function that draws the loss of rows of text."""
+    data, generator = text(), torch.Generator().manual_seed(seed)
+
+    def draw() -> Loss:
+        starts = torch.randint(0, len(data) - length - 1, (num_rows,), generator=generator)
+        return next_tokens(data[starts[:, None] + torch.arange(length + 1)])
+
+    return draw
+
+
+def stretches(context: int) -> Callable[[int], Loss]:
+    """Return a function that reads on so many tokens in the text, in rows of the context at most."""
+    data, start = text(), 0
+
+    def draw(tokens: int) -> Loss:
+        nonlocal start
+        start = 0 if start + tokens >= len(data) else start
+        piece = data[start : start + tokens + 1]
+        start += tokens
+        inputs, targets = (part.view(-1, min(tokens, context)) for part in (piece[:-1], piece[1:]))
+        return Loss(token_loss, (inputs, targets))
+
+    return draw
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def ramps(num_steps: float = math.inf, warmup: int = 1, decay: int = 1) -> Callable[[int], float]:
+    """Return the share of the learning rate at a step: up in the first steps, down in the last ones."""
+    return lambda step: min(1.0, (step + 1) / warmup, (num_steps - step) / decay)
+
+
+CONSTANT = ramps()
+
+
+class Training:
+    """A model in training, step by step, each on the loss that is drawn next."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        draw: Callable[..., Loss],
+        schedule: Callable[[int], float] = CONSTANT,
+    ) -> None:
+        self.model, self.optimizers, self._draw, self._schedule = model, optimizers, draw, schedule
+        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._peaks, self.steps = [group["lr"] for group in self._groups], 0
+
+    @classmethod
+    def of_text(cls, size: str, warm_up: int = 1) -> "Training":
+        """Return a GPT that reads Python's help topics in their order."""
+        torch.manual_seed(0)
+        width, layers, heads, lr, context = SIZES[size]
+        model = GPT(width, layers, heads, context)
+        return cls(model, [gpt_adamw(model.parameters(), lr)], stretches(context), ramps(warmup=warm_up))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The first optimizer."""
+        return self.optimizers[0]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step, of the first group."""
+        return float(self._groups[0]["lr"])
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(p.nbytes for p in self.model.parameters())
+
+    def begin(self, *size: int) -> Counted:
+        """Take the gradient of the next batch, of so many tokens or samples, and return the loss of that batch."""
+        for group, peak in zip(self._groups, self._peaks, strict=True):
+            group["lr"] = peak * self._schedule(self.steps)
+        loss_fn = Counted(self.model, self._draw(*size))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss_fn().backward()
+        return loss_fn
+
+    def step(self) -> None:
+        """Take the step that `begin` has prepared."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.steps += 1
+
+    def run(self, num_steps: int, *size: int) -> None:
+        """Take so many steps."""
+        for _ in range(num_steps):
+            self.begin(*size)
+            self.step()
+
+    def points(self, measured: Sequence[int], other_batch: bool = False) -> Iterator["Point"]:
+        """Train, and yield each step to measure, along the batch's loss or another's."""
+        for step in range(max(measured) + 1):
+            loss = self.begin().loss
+            before = copy.deepcopy(self.model) if step in measured else None
+            gradients = [None if p.grad is None else p.grad.double() for p in self.model.parameters()]
+            self.step()
+            if before is not None:
+                pairs = zip(before.parameters(), self.model.parameters(), strict=True)
+                direction = [(old.detach().double() - new.detach().double()) / self.lr for old, new in pairs]
+                slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None)
+                loss, slope = (self._draw(), None) if other_batch else (loss, slope)
+                weights = [p.detach().clone() for p in before.parameters()]
+                yield Point(step, self.lr, slope, before, loss, weights, direction)
+
+
+# By their parameters: width, layers, heads, learning rate after the warm-up, and positions, which a sequence fills.
+SIZES = {
+    "least": (8, 1, 2, 1e-2, 256),
+    "tiny": (32, 1, 2, 1e-3, 256),
+    "small": (64, 2, 2, 1e-3, 256),
+    "0.1M": (64, 2, 4, 1e-3, 64),
+    "1M": (128, 4, 4, 1e-3, 256),
+    "4M": (256, 5, 4, 1e-3, 256),
+    "5M": (256, 6, 8, 1e-3, 1024),
+    "14M": (432, 6, 8, 6e-4, 256),
+    "30M": (512, 9, 8, 6e-4, 256),
+    "100M": (768, 14, 12, 3e-4, 256),
+}
+
+
+def trained(
+    model: nn.Module,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    draw: Callable[..., Loss],
+    schedule: Callable[[int], float] = CONSTANT,
+    **options: Any,
+) -> Training:
+    """Return the training of all parameters by one optimizer."""
+    return Training(model, [optimizer(model.parameters(), **options)], draw, schedule)
+
+
+def mlp(seed: int, size: int | None = 64, lr: float = 0.1, **options: Any) -> Training:
+    """Return the demo's network on so many digits a step, or on all, by SGD."""
+    return trained(network(seed), torch.optim.SGD, classified(seed + 1, size), lr=lr, **options)
+
+
+def gpt(seed: int, lr: float = 3e-3, schedule: Callable[[int], float] = CONSTANT) -> Training:
+    """Return a GPT on rows of text by AdamW."""
+    return trained(GPT(), gpt_adamw, sentences(seed + 1, 16), schedule, lr=lr)
+
+
+# -- points -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Point:
-    """The loss along the update at one training step; θ and Δθ are by name."""
+    """The loss along the update at one training step, on a copy of the model that `loss` moves."""
 
     step: int
     lr: float
     slope: float | None
     model: nn.Module
     loss_of: Loss
-    batch: Batch
-    weights: dict[str, Tensor]
-    direction: dict[str, Tensor]
+    weights: list[Tensor]
+    direction: list[Tensor]
 
     @property
     def norm_sq(self) -> float:
         """|Δθ|²."""
-        return sum(float((d.double() ** 2).sum()) for d in self.direction.values())
+        return sum(float((d.double() ** 2).sum()) for d in self.direction)
 
     @torch.no_grad()
     def loss(self, eta: float) -> float:
         """Return L(θ − ηΔθ)."""
-        moved = {name: torch.sub(w, self.direction[name], alpha=eta) for name, w in self.weights.items()}
-        return float(self.loss_of(functional_call(self.model, moved, (self.batch[0],)), self.batch[1]))
+        for p, w, d in zip(self.model.parameters(), self.weights, self.direction, strict=True):
+            torch.sub(w, d, alpha=eta, out=p)
+        return float(self.loss_of(self.model))
 
     def to(self, dtype: torch.dtype) -> "Point":
         """Return the same in a dtype, on a copy of the model."""
-        inputs, targets = self.batch
-        batch = inputs.to(dtype) if inputs.is_floating_point() else inputs, targets
-        weights, direction = ({name: t.to(dtype) for name, t in one.items()} for one in (self.weights, self.direction))
-        model = copy.deepcopy(self.model).to(dtype)
-        return replace(self, model=model, batch=batch, weights=weights, direction=direction)
-
-    def measured(self, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor], dict[str, Tensor]]:
-        """Return what a measurement is given, in a dtype: the model at θ, its loss, and Δθ by name."""
-        point = self.to(dtype)
-        point.model.load_state_dict(point.weights, strict=False)
-        return point.model, lambda: point.loss_of(point.model(point.batch[0]), point.batch[1]), point.direction
+        model, loss_of = copy.deepcopy(self.model).to(dtype), self.loss_of.to(dtype)
+        weights, direction = ([tensor.to(dtype) for tensor in tensors] for tensors in (self.weights, self.direction))
+        return replace(self, model=model, loss_of=loss_of, weights=weights, direction=direction)
 
     def first_crossing(self, start: float | None = None, per_decade: int = 20) -> float | None:
         """Return the first crossing in float64, found by a fine scan upward and bisection; None if there is none."""
@@ -210,25 +356,50 @@ class Point:
         return None
 
 
-def standard_runs(quick: bool) -> list[Run]:
-    """Return the runs of the benchmark."""
-    gpt = {"kind": "text", "batch_size": 16, "warmup": 100}
+@dataclass(frozen=True)
+class Run:
+    """A training run, of which some steps are measured."""
+
+    make: Callable[[int], Training]  # from the seed
+    measured: Sequence[int]
+    seed: int = 0
+    other_batch: bool = False  # whether the loss of another batch than the gradient's is measured
+    group: str = ""
+
+    def points(self) -> Iterator[Point]:
+        """Train, and yield the steps to measure."""
+        torch.manual_seed(self.seed)
+        yield from self.make(self.seed).points(self.measured, self.other_batch)
+
+
+def standard_runs(quick: bool) -> dict[str, Run]:
+    """Return the runs of the benchmark by name."""
+    warmed = partial(gpt, schedule=ramps(warmup=100))
     if quick:
-        return [
-            Run("MLP, full batch (demo)", "digits", 60, 0.1, range(0, 60, 12)),
-            Run("MLP, SGD batch 64", "digits", 150, 0.1, range(0, 150, 5), batch_size=64),
-            Run("GPT, AdamW", num_steps=130, lr=3e-3, measured=[*range(3), *range(60, 130, 8)], **gpt),
-        ]
-    return [
-        Run("MLP, full batch (demo)", "digits", 600, 0.1, range(0, 600, 6)),
-        Run("MLP, SGD batch 64", "digits", 400, 0.1, range(0, 400, 2), batch_size=64),
-        Run("MLP, SGD momentum", "digits", 400, 0.03, range(0, 400, 2), batch_size=64, momentum=0.9),
-        Run("MLP, SGD lr 0.5", "digits", 300, 0.5, range(0, 300, 3), batch_size=64, seed=2),
-        Run("GPT, AdamW", num_steps=600, lr=3e-3, measured=[*range(10), *range(10, 600, 6)], decay=150, **gpt),
-        Run("GPT, lr 3e-2", num_steps=200, lr=3e-2, measured=[*range(10), *range(10, 200, 6)], seed=6, **gpt),
-        Run("GPT, no warm-up", "text", 60, 1e-3, range(0, 60, 2), batch_size=16, seed=22),
-        Run("GPT, another batch", num_steps=400, lr=3e-3, measured=range(100, 400, 6), other_batch=True, seed=7, **gpt),
-    ]
+        return {
+            "MLP, full batch (demo)": Run(partial(mlp, size=None), range(0, 60, 12)),
+            "MLP, SGD batch 64": Run(mlp, range(0, 150, 5)),
+            "GPT, AdamW": Run(warmed, [*range(3), *range(60, 130, 8)]),
+        }
+    return {
+        "MLP, full batch (demo)": Run(partial(mlp, size=None), range(0, 600, 6)),
+        "MLP, SGD batch 64": Run(mlp, range(0, 400, 2)),
+        "MLP, SGD momentum": Run(partial(mlp, lr=0.03, momentum=0.9), range(0, 400, 2)),
+        "MLP, SGD lr 0.5": Run(partial(mlp, lr=0.5), range(0, 300, 3), seed=2),
+        "GPT, AdamW": Run(partial(gpt, schedule=ramps(600, 100, 150)), [*range(10), *range(10, 600, 6)]),
+        "GPT, lr 3e-2": Run(partial(warmed, lr=3e-2), [*range(10), *range(10, 200, 6)], seed=6),
+        "GPT, no warm-up": Run(partial(gpt, lr=1e-3), range(0, 60, 2), seed=22),
+        "GPT, another batch": Run(warmed, range(100, 400, 6), seed=7, other_batch=True),
+    }
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def in_turns(names: Sequence[_Result], round_: int) -> Sequence[_Result]:
+    """Return names in their order, beginning with another one each round."""
+    first = round_ % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def timed(function: Callable[[], _Result]) -> tuple[_Result, float]:
@@ -241,121 +412,3 @@ def timed(function: Callable[[], _Result]) -> tuple[_Result, float]:
 def seconds(function: Callable[[], object]) -> float:
     """Return the seconds that a call takes."""
     return timed(function)[1]
-
-
-class Counted:
-    """The loss of one batch, and how often it was asked for."""
-
-    def __init__(self, model: nn.Module, loss_of: Loss, batch: Batch) -> None:
-        self.model, self.loss_of, self.batch = model, loss_of, batch
-        self.calls = 0
-
-    def __call__(self) -> Tensor:
-        """Evaluate it, with a graph where gradients are enabled."""
-        self.calls += 1
-        return self.loss_of(self.model(self.batch[0]), self.batch[1])
-
-    def plain(self) -> float:
-        """Evaluate it without a graph, which is what times are given in."""
-        with torch.no_grad():
-            return float(self())
-
-
-class Size(NamedTuple):
-    """Shape of a model of bytes, the learning rate after the warm-up, and the positions, which a sequence fills."""
-
-    width: int
-    layers: int
-    heads: int
-    lr: float
-    context: int = 256
-
-
-# Named by their parameters.
-SIZES = {
-    "least": Size(8, 1, 2, 1e-2),
-    "tiny": Size(32, 1, 2, 1e-3),
-    "small": Size(64, 2, 2, 1e-3),
-    "0.1M": Size(64, 2, 4, 1e-3, 64),
-    "1M": Size(128, 4, 4, 1e-3),
-    "4M": Size(256, 5, 4, 1e-3),
-    "5M": Size(256, 6, 8, 1e-3, 1024),
-    "14M": Size(432, 6, 8, 6e-4),
-    "30M": Size(512, 9, 8, 6e-4),
-    "100M": Size(768, 14, 12, 3e-4),
-}
-
-
-class Training:
-    """A model in training, step by step, each on the batch that comes next."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss_of: Loss,
-        batch: Callable[[int], Batch],
-        warm_up: int = 1,
-    ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self._loss_of, self._batch, self._warm_up = loss_of, batch, warm_up
-        self._peak_lr, self._steps = self.lr, 0
-
-    @classmethod
-    def of_text(cls, size: str, warm_up: int = 1) -> "Training":
-        """Return next-byte prediction on Python's help topics by AdamW."""
-        torch.manual_seed(0)
-        width, layers, heads, lr, context = SIZES[size]
-        model = GPT(width, layers, heads, context)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-        data, start = text(), 0
-
-        def batch(tokens: int) -> Batch:
-            nonlocal start
-            start = 0 if start + tokens >= len(data) else start
-            piece = data[start : start + tokens + 1]
-            start += tokens
-            inputs, targets = (part.view(-1, min(tokens, context)) for part in (piece[:-1], piece[1:]))
-            return inputs, targets
-
-        return cls(model, optimizer, token_loss, batch, warm_up)
-
-    @classmethod
-    def of_digits(cls) -> "Training":
-        """Return the demo's network on its digits, by SGD."""
-        images, targets = standard_digits()
-        model, generator = network(), torch.Generator().manual_seed(0)
-
-        def batch(size: int) -> Batch:
-            rows = torch.randint(0, len(images), (size,), generator=generator)
-            return images[rows], targets[rows]
-
-        return cls(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, batch)
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def parameter_bytes(self) -> int:
-        """Bytes of the weights."""
-        return sum(p.nbytes for p in self.model.parameters())
-
-    def begin(self, tokens: int) -> Counted:
-        """Take the gradient of the next batch, of so many tokens or samples, and return the loss of that batch."""
-        self.optimizer.param_groups[0]["lr"] = self._peak_lr * min(1.0, (self._steps + 1) / self._warm_up)
-        loss_fn = Counted(self.model, self._loss_of, self._batch(tokens))
-        self.optimizer.zero_grad()
-        loss_fn().backward()
-        return loss_fn
-
-    def step(self) -> None:
-        """Take the step that `begin` has prepared."""
-        self.optimizer.step()
-        self._steps += 1

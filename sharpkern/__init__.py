@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from sharpkern.errors import UnmovedWarning as UnmovedWarning
     from sharpkern.measures.batch_directions import adamw_direction as adamw_direction
     from sharpkern.measures.batch_directions import gradient_direction as gradient_direction
+    from sharpkern.measures.blockwise import blockwise_critical_sharpness as blockwise_critical_sharpness
     from sharpkern.measures.critical import critical_sharpness as critical_sharpness
     from sharpkern.measures.directional import DirectionalSharpness as DirectionalSharpness
     from sharpkern.measures.directional import directional_sharpness as directional_sharpness
     from sharpkern.measures.hessian import HessianResult as HessianResult
     from sharpkern.measures.hessian import hessian_sharpness as hessian_sharpness
+    from sharpkern.measures.losses import losses_along as losses_along
     from sharpkern.measures.relative import relative_critical_sharpness as relative_critical_sharpness
     from sharpkern.measures.result import Measurement as Measurement
     from sharpkern.measures.thresholds import stability_threshold as stability_threshold
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 _HOME = {
     "adamw_direction": "measures.batch_directions",
     "gradient_direction": "measures.batch_directions",
+    "blockwise_critical_sharpness": "measures.blockwise",
     "critical_sharpness": "measures.critical",
     "Direction": "directions.direction",
     "DirectionalSharpness": "measures.directional",
@@ -69,6 +72,7 @@ _HOME = {
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "HessianResult": "measures.hessian",
     "hessian_sharpness": "measures.hessian",
+    "losses_along": "measures.losses",
     "Measurement": "measures.result",
     "MemoryPlan": "memory.plan",
     "memory_plan": "memory.planning",
@@ -83,6 +87,9 @@ _HOME = {
     "SweetSpot": "mixtures.results",
     "stability_threshold": "measures.thresholds",
 }
+
+# What help(sharpkern) lists.
+__all__ = sorted([*_HOME, "ops"])
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pkgutil
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -32,14 +33,21 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*GUIDES, ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md", ROOT / "bench" / "paper" / "README.md"]
+PAGES = [
+    *GUIDES,
+    ROOT / "docs" / "examples" / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "bench" / "README.md",
+    ROOT / "bench" / "paper" / "README.md",
+]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 # Python, and what it prints where a block of text follows.
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+RUN_HERE = [page for page in GUIDES if EXAMPLE.search(TEXTS[page])]
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 # This one is run by several processes.
-OF_RANKS = "init_process_group"
-RUN_HERE = [page for page in GUIDES if any(OF_RANKS not in code for code, _ in EXAMPLE.findall(TEXTS[page]))]
+OF_RANKS = "fsdp2"
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(sharpkern.__path__, "sharpkern.")
@@ -117,8 +125,6 @@ def test_the_python_of_a_page_runs(
     monkeypatch.chdir(tmp_path)
     names = given(page)
     for code, printed in EXAMPLE.findall(TEXTS[page]):
-        if OF_RANKS in code:
-            continue
         capsys.readouterr()
         exec(code, names)
         if printed:
@@ -265,9 +271,8 @@ def test_one_version() -> None:
 
 
 def test_the_example_of_several_ranks_runs(tmp_path: Path) -> None:
-    (example,) = (code for page in GUIDES for code, _ in EXAMPLE.findall(TEXTS[page]) if OF_RANKS in code)
-    (tmp_path / "train.py").write_text(example, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "train.py"]
+    (example,) = (path for path in EXAMPLES if path.stem == OF_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(example)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -275,3 +280,26 @@ def test_the_example_of_several_ranks_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"step {step}" for step in range(0, 50, 10)]
     assert "λ_c" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated", "ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*number of training batches .* is smaller than the logging interval")
+@pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed as a dependency")
+@pytest.mark.usefixtures("_settings_forgotten")
+@pytest.mark.parametrize("example", [path for path in EXAMPLES if path.stem != OF_RANKS], ids=lambda path: path.stem)
+def test_an_example_runs(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(example), run_name="__main__")
+    if "sweep" in names:
+        assert len(names["sweep"].table) == 2 * 5
+        assert "SweetSpot(" in capsys.readouterr().out
+        return
+    callback = names.get("callback")
+    monitors = names.get("monitors", {"": callback.monitor if callback else names.get("monitor")}).values()
+    for monitor in monitors:
+        assert len(monitor.history) >= 2
+        assert not monitor.skipped
+        assert {record.measurement.status for record in monitor.history} <= {"converged", "unbounded"}
+    assert any(record.measurement.status == "converged" for monitor in monitors for record in monitor.history)

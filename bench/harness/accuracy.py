@@ -28,8 +28,11 @@ _HEAD_TOLERANCE = {FP32: 1e-5, BF16: 1e-4}
 
 def cases(bench: Bench) -> Cases:
     """Return one case per operation of `sharpkern.ops`, and one of the head that is made of them."""
-    operations: Cases = {name: partial(_judged, bench, calls) for name, calls in checks(bench).items()}
-    return {**operations, "linear_cross_entropy": partial(_head, bench)}
+
+    def of(calls: Callable[[], Iterable[Call]]) -> Callable[[], Iterator[Json]]:
+        return lambda: judged(bench, calls())
+
+    return {**{name: of(calls) for name, calls in checks(bench).items()}, "linear_cross_entropy": partial(_head, bench)}
 
 
 def checked(bench: Bench, operation: str) -> Bench:
@@ -37,10 +40,6 @@ def checked(bench: Bench, operation: str) -> Bench:
     rows = list(cases(bench)[operation]())
     passed = bench.passed | {operation} if rows and all(row["passed"] for row in rows) else bench.passed
     return replace(bench, passed=passed)
-
-
-def _judged(bench: Bench, calls: Callable[[], Iterable[Call]]) -> Iterator[Json]:
-    return judged(bench, calls())
 
 
 def judged(bench: Bench, calls: Iterable[Call]) -> Iterator[Json]:

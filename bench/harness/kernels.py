@@ -109,15 +109,15 @@ def _head(bench: Bench, num_tokens: int) -> Iterator[Json]:
 
 def compiled(bench: Bench) -> Cases:
     """Return one case per kind of launch."""
-    layers = {
-        f"linear K={num_steps} M={tokens}": Timed(fused_linear(num_steps), partial(_layer, bench, num_steps, tokens))
-        for num_steps, tokens in ((1, 16), (8, 16), (8, 64), (8, 128), (8, 512))
-    }
-    return {name: partial(_facts, bench, one) for name, one in {**_streams(bench, _NUMEL), **layers}.items()}
 
+    def layer(num_steps: int, tokens: int) -> list[Call]:
+        return [Make(bench.machine).linear((4096, 4096), (num_steps, tokens), num_steps, BF16, BF16)]
 
-def _layer(bench: Bench, num_steps: int, tokens: int) -> list[Call]:
-    return [Make(bench.machine).linear((4096, 4096), (num_steps, tokens), num_steps, BF16, BF16)]
+    cases = _streams(bench, _NUMEL)
+    for num_steps, tokens in ((1, 16), (8, 16), (8, 64), (8, 128), (8, 512)):
+        of_layer = Timed(fused_linear(num_steps), partial(layer, num_steps, tokens))
+        cases[f"linear K={num_steps} M={tokens}"] = of_layer
+    return {name: partial(_facts, bench, one) for name, one in cases.items()}
 
 
 def _facts(bench: Bench, case: Timed) -> Iterator[Json]:

@@ -107,12 +107,21 @@ class _Layer:
 
     def ways(self, bench: Bench) -> list[_Variant]:
         """Return every way and number of step sizes at once; the fused kernel where it runs and passed its check."""
+
+        def naive(pair: StoredUpdate, k: int) -> Tensor:
+            return pair.base.clone().add_(pair.delta, alpha=self._numbers[k])
+
+        def formed(pair: StoredUpdate, k: int) -> Tensor:
+            alpha = self._alpha[k : k + 1]
+            return ops.form(pair.base, pair.delta, alpha, out=self._scratch, backend=self._backend)[0]
+
+        singly = [(NAIVE, naive), (ONE_AT_A_TIME, formed)]
         several = [
             _Variant(way, at_once, partial(self._several, way, at_once))
             for way, at_once in product(("products", "formed", "fused"), _AT_ONCE)
             if way != "fused" or (bench.backend == "triton" and fused_linear(at_once) in bench.passed)
         ]
-        return [_Variant(NAIVE, 1, self._clone_and_add), _Variant(ONE_AT_A_TIME, 1, self._form), *several]
+        return [_Variant(name, 1, partial(self._one_at_a_time, weight)) for name, weight in singly] + several
 
     def error(self, run: Callable[[], Outputs]) -> float:
         """Return the norm of the last output's error over that of the exact one, of some hundred of the tokens."""
@@ -124,16 +133,6 @@ class _Layer:
     def product(self) -> Outputs:
         """Return the products of every input with W alone."""
         return self._one_at_a_time(lambda pair, k: pair.base)
-
-    def _clone_and_add(self) -> Outputs:
-        return self._one_at_a_time(lambda pair, k: pair.base.clone().add_(pair.delta, alpha=self._numbers[k]))
-
-    def _form(self) -> Outputs:
-        def formed(pair: StoredUpdate, k: int) -> Tensor:
-            alpha = self._alpha[k : k + 1]
-            return ops.form(pair.base, pair.delta, alpha, out=self._scratch, backend=self._backend)[0]
-
-        return self._one_at_a_time(formed)
 
     def _one_at_a_time(self, weight: Callable[[StoredUpdate, int], Tensor]) -> Outputs:
         return [F.linear(x, weight(self._pair(), k))[None] for k, x in enumerate(self._x)]

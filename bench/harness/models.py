@@ -4,10 +4,8 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +21,10 @@ from .timing import Json, Machine
 SAME_LOSS = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 # Share of the GPU's free memory; the rest is for activations and what the allocator cannot use.
 USABLE = 0.93
-_BETAS = (0.9, 0.95)
 _STEPS_TAKEN = 100
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """The shape of a model, and of its training where it is trained; ``tokens`` in the one sequence of the batch."""
 
     name: str
@@ -67,7 +63,7 @@ def fitting(machine: Machine, quick: bool) -> Preset:
     """Return the largest preset that can be trained in the memory that is free, or the least; on a CPU by ``quick``."""
     if not machine.is_gpu:
         return TINY if quick else SMALL
-    candidates = [replace(one, moments=moments) for one, moments in product(LARGE, (torch.float32, torch.bfloat16))]
+    candidates = [one._replace(moments=moments) for one in LARGE for moments in (torch.float32, torch.bfloat16)]
     room = USABLE * machine.memory
     return next((preset for preset in candidates if preset.training_bytes <= room), candidates[-1])
 
@@ -117,10 +113,9 @@ class LanguageModel:
 
     def about(self) -> Json:
         """Return what the figures are of."""
-        sizes = [(parameter.numel(), parameter.nbytes) for parameter in self.model.parameters()]
-        parameters, nbytes = map(sum, zip(*sizes, strict=True))
+        parameters = sum(p.numel() for p in self.model.parameters())
         about = {"model": self.preset.name, "parameters": parameters, "tokens": self.preset.tokens}
-        return {**about, "weight_bytes": nbytes}
+        return {**about, "weight_bytes": sum(p.nbytes for p in self.model.parameters())}
 
 
 class Moving(LanguageModel):
@@ -140,27 +135,24 @@ class Training(LanguageModel):
         super().__init__(machine, preset)
         with torch.enable_grad():
             self.loss().backward()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=_BETAS, weight_decay=0.1)
-        self._fill_state()
-
-    def _fill_state(self) -> None:
-        """Give every parameter the moments of a hundred gradients that point about where the present one does."""
-        generator = self.machine.generator(2)
-        beta1, beta2 = _BETAS
+        beta1, beta2 = betas = 0.9, 0.95
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=betas, weight_decay=0.1)
+        generator = machine.generator(2)
+        # The moments of a hundred gradients that point about where the present one does.
         for parameter in self.model.parameters():
             assert parameter.grad is not None
             g = parameter.grad.float()
             noise = torch.empty_like(g).normal_(1.0, 0.3, generator=generator)
-            exp_avg = (noise.mul_(g) * (1 - beta1**_STEPS_TAKEN)).to(self.preset.moments)
+            exp_avg = (noise.mul_(g) * (1 - beta1**_STEPS_TAKEN)).to(preset.moments)
             # Where a gradient is small once, others were not.
-            exp_avg_sq = ((g.square() + 0.1 * g.square().mean()) * (1 - beta2**_STEPS_TAKEN)).to(self.preset.moments)
+            exp_avg_sq = ((g.square() + 0.1 * g.square().mean()) * (1 - beta2**_STEPS_TAKEN)).to(preset.moments)
             step = torch.tensor(float(_STEPS_TAKEN))
             self.optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     @cached_property
     def measured(self) -> sharpkern.Measurement:
         """λ_c from the optimizer's state, begun at its learning rate: the first measurement, with all checks."""
-        return self.measure("auto", self.direction(resident=False))
+        return sharpkern.critical_sharpness(self.model, self.loss, self.direction(resident=False))
 
     @cached_property
     def losses(self) -> tuple[tuple[float, float], ...]:
@@ -183,12 +175,6 @@ class Training(LanguageModel):
     def direction(self, *, resident: bool) -> sharpkern.Direction:
         """Return the optimizer's next update."""
         return sharpkern.Direction.from_optimizer(self.optimizer, resident=resident)
-
-    def measure(
-        self, engine: str, direction: sharpkern.Direction, initial_lr: float | None = None
-    ) -> sharpkern.Measurement:
-        """Measure λ_c by one engine, from a first guess of η_c."""
-        return sharpkern.critical_sharpness(self.model, self.loss, direction, engine=engine, initial_lr=initial_lr)
 
     def about(self) -> Json:
         """Return what the figures are of."""

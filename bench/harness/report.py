@@ -114,14 +114,6 @@ def _share(of: str, name: str) -> Text:
     return lambda summary: f"{getattr(summary, of)[name]:.2f}" if name in getattr(summary, of) else ""
 
 
-def _each_once(texts: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(texts))
-
-
-def _target(row: Json) -> str:
-    return f"{row['target']:.2f} ({row['accept']:.2f})" if "target" in row else ""
-
-
 def _asked(summary: Summary) -> str:
     """Return what is asked of a way to take several step sizes."""
     least, share = summary.asked.get("least_times_naive"), summary.asked.get("target")
@@ -147,25 +139,11 @@ def _timed(rows: Rows) -> list[Json]:
             if variant == "triton":
                 row["in_torch"] = timed.get("torch", {}).get("share")
             if not variant.endswith(" again") and not ("triton" in timed and variant == "torch") and variant != "copy":
-                lines.append({"sharpness": sharpness, **row})
+                # Of one evaluation: a call, a forward pass of a measurement, or a step size of a pass.
+                of_call = 1e3 * row["median"] if "median" in row else None
+                ms = row.get("ms_per_step_size", row.get("ms_per_forward", of_call))
+                lines.append({"sharpness": sharpness, "ms": ms, **row})
     return lines
-
-
-def _milliseconds(row: Json) -> float | None:
-    """Return what one evaluation takes: a call, a forward pass of a measurement, or a step size of a pass."""
-    of_call = 1e3 * row["median"] if "median" in row else None
-    found: float | None = row.get("ms_per_step_size", row.get("ms_per_forward", of_call))
-    return found
-
-
-def _time(row: Json) -> str:
-    taken = _milliseconds(row)
-    return row.get("outcome") or ("" if taken is None else significant(taken))
-
-
-def _times_plain(row: Json) -> str:
-    taken = _milliseconds(row)
-    return f"{taken / row['plain_ms']:.2f}" if taken is not None and "plain_ms" in row else ""
 
 
 def _model_size(row: Json) -> str:
@@ -184,19 +162,19 @@ COLUMNS: Columns = {
     "case": lambda row: row["case"],
     "variant": lambda row: row["variant"],
     "at once": _field("at_once"),
-    "ms": _time,
+    "ms": lambda row: row.get("outcome") or ("" if row["ms"] is None else significant(row["ms"])),
     "host ms": _field("host", 3, 1e3),
     "share": _field("share", 3),
     "± run": _field("off", 3),
     "torch": _field("in_torch", 3),
-    "× plain": _times_plain,
+    "× plain": lambda row: f"{row['ms'] / row['plain_ms']:.2f}" if row["ms"] and "plain_ms" in row else "",
     "× virtual": _field("pass_over_virtual", 2),
     "peak GB": _field("allocated", 2, 1e-9),
     "reserved GB": _field("reserved", 2, 1e-9),
     "beyond plain": _field("beyond_plain", 2, 1e-9),
     "in all GB": _field("total_bytes", 2, 1e-9),
     "λ_c": lambda row: _number(row["sharpness"]),
-    "target": _target,
+    "target": lambda row: f"{row['target']:.2f} ({row['accept']:.2f})" if "target" in row else "",
     "": verdict,
 }
 LINEAR: Columns = {
@@ -227,7 +205,7 @@ def table(name: str, rows: Rows) -> tuple[str, dict[str, list[str]]]:
     if name == "linear":
         found = summaries(rows)
         about = "speed per step size as a share of the bare product's, median over shapes"
-        return f"{_each_once(one.dtype for one in found)}, {about}", filled(LINEAR, found)
+        return f"{'; '.join(dict.fromkeys(one.dtype for one in found))}, {about}", filled(LINEAR, found)
     if name == "compiled":
         return "", filled(COMPILED, [{"case": case, **row} for case, of_case in rows.items() for row in of_case])
     lines = _timed(rows)
@@ -236,7 +214,7 @@ def table(name: str, rows: Rows) -> tuple[str, dict[str, list[str]]]:
         "passes": lambda row: "losses along a direction in memory",
         "model": _model_size,
     }.get(name, lambda row: "")
-    return _each_once(map(of_all, lines)), filled(COLUMNS, lines)
+    return "; ".join(dict.fromkeys(map(of_all, lines))), filled(COLUMNS, lines)
 
 
 # In the order in which they are shown: of a long output often only the end is kept, and what matters most comes last.
@@ -269,9 +247,22 @@ def show(record: Record, sections: Iterable[Section]) -> None:
 
     console = Console(width=WIDTH, highlight=False, markup=False)
     chosen = {section.name: section for section in sections}
-    console.print(_header(record.environment), soft_wrap=True)
-    if reached := _rows_of(record.cases("ceilings")):
-        console.print(f"Ceilings: {_ceilings(reached)}")
+    seen = record.environment
+    commit = f"{seen['commit'][:12] if seen['commit'] else 'commit unknown'}{' with changes' if seen['dirty'] else ''}"
+    versions = [f"{name} {seen[name]}" for name in ("driver", "torch", "triton") if seen[name]]
+    device = seen["gpu"] or f"{seen['machine']} CPU, one thread"
+    console.print(f"{device}: {', '.join(versions)}, sharpkern {seen['sharpkern']} ({commit})", soft_wrap=True)
+    if reached := [row for of_case in _rows_of(record.cases("ceilings")).values() for row in of_case]:
+        units = {"bytes_per_second": (1e9, "GB/s"), "flop_per_second": (1e12, "TFLOP/s")}
+        rates = [
+            (row["variant"], row[name] / size, unit)
+            for row in reached
+            for name, (size, unit) in units.items()
+            if name in row
+        ]
+        console.print(
+            f"Ceilings: {', '.join(f'{variant} {significant(rate)} {unit}' for variant, rate, unit in rates)}"
+        )
     for name in TABLES:
         if name in chosen and (rows := _rows_of(record.cases(name))):
             about, columns = table(name, rows)
@@ -289,25 +280,6 @@ def show(record: Record, sections: Iterable[Section]) -> None:
         console.print(f"{chosen[GATE].title}: {_correctness(checked)}")
     for line in _outcomes(record, chosen.values()):
         console.print(line, soft_wrap=True)
-
-
-def _header(environment: Json) -> str:
-    commit = environment["commit"][:12] if environment["commit"] else "commit unknown"
-    commit += " with changes" if environment["dirty"] else ""
-    device = environment["gpu"] or f"{environment['machine']} CPU, one thread"
-    versions = [f"{name} {environment[name]}" for name in ("driver", "torch", "triton") if environment[name]]
-    return f"{device}: {', '.join(versions)}, sharpkern {environment['sharpkern']} ({commit})"
-
-
-def _ceilings(rows: Rows) -> str:
-    """Return, in a line, what a copy and a matrix product reach."""
-
-    def rate(row: Json) -> str:
-        if "bytes_per_second" in row:
-            return f"{significant(row['bytes_per_second'] / 1e9)} GB/s"
-        return f"{significant(row['flop_per_second'] / 1e12)} TFLOP/s"
-
-    return ", ".join(f"{row['variant']} {rate(row)}" for of_case in rows.values() for row in of_case)
 
 
 def _correctness(rows: Rows) -> str:

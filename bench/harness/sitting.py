@@ -18,8 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,9 @@ class Record:
     def __init__(self, path: Path, environment: Json, quick: bool) -> None:
         self._path, self._sittings = path, _read(path)
         last = self._sittings[-1] if self._sittings else None
-        self.resumed = last is not None and last["quick"] == quick and _same(last["environment"], environment)
+        differs = dict.fromkeys(("date", "commit", "dirty"))
+        known = last and {**last["environment"], **differs, "quick": last["quick"]}
+        self.resumed = known == {**environment, **differs, "quick": quick}
         if not self.resumed:
             started = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
             self._sittings.append({"started": started, "environment": environment, "quick": quick, "sections": {}})
@@ -149,12 +151,6 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _same(one: Json, other: Json) -> bool:
-    """Whether two environments are the same machine, versions and sources."""
-    differs = dict.fromkeys(("date", "commit", "dirty"))
-    return one | differs == other | differs
-
-
 def _read(path: Path) -> list[Json]:
     """Return the sittings in a file; ValueError if it is something else, which must not be overwritten."""
     if path.is_dir():
@@ -173,17 +169,6 @@ def _read(path: Path) -> list[Json]:
 # -- the process that runs cases --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker is to do: of a section's cases the i-th, (i + n)-th and so on, but not those to skip."""
-
-    module: str
-    quick: bool
-    passed: Sequence[str]
-    share: Sequence[int]
-    skip: Sequence[str]
-
-
 def worker(job: str, path: str) -> None:
     """Run the cases of a job, given as JSON, and keep in a file how they stand."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -193,46 +178,52 @@ def worker(job: str, path: str) -> None:
         with replacing(path) as beside:
             beside.write_text(json.dumps(plain(cases)), encoding="utf-8")
 
-    work(Job(**json.loads(job)), cases, save)
+    work(cases, save, **json.loads(job))
 
 
-def work(job: Job, cases: Json, save: Callable[[], None]) -> None:
-    """Run the cases of a job; what begins is written down before it does, so that a crash has a name."""
-    bench = Bench(machine_here(), job.quick, frozenset(job.passed))
-    module, _, function = job.module.partition(":")
+def work(
+    cases: Json,
+    save: Callable[[], None],
+    *,
+    module: str,
+    quick: bool,
+    passed: Sequence[str],
+    share: Sequence[int],
+    skip: Sequence[str],
+) -> None:
+    """Run a section's i-th, (i + n)-th case and so on, but not those to skip.
+
+    What begins is written down before it does, so that a crash has a name.
+    """
+    bench = Bench(machine_here(), quick, frozenset(passed))
+    module, _, function = module.partition(":")
     made = getattr(importlib.import_module(module), function or "cases")(bench)
-    first, step = job.share
-    cases |= {name: {"status": NOT_RUN} for name in list(made)[first::step] if name not in job.skip}
+    first, step = share
+    cases |= {name: {"status": NOT_RUN} for name in list(made)[first::step] if name not in skip}
     save()
     for name, entry in cases.items():
         entry |= {"status": RUNNING, "rows": []}
         save()
         started = time.perf_counter()
-        status, error = _run_case(bench, made[name], entry["rows"], save)
+        try:
+            with torch.no_grad():
+                for row in made[name]():
+                    entry["rows"].append(row)
+                    save()
+            bench.machine.synchronize()
+            # A row that has not passed makes the case wrong.
+            wrong = sum(row.get("passed") is False for row in entry["rows"])
+            status, error = (WRONG, f"{wrong} wrong") if wrong else (DONE, None)
+        except BlockedError as blocked:
+            status, error = BLOCKED, str(blocked)
+        except Exception as failure:
+            status, error = FAILED, without_paths(f"{type(failure).__name__}: {failure}")
         entry |= {"status": status, "error": error, "seconds": round(time.perf_counter() - started, 3)}
         save()
         gc.collect()
         # A fault of the device leaves it unusable for this process: the next one goes on.
         bench.machine.synchronize()
-        bench.machine.release_memory()
-
-
-def _run_case(
-    bench: Bench, case: Callable[[], Iterator[Json]], rows: list[Json], save: Callable[[], None]
-) -> tuple[str, str | None]:
-    """Run one case and return how it ended; a row that has not passed makes it wrong."""
-    try:
-        with torch.no_grad():
-            for row in case():
-                rows.append(row)
-                save()
-        bench.machine.synchronize()
-    except BlockedError as error:
-        return BLOCKED, str(error)
-    except Exception as error:
-        return FAILED, without_paths(f"{type(error).__name__}: {error}")
-    wrong = sum(row.get("passed") is False for row in rows)
-    return (WRONG, f"{wrong} wrong") if wrong else (DONE, None)
+        torch.cuda.empty_cache()
 
 
 def without_paths(text: str, limit: int = 400) -> str:
@@ -256,7 +247,7 @@ class Lane:
     A crash or a hang costs one case. The lane writes the cases of its job into ``cases``, those of the record.
     """
 
-    def __init__(self, job: Job, patience: float, cases: Json) -> None:
+    def __init__(self, job: Json, patience: float, cases: Json) -> None:
         self._job, self._patience, self._cases = job, patience, cases
         # What ended a worker before it began a case, and whether cases are left and a worker is at them.
         self.error: str | None = None
@@ -265,19 +256,13 @@ class Lane:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        folder = Path(self._folder.name)
-        self._file, self._words = folder / "cases.json", folder / "words"
+        self._file, self._words = (Path(self._folder.name) / name for name in ("cases.json", "words"))
         run_worker = f"import sys; from {__name__} import worker; worker(*sys.argv[1:])"
+        command = [sys.executable, "-c", run_worker, json.dumps(self._job), str(self._file)]
+        output: Any = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "env": child_environment()}
         with self._words.open("wb") as words:
             # Whatever a worker starts, such as a compiler, ends with it: it leads a group of its own.
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", run_worker, json.dumps(asdict(self._job)), str(self._file)],
-                stdin=subprocess.DEVNULL,
-                stdout=words,
-                stderr=words,
-                env=child_environment(),
-                start_new_session=True,
-            )
+            self._process = subprocess.Popen(command, stdout=words, start_new_session=True, **output)
         self._seen, self._timed_out = b"{}", False
         self._own: Json = {}
         self._last_sign = time.monotonic()
@@ -304,8 +289,9 @@ class Lane:
 
     def _ended(self, code: int) -> None:
         """Say how the worker has ended, and start another one if cases are left."""
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        why = f"{how}{_last_words(self._words)}"
+        why = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        if lines := self._words.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]:
+            why += f": {without_paths(lines)}"
         hung = TIMEOUT, f"no sign of life for {self._patience:.0f} s"
         self._close(*(hung if self._timed_out else (CRASHED, why)))
         left = [name for name, case in self._own.items() if case["status"] == NOT_RUN]
@@ -315,7 +301,7 @@ class Lane:
             self.error = why
         self.running = bool(left) and self.error is None
         if self.running:
-            self._job = replace(self._job, skip=sorted({*self._job.skip, *through}))
+            self._job = {**self._job, "skip": sorted({*self._job["skip"], *through})}
             self._start()
 
     def stop(self, status: str, error: str | None) -> None:
@@ -336,13 +322,6 @@ class Lane:
         # It may just have ended by itself.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _last_words(path: Path) -> str:
-    """Return the last line that a worker has printed."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    words = next((line for line in reversed(lines) if line.strip()), "")
-    return f": {without_paths(words)}" if words else ""
 
 
 def run(
@@ -382,7 +361,8 @@ def _run_section(record: Record, section: Section, *, quick: bool, gpu: bool, li
     try:
         num_lanes = max(1, min(section.lanes, (os.cpu_count() or 1) // 2)) if gpu else 1
         for i in range(num_lanes):
-            job = Job(section.module, quick, record.done(GATE), (i, num_lanes), done)
+            job = {"module": section.module, "quick": quick, "passed": record.done(GATE)}
+            job |= {"share": (i, num_lanes), "skip": done}
             lanes.append(Lane(job, section.patience, cases))
         _follow(lanes, started + limit, record)
         ended = TIMEOUT, "the section's time was up"

@@ -15,9 +15,9 @@ from sharpkern._support.figures import COLORS, light_grid, new_figure, save_figu
 from sharpkern._support.files import write_rows
 
 from .accuracy import checked, judge
-from .cases import Bench, BlockedError, Load, Timed, timed
+from .cases import Bench, BlockedError, Call, timed
 from .formulas import FORMULAS
-from .timing import Json, Variant, machine_here
+from .timing import Json, machine_here
 
 # Of a line's columns: the median, and the rates at the 80th and the 20th percentile of the time.
 ENDS = ("", "-min", "-max")
@@ -25,11 +25,7 @@ ENDS = ("", "-min", "-max")
 _MOST_BUFFERS = 64
 
 Say = Callable[[str], None]
-
-
-def operations(bench: Bench) -> list[str]:
-    """Return the names of what can be swept: operations as their checks name them."""
-    return list(dict.fromkeys(case.operation for case in timed(bench, 1 << 12).values()))
+Function = Callable[..., Any] | None
 
 
 def sizes(bench: Bench) -> list[int]:
@@ -37,34 +33,29 @@ def sizes(bench: Bench) -> list[int]:
     return [1 << power for power in range(12, bench.pick(gpu=28, cpu=24, quick=20) + 1, 2)]
 
 
-def sweep_here(operation: str, beside: Path, *, quick: bool, say: Say) -> int:
-    """Sweep an operation in this process and return the exit code: 1 where something was wrong."""
+@torch.no_grad()
+def sweep(operation: str, beside: Path, *, quick: bool, say: Say) -> int:
+    """Write a CSV and a PNG per case of an operation beside a path; return the exit code, 1 where a line was wrong."""
     bench = Bench(machine_here(), quick)
-    try:
-        with torch.no_grad():
-            return 0 if sweep(bench, operation, beside, say) else 1
-    except BlockedError as error:
-        say(str(error))
-        return 1
-
-
-def sweep(bench: Bench, operation: str, beside: Path, say: Say) -> bool:
-    """Write a CSV and a PNG per case of an operation beside a path; return whether every line was right everywhere."""
-    if operation not in operations(bench):
-        raise ValueError(f"sweep must be one of {', '.join(operations(bench))}, got {operation!r}")
-    bench = checked(bench, operation)
-    right = True
-    for name, case in timed(bench, 1 << 12).items():
-        if case.operation == operation:
+    cases = timed(bench, 1 << 12)
+    known = dict.fromkeys(case.operation for case in cases.values())
+    if operation not in known:
+        raise ValueError(f"sweep must be one of {', '.join(known)}, got {operation!r}")
+    bench, right = checked(bench, operation), True
+    for name in (name for name, case in cases.items() if case.operation == operation):
+        try:
             rows, all_right = _rows(bench, name, say)
-            right &= all_right
-            path = beside.with_name(f"{beside.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.csv")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(path, rows)
-            device = torch.cuda.get_device_name() if bench.machine.is_gpu else "CPU, one thread"
-            _draw(rows, f"{name}, {device}", path.with_suffix(".png"))
-            say(f"{name}: wrote {path} and {path.with_suffix('.png').name}")
-    return right
+        except BlockedError as error:
+            say(str(error))
+            return 1
+        right &= all_right
+        path = beside.with_name(f"{beside.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, rows)
+        device = torch.cuda.get_device_name() if bench.machine.is_gpu else "CPU, one thread"
+        _draw(rows, f"{name}, {device}", path.with_suffix(".png"))
+        say(f"{name}: wrote {path} and {path.with_suffix('.png').name}")
+    return 0 if right else 1
 
 
 def _rows(bench: Bench, name: str, say: Say) -> tuple[list[Json], bool]:
@@ -73,11 +64,14 @@ def _rows(bench: Bench, name: str, say: Say) -> tuple[list[Json], bool]:
     # Graphs of other shapes are forgotten.
     torch._dynamo.reset()
     formula = FORMULAS[timed(bench, 1 << 12)[name].make()[0].operation]
-    functions = {"sharpkern": None, "torch": formula, "torch.compile": torch.compile(formula)}
+    functions: dict[str, Function] = {"sharpkern": None, "torch": formula, "torch.compile": torch.compile(formula)}
     for numel in sizes(bench):
         case = timed(bench, numel)[name]
         load = case.load(bench)
-        variants, wrong = _variants(bench, case, load, functions)
+        count = min(_MOST_BUFFERS, bench.machine.rotations(load.nbytes))
+        calls = [load.calls[0], *(case.load(bench).calls[0] for _ in range(count - 1))]
+        wrong = {line: why for line, function in functions.items() if (why := _wrong(bench, calls[0], function))}
+        variants = {line: partial(_call, bench, calls, functions[line]) for line in functions if line not in wrong}
         timings = bench.machine.time(variants, 0.5 if bench.machine.is_gpu else 0.1) if variants else {}
         amount, unit = (load.flops / 1e12, "TFLOP/s") if load.flops else (load.nbytes / 1e9, "GB/s")
         row: Json = {"elements": numel}
@@ -94,30 +88,19 @@ def _rows(bench: Bench, name: str, say: Say) -> tuple[list[Json], bool]:
     return rows, right
 
 
-def _variants(
-    bench: Bench, case: Timed, load: Load, functions: Mapping[str, Callable[..., Any] | None]
-) -> tuple[dict[str, Variant], dict[str, str]]:
-    """Return the lines that are right, to be timed, and of the others in words what is wrong."""
-    count = min(_MOST_BUFFERS, bench.machine.rotations(load.nbytes))
-    calls = [load.calls[0], *(case.load(bench).calls[0] for _ in range(count - 1))]
+def _call(bench: Bench, calls: Sequence[Call], function: Function, number: int) -> Any:
+    """Make the call whose turn it is, or its formula."""
+    call = calls[number % len(calls)]
+    return call.formula(function) if function else call.run(bench.backend)
 
-    def run(function: Callable[..., Any] | None, number: int) -> Any:
-        call = calls[number % count]
-        return call.formula(function) if function else call.run(bench.backend)
 
-    variants: dict[str, Variant] = {}
-    wrong: dict[str, str] = {}
-    for line, function in functions.items():
-        try:
-            row = judge(bench, calls[0], function)
-        except Exception as error:
-            wrong[line] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            continue
-        if row["passed"]:
-            variants[line] = partial(run, function)
-        else:
-            wrong[line] = f"error {row['error_of_budget']:.3g} of its budget"
-    return variants, wrong
+def _wrong(bench: Bench, call: Call, function: Function) -> str:
+    """Say what is wrong with a line, if anything is."""
+    try:
+        row = judge(bench, call, function)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return "" if row["passed"] else f"error {row['error_of_budget']:.3g} of its budget"
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:

@@ -84,11 +84,6 @@ class Machine:
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
-    def release_memory(self) -> None:
-        """Give the allocator's unused memory back to the device."""
-        if self.is_gpu:
-            torch.cuda.empty_cache()
-
     def generator(self, seed: int) -> torch.Generator:
         """Return a random stream of its own on the device."""
         return torch.Generator(self.device).manual_seed(seed)
@@ -194,30 +189,22 @@ def _seconds(variant: Variant, call: int) -> float:
 
 
 def cases(bench: "Bench") -> dict[str, Callable[[], Iterator[Json]]]:
-    """Return the two ceilings: a large copy, and a large product of random numbers."""
-    return {"copy": lambda: _copy(bench), "product": lambda: _product(bench)}
-
-
-def _copy(bench: "Bench") -> Iterator[Json]:
-    """Time a copy, 8 GB on a large GPU; bytes read and written count."""
-    machine = bench.machine
-    nbytes = bench.pick(gpu=min(8 << 30, machine.memory // 4), cpu=1 << 28, quick=1 << 26)
-    source = machine.randn(nbytes // 4)
-    target = torch.empty_like(source)
-    for name, timing in _twice(machine, "copy", lambda: target.copy_(source)):
-        yield {"variant": name, "bytes": 2 * nbytes, "bytes_per_second": 2 * nbytes / timing.median, **timing.to_json()}
-
-
-def _product(bench: "Bench") -> Iterator[Json]:
-    """Time a square matrix product: bf16, 8192 on a GPU; fp32 and small on a CPU."""
+    """Return the two ceilings: a large copy, and a square product of random numbers: bf16 on a GPU, fp32 on a CPU."""
     machine, size = bench.machine, bench.pick(gpu=8192, cpu=1024, quick=512)
-    dtype = torch.bfloat16 if machine.is_gpu else torch.float32
-    a, b = (machine.randn(size, size, dtype=dtype, seed=seed) for seed in range(2))
-    for name, timing in _twice(machine, "product", lambda: a @ b):
-        yield {"variant": name, "size": size, "flop_per_second": 2 * size**3 / timing.median, **timing.to_json()}
+
+    def product() -> Variant:
+        dtype = torch.bfloat16 if machine.is_gpu else torch.float32
+        a, b = (machine.randn(size, size, dtype=dtype, seed=seed) for seed in range(2))
+        return lambda _: a @ b
+
+    return {
+        "copy": lambda: _twice(machine, "copy", *machine.copy(machine.memory // 4 or 1 << 28), "bytes"),
+        "product": lambda: _twice(machine, "product", product(), 2 * size**3, "flop"),
+    }
 
 
-def _twice(machine: Machine, name: str, function: Callable[[], object]) -> Iterator[tuple[str, Timing]]:
+def _twice(machine: Machine, name: str, variant: Variant, amount: int, unit: str) -> Iterator[Json]:
     """Time the same thing as two variants: what they differ by is noise."""
-    variants = {one: each_call(function) for one in (name, f"{name} again")}
-    yield from machine.time(variants, 1.0 if machine.is_gpu else 0.3).items()
+    variants = dict.fromkeys((name, f"{name} again"), variant)
+    for one, timing in machine.time(variants, 1.0 if machine.is_gpu else 0.3).items():
+        yield {"variant": one, unit: amount, f"{unit}_per_second": amount / timing.median, **timing.to_json()}

@@ -85,8 +85,7 @@ def _plain(scene: Training) -> Iterator[Json]:
 
 def _first(scene: Training) -> Iterator[Json]:
     """Weigh the first measurement of the model, which begins at the optimizer's learning rate and makes the checks."""
-    peak = scene.machine.peak(lambda: scene.measured)
-    first = scene.measured
+    peak, first = scene.machine.peak(lambda: scene.measured), scene.measured
     fields = {"forwards": first.forwards, "ms_per_forward": 1e3 * first.seconds / first.forwards}
     yield {"variant": "virtual", **fields, **_measured_fields(first), **peak, **scene.about()}
 
@@ -106,7 +105,8 @@ def _engine(scene: Training, engine: str, *, resident: bool) -> Iterator[Json]:
     if not agreement["passed"]:
         yield compared
         return
-    measure = partial(scene.measure, engine, direction, scene.start)
+    options: Json = {"engine": engine, "initial_lr": scene.start}
+    measure = partial(sharpkern.critical_sharpness, scene.model, scene.loss, direction, **options)
     measure()
     plain_peak, peak = machine.peak(scene.chunked_loss), machine.peak(measure)
     # In turns, so that clocks and other load meet both alike.
@@ -175,7 +175,7 @@ def passes(bench: Bench) -> Cases:
             bench.require("form", "embedding", "linear_cross_entropy")
             made.clear()
             gc.collect()
-            bench.machine.release_memory()
+            torch.cuda.empty_cache()
             made[preset.name] = Moving(bench.machine, preset)
         return made[preset.name]
 

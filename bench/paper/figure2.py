@@ -10,15 +10,17 @@ paper's setting, on the first 5000 images.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from cifar import cifar10
 from runs import Curve, Gauge, by_run, close, draw_runs, largest_share, ratios, times
-from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number
-from torch import Tensor, nn
+from scaffold import Figure, Piece, Row, main, median, not_converged, number
+from torch import Tensor
 from torch.nn import functional as F
+
+# Beside the folder of this script; scaffold has put it on the path.
+from workloads import Loss, stack, trained
 
 from sharpkern.cli.digits import digits
 
@@ -46,53 +48,35 @@ CIFAR = Setting("images of CIFAR-10", 3072, 512, 0.03, 3000, 25, 5000, 512, 64)
 CIFAR_QUICK = Setting(CIFAR.data, 3072, 16, 0.03, 6, 3, 200, 100, 32)
 
 
-def network(num_inputs: int, width: int) -> nn.Sequential:
-    """Return four linear layers with GELU between them, 10 outputs."""
-    sizes = (num_inputs, width, width, width, 10)
-    layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.GELU())]
-    return nn.Sequential(*layers[:-1])
-
-
 def train(run: str, setting: Setting, data: Callable[[int], tuple[Tensor, Tensor]], batch_size: int) -> list[Row]:
     """Train by SGD without momentum and measure on the way."""
     torch.manual_seed(0)
-    model = network(setting.num_inputs, setting.width)
+    model = stack(setting.num_inputs, *[setting.width] * 3, 10)
     inputs, labels = data(setting.num_images)
     generator = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr)
-    gauge = Gauge(model, optimizer, due=lambda step: step % setting.every == 0)
+    everything = Loss(F.cross_entropy, (inputs, labels))
     is_full = batch_size == len(inputs)
 
-    def loss_of(images: Tensor | slice) -> Tensor:
-        return F.cross_entropy(model(inputs[images]), labels[images])
+    def draw_batch() -> Loss:
+        rows = torch.randperm(len(inputs), generator=generator)[:batch_size]
+        return Loss(F.cross_entropy, (inputs[rows], labels[rows]))
 
-    everything = slice(None)
+    training = trained(model, torch.optim.SGD, (lambda: everything) if is_full else draw_batch, lr=setting.lr)
+    gauge = Gauge(model, training.optimizer, due=lambda step: step % setting.every == 0)
     rows = []
     for _ in range(setting.num_steps):
-        batch = everything if is_full else torch.randperm(len(inputs), generator=generator)[:batch_size]
-        loss_fn = partial(loss_of, batch)
-        optimizer.zero_grad()
-        loss_fn().backward()
-        row = gauge(loss_fn, heldout=None if is_full else partial(loss_of, everything))
+        row = gauge(training.begin(), heldout=None if is_full else partial(everything, model))
         if row is not None:
             rows.append({"run": run, "batch": batch_size, "data": setting.data, "width": setting.width, **row})
-        optimizer.step()
+        training.step()
     return rows
 
 
-def setting_of(order: Order) -> Setting:
-    """Return the setting that the command line asks for."""
-    if order.data is None:
-        return DIGITS_QUICK if order.quick else DIGITS
-    return CIFAR_QUICK if order.quick else CIFAR
-
-
-def pieces(order: Order) -> Mapping[str, Piece]:
+def pieces(setting: Setting, work: Path, data: Path | None) -> Mapping[str, Piece]:
     """Return the three training runs."""
-    setting = setting_of(order)
-    data = digits if order.data is None else partial(cifar10, order.data)
+    read = digits if data is None else partial(cifar10, data)
     sizes = {"full batch": setting.num_images, "large batch": setting.large, "small batch": setting.small}
-    return {run: partial(train, run, setting, data, size) for run, size in sizes.items()}
+    return {run: partial(train, run, setting, read, size) for run, size in sizes.items()}
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -156,14 +140,9 @@ def _median(rows: list[Row], column: str) -> str:
 
 
 FIGURE = Figure(
-    "figure2",
-    "sharpness of a network trained by SGD with three batch sizes",
-    setting_of,
-    pieces,
-    draw,
-    numbers,
-    takes_data=True,
-)
+    "figure2", "sharpness of a network trained by SGD with three batch sizes", (DIGITS, DIGITS_QUICK), pieces, draw,
+    numbers, of_data=(CIFAR, CIFAR_QUICK),
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(FIGURE)

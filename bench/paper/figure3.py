@@ -9,81 +9,71 @@ another batch's loss along AdamW's update.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from runs import Curve, Gauge, by_run, close, draw_runs, largest_share, ratios, times
-from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number
-from torch import Tensor
+from scaffold import Figure, Piece, Row, main, median, not_converged, number
 
 # Beside the folder of this script; scaffold has put it on the path.
-from workloads import GPT, Run, text, token_loss
+from workloads import GPT, Loss, gpt_adamw, next_tokens, ramps, text, trained
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-FULL = {"num_steps": 600, "warmup": 100, "decay": 150, "batch_size": 16}
-QUICK = {"num_steps": 24, "warmup": 6, "decay": 6, "batch_size": 2}
-CONTEXT = 64
+
+@dataclass(frozen=True)
+class Setting:
+    """How long to train, and how the learning rate goes up and down; so many rows of text make a batch."""
+
+    num_steps: int
+    warmup: int
+    decay: int
+    batch_size: int
+    # The peaks of the runs.
+    lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    context: int = 64
+    # Odd, so that a swing with a period of two steps is seen on both sides.
+    every: int = 11
+
+
 PHASES = ("warm-up", "stable", "decay")
-# Odd, so that a swing with a period of two steps is seen on both sides.
-EVERY = 11
 
 
-def train(schedule: Run) -> list[Row]:
+def train(setting: Setting, lr: float) -> list[Row]:
     """Train by AdamW and measure on the way."""
-    torch.manual_seed(schedule.seed)
-    model, data = GPT(context=CONTEXT), text()
-    generator = torch.Generator().manual_seed(schedule.seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    gauge = Gauge(model, optimizer, due=lambda step: step % EVERY == 1)
+    torch.manual_seed(0)
+    model, data, generator = GPT(context=setting.context), text(), torch.Generator().manual_seed(1)
+
+    def draw_windows() -> Loss:
+        starts = torch.randint(len(data) - setting.context, (setting.batch_size, 1), generator=generator)
+        return next_tokens(data[starts + torch.arange(setting.context + 1)])
+
+    schedule = ramps(setting.num_steps, setting.warmup, setting.decay)
+    training = trained(model, gpt_adamw, draw_windows, schedule, lr=lr)
+    gauge = Gauge(model, training.optimizer, due=lambda step: step % setting.every == 1)
     last_seen = torch.full((256,), -torch.inf)
-
-    def loss_of(windows: Tensor) -> Tensor:
-        return token_loss(model(windows[:, :-1]), windows[:, 1:])
-
     rows = []
-    for step in range(schedule.num_steps):
-        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
-        batch, other = (_windows(data, schedule.batch_size, generator) for _ in range(2))
-        loss_fn = partial(loss_of, batch)
-        optimizer.zero_grad()
-        loss_fn().backward()
-        row = gauge(loss_fn, heldout=partial(loss_of, other))
-        held = batch[:, :-1].flatten()
+    for step in range(setting.num_steps):
+        loss_fn = training.begin()
+        row = gauge(loss_fn, heldout=partial(draw_windows(), model))
+        held = loss_fn.loss.batch[0].flatten()
         if row is not None:
             rows.append({
-                "run": schedule.name,
-                "phase": _phase(schedule, step),
+                "run": f"η = {lr:g}",
+                "phase": PHASES[(step >= setting.warmup) + (step >= setting.num_steps - setting.decay)],
                 **row,
                 "two_over_lr": 2 / row["lr"],
                 # For how many steps the rarest byte of this batch had not been seen; inf if it is new.
                 "absence": step - float(last_seen[held].min()),
             })  # fmt: skip
         last_seen[held] = step
-        optimizer.step()
+        training.step()
     return rows
 
 
-def _windows(data: Tensor, num_rows: int, generator: torch.Generator) -> Tensor:
-    """Draw stretches of text, [num_rows, CONTEXT + 1]."""
-    starts = torch.randint(len(data) - CONTEXT, (num_rows, 1), generator=generator)
-    return data[starts + torch.arange(CONTEXT + 1)]
-
-
-def _phase(schedule: Run, step: int) -> str:
-    return PHASES[(step >= schedule.warmup) + (step >= schedule.num_steps - schedule.decay)]
-
-
-def setting_of(order: Order) -> object:
-    """Return what the runs depend on."""
-    return {**(QUICK if order.quick else FULL), "lr": LEARNING_RATES, "context": CONTEXT, "every": EVERY}
-
-
-def pieces(order: Order) -> Mapping[str, Piece]:
+def pieces(setting: Setting, work: Path, data: None) -> Mapping[str, Piece]:
     """Return the training runs, one for each learning rate."""
-    size = QUICK if order.quick else FULL
-    schedules = [Run(f"η = {lr:g}", "text", lr=lr, measured=(), **size) for lr in LEARNING_RATES]
-    return {schedule.name: partial(train, schedule) for schedule in schedules}
+    return {f"η = {lr:g}": partial(train, setting, lr) for lr in setting.lr}
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -147,7 +137,8 @@ def _new_bytes(rows: list[Row]) -> str:
     return f"{sum(math.isinf(row['absence']) for row in rows)} of {len(rows)}"
 
 
-FIGURE = Figure("figure3", "sharpness of a language model trained by AdamW", setting_of, pieces, draw, numbers)
+SETTINGS = (Setting(600, 100, 150, 16), Setting(24, 6, 6, 2))
+FIGURE = Figure("figure3", "sharpness of a language model trained by AdamW", SETTINGS, pieces, draw, numbers)
 
 if __name__ == "__main__":
     main(FIGURE)

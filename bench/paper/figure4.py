@@ -16,17 +16,20 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from corpora import english
 from olmo import BATCH, LENGTH, LR, WARMUP, Stages, train
 from runs import Curve, draw_runs
-from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, read_rows, span
+from scaffold import Figure, Piece, Row, main, median, not_converged, number, read_rows, span
 
 from sharpkern._support.figures import BLUE, COLORS, ORANGE
 from sharpkern.cli import app
 
-FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50)
-QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5)
+# Stages, of how many batches a direction is made, and what else the rows depend on.
+_RUN = {"batch": BATCH, "length": LENGTH, "lr": LR, "warmup": WARMUP}
+FULL = Stages(pretraining=1000, every=100, midtraining=300, every_then=50), 8, _RUN
+QUICK = Stages(pretraining=20, every=10, midtraining=10, every_then=5), 2, _RUN
 _DIRECTIONS = ("adamw", "sgd")
 _CURVES = (
     Curve("lambda_c", r"checkpoints, $\lambda_c$", BLUE, "status"),
@@ -35,17 +38,11 @@ _CURVES = (
 )
 
 
-def setting_of(order: Order) -> tuple[Stages, int, dict[str, float]]:
-    """Return the stages, how many batches a direction is made of, and what else the rows depend on."""
-    run = {"batch": BATCH, "length": LENGTH, "lr": LR, "warmup": WARMUP}
-    return (QUICK, 2, run) if order.quick else (FULL, 8, run)
-
-
-def pieces(order: Order) -> Mapping[str, Piece]:
+def pieces(setting: tuple[Stages, int, Any], work: Path, data: None) -> Mapping[str, Piece]:
     """Return the pieces of work: training, and measuring the revisions along each direction."""
-    stages, batches, _ = setting_of(order)
-    revisions = order.work / "revisions"
-    measuring = {f"measuring, {name}": partial(_measure, name, batches, revisions, order.work) for name in _DIRECTIONS}
+    stages, batches, _ = setting
+    revisions = work / "revisions"
+    measuring = {f"measuring, {name}": partial(_measure, name, batches, revisions, work) for name in _DIRECTIONS}
     return {"training": partial(_trained, stages, revisions), **measuring}
 
 
@@ -61,18 +58,10 @@ def _measure(direction: str, batches: int, revisions: Path, work: Path) -> list[
     text.write_text(english(), encoding="utf-8")
     saved = sorted((path.name for path in revisions.iterdir()), key=lambda name: int(name.split("step")[1]))
     folder = work / direction
-    arguments = {
-        "--model": revisions,
-        "--revisions": ",".join(saved),
-        "--text": text,
-        "--direction": direction,
-        "--batches": batches,
-        "--batch-size": 16,
-        "--tokens": 64,
-        "--output": folder,
-    }
+    words = f"measure --direction {direction} --batches {batches} --batch-size 16 --tokens 64 --revisions".split()
+    places = ["--model", str(revisions), "--text", str(text), "--output", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()):
-        app(["measure", *(str(word) for pair in arguments.items() for word in pair)], standalone_mode=False)
+        app([*words, ",".join(saved), *places], standalone_mode=False)
     names = ("revision", "step", "status", "forwards", "loss", "lambda_c", "critical_lr", "error")
     return [{"direction": direction, **{name: row[name] for name in names}} for row in read_rows("measure", folder)]
 
@@ -135,7 +124,7 @@ def _over(adamw: list[Row], column: str) -> str:
     return f"{median(ratios):.2f} ({span(ratios, '{:.2f}'.format)}, {len(ratios)} checkpoints)"
 
 
-FIGURE = Figure("figure4", "critical sharpness of a language model's checkpoints", setting_of, pieces, draw, numbers)
+FIGURE = Figure("figure4", "critical sharpness of a language model's checkpoints", (FULL, QUICK), pieces, draw, numbers)
 
 if __name__ == "__main__":
     main(FIGURE)

@@ -16,10 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from corpora import apart, byte_rows, code, english
-from scaffold import Figure, Order, Piece, Row, main, median, not_converged, number, percent, span
+from corpora import code, english
+from scaffold import Figure, Piece, Row, main, median, not_converged, number, percent, span
 from torch import Tensor, nn
-from workloads import GPT, Run, token_loss
+from workloads import GPT, Loss, gpt_adamw, next_tokens, ramps, text, trained
 
 import sharpkern
 from sharpkern._support.figures import COLORS, legend_below, light_grid, new_figure
@@ -27,7 +27,7 @@ from sharpkern.mixtures.plot import draw_mixture
 from sharpkern.mixtures.results import MixturePoint, MixtureSweep
 
 TASKS = ("English", "code")
-_CONTEXT = 64
+_OF_POINT = ("repeat", "task", "loss", "critical_lr", "status", "error", "forwards")
 
 
 @dataclass(frozen=True)
@@ -43,59 +43,52 @@ class Setting:
     repeats: int  # gradients of other rows for each share
     training: int  # steps on a mix
     seeds: int  # runs of these for each share
+    training_batch: int = 16
+    lr: float = 3e-3  # the peak in pre-training
+    mix_lr: float = 1e-3
+    context: int = 64
 
 
 SETTING = Setting(1500, 100, 300, (*(i / 10 for i in range(10)), 0.95, 1.0), 1024, 256, 6, 100, 3)
 QUICK = Setting(30, 5, 10, (0.0, 0.5, 1.0), 16, 16, 2, 5, 1)
 
-_TRAINING_BATCH = 16
-_LR = 3e-3
-_MIX_LR = 1e-3
 
-
-def setting_of(order: Order) -> object:
-    """Return what the rows depend on."""
-    return QUICK if order.quick else SETTING, _CONTEXT, _TRAINING_BATCH, _LR, _MIX_LR
-
-
-def pieces(order: Order) -> Mapping[str, Piece]:
+def pieces(setting: Setting, work: Path, data: None) -> Mapping[str, Piece]:
     """Return the pieces of work: pre-training, the sweep, and training on each mix."""
-    setting = QUICK if order.quick else SETTING
-    trained = order.work / "pretrained.pt"
+    weights = work / "pretrained.pt"
     return {
-        "pre-training": partial(_pretrain, setting, trained),
-        "sweep": partial(_sweep, setting, trained, order.work / "sweep.jsonl"),
-        **{f"training, {share:.0%} English": partial(_train, setting, trained, share) for share in setting.shares},
+        "pre-training": partial(_pretrain, setting, weights),
+        "sweep": partial(_sweep, setting, weights, work / "sweep.jsonl"),
+        **{f"training, {share:.0%} English": partial(_train, setting, weights, share) for share in setting.shares},
     }
 
 
-def _data() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return rows to train on and rows to measure on of each task."""
-    halves = {name: apart(byte_rows(words, _CONTEXT + 1)) for name, words in (("English", english()), ("code", code()))}
-    return {name: half[0] for name, half in halves.items()}, {name: half[1] for name, half in halves.items()}
-
-
-def _loss(model: nn.Module, rows: Tensor) -> Tensor:
-    return token_loss(model(rows[:, :-1]), rows[:, 1:])
+def _data(context: int) -> list[dict[str, Tensor]]:
+    """Return rows to train on, and every tenth to measure on, of each task."""
+    rows = {}
+    for name, words in zip(TASKS, (english(), code()), strict=True):
+        data = text(words)
+        rows[name] = data[: len(data) // (context + 1) * (context + 1)].view(-1, context + 1)
+    held = {name: torch.arange(len(of_one)) % 10 == 9 for name, of_one in rows.items()}
+    return [{name: of_one[held[name] == which] for name, of_one in rows.items()} for which in (False, True)]
 
 
 def _losses(model: nn.Module, heldout: Mapping[str, Tensor], rows: int) -> dict[str, float]:
     with torch.no_grad():
-        return {name: _loss(model, data[:rows]).item() for name, data in heldout.items()}
+        return {name: next_tokens(data[:rows])(model).item() for name, data in heldout.items()}
 
 
 def _pretrain(setting: Setting, path: Path) -> list[Row]:
     """Train on English and keep the weights."""
-    data, heldout = _data()
+    data, heldout = _data(setting.context)
     torch.manual_seed(0)
-    model = GPT(context=_CONTEXT)
-    optimizer = _optimizer(model, _LR)
-    schedule = Run("", "text", setting.pretraining, _LR, (), warmup=setting.warmup, decay=setting.decay)
-    draw = torch.Generator().manual_seed(1)
-    for step in range(setting.pretraining):
-        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
-        rows = data["English"]
-        _step(model, optimizer, rows[torch.randint(len(rows), (_TRAINING_BATCH,), generator=draw)])
+    model, generator, rows = GPT(context=setting.context), torch.Generator().manual_seed(1), data["English"]
+
+    def draw_rows() -> Loss:
+        return next_tokens(rows[torch.randint(len(rows), (setting.training_batch,), generator=generator)])
+
+    schedule = ramps(setting.pretraining, setting.warmup, setting.decay)
+    trained(model, gpt_adamw, draw_rows, schedule, lr=setting.lr).run(setting.pretraining)
     torch.save(model.state_dict(), path)
     return [
         {"kind": "pre-training", "task": name, "loss": loss, "steps": setting.pretraining}
@@ -103,16 +96,16 @@ def _pretrain(setting: Setting, path: Path) -> list[Row]:
     ]
 
 
-def _sweep(setting: Setting, trained: Path, path: Path) -> list[Row]:
+def _sweep(setting: Setting, weights: Path, path: Path) -> list[Row]:
     """Measure λ_c of both tasks along the gradient of every mix."""
-    data, heldout = _data()
-    model = _pretrained(trained)
+    data, heldout = _data(setting.context)
+    model = _pretrained(setting, weights)
     sweep = sharpkern.mixture_sweep(
         model,
         {name: rows[: setting.rows] for name, rows in heldout.items()},
         data,
         setting.shares,
-        batch_loss=partial(_loss, model),
+        batch_loss=lambda rows: next_tokens(rows)(model),
         batch_size=setting.batch,
         repeats=setting.repeats,
         path=path,
@@ -122,56 +115,40 @@ def _sweep(setting: Setting, trained: Path, path: Path) -> list[Row]:
         {
             "kind": "sweep",
             "share": point.shares[0],
-            "repeat": point.repeat,
-            "task": point.task,
-            "loss": point.loss,
             "lambda_c": point.sharpness,
-            "critical_lr": point.critical_lr,
-            "status": point.status,
-            "error": point.error,
             "bracket_low": point.bracket[0],
             "bracket_high": point.bracket[1],
-            "forwards": point.forwards,
+            **{name: getattr(point, name) for name in _OF_POINT},
         }
         for point in sweep.points
     ]
 
 
-def _train(setting: Setting, trained: Path, share: float) -> list[Row]:
+def _train(setting: Setting, path: Path, share: float) -> list[Row]:
     """Train on one mix, some runs of it, and say how both losses changed."""
-    data, heldout = _data()
-    rows = []
+    data, heldout = _data(setting.context)
+    size, found = setting.training_batch, []
     for seed in range(setting.seeds):
-        model = _pretrained(trained)
+        model, generator = _pretrained(setting, path), torch.Generator().manual_seed(100 + seed)
         before = _losses(model, heldout, setting.rows)
-        optimizer = _optimizer(model, _MIX_LR)
-        draw = torch.Generator().manual_seed(100 + seed)
-        for _ in range(setting.training):
+
+        def draw_rows(generator: torch.Generator = generator) -> Loss:
             # Of each row by itself whether it is English, so that any share can be had of a small batch.
-            is_english = torch.rand(_TRAINING_BATCH, generator=draw) < share
-            picked = {name: torch.randint(len(one), (_TRAINING_BATCH,), generator=draw) for name, one in data.items()}
-            batch = torch.where(is_english[:, None], *(data[name][picked[name]] for name in TASKS))
-            _step(model, optimizer, batch)
+            is_english = torch.rand(size, generator=generator) < share
+            picked = [data[name][torch.randint(len(data[name]), (size,), generator=generator)] for name in TASKS]
+            return next_tokens(torch.where(is_english[:, None], *picked))
+
+        trained(model, gpt_adamw, draw_rows, lr=setting.mix_lr).run(setting.training)
         about = {"kind": "training", "share": share, "repeat": seed, "steps": setting.training}
         for name, loss in _losses(model, heldout, setting.rows).items():
-            rows.append({**about, "task": name, "loss": loss, "change": loss - before[name]})
-    return rows
+            found.append({**about, "task": name, "loss": loss, "change": loss - before[name]})
+    return found
 
 
-def _pretrained(path: Path) -> GPT:
-    model = GPT(context=_CONTEXT)
+def _pretrained(setting: Setting, path: Path) -> GPT:
+    model = GPT(context=setting.context)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model
-
-
-def _optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor) -> None:
-    optimizer.zero_grad()
-    _loss(model, rows).backward()
-    optimizer.step()
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -271,13 +248,9 @@ def _at_shares(values: Mapping[float, float], text: Callable[[float], str]) -> s
 
 
 FIGURE = Figure(
-    "figure5",
-    "critical sharpness of two tasks against the share of old data in a mix",
-    setting_of,
-    pieces,
-    draw,
+    "figure5", "critical sharpness of two tasks against the share of old data in a mix", (SETTING, QUICK), pieces, draw,
     numbers,
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(FIGURE)

@@ -34,27 +34,18 @@ Piece = Callable[[], list[Row]]
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the command line asks for."""
-
-    quick: bool  # a small version of everything, in seconds
-    work: Path  # folder for what is kept between calls, such as checkpoints
-    data: Path | None = None  # folder of a larger data set
-
-
-@dataclass(frozen=True)
 class Figure:
     """One figure of the paper on small scale."""
 
     name: str  # of the script and of its files
     about: str  # one line for --help
-    # What the rows depend on; after an edit of it the rows that were kept are refused.
-    setting: Callable[[Order], object]
-    pieces: Callable[[Order], Mapping[str, Piece]]
+    settings: tuple[Any, Any]  # full and quick: what the rows depend on; after an edit the rows kept are refused
+    # Of a setting, a folder for what is kept between calls, such as checkpoints, and that of a larger data set.
+    pieces: Callable[[Any, Path, Path | None], Mapping[str, Piece]]
     draw: Callable[[list[Row], Path], None]
     # What the README here has in the figure's table, by the words in front of it.
     numbers: Callable[[list[Row]], dict[str, str]]
-    takes_data: bool = False  # whether --data may name a larger data set
+    of_data: tuple[Any, Any] | None = None  # full and quick with a larger data set, which --data names
 
 
 def main(figure: Figure, arguments: list[str] | None = None) -> None:
@@ -62,18 +53,25 @@ def main(figure: Figure, arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=figure.about)
     parser.add_argument("--quick", action="store_true", help="a small version, to see that everything runs")
     parser.add_argument("--output", type=Path, help="folder for the files (default: results beside the script)")
-    if figure.takes_data:
+    if figure.of_data:
         parser.add_argument("--data", type=Path, help="folder of the data set of the paper, if it is at hand")
     given = parser.parse_args(arguments)
     # The same bits on every machine of a kind, and no slower at this size.
     torch.set_num_threads(1)
     output = given.output or (RESULTS / "quick" if given.quick else RESULTS)
-    order = Order(given.quick, output / "work" / figure.name, getattr(given, "data", None))
-    rows, seconds = _rows(figure, order)
-    _write_csv(rows, output / f"{figure.name}.csv")
+    data = getattr(given, "data", None)
+    setting = ((data and figure.of_data) or figure.settings)[given.quick]
+    settings = {"figure": figure.name, "quick": given.quick, "data": data and str(data), "setting": repr(setting)}
+    work = output / "work" / figure.name
+    work.mkdir(parents=True, exist_ok=True)
+    rows, seconds = _rows(figure.pieces(setting, work, data), ResumableLog(work / "pieces.jsonl", settings))
+    with (output / f"{figure.name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     conditions = {
         "seconds": round(seconds),
-        "quick": order.quick,
+        "quick": given.quick,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -97,17 +95,8 @@ def table(numbers: Mapping[str, str]) -> list[str]:
     return [f"| {name} | {value} |" for name, value in numbers.items()]
 
 
-def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
+def _rows(pieces: Mapping[str, Piece], journal: ResumableLog) -> tuple[list[Row], float]:
     """Return the rows of all pieces, of which those that were done before are only read, and the seconds they took."""
-    settings = {
-        "figure": figure.name,
-        "quick": order.quick,
-        "data": order.data and str(order.data),
-        "setting": repr(figure.setting(order)),
-    }
-    order.work.mkdir(parents=True, exist_ok=True)
-    pieces = figure.pieces(order)
-    journal = ResumableLog(order.work / "pieces.jsonl", settings)
     done = {entry["piece"] for entry in journal.rows}
     with progress_bar(len(pieces), done=len(done), shown=sys.stderr.isatty()) as advance:
         for name, compute in pieces.items():
@@ -119,14 +108,6 @@ def _rows(figure: Figure, order: Order) -> tuple[list[Row], float]:
     entries = {entry["piece"]: entry for entry in journal.rows}
     rows = [row for name in pieces for row in entries[name]["rows"]]
     return rows, sum(entry["seconds"] for entry in entries.values())
-
-
-def _write_csv(rows: list[Row], path: Path) -> None:
-    """Write rows, with a column for every key of any of them, floats to six digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
 
 
 def _value(text: str) -> float | str:

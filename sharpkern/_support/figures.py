@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
 from typing import Any
 
 from sharpkern._support.files import replacing
@@ -22,12 +23,30 @@ BOUND = "no rise found: upper bound"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return a figure of its own, of inches."""
+    """Return a figure of its own, of inches; a notebook shows it where it is the value of a cell."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing("matplotlib", "plot", "plotting") from error
-    return Figure(figsize=(width, height), dpi=140, layout="constrained")
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            image = BytesIO()
+            self.savefig(image, format="png")
+            return image.getvalue()
+
+    return Shown(figsize=(width, height), dpi=140, layout="constrained")
+
+
+def draw_alone(
+    draw: Callable[[Any], None], path: str | os.PathLike[str] | None, ax: Any, width: float = 6.5, height: float = 4.0
+) -> Any:
+    """Draw into axes, or a figure of its own; return that where it is neither somebody else's nor a file."""
+    figure = new_figure(width, height) if ax is None else ax.figure
+    draw(figure.subplots() if ax is None else ax)
+    if path is not None:
+        save_figure(figure, path)
+    return figure if ax is None and path is None else None
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:

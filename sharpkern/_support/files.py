@@ -4,6 +4,8 @@ A full disk, an interrupt or an error on the way leaves what was there.
 """
 
 import csv
+import json
+import math
 import os
 import secrets
 import shutil
@@ -37,9 +39,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a table as CSV."""
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def append_line(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
+    """Append a line of JSON, with null for numbers that it does not have; half a line of a crash ends before it."""
+    known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    with open(path, "a+b") as file:
+        torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * bool(torn) + json.dumps(known, ensure_ascii=False).encode() + b"\n")
 
 
 def _replaceable(target: Path) -> bool:

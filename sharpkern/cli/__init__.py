@@ -15,6 +15,8 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
     add_completion=False,
+    # Its columns break words in two where the terminal is narrow.
+    rich_markup_mode=None,
 )
 
 

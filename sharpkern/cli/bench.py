@@ -9,7 +9,7 @@ import typer
 
 from sharpkern.bench.report import show
 from sharpkern.bench.sitting import BUDGET, INCOMPLETE, SECTIONS, begin, run
-from sharpkern.bench.sweep import sweep_here
+from sharpkern.bench.sweep import sweep as sweep_sizes
 from sharpkern.cli.refusals import refusals
 
 HELP = (
@@ -43,7 +43,7 @@ def command(
     say = partial(typer.echo, err=True)
     if sweep is not None:
         with refusals():
-            code = sweep_here(sweep, output, quick=quick, say=say)
+            code = sweep_sizes(sweep, output, quick=quick, say=say)
         raise typer.Exit(code)
     try:
         with refusals():

@@ -143,6 +143,13 @@ def checkpoints(name: str, revisions: Sequence[str]) -> list[Checkpoint]:
             f"--model must be a folder with a saved model or the name of one on the hub, got {name!r}, where there is "
             "no folder; check the path"
         )
+    if folder.is_dir() and not revisions and not (folder / "config.json").is_file():
+        there = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        remedy = f"name them with --revisions: {', '.join(there)}" if there else "check the path"
+        raise ValueError(
+            f"--model must be a folder with a saved model or the name of one on the hub, got {name!r}, a folder "
+            f"without config.json; {remedy}"
+        )
     for checkpoint in found:
         checkpoint.config()
         checkpoint.check_weights()

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from sharpkern._support.figures import new_figure
+from sharpkern._support.optional import require
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, rows_of, spread
 from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker
-from sharpkern.cli.refusals import check_output, refusals
-from sharpkern.cli.revisions import check_row, measure_all, show, write
+from sharpkern.cli.refusals import EXTRAS, check_output, refusals
+from sharpkern.cli.revisions import check_row, measure_all, show, write, write_blocks
 from sharpkern.mixtures.fingerprint import fingerprint_of
 from sharpkern.mixtures.resume import ResumableLog
 
@@ -35,11 +35,14 @@ def command(
     weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 0.1,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they were saved.")] = Dtype.AUTO,
     device: Annotated[str | None, typer.Option(help="Where to measure; the GPU if there is one.")] = None,
+    by_block: Annotated[
+        bool, typer.Option("--by-block", help="Measure each layer alone too; writes measure_blocks.csv and .png.")
+    ] = False,
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the files.")] = Path(),
 ) -> None:
     """Measure, write and tell."""
     with refusals():
-        new_figure(1, 1)
+        require("measuring checkpoints", EXTRAS)
         check_output(output, "measure.jsonl", "measure.csv", "measure.png")
         place = device_of(device)
         found = checkpoints(model, listed("--revisions", revisions))
@@ -58,10 +61,20 @@ def command(
             "beta2": beta2,
             "weight_decay": weight_decay,
             "dtype": dtype.value,
+            # A journal without blocks goes on without them.
+            **({"by_block": True} if by_block else {}),
         }
         journal = ResumableLog(output / "measure.jsonl", settings, check=check_row)
         make_direction = maker(direction, beta2, weight_decay)
-        measured = measure_all(found, rows.split(batch_size), make_direction, journal, device=place, dtype=dtype.value)
+        parts = rows.split(batch_size)
+        with refusals(output / "measure.jsonl", len(found)):
+            measured = measure_all(
+                found, parts, make_direction, journal, device=place, dtype=dtype.value, by_block=by_block
+            )
         show(measured)
         write(measured, output, "measure")
+        if by_block:
+            write_blocks(journal.rows, [label for label, _ in measured], output, "measure_blocks")
     typer.echo(f"Wrote {output / 'measure.csv'} and {output / 'measure.png'}.")
+    if by_block:
+        typer.echo(f"Wrote {output / 'measure_blocks.csv'} and {output / 'measure_blocks.png'}.")

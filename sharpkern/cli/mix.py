@@ -9,11 +9,11 @@ import torch
 import typer
 from torch import Tensor
 
-from sharpkern._support.figures import new_figure
+from sharpkern._support.optional import require
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, row_loss, rows_of, spread
 from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker
-from sharpkern.cli.refusals import check_output, refusals
+from sharpkern.cli.refusals import EXTRAS, check_output, refusals
 from sharpkern.mixtures.results import MixtureSweep, Summary
 from sharpkern.mixtures.sweep import mixture_sweep
 
@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Sweep, write and tell."""
     with refusals():
-        new_figure(1, 1)
+        require("measuring checkpoints", EXTRAS)
         check_output(output, "mix.jsonl", "mix.csv", "mix.png")
         place, shares = device_of(device), _shares(ratios)
         (checkpoint,) = checkpoints(model, [revision] if revision else [])
@@ -57,20 +57,21 @@ def command(
             rows = rows_of(paths, encode, tokens, at_least=heldout + batch_size, option=f"--{name}")
             tasks[name], sources[name] = _apart(rows, heldout)
         loaded = checkpoint.load(place, dtype.value)
-        sweep = mixture_sweep(
-            loaded,
-            # As even as can be: the mean over batches is then that over rows.
-            {name: list(rows.tensor_split(-(-heldout // batch_size))) for name, rows in tasks.items()},
-            sources,
-            shares,
-            maker(direction, beta2, weight_decay),
-            batch_loss=partial(row_loss, loaded),
-            batch_size=batch_size,
-            num_batches=batches,
-            repeats=repeats,
-            seed=seed,
-            path=output / "mix.jsonl",
-        )
+        with refusals(output / "mix.jsonl", len(set(shares)) * repeats):
+            sweep = mixture_sweep(
+                loaded,
+                # As even as can be: the mean over batches is then that over rows.
+                {name: list(rows.tensor_split(-(-heldout // batch_size))) for name, rows in tasks.items()},
+                sources,
+                shares,
+                maker(direction, beta2, weight_decay),
+                batch_loss=partial(row_loss, loaded),
+                batch_size=batch_size,
+                num_batches=batches,
+                repeats=repeats,
+                seed=seed,
+                path=output / "mix.jsonl",
+            )
         _show(sweep)
         sweep.to_csv(output / "mix.csv")
         sweep.plot(output / "mix.png")

@@ -2,18 +2,28 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import typer
 
+# What commands that read checkpoints and draw need.
+EXTRAS = {"transformers": "transformers", "matplotlib.figure": "plot"}
+
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Tell what is wrong with the input, or with a file, and stop."""
+def refusals(journal: Path | None = None, total: int = 0) -> Iterator[None]:
+    """Tell what is wrong with the input, or with a file, and stop; and where a run was stopped that can go on."""
     try:
         yield
+    except KeyboardInterrupt:
+        done = 0
+        with suppress(OSError):
+            # The first line holds the settings.
+            done = max(0, (journal.read_bytes().count(b"\n") if journal else 0) - 1)
+        typer.echo(f"Stopped at {done} of {total}: the same command goes on." if total else "Stopped.", err=True)
+        raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     except ImportError as error:

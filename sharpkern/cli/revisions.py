@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sharpkern._support.figures import draw_alone
 from sharpkern._support.files import write_rows
 from sharpkern._support.progress import progress_bar
 from sharpkern.cli.checkpoint import Checkpoint
 from sharpkern.cli.corpus import row_loss
+from sharpkern.measures.blockwise import blockwise_critical_sharpness
 from sharpkern.measures.critical import critical_sharpness
 from sharpkern.measures.result import Measurement, check_values
 from sharpkern.mixtures.resume import ResumableLog, Row, restored
 from sharpkern.mixtures.sweep import MakeDirection
 from sharpkern.monitoring.monitor import Record
-from sharpkern.monitoring.plot import plot_history
+from sharpkern.monitoring.plot import draw_blocks, plot_history
 
 
 def measure_all(
@@ -30,6 +32,7 @@ def measure_all(
     *,
     device: torch.device,
     dtype: str,
+    by_block: bool = False,
 ) -> list[tuple[str, Measurement]]:
     """Measure checkpoint after checkpoint; those that the journal holds are not measured again.
 
@@ -46,10 +49,11 @@ def measure_all(
     with progress_bar(len(found), done=len(found) - len(left)) as advance:
         for checkpoint in left:
             model = checkpoint.load(device, dtype)
-            m = _measure(model, data, make_direction, _last_found(journal.rows))
+            m, blocks = _measure(model, data, make_direction, _last_found(journal.rows), by_block)
             # Before the next one is loaded.
             del model
-            journal.add({"revision": checkpoint.label, "mark": marks[checkpoint.label], "measurement": asdict(m)})
+            row = {"revision": checkpoint.label, "mark": marks[checkpoint.label], "measurement": asdict(m)}
+            journal.add(row | ({"blocks": {name: asdict(m) for name, m in blocks.items()}} if by_block else {}))
             advance(f"{checkpoint.label}: λ_c {m.sharpness:.4g} ({m.status})")
     by_label = {row["revision"]: restored(Measurement, row["measurement"]) for row in journal.rows}
     return [(checkpoint.label, by_label[checkpoint.label]) for checkpoint in found]
@@ -57,12 +61,13 @@ def measure_all(
 
 def check_row(row: Row) -> None:
     """Refuse a row of the journal that `measure_all` has not written."""
-    if row.keys() != {"revision", "mark", "measurement"}:
+    if row.keys() - {"blocks"} != {"revision", "mark", "measurement"}:
         raise ValueError(f"it holds {', '.join(row)}")
     if not isinstance(row["revision"], str) or not isinstance(row["mark"], str):
         raise ValueError(f"revision and mark are {row['revision']!r} and {row['mark']!r}")
-    m = restored(Measurement, row["measurement"])
-    check_values(m.status, m.critical_lr, m.sharpness, m.base_loss)
+    for entry in (row["measurement"], *row.get("blocks", {}).values()):
+        m = restored(Measurement, entry)
+        check_values(m.status, m.critical_lr, m.sharpness, m.base_loss)
 
 
 def steps_of(labels: Sequence[str]) -> list[int] | None:
@@ -89,6 +94,20 @@ def write(measured: Sequence[tuple[str, Measurement]], folder: Path, name: str) 
     plot_history(records, folder / f"{name}.png", xlabel="step" if steps is not None else "revision, in order")
 
 
+def write_blocks(rows: Sequence[Row], labels: Sequence[str], folder: Path, name: str) -> None:
+    """Write a table and a heat map of the blocks, by depth and revision."""
+    found = {row["revision"]: {b: restored(Measurement, m) for b, m in row["blocks"].items()} for row in rows}
+    columns = ("lambda_c", "critical_lr", "status", "error", "forwards", "seconds")
+    table = []
+    for label in labels:
+        for block, m in found[label].items():
+            row = Record(0, None, m).row()
+            table.append({"revision": label, "block": block, **{column: row[column] for column in columns}})
+    write_rows(folder / f"{name}.csv", table)
+    measured = [(label, found[label]) for label in labels]
+    draw_alone(lambda axes: draw_blocks(axes, measured, xlabel="revision"), folder / f"{name}.png", None)
+
+
 def show(measured: Sequence[tuple[str, Measurement]]) -> None:
     """Print a table."""
     from rich.console import Console
@@ -104,14 +123,17 @@ def show(measured: Sequence[tuple[str, Measurement]]) -> None:
 
 
 def _measure(
-    model: nn.Module, data: Sequence[Tensor], make_direction: MakeDirection, initial_lr: float | None
-) -> Measurement:
-    """Measure λ_c of the mean loss of all batches along the update that is made of them."""
+    model: nn.Module, data: Sequence[Tensor], make_direction: MakeDirection, initial_lr: float | None, by_block: bool
+) -> tuple[Measurement, dict[str, Measurement]]:
+    """Measure λ_c of the mean loss of all batches along the update that is made of them, and that of each block."""
     losses = [partial(row_loss, model, rows) for rows in data]
     direction = make_direction(model, losses)
-    return critical_sharpness(
-        model, lambda: torch.stack([loss() for loss in losses]).mean(), direction, initial_lr=initial_lr
-    )
+
+    def mean() -> Tensor:
+        return torch.stack([loss() for loss in losses]).mean()
+
+    m = critical_sharpness(model, mean, direction, initial_lr=initial_lr)
+    return m, blockwise_critical_sharpness(model, mean, direction) if by_block else {}
 
 
 def _last_found(rows: Sequence[Row]) -> float | None:

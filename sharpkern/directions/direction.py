@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from sharpkern.directions.blocks import items_of, selected
 from sharpkern.directions.difference import Weights, displacements
 from sharpkern.directions.from_optimizer import optimizer_update
 from sharpkern.directions.names import NameTable
@@ -19,7 +20,7 @@ from sharpkern.directions.preconditioner import inverse_preconditioner
 from sharpkern.directions.shared_memory import also_moved, norm_once, summed
 from sharpkern.distributed.sharding import local, local_as, over_shards, reshard
 from sharpkern.errors import NoUpdateError
-from sharpkern.ops.reductions import inner_product, slopes_and_norms, to_host, total
+from sharpkern.ops.reductions import inner_product, slopes_and_norms, to_host
 from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
 
 # Tensors whose |Δθ|² is taken again before a direction that is not in memory is used, and by how much it may differ:
@@ -65,6 +66,8 @@ class Direction:
     lr: float | None
     _names: tuple[str, ...] = field(default=(), repr=False)
     _norms_sq: tuple[float, ...] = field(default=(), repr=False)
+    _slopes: tuple[float, ...] = field(default=(), repr=False)
+    _part: "tuple[Direction, tuple[Any, ...]] | None" = field(default=None, repr=False)
     _versions: tuple[int, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -127,7 +130,7 @@ class Direction:
             parameters=[update.slot.parameter for update in updates],
             masters=[update.slot.master for update in updates],
             norms_sq=[update.norm_sq for update in updates],
-            slope=sum(slopes) if has_slope else None,
+            slopes=slopes if has_slope else (),
             lr=lr,
         )
 
@@ -195,8 +198,9 @@ class Direction:
             lr=lr,
         )
         if inverse is None:
-            return dataclasses.replace(direction, slope=direction.norm_sq)
-        return dataclasses.replace(direction, slope=direction.slope_of(dict(zip(parameters, gradients, strict=True))))
+            return direction.as_gradient()
+        slopes = direction._slopes_of(dict(zip(parameters, gradients, strict=True)))
+        return dataclasses.replace(direction, slope=sum(slopes), _slopes=tuple(slopes))
 
     @classmethod
     @torch.no_grad()
@@ -309,6 +313,9 @@ class Direction:
             these: then as much as those.
         """
         reshard(checked_module(model))
+        if self._part is not None:
+            everything, items = self._part
+            return everything.bind(model)._restricted(selected(items, model))._with_all_that_move(model)
         parameters = {id(parameter) for parameter in model.parameters()}
         if not parameters:
             raise ValueError("model must have parameters, got a module without any; pass the module that is trained")
@@ -324,6 +331,59 @@ class Direction:
         self._refuse_what_has_changed()
         return self._with_all_that_move(model)
 
+    def only(self, which: str | nn.Parameter | nn.Module | Iterable[str | nn.Parameter | nn.Module]) -> "Direction":
+        """Return the part of the direction that moves some parameters; all others stay where they are.
+
+        Args:
+            which: parameters, or modules for all that they hold, or names of either; names may be patterns with ``*``
+                ("blocks.0.*"). What does not move is left out.
+
+        Returns:
+            The direction with its own slope, which is the share of these parameters in Δθᵀg, in the same units. Where
+            ``which`` holds names they are looked up when it is measured, see `bind`; until then ``parameters`` is
+            empty, the slope None and the norm nan.
+
+        Raises:
+            NoUpdateError: nothing of it moves.
+            TypeError: ``which`` is of another kind.
+            ValueError: the tensors were changed since the direction was made.
+
+        Memory:
+            None.
+
+        Examples:
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> model(torch.ones(3, 2)).mean().backward()
+            >>> Direction.from_gradients(model).only("1").bind(model)
+            Direction(2 tensors, 3 elements, ...)
+        """
+        items = items_of(which)
+        if any(isinstance(item, str) for item in items) or self._names or self._part is not None:
+            return Direction((), (), (), None, math.nan, self.lr, _part=(self, tuple(items)))
+        return self._restricted([p for i in items for p in ([i] if isinstance(i, nn.Parameter) else i.parameters())])
+
+    @torch.no_grad()
+    def _restricted(self, parameters: Sequence[nn.Parameter]) -> "Direction":
+        """Return the part that moves these parameters."""
+        self._refuse_what_has_changed()
+        wanted = set(map(id, parameters))
+        kept = [i for i, p in enumerate(self.parameters) if id(p) in wanted and self._norms_sq[i] > 0]
+        if not kept:
+            raise NoUpdateError(
+                f"direction must move some of the parameters that are named, got none of {len(wanted)} among the "
+                f"{len(self.parameters)} that move; name others"
+            )
+        return self._checked(
+            [self.sources[i] for i in kept],
+            labels=[f"the parameter of shape {list(self.parameters[i].shape)}" for i in kept],
+            if_zero="name others",
+            parameters=[self.parameters[i] for i in kept],
+            masters=[self.masters[i] for i in kept],
+            norms_sq=[self._norms_sq[i] for i in kept],
+            slopes=[self._slopes[i] for i in kept] if self.slope is not None and self._slopes else (),
+            lr=self.lr,
+        )
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Δθ of each parameter, or this rank's shard of it; where it is not resident, worked out anew at every access.
@@ -333,6 +393,11 @@ class Direction:
         Raises:
             ValueError: if what it was made from was changed since.
         """
+        if self._part is not None:
+            raise ValueError(
+                "direction must be bound for its tensors to be known where its part was named, got one that is not; "
+                "call bind(model)"
+            )
         self._refuse_what_has_changed()
         return tuple(source if isinstance(source, Tensor) else source.update() for source in self.sources)
 
@@ -354,9 +419,19 @@ class Direction:
         Memory:
             Δθ once more, where it is not resident.
         """
+        return sum(self._slopes_of(gradients))
+
+    def _slopes_of(self, gradients: Mapping[nn.Parameter, Tensor]) -> list[float]:
+        """Return the share of Δθᵀg that each parameter with a gradient has."""
         there = [(p, delta) for p, delta in zip(self.parameters, self.tensors, strict=True) if p in gradients]
         sums = slopes_and_norms([delta for _, delta in there], [local_as(gradients[p].detach(), p) for p, _ in there])
-        return total(one[0] for one in over_shards([p for p, _ in there], sums))
+        return to_host([one[0] for one in over_shards([p for p, _ in there], sums)])
+
+    def as_gradient(self) -> "Direction":
+        """Return the direction with |Δθ|² as its slope, as it is where Δθ is the gradient."""
+        # Memory that parameters share counts once, and is nobody's own.
+        apart = math.isclose(sum(self._norms_sq), self.norm_sq)
+        return dataclasses.replace(self, slope=self.norm_sq, _slopes=self._norms_sq if apart else ())
 
     def moves(self) -> Iterator[tuple[nn.Parameter, ParamUpdate]]:
         """Yield every parameter that moves with its move, from its master where it still is the rounding of that.
@@ -380,6 +455,8 @@ class Direction:
 
     def __repr__(self) -> str:
         num_elements = sum(_like(source).numel() for source in self.sources)
+        if self._part is not None:
+            return f"Direction(a part of {self._part[0]!r}, by name)"
         facts = [f"{len(self.sources)} tensors", f"{num_elements} elements"]
         facts.append(f"|Δθ| = {math.sqrt(self.norm_sq):.3g}")
         facts += [
@@ -479,7 +556,7 @@ class Direction:
         masters: Sequence[Tensor | None] | None = None,
         names: Sequence[str] = (),
         norms_sq: Sequence[float] | None = None,
-        slope: float | None = None,
+        slopes: Sequence[float] = (),
         lr: float | None = None,
     ) -> "Direction":
         """Return the direction if it is finite and moves something; ``if_zero`` is the remedy when it does not."""
@@ -506,11 +583,12 @@ class Direction:
             parameters=tuple(parameters),
             sources=tuple(sources),
             masters=tuple(masters or [None] * len(sources)),
-            slope=slope,
+            slope=sum(slopes) if slopes else None,
             norm_sq=norm_once(parameters, sources, norms_sq, labels) if parameters else sum(norms_sq),
             lr=lr,
             _names=tuple(names),
             _norms_sq=tuple(norms_sq),
+            _slopes=tuple(slopes),
             _versions=_state_of(sources),
         )
 

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -217,6 +218,15 @@ class Session:
                 self._lockstep.keep_up()
                 raise
             self._lockstep.finish()
+
+    def part(self, direction: Any) -> "Session":
+        """The same session along a part of its direction, while all other parameters rest."""
+        part = copy(self)
+        with as_one(self.ranks):
+            part.direction = direction.bind(self.model)
+            part.pairs = track(part.direction.moves())
+        part.direction, part.base_loss = _agreed(self.ranks, part.direction, None)
+        return part
 
     def target(self, loss_fn: LossFn) -> Target:
         """Enter a closure."""

@@ -5,12 +5,26 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from sharpkern import ops
+from sharpkern.engines.tracked import TrackedParam
+
 # A warm-started search needs 3.6 passes of one step size, or 1.4 of eight, the base loss among them
 # (bench/results/line_search.json).
 _WORTH = 3.6 / 1.4
 _KEPT = 8
 # The first pass of an engine compiles kernels and fills caches.
 _LEAST = 2
+
+
+def may_batch(pairs: Sequence[TrackedParam]) -> bool:
+    """Whether several step sizes at a time may be quicker."""
+    # Ranks would not agree on what is quickest.
+    distributed = torch.distributed
+    alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+    # On a CPU eight cost more than a whole search one at a time (bench/results/line_search.json).
+    return alone and all(ops.has_kernels(pair.weight.device) for pair in pairs)
 
 
 @dataclass

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +61,7 @@ def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
         return {parameter: total.div_(num_batches) for parameter, total in sums.items()}
 
     direction = _direction(in_session(mean, checked_module(model), None, _known(losses), grad=True), model)
-    return replace(direction, slope=direction.norm_sq)
+    return direction.as_gradient()
 
 
 def adamw_direction(

@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from sharpkern import ops
 from sharpkern.directions.direction import Direction
 from sharpkern.distributed.ranks import Ranks
 from sharpkern.distributed.sharding import whole
 from sharpkern.engines.session import Engine, Session, in_session
-from sharpkern.engines.timing import EngineTimes
+from sharpkern.engines.timing import EngineTimes, may_batch
 from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.measures.result import Measurement, Options
@@ -125,7 +123,7 @@ def measure(
 
     def measured(session: Session) -> tuple[Run, SearchResult]:
         target = session.target(loss_fn)
-        left = _common(memory, session.ranks)
+        left = common(memory, session.ranks)
 
         def search(engine: Engine) -> tuple[Run, SearchResult]:
             run = Run(session, target, engine, options, must_agree=base_loss is not None)
@@ -154,7 +152,7 @@ def measure(
     return run.measurement(result, time.perf_counter() - started), result.memory
 
 
-def _common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
+def common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
     """What the last search left, unless a rank has searched by itself since: all have to begin alike."""
     own = [number or 0.0 for number in (memory or SearchMemory()).to_dict().values()]
     unlike = [not math.isclose(*pair, rel_tol=1e-12) for pair in zip(own, ranks.means(own), strict=True)]
@@ -163,13 +161,8 @@ def _common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
 
 def _may_batch(pairs: Sequence[TrackedParam], options: Options) -> bool:
     """Whether several step sizes at a time may be quicker, and the choice is nobody else's."""
-    # Ranks would not agree on what is quickest.
-    distributed = torch.distributed
-    alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
-    # On a CPU eight cost more than a whole search one at a time (bench/results/line_search.json).
-    on_gpu = all(ops.has_kernels(pair.weight.device) for pair in pairs)
     searches = options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
-    return searches and options.reduce is None and alone and on_gpu
+    return searches and options.reduce is None and may_batch(pairs)
 
 
 def check_arguments(model: object, loss_fn: object, direction: object) -> None:

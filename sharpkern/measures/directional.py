@@ -16,12 +16,12 @@ from sharpkern.engines.retained import retained_share
 from sharpkern.engines.session import Engine, Session, Target, in_session
 from sharpkern.errors import RetainedWarning, warn
 from sharpkern.measures.hvp import GradientGraph, check_differentiable, check_symmetry, no_reducers, refuse_shards
+from sharpkern.measures.run import RETAINED_FLOOR
 from sharpkern.measures.self_checks import check_repeatable, confirm
 from sharpkern.ops.reductions import inner_product, total
 from sharpkern.search.finite_differences import Estimate, at_step, three_point
 
 _METHODS = ("forward", "gradient", "hvp")
-_RETAINED_FLOOR = 0.9
 # At ±h the slope differs from that at 0 by a share within these, or another h is tried, that aims at the share between;
 # so many pairs of gradients at most. An error above a third leaves nothing of the value.
 _CHANGES, _CHANGE, _GRADIENT_PAIRS, _UNRESOLVED = (0.001, 0.1), 0.02, 3, 1 / 3
@@ -195,7 +195,7 @@ def _by_gradients(
         target = session.target(slope_fn)
 
         def measure(engine: Engine) -> DirectionalSharpness:
-            h, change = step_size or 0.05 * (direction.lr or 0.0) or _small_step(direction), math.nan
+            h, change = step_size or 0.05 * (direction.lr or 0.0) or small_step(direction), math.nan
             for _ in range(1 if step_size else _GRADIENT_PAIRS):
                 if not math.isnan(change):
                     h *= min(max(_CHANGE / change if change else math.inf, 1e-3), 1e3)
@@ -244,7 +244,7 @@ def _by_differences(
         return *session.run(target, measure), target.closure.calls
 
     estimate, kept, forwards = in_session(measured, model, direction, [loss_fn], plan=(step_size,))
-    if kept < _RETAINED_FLOOR:
+    if kept < RETAINED_FLOOR:
         warn(
             f"only {kept:.2f} of the displacement by ±{estimate.step:.2g}·Δθ survives rounding to the weights' "
             "dtype; pass the optimizer's float32 masters to Direction.from_optimizer(masters=...)",
@@ -271,14 +271,14 @@ def _by_engine(engine: Engine, target: Target, step_size: float | None, directio
         return values
 
     if step_size is None:
-        estimate = three_point(losses, base, first_step=direction.lr or _small_step(direction), noise=noise)
+        estimate = three_point(losses, base, first_step=direction.lr or small_step(direction), noise=noise)
     else:
         estimate = at_step(losses, base, step=float(step_size), noise=noise)
     confirm(engine, checks, base, probes, noise)
     return estimate, probes[-1][0]
 
 
-def _small_step(direction: Direction) -> float:
+def small_step(direction: Direction) -> float:
     """Return the step that moves the parameters by a thousandth of their norm."""
     shards = [local(parameter.detach()) for parameter in direction.parameters]
     norms_sq = [inner_product(shard, shard) for shard in shards]

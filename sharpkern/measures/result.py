@@ -1,7 +1,8 @@
 """The result of a measurement, and the options of one."""
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from inspect import signature
@@ -9,6 +10,8 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from sharpkern._support.figures import draw_alone
+from sharpkern._support.html import table_html
 from sharpkern.engines.session import ENGINES
 from sharpkern.search.line_search import Status
 
@@ -40,6 +43,9 @@ class Measurement:
         retained: share of the displacement at η_c that survives rounding to the weights' dtype; 1.0 = all. Estimated
             from about 4096 elements of each tensor; nan where there is no η_c.
         seconds: wall time.
+        lr: learning rate that the direction came with, or None.
+
+    ``print`` says it in a line, and a notebook shows a table.
 
     Source: Kalra et al. 2026, arXiv 2601.16979.
     """
@@ -58,6 +64,54 @@ class Measurement:
     engine: str
     retained: float
     seconds: float
+    lr: float | None = None
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        ax: Any = None,
+        *,
+        curve: tuple[Iterable[Any], Iterable[Any]] | None = None,
+    ) -> Any:
+        """Draw the probes, the bracket, η_c and the learning rate; needs the extra ``plot``.
+
+        Args:
+            path: of an image file, its format by the ending.
+            ax: matplotlib axes to draw into, in place of a figure of its own.
+            curve: (step sizes, losses) of a finer curve, as from `losses_along`.
+
+        Returns:
+            matplotlib.figure.Figure: for a notebook to show, where neither ``path`` nor ``ax`` is given.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: ``curve`` has not as many losses as step sizes.
+        """
+        from sharpkern.measures.plot import draw_measurement
+
+        return draw_alone(lambda axes: draw_measurement(axes, self, curve), path, ax)
+
+    def __str__(self) -> str:
+        value = f"λ_c {self.sharpness:.4g}, η_c {self.critical_lr:.4g}"
+        if self.status == "converged":
+            value += f" ± {self.error:.1%}" + (f" = {self.critical_lr / self.lr:.3g} × lr" if self.lr else "")
+        work = f"{self.forwards} forward passes, {self.seconds:.2g} s, {self.engine} engine"
+        return f"{value} ({self.status}); loss {self.base_loss:.4g}; {work}"
+
+    def __repr__(self) -> str:
+        return f"Measurement(λ_c = {self.sharpness:.4g}, η_c = {self.critical_lr:.4g}, {self.status})"
+
+    def _repr_html_(self) -> str:
+        low, high = self.bracket
+        rows = {
+            "λ_c": f"{self.sharpness:.5g}",
+            "η_c": f"{self.critical_lr:.5g} ({self.status}, ± {self.error:.1%})",
+            "bracket": f"{low:.5g} – {high:.5g}",
+            "learning rate": "" if self.lr is None else f"{self.lr:.5g}",
+            "loss": f"{self.base_loss:.5g}",
+            "forward passes": f"{self.forwards} in {self.seconds:.2g} s, {self.engine} engine",
+        }
+        return table_html(rows)
 
 
 def check_values(status: Status, critical_lr: float, sharpness: float, base_loss: float) -> None:

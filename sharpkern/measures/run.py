@@ -25,7 +25,7 @@ from sharpkern.measures.result import Measurement, Options
 from sharpkern.measures.self_checks import check_repeatable, check_slope, confirm
 from sharpkern.search.line_search import LineSearch, SearchMemory, SearchResult, warm_grid
 
-_RETAINED_FLOOR = 0.9
+RETAINED_FLOOR = 0.9
 # Relative difference of two losses that are the same but for float32 roundings, and of two that may be the same but for
 # how they were computed: by other kernels, or compiled.
 _SAME_LOSS, _SAME_ARITHMETIC = 5e-7, 1e-4
@@ -59,6 +59,7 @@ class Run:
         options: Options,
         *,
         must_agree: bool = False,
+        base: float | None = None,
     ) -> None:
         self.engine = engine
         self._closure = target.closure
@@ -69,6 +70,8 @@ class Run:
         session.begin(target.checks)
         self._trained = session.base_loss
         self._must_agree = must_agree
+        # As this engine has evaluated it before, in the same session.
+        self._known_base = base
         self._retained = math.nan
         self._model = session.model
         self._in_eval_mode = False
@@ -83,7 +86,9 @@ class Run:
         several = engine.name == "batched" and options.method == "auto" and options.max_forwards >= ENOUGH_FORWARDS
         num_parallel = NUM_PARALLEL if several else 1
         first: list[tuple[float, float]] = []
-        if self._trained is not None and math.isfinite(self._trained) and self._checks.trained_loss.is_known:
+        if self._known_base is not None:
+            self._base, noise = self._known_base, self._noise()
+        elif self._trained is not None and math.isfinite(self._trained) and self._checks.trained_loss.is_known:
             # Of a pass that was not made nothing was seen.
             self._base, noise = self._trained, self._checks.noise
         else:
@@ -165,7 +170,7 @@ class Run:
                 "sizes; compute the loss from logits.float()",
                 LossPrecisionWarning,
             )
-        if self._retained < _RETAINED_FLOOR:
+        if self._retained < RETAINED_FLOOR:
             warn(
                 f"only {self._retained:.2f} of the displacement at η_c survives rounding to the weights' dtype; "
                 "pass the optimizer's float32 masters to Direction.from_optimizer(masters=...)",
@@ -186,6 +191,7 @@ class Run:
             engine=self._engine_name(),
             retained=self._retained,
             seconds=seconds,
+            lr=self._direction.lr,
         )
 
     def _engine_name(self) -> str:

@@ -49,6 +49,13 @@ ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 def configuration(name: str) -> Any:
     """Return the configuration of a language model."""
+    path = Path(name)
+    if name.lower() not in ARCHITECTURES and not (path.is_file() or (path / "config.json").is_file()):
+        lacks = ", a folder without config.json" if path.is_dir() else ""
+        raise ValueError(
+            f"model must be one of {', '.join(ARCHITECTURES)}, or a configuration file of transformers or its folder, "
+            f"got {name!r}{lacks}; pass the path of a config.json for any other model"
+        )
     try:
         import transformers
     except ImportError:
@@ -56,11 +63,6 @@ def configuration(name: str) -> Any:
     if name.lower() in ARCHITECTURES:
         kind, options = ARCHITECTURES[name.lower()]
         return getattr(transformers, kind)(**options)
-    if not Path(name).exists():
-        raise ValueError(
-            f"model must be one of {', '.join(ARCHITECTURES)}, or a configuration file of transformers or its folder, "
-            f"got {name!r}; pass the path of a config.json for any other model"
-        )
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except ImportError:

@@ -66,9 +66,9 @@ class MemoryPlan:
         draw(self, path)
 
     def __rich__(self) -> Any:
-        from sharpkern.memory.report import table
+        from sharpkern.memory.report import told
 
-        return table(self)
+        return told(self)
 
     def __str__(self) -> str:
         from rich.console import Console

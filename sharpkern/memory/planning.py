@@ -100,7 +100,8 @@ def memory_plan(
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}; pass torch.bfloat16")
         name = os.fspath(model)
-        original, vocabulary = language_model(name, dtype)
+        with progress_bar(1, shown=progress, words="reading the configuration"):
+            original, vocabulary = language_model(name, dtype)
         check_positions(original, tokens)
         dtype = next(original.parameters()).dtype
         loss = language_loss(tokens, batch_size, head)
@@ -129,7 +130,7 @@ def memory_plan(
         ranks(num_gpus),
         pretend_device("cuda"),
         _values_refused(),
-        progress_bar(len(ways), shown=progress) as advance,
+        progress_bar(len(ways), shown=progress, words="building the model") as advance,
     ):
         place = scene()
         for method in ways:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from sharpkern._support.figures import COLORS, light_grid, new_figure, save_figure
@@ -13,7 +14,7 @@ from sharpkern.memory.cards import CARDS, USABLE, MethodMemory
 if TYPE_CHECKING:
     from sharpkern.memory.plan import MemoryPlan
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 # The order in which parts are told and stacked.
 PARTS = (
     "weights",
@@ -40,16 +41,39 @@ _COLUMNS = {
 }
 
 
+def headline(plan: "MemoryPlan") -> str:
+    """Say in a sentence which card a measurement fits, and how."""
+    ways = (row for row in plan.rows if row.direction)
+    # Of those that the smallest card holds the one that "auto" takes, where it is among them.
+    row = min(ways, key=lambda row: (row.card or CARDS[-1] + 1, not row.method.startswith("virtual"), row.peak_bytes))
+    unit, size = _unit(plan)
+    least = f"{label(row)} ({row.peak_bytes / size:.2f} {unit} on each GPU)"
+    if row.card is None:
+        return f"Fits no card of up to {CARDS[-1]} GB; the least is {least}. Shard it over more GPUs."
+    return f"Fits {'an' if row.card == 80 else 'a'} {row.card} GB card: {least}."
+
+
+def told(plan: "MemoryPlan") -> Group:
+    """Return the headline and the table."""
+    return Group(headline(plan), "", table(plan))
+
+
+def _unit(plan: "MemoryPlan") -> tuple[str, int]:
+    """Return GiB, or MiB for a small model."""
+    return ("GiB", _GIB) if max(row.peak_bytes for row in plan.rows) >= _GIB else ("MiB", _MIB)
+
+
 def table(plan: "MemoryPlan") -> Table:
-    """Return a plan as a table, in GiB."""
+    """Return a plan as a table."""
     about = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.conditions.items())
     shown = Table(title=f"{plan.model}: {about}", caption=_caption(plan), box=SIMPLE_HEAD, pad_edge=False)
     names = columns(plan)
-    shown.add_column("GiB on each GPU")
+    unit, size = _unit(plan)
+    shown.add_column(f"{unit} on each GPU")
     for name in ("peak", *names, "card"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in plan.rows:
-        shown.add_row(label(row), *cells(row, names))
+        shown.add_row(label(row), *cells(row, names, size))
     return shown
 
 
@@ -58,18 +82,19 @@ def columns(plan: "MemoryPlan") -> list[str]:
     return [name for name, parts in _COLUMNS.items() if any(row.sum(parts) for row in plan.rows)]
 
 
-def cells(row: MethodMemory, names: Iterable[str] = ()) -> list[str]:
+def cells(row: MethodMemory, names: Iterable[str] = (), unit: int = _GIB) -> list[str]:
     """Return a row's peak, what is in some columns, and its card, in words."""
     sizes = [row.peak_bytes, *(row.sum(_COLUMNS[name]) for name in names)]
     card = "none" if row.card is None else f"{row.card} GB"
-    return [*(f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else "" for size in sizes), card]
+    return [*(f"{size / unit:.2f}" if size >= 0.005 * unit else "" for size in sizes), card]
 
 
 def _caption(plan: "MemoryPlan") -> str:
-    held = ", ".join(f"{part} {plan.rows[-1].parts.get(part, 0) / _GIB:.2f}" for part in _HELD)
+    _, unit = _unit(plan)
+    held = ", ".join(f"{part} {plan.rows[-1].parts.get(part, 0) / unit:.2f}" for part in _HELD)
     host = max(row.host_bytes for row in plan.rows)
     return (
-        f"held: {held}; rest: activations and formed weights; on the host: {host / _GIB:.2f}; card: the smallest that "
+        f"held: {held}; rest: activations and formed weights; on the host: {host / unit:.2f}; card: the smallest that "
         f"holds it in {USABLE / _GIB:.0%} of as many GiB"
     )
 

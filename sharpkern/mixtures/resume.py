@@ -8,9 +8,10 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Row = dict[str, Any]
 _Kind = TypeVar("_Kind")
@@ -137,14 +138,16 @@ def _other_losses(found: Row, given: Row) -> Iterator[str]:
 def restored(kind: type[_Kind], entry: Any) -> _Kind:
     """Make a dataclass of what ``asdict`` and JSON made of it."""
     hints = get_type_hints(kind)
-    if not isinstance(entry, dict) or entry.keys() != hints.keys():
+    # Those with a default came later than some files.
+    needed = {field.name for field in fields(cast(Any, kind)) if field.default is MISSING}
+    if not isinstance(entry, dict) or not needed <= entry.keys() <= hints.keys():
         raise ValueError(f"a {kind.__name__} has the fields {', '.join(hints)}")
     values = {}
-    for name, hint in hints.items():
+    for name, value in entry.items():
         try:
-            values[name] = _as(hint, entry[name])
+            values[name] = _as(hints[name], value)
         except ValueError:
-            raise ValueError(f"{name} is {entry[name]!r}") from None
+            raise ValueError(f"{name} is {value!r}") from None
     return kind(**values)
 
 

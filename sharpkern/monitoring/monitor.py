@@ -5,7 +5,7 @@ import operator
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from sharpkern._support.files import write_rows
+from sharpkern._support.files import append_line
 from sharpkern.directions.direction import Direction
 from sharpkern.directions.parts import parts_of
 from sharpkern.distributed.ranks import as_one
@@ -21,10 +21,12 @@ from sharpkern.distributed.sharding import local, reshard
 from sharpkern.engines.settling import outermost, ranks_for
 from sharpkern.engines.timing import EngineTimes
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
+from sharpkern.measures.blockwise import Blocks, blocks_of, measure_blocks
 from sharpkern.measures.critical import measure
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import constant_loss
 from sharpkern.monitoring.logs import sender
+from sharpkern.monitoring.reports import Reports
 from sharpkern.search.line_search import SearchMemory
 
 LossFn = Callable[[], Tensor]
@@ -43,12 +45,14 @@ class Record:
         lr: learning rate of the direction's reference group at that step.
         measurement: of the gradient's own batch.
         heldout: of the held-out loss along the same direction, or None.
+        blocks: of the batch's loss with one block moving at a time, by the block's name; empty where not asked for.
     """
 
     step: int
     lr: float | None
     measurement: Measurement
     heldout: Measurement | None = None
+    blocks: Mapping[str, Measurement] = field(default_factory=dict)
 
     def row(self) -> dict[str, float | int | str | None]:
         """The record as one flat row; learning rates, and sharpness in 1/learning-rate."""
@@ -72,6 +76,7 @@ class Record:
             "heldout_lambda_c": heldout.sharpness if heldout else None,
             "heldout_critical_lr": heldout.critical_lr if heldout else None,
             "heldout_status": heldout.status if heldout else None,
+            **{f"by_block/{name}": one.sharpness for name, one in self.blocks.items()},
         }
 
 
@@ -86,11 +91,12 @@ class MonitorOptions(CallbackOptions, total=False):
     """The keyword arguments of `Monitor`."""
 
     log: Any
+    blocks: bool | Blocks
     masters: Mapping[nn.Parameter, Tensor] | None
     scaler: Any
 
 
-class Monitor:
+class Monitor(Reports):
     """Measures critical sharpness in a training loop; call it after ``backward()`` and before ``optimizer.step()``.
 
     Args:
@@ -101,7 +107,10 @@ class Monitor:
         log: called with a flat dictionary, and with ``step=`` where it takes that; or an object with ``add_scalar``,
             such as TensorBoard's ``SummaryWriter``. ``wandb.log`` is called so that nothing of the loop's own is
             dropped, and the curves stand against ``sharpness/step``. Where no rise was found there is
-            ``sharpness/critical_lr_bound`` in place of λ_c and η_c.
+            ``sharpness/critical_lr_bound`` in place of λ_c and η_c. Or the path of a file: each measurement appends a
+            line of JSON with its whole row, null where there is no finite value; on several ranks the first one does.
+        blocks: True, or blocks as for `blockwise_critical_sharpness`, to measure λ_c of each block in every measured
+            step too: some forward passes more for each. They are logged as ``sharpness/by_block/<name>``.
         masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
         scaler: the loop's ``GradScaler``, if it has one: scaled gradients cannot be told from others without it.
         warn_below: ratio below which a `HeadroomWarning` is raised where the median of the last 5 measured η_c/η falls
@@ -147,6 +156,7 @@ class Monitor:
         *,
         every: int | Callable[[int], bool] = 1,
         log: Any = None,
+        blocks: bool | Blocks = False,
         masters: Mapping[nn.Parameter, Tensor] | None = None,
         scaler: Any = None,
         warn_below: float | None = None,
@@ -156,8 +166,11 @@ class Monitor:
             raise TypeError(f"every must be an int or a function of the step, got {every!r}; leave it out for 1")
         if not callable(every) and every < 1:
             raise ValueError(f"every must be at least 1, got {every}; leave it out for 1")
-        if log is not None and not callable(log) and not hasattr(log, "add_scalar"):
-            raise TypeError(f"log must be callable or have add_scalar, got {type(log).__name__}; pass wandb.log")
+        is_path = isinstance(log, (str, os.PathLike))
+        if log is not None and not is_path and not callable(log) and not hasattr(log, "add_scalar"):
+            raise TypeError(
+                f"log must be callable, a path, or have add_scalar, got {type(log).__name__}; pass wandb.log"
+            )
         if warn_below is not None and (isinstance(warn_below, bool) or not isinstance(warn_below, (int, float))):
             raise TypeError(f"warn_below must be a number or None, got {warn_below!r}; pass 1.0, or leave it out")
         if warn_below is not None and not 0 < warn_below < math.inf:
@@ -170,7 +183,10 @@ class Monitor:
         self._model = model
         self._optimizer = optimizer
         self._every = every
-        self._send_to = None if log is None else sender(log)
+        self._send_to = None if log is None or is_path else sender(log)
+        self._file = log if is_path else None
+        self._blocks = blocks if isinstance(blocks, bool) else blocks_of(model, blocks)
+        self._block_memories: dict[str, SearchMemory] = {}
         self._masters = masters
         self._scaler = scaler
         self._warn_below = warn_below
@@ -226,8 +242,14 @@ class Monitor:
             other, self._heldout_memory = measure(
                 self._model, heldout, sideways, self._options, memory=self._heldout_memory, pace=self._heldout_pace
             )
-        record = Record(step, direction.lr, measurement, other)
+        parts: Mapping[str, Measurement] = {}
+        if self._blocks:
+            blocks = blocks_of(self._model, None) if self._blocks is True else self._blocks
+            parts = measure_blocks(self._model, loss_fn, direction, blocks, self._options, self._block_memories)
+        record = Record(step, direction.lr, measurement, other, parts)
         self.history.append(record)
+        if self._file is not None and _is_first_rank():
+            append_line(self._file, record.row())
         self._send(record)
         self._warn(record)
         return measurement
@@ -292,29 +314,6 @@ class Monitor:
         against = f" = {m.critical_lr / record.lr:.3g} × lr" if record.lr else ""
         return f"step {record.step}: loss {m.base_loss:.4g}, λ_c {m.sharpness:.4g}, η_c {m.critical_lr:.3g}{against}"
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one row per measured step.
-
-        Args:
-            path: of the file, written anew.
-
-        Raises:
-            ValueError: nothing was measured yet.
-        """
-        if not self.history:
-            raise ValueError("history must hold a measurement to be written, got none; call the monitor first")
-        write_rows(path, [record.row() for record in self.history])
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw λ_c, 2/η and the loss against the step; needs the extra ``plot``.
-
-        Args:
-            path: of the image, its format by the ending.
-        """
-        from sharpkern.monitoring.plot import plot_history
-
-        plot_history(self.history, path)
-
     def state_dict(self) -> dict[str, Any]:
         """The step count and what warm-starts the next search: plain numbers, for a checkpoint."""
         return {
@@ -378,8 +377,9 @@ class Monitor:
         status, heldout = record.measurement.status, record.heldout
         # A bound is no value: of a curve it would leave nothing to see but itself.
         names = [] if status == "unbounded" else ["lambda_c", "critical_lr", "headroom"]
-        names += ["forwards", "directional_sharpness"]
+        names += ["forwards", "directional_sharpness", "lr", "loss"]
         names += [] if heldout is None or heldout.status == "unbounded" else ["heldout_lambda_c"]
+        names += [f"by_block/{name}" for name, one in record.blocks.items() if one.status != "unbounded"]
         row = record.row()
         # What is not a number stays out of the curves; what came of the measurement is told beside.
         values = {f"sharpness/{name}": value for name in names if _is_finite(value := row[name])}

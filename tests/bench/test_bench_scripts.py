@@ -31,18 +31,20 @@ def quadratic(step):
 
 @pytest.mark.parametrize(("num_parallel", "cold", "warm"), [(1, 5, 2), (8, 4, 1)])
 def test_the_base_loss_has_a_pass_of_its_own_or_a_place_in_the_first(num_parallel, cold, warm):
-    series = importlib.import_module("bench_line_search").Series()
-    evaluated = []
+    measure_point = importlib.import_module("bench_line_search").measure_point
+    evaluated, found, memory = [], [], None
     # The first ones measure the noise.
     for step in range(6):
         point, truth = quadratic(step)
         f = point.loss
         point.loss = lambda eta, f=f: evaluated.append(eta) or f(eta)
-        series.measure(point, 1.0, truth, 1.0, {"num_parallel": num_parallel})
-        assert series.results[-1].critical_lr == pytest.approx(truth, rel=0.01)
-    assert (series.passes[0], series.passes[-1]) == (cold, warm)
-    assert [result.evaluations for result in series.results][-1] == (1 if num_parallel == 1 else 7)
-    assert len(evaluated) == sum(result.evaluations for result in series.results)
+        result, passes = measure_point(point, 1.0, 1.0, memory, {"num_parallel": num_parallel})
+        assert result.critical_lr == pytest.approx(truth, rel=0.01)
+        memory = result.memory
+        found.append((result.evaluations, passes))
+    assert (found[0][1], found[-1][1]) == (cold, warm)
+    assert found[-1][0] == (1 if num_parallel == 1 else 7)
+    assert len(evaluated) == sum(evaluations for evaluations, _ in found)
 
 
 def test_cost_is_of_searches_that_found_the_same():
@@ -60,7 +62,7 @@ def test_engines_that_disagree_are_not_timed():
     cost = importlib.import_module("bench_line_search")
 
     def found(*lrs, status="converged"):
-        return [cost._Search(lr, status, 3, 3, 0.1) for lr in lrs]
+        return [cost._Search(SimpleNamespace(critical_lr=lr, status=status), 3) for lr in lrs]
 
     same = {"virtual": found(1.0, 2.0), "batched": found(1.01, 2.01)}
     assert cost._converged(same) == same
@@ -101,7 +103,7 @@ def test_the_workloads_are_of_the_sizes_they_are_named_by():
 
 def test_what_eight_step_sizes_at_a_time_are_worth_is_what_was_measured():
     readme = importlib.import_module("readme")
-    single, several, _ = readme.mean_passes(readme.latest("line_search")["line_search"])
+    single, several, _ = readme.mean_passes()
     assert pytest.approx(single / several, rel=0.02) == pace._WORTH
     text, numbers = (
         " ".join((ROOT / "docs" / name).read_text("utf-8").split()) for name in ("engines.md", "numbers.md")
@@ -126,7 +128,7 @@ def test_overhead_is_of_windows_that_end_in_the_same_bits_and_of_steps_beside_ot
 
 def test_overhead_of_a_monitor_that_changes_the_run_is_not_recorded():
     bench = importlib.import_module("bench_overhead")
-    training, twin = (bench.Training(32, 1, 16, 2) for _ in range(2))
+    training, twin = (bench.Watched(32, 1, 16, 2) for _ in range(2))
     assert bench.windows(training, twin, num_steps=2, num_windows=1)
     training.monitor = lambda loss_fn: training.model.lm_head.weight.data.mul_(1 + 1e-6)
     with pytest.raises(RuntimeError, match="training with a monitor differs from training without, nothing is"):

@@ -27,7 +27,9 @@ class Stopped(BaseException):
     """Stands for Ctrl-C."""
 
 
-@pytest.mark.parametrize(("name", "last"), [("figure4", "_measure"), ("figure5", "_train")])
+@pytest.mark.parametrize(
+    ("name", "last"), [pytest.param("figure4", "_measure", marks=pytest.mark.long), ("figure5", "_train")]
+)
 def test_the_quick_version_goes_on_where_it_was_stopped(name, last, tmp_path, monkeypatch, capsys) -> None:
     figure, scaffold = module(name), module("scaffold")
     arguments = ["--quick", "--output", str(tmp_path)]
@@ -281,14 +283,15 @@ def test_an_edit_of_a_setting_refuses_old_rows_and_empties_the_revisions(tmp_pat
     stale = tmp_path / "work" / "figure4" / "revisions" / "stage1-step7"
     stale.mkdir(parents=True)
     monkeypatch.setattr(figure, "train", lambda stages, folder: [{"there": stale.exists()}])
-    order = scaffold.Order(True, tmp_path / "work" / "figure4")
-    assert figure.pieces(order)["training"]() == [{"direction": "in training", "there": False}]
+    assert figure.pieces(figure.QUICK, tmp_path / "work" / "figure4", None)["training"]() == [
+        {"direction": "in training", "there": False}
+    ]
     for name in ("figure2", "figure3", "figure4", "figure5"):
         made = replace(
-            module(name).FIGURE, name=name, pieces=lambda order: {"one": lambda: [{"a": 1.0}]},
+            module(name).FIGURE, name=name, pieces=lambda *given: {"one": lambda: [{"a": 1.0}]},
             draw=lambda rows, path: None, numbers=lambda rows: {},
         )  # fmt: skip
         scaffold.main(made, ["--quick", "--output", str(tmp_path / "made")])
-        full = replace(made, setting=lambda order, made=made: made.setting(replace(order, quick=False)))
+        full = replace(made, settings=made.settings[:1] * 2)
         with pytest.raises(ValueError, match="must be of the same settings"):
             scaffold.main(full, ["--quick", "--output", str(tmp_path / "made")])

@@ -237,6 +237,7 @@ def test_help_and_version():
     assert invoke("--version").output == f"sharpkern {sharpkern.__version__}\n"
 
 
+@pytest.mark.long
 def test_the_demo_reaches_the_edge_of_stability():
     """The science, at the demo's own settings save for the length: λ_c is far below 2/η at first, then stands at it."""
     run = train(450, 0.1, 1797, 0)

@@ -120,11 +120,37 @@ def test_stopped_and_called_again_it_gives_the_numbers_of_one_run_through(olmo, 
         return load(checkpoint, *arguments)
 
     monkeypatch.setattr(revisions.Checkpoint, "load", stopping)
-    assert invoke(*arguments(olmo, text, again)).exit_code != 0
+    stopped = invoke(*arguments(olmo, text, again))
+    assert stopped.exit_code == 130
+    assert "Stopped at 2 of 3: the same command goes on." in words(stopped)
     assert not (again / "measure.csv").exists()
     assert invoke(*arguments(olmo, text, again)).exit_code == 0
     assert loads == [*REVISIONS[:2], *[REVISIONS[2]] * 2]
     assert numbers(again) == numbers(through)
+
+
+def test_blocks_are_measured_alone_too(olmo, text, tmp_path) -> None:
+    result = invoke(*arguments(olmo, text, tmp_path, revisions=",".join(REVISIONS[:2])), "--by-block")
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "measure_blocks.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    blocks = list(dict.fromkeys(row["block"] for row in rows))
+    assert blocks[:2] == ["model.embed_tokens", "model.layers.0"]
+    assert [(row["revision"], row["block"]) for row in rows] == [(r, b) for r in REVISIONS[:2] for b in blocks]
+    assert (tmp_path / "measure_blocks.png").stat().st_size > 1000
+    model, data = loaded(olmo / REVISIONS[0], text)
+    losses = [partial(row_loss, model, part) for part in data.split(3)]
+    mean = lambda: torch.stack([loss() for loss in losses]).mean()
+    found = sharpkern.blockwise_critical_sharpness(model, mean, sharpkern.adamw_direction(model, losses))
+    for row in rows[: len(blocks)]:
+        assert row["status"] == found[row["block"]].status
+        if row["status"] == "converged":
+            assert float(row["lambda_c"]) == pytest.approx(found[row["block"]].sharpness, rel=0.03)
+    # Called again it reads them from the file, and without blocks it is another measurement.
+    assert invoke(*arguments(olmo, text, tmp_path), "--by-block").exit_code == 0
+    other = invoke(*arguments(olmo, text, tmp_path))
+    assert other.exit_code == 2
+    assert "got others: by_block was True, is None" in words(other)
 
 
 def test_revisions_may_be_added_and_other_settings_are_refused(olmo, text, tmp_path) -> None:
@@ -430,6 +456,21 @@ def test_a_name_that_the_hub_does_not_give_is_one_message(text, tmp_path, monkey
     result = invoke(*arguments("owner/model", text, tmp_path, revisions="nope"))
     assert result.exit_code == 2
     assert "got 'owner/model' at revision 'nope': We couldn't connect to the hub." in words(result)
+
+
+def test_all_missing_extras_are_named_in_one_message(olmo, text, tmp_path, monkeypatch) -> None:
+    for name in ("transformers", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = invoke(*arguments(olmo, text, tmp_path))
+    assert result.exit_code == 1
+    assert "needs transformers and matplotlib, which are not installed" in words(result)
+    assert "pip install 'sharpkern[transformers,plot]'" in words(result)
+
+
+def test_a_folder_of_revisions_is_told_what_it_holds(olmo, text, tmp_path) -> None:
+    result = invoke(*arguments(olmo, text, tmp_path, revisions=None))
+    assert result.exit_code == 2
+    assert "a folder without config.json; name them with --revisions: " + ", ".join(sorted(REVISIONS)) in words(result)
 
 
 def test_without_transformers_the_extra_is_named(olmo, text, tmp_path, monkeypatch) -> None:

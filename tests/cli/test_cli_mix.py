@@ -69,7 +69,8 @@ def test_stopped_and_called_again_it_gives_the_numbers_of_one_run_through(files,
         return relative(*arguments, **options)
 
     monkeypatch.setattr(mixture, "relative_critical_sharpness", stopping)
-    assert invoke(files, tmp_path / "again", direction="sgd").exit_code != 0
+    stopped = invoke(files, tmp_path / "again", direction="sgd")
+    assert (stopped.exit_code, "Stopped at 3 of 6: the same command goes on." in stopped.output) == (130, True)
     assert invoke(files, tmp_path / "again", direction="sgd").exit_code == 0
     assert len(calls) == 7
     assert table(tmp_path / "again") == table(tmp_path / "through")

@@ -124,6 +124,10 @@ def numbers(
             "gᵀP⁻¹g": whitened.slope,
             "λ_c of the gradient": sharpkern.critical_sharpness(model, loss_fn, gradient).sharpness,
             "relative λ_c": sharpkern.relative_critical_sharpness(model, tasks, update)["twice"].sharpness,
+            "loss along": float(sharpkern.losses_along(model, loss_fn, update, [1e-3, 1e-2])[1]),
+            "λ_c of blocks": sum(
+                m.sharpness for m in sharpkern.blockwise_critical_sharpness(model, loss_fn, update).values()
+            ),
             "λ_dir": float(sharpkern.directional_sharpness(model, loss_fn, update)),
             "|g|² of batches": sharpkern.gradient_direction(model, [loss_fn, lambda: 3 * loss_fn()]).norm_sq,
             "|Δθ|² of batches": sharpkern.adamw_direction(model, [loss_fn, lambda: 3 * loss_fn()]).norm_sq,
@@ -648,6 +652,7 @@ def test_two_ranks_give_what_one_process_gives(two, name) -> None:
     check_values([rank[f"values: {name}"] for rank in two])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VALUES_OF_THREE)
 def test_three_ranks_give_what_one_process_gives(three, name) -> None:
     check_values([rank[name] for rank in three])

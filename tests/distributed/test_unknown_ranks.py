@@ -114,12 +114,19 @@ def loops(rank: int) -> list[tuple[list[float], int, int, Tensor]]:
     return [loop(rank, measured, alone) for measured, alone in ((True, False), (False, False), (True, True))]
 
 
+def block(model: nn.Module, loss_fn: Loss, direction: sharpkern.Direction) -> sharpkern.Measurement:
+    last = list(model.parameters())[-2:]
+    return sharpkern.blockwise_critical_sharpness(model, loss_fn, direction, {"last": last})["last"]
+
+
 Wrap = Callable[[nn.Module], nn.Module]
 MEASURES: dict[str, Callable[[nn.Module, Loss, sharpkern.Direction], float]] = {
     "λ_c": lambda m, f, d: sharpkern.critical_sharpness(m, f, d).sharpness,
     "λ_max": lambda m, f, d: sharpkern.hessian_sharpness(m, f, tol=1e-5).value,
     "λ_dir": lambda m, f, d: float(sharpkern.directional_sharpness(m, f, d, step_size=1e-3)),
     "λ_dir, hvp": lambda m, f, d: float(sharpkern.directional_sharpness(m, f, d, method="hvp")),
+    "loss along": lambda m, f, d: float(sharpkern.losses_along(m, f, d, [0.1, 0.5])[1]),
+    "λ_c of a block": lambda m, f, d: block(m, f, d).sharpness,
     "relative λ_c": lambda m, f, d: sharpkern.relative_critical_sharpness(m, {"1": f, "2": f}, d)["2"].sharpness,
 }
 

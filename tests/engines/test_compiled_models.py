@@ -247,6 +247,7 @@ def test_a_run_that_forbids_further_graphs_is_measured(how: str) -> None:
             loss_fn()
 
 
+@pytest.mark.long
 def test_the_default_backend() -> None:
     """It rounds unlike an eager run, so that a step which is not taken by its code shows."""
     x, y = rows()

@@ -30,7 +30,7 @@ PACKAGE = os.path.dirname(sharpkern.__file__) + os.sep
 class Scene:
     """A model with everything that a measurement changes for a while, and what all of it is like before."""
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, measure: Callable[..., object] = sharpkern.critical_sharpness) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3))
         x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
@@ -38,15 +38,15 @@ class Scene:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.loss_fn().backward()
         self.direction = sharpkern.Direction.from_optimizer(optimizer)
-        self.engine = engine
+        self.engine, self._measure = engine, measure
         # What is checked once is found out, and whatever is imported is there.
         self.measure()
         self._gradients = [p.grad for p in self.model.parameters()]
         self._state = {name: value.clone() for name, value in self.model.state_dict().items()}
         self._before = self._process()
 
-    def measure(self) -> sharpkern.Measurement:
-        return sharpkern.critical_sharpness(self.model, self.loss_fn, self.direction, engine=self.engine, rtol=0.1)
+    def measure(self) -> Any:
+        return self._measure(self.model, self.loss_fn, self.direction, engine=self.engine, rtol=0.1)
 
     def _process(self) -> dict[str, Any]:
         dynamo = sys.modules.get("torch._dynamo.eval_frame")
@@ -100,9 +100,14 @@ def traced(trace: Any, run: Callable[[], object]) -> None:
         sys.settrace(before)
 
 
+def losses(*given: Any, engine: str, rtol: float) -> torch.Tensor:
+    return sharpkern.losses_along(*given, [0.1, 0.2, 0.3], engine=engine)
+
+
+@pytest.mark.parametrize("measure", [sharpkern.critical_sharpness, losses, sharpkern.blockwise_critical_sharpness])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_error_at_any_instruction_leaves_nothing(engine: str) -> None:
-    scene = Scene(engine)
+def test_an_error_at_any_instruction_leaves_nothing(engine: str, measure: Callable[..., object]) -> None:
+    scene = Scene(engine, measure)
     counting = fault_at(-1, MemoryError)
     traced(counting, scene.measure)
     total, positions = counting.count(), random.Random(0)

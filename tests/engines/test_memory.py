@@ -45,6 +45,7 @@ def test_the_in_place_engine_needs_one_copy_of_the_parameters() -> None:
     assert 0.9 * copy < extra <= 1.1 * copy
 
 
+@pytest.mark.long
 def test_the_batched_engine_needs_the_activations_of_every_step_size(monkeypatch: pytest.MonkeyPatch) -> None:
     # Besides, formed rows of a layer, as many as fit into the cache.
     monkeypatch.setattr(linear, "CACHE_BYTES", 2**14)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sharpkern
+from sharpkern import ops
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.engines.session import open_session
 from sharpkern.engines.timing import EngineTimes
@@ -155,7 +156,7 @@ def test_on_a_cpu_one_step_size_at_a_time_is_quicker() -> None:
     ],
 )
 def test_other_choices_stand(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(critical.ops, "has_kernels", lambda device: True)
+    monkeypatch.setattr(ops, "has_kernels", lambda device: True)
     pairs, options, model = [], critical.Options(**option), MLP()
     assert critical._may_batch(pairs, critical.Options())
     assert critical._may_batch(pairs, options) == ("engine" in option)
@@ -236,7 +237,7 @@ def test_enough_evaluations_are_made_several_at_a_time(monkeypatch: pytest.Monke
         found = sharpkern.critical_sharpness(model, loss_fn, direction, engine="batched", max_forwards=max_forwards)
         assert found.status == "converged"
         assert (len(calls) < found.forwards) == several
-    monkeypatch.setattr(critical.ops, "has_kernels", lambda device: True)
+    monkeypatch.setattr(ops, "has_kernels", lambda device: True)
     assert critical._may_batch([], critical.Options(max_forwards=ENOUGH_FORWARDS))
 
 

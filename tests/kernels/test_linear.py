@@ -45,7 +45,7 @@ def test_matches_the_oracle(K, M, dtype):
 
 
 @pytest.mark.parametrize("M", [3, 65])
-@pytest.mark.parametrize(("N", "C"), [(1, 1), (64, 64), (65, 600), (130, 1100)])
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (64, 64), (65, 600), pytest.param(130, 1100, marks=pytest.mark.long)])
 def test_columns_divided_among_programs(M, N, C):
     x, W, D = operands(3, M, N, C, BF16)
     assert_matches(linear(x, W, D, steps(3)), x, W, D, steps(3))

@@ -65,6 +65,7 @@ def gib(scene: TrainingState, above: int) -> float:
     return (2 * scene.held(gradients=False)["weights"] + above) / GIB
 
 
+@pytest.mark.long
 def test_all_layers(seven_billion: Callable[..., TrainingState]) -> None:
     stock = seven_billion(layers=32)
     assert gib(stock, forward_bytes(stock)) == pytest.approx(31.05, abs=0.01)
@@ -88,6 +89,7 @@ def test_the_batched_engine_needs_activations_alone(
     assert engine_bytes(seven_billion(layers=2, tokens=tokens), "batched", num_steps) <= 1.001 * num_steps * plain
 
 
+@pytest.mark.long
 def test_fewer_step_sizes_per_pass_take_less(
     seven_billion: Callable[..., TrainingState], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,8 @@ def test_a_bound_is_not_logged_as_a_value() -> None:
         "sharpness/unbounded": 1.0,
         "sharpness/critical_lr_bound": bound,
         "sharpness/forwards": 3,
+        "sharpness/lr": 0.1,
+        "sharpness/loss": 2 - 3 / 100,
     }
     assert no_rise().row()["headroom"] is None
     assert (no_rise().row()["critical_lr"], no_rise().row()["status"]) == (bound, "unbounded")
