@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from curves import _Recurrent, _stack, _ViT, _with_muon
+from curves import _Recurrent, _ViT, _with_muon
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workloads import GPT, Batch, standard_digits, text, token_loss
+from workloads import GPT, Batch, stack, standard_digits, text, token_loss
 
 import sharpkern
 
@@ -109,7 +109,7 @@ class Scaled(nn.Module):
 
 
 def _deep() -> nn.Module:
-    model = _stack(*[64] * 7, 10, between=nn.Tanh)
+    model = stack(*[64] * 7, 10, between=nn.Tanh)
     for layer in model:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight, 1.4)
@@ -124,12 +124,12 @@ def _cnn() -> nn.Module:
 
 _ALL = ("SGD", "momentum", "AdamW")
 MODELS: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
-    "MLP": (lambda: _stack(64, 64, 64, 10, between=nn.ReLU), _ALL),
+    "MLP": (lambda: stack(64, 64, 64, 10, between=nn.ReLU), _ALL),
     "deep tanh net": (_deep, _ALL),
     "CNN": (_cnn, _ALL),
-    "autoencoder": (lambda: _stack(64, 96, 16, 96, 64, between=nn.ReLU), _ALL),
+    "autoencoder": (lambda: stack(64, 96, 16, 96, 64, between=nn.ReLU), _ALL),
     "GRU": (Rows, _ALL),
-    "unnormalised inputs": (lambda: nn.Sequential(Scaled(16.0), _stack(64, 96, 96, 10, between=nn.ReLU)), _ALL),
+    "unnormalised inputs": (lambda: nn.Sequential(Scaled(16.0), stack(64, 96, 96, 10, between=nn.ReLU)), _ALL),
     "GPT": (lambda: GPT(64, 2, 4, 48), _ALL),
     "ViT": (_ViT, ("momentum", "AdamW")),
     "LSTM": (lambda: _Recurrent(nn.LSTM, 96), ("momentum", "AdamW")),
