@@ -373,7 +373,7 @@ def _percent(share: float, digits: int = 0) -> str:
     return f"{round(share, digits + 2) + 0.0:.{digits}%}"
 
 
-def cap_table(found: Sequence[Trial] | None = None) -> str:
+def cap_table(found: Sequence[Trial] | None = None) -> list[str]:
     """Mean regret and failures, by optimizer, with the tasks that constants were chosen on and with others."""
     rows = regrets(load() if found is None else found)
     lines = [
@@ -397,10 +397,10 @@ def cap_table(found: Sequence[Trial] | None = None) -> str:
             lines.append(
                 f"| {'new' if new else 'known'} | {optimizer} | {POLICIES[policy]} | " + " | ".join(cells) + " |"
             )
-    return "\n".join(lines)
+    return lines
 
 
-def task_table(found: Sequence[Trial] | None = None) -> str:
+def task_table(found: Sequence[Trial] | None = None) -> list[str]:
     """Mean regret of every task, without and with the cap."""
     rows = regrets(load() if found is None else found)
     lines = [
@@ -418,10 +418,10 @@ def task_table(found: Sequence[Trial] | None = None) -> str:
             cells.append(_percent(statistics.mean(regret for _, regret in own)) if own else "")
         peak = next(o.peak for o, _ in rows if (o.task, o.optimizer, o.multiple) == (task, optimizer, 1))
         lines.append(f"| {task} | {optimizer} | {peak:.2g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines
 
 
-def find_table(found: Sequence[Trial] | None = None) -> str:
+def find_table(found: Sequence[Trial] | None = None) -> list[str]:
     """How far suggestions are from the best peak of the sweep."""
     all_found = load() if found is None else found
     best = {(one.task, one.optimizer): one.peak for one in all_found if (one.policy, one.multiple) == ("none", 1)}
@@ -445,20 +445,20 @@ def find_table(found: Sequence[Trial] | None = None) -> str:
                     f"| {'new' if new else 'known'} | {optimizer} | {name} | {len(misses)} | "
                     f"×{math.exp(statistics.median(misses)):.1f} | ×{math.exp(max(misses)):.1f} |"
                 )
-    return "\n".join(lines)
+    return lines
 
 
-def costs(found: Sequence[Trial] | None = None) -> str:
+def costs(found: Sequence[Trial] | None = None) -> list[str]:
     """What the runs took, in one sentence."""
     all_found = load() if found is None else found
     runs = [one for one in all_found if one.multiple]
     forwards = [one.forwards for one in runs if one.policy == "cap" and math.isfinite(one.final)]
     minutes = sum(one.seconds for one in all_found) / 60
-    return (
+    return [
         f"{len(all_found)} runs, {minutes:.0f} minutes of one CPU core, on a busy machine. A capped run of {STEPS} "
         f"steps took {statistics.median(forwards):.0f} forward passes for its measurements (median; at most "
         f"{max(forwards)})."
-    )
+    ]
 
 
 def draw(path: Path = PICTURE) -> None:
@@ -506,7 +506,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.what == "run":
         for _ in trials(Log(), asked.tasks.split(";"), asked.seeds):
             pass
-        print(cap_table(), task_table(), find_table(), costs(), sep="\n\n")
+        for table in (cap_table, task_table, find_table, costs):
+            print(*table(), "", sep="\n")
         return
     made, kept = quick()
     print(made, "as in the file" if made == kept else f"and not as in the file: {kept}")
