@@ -319,3 +319,20 @@ def test_cost_grows_with_the_parameters_as_a_line(measured, tokens):
 def test_the_plot_is_of_the_ledger(measured):
     growth = importlib.import_module("bench_peers")
     assert Image.open(ROOT / "bench" / "results" / "growth.png").text["Description"] == growth.growth_source(measured)
+
+
+def test_the_block_that_limits_the_step_is_the_one_with_the_largest_value():
+    def row(**values):
+        blocks = {
+            name: {"lambda_c": value, "slope": 1.0, "status": "converged", "forwards": 3}
+            for name, value in values.items()
+        }
+        return {"step": 0, "lambda_c": 10.0, "status": "converged", "blocks": blocks}
+
+    rows = [row(first=8.0, last=2.0), row(first=6.0, last=7.0), row(first=math.inf, last=3.0)]
+    rows[2]["blocks"]["first"]["status"] = "ascent"
+    found = importlib.import_module("bench_blocks")._summary("all", rows)
+    assert found["limiting"] == {"first": 1, "last": 2}
+    assert [block["share_of_whole"] for block in found["blocks"]] == pytest.approx([0.7, 0.3])
+    assert [block["share_of_slope"] for block in found["blocks"]] == pytest.approx([0.5, 0.5])
+    assert found["forwards_of_blocks"] == 6
