@@ -22,7 +22,8 @@ from ledger import RESULTS, ROOT, latest
 from sharpkern.memory import report
 from sharpkern.memory.plan import MemoryPlan
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("numbers", "decisions", "large-batches")))
+_GUIDES = ("numbers", "decisions", "curves-and-blocks", "large-batches")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _GUIDES))
 PLOT = RESULTS / "growth.png"
 METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
 # Where the gradient is not of the measured loss.
@@ -364,7 +365,35 @@ def memory_in_brief() -> list[str]:
     ]
 
 
+def blocks() -> list[str]:
+    """λ_c of every block beside that of the whole, and how often it was the largest, in warm-up and after."""
+    record = latest("blocks")
+    phases = [{row["block"]: row for row in phase["blocks"]} for phase in record["phases"]]
+    names = list(dict.fromkeys(name for phase in phases for name in phase))
+    rows = []
+    for name in names:
+        counts = [f"{phase['limiting'].get(name, 0)} of {phase['steps']}" for phase in record["phases"]]
+        cells = [
+            f"{phase[name][column]:{style}}" if name in phase else ""
+            for column, style in (("share_of_whole", ".2g"), ("share_of_slope", ".1%"))
+            for phase in phases
+        ]
+        rows.append({"name": name, "cells": " | ".join([*cells, *counts])})
+    first, second = record["phases"]
+    head = "λ_c over that of the whole, warm-up | after | share of Δθᵀg, warm-up | after"
+    return [
+        *table(f"block | {head} | largest λ_c of all, warm-up | after", "`{name}` | {cells}", rows),
+        "",
+        f"GPT of {record['parameters'] / 1e6:.2g} M parameters, AdamW, {record['tokens']} tokens a step, "
+        f"{record['warm_up']} steps of warm-up. Medians over measured steps; λ_c of the whole is "
+        f"{first['lambda_c']:.3g} in the warm-up and {second['lambda_c']:.3g} after it. All blocks together took "
+        f"{second['forwards_of_blocks']:g} forward passes, the whole "
+        f"{median(row['forwards'] for row in record['rows']):g}.",
+    ]
+
+
 TABLES = {
+    "blocks": blocks,
     "peers": peers,
     "growth": growing,
     "line search": line_search,

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from curves import _Recurrent, _stack, _ViT, _with_muon
+from curves import _Recurrent, _ViT, _with_muon
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workloads import GPT, Batch, standard_digits, text, token_loss
+from workloads import GPT, Batch, stack, standard_digits, text, token_loss
 
 import sharpkern
 
@@ -109,7 +109,7 @@ class Scaled(nn.Module):
 
 
 def _deep() -> nn.Module:
-    model = _stack(*[64] * 7, 10, between=nn.Tanh)
+    model = stack(*[64] * 7, 10, between=nn.Tanh)
     for layer in model:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight, 1.4)
@@ -124,12 +124,12 @@ def _cnn() -> nn.Module:
 
 _ALL = ("SGD", "momentum", "AdamW")
 MODELS: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
-    "MLP": (lambda: _stack(64, 64, 64, 10, between=nn.ReLU), _ALL),
+    "MLP": (lambda: stack(64, 64, 64, 10, between=nn.ReLU), _ALL),
     "deep tanh net": (_deep, _ALL),
     "CNN": (_cnn, _ALL),
-    "autoencoder": (lambda: _stack(64, 96, 16, 96, 64, between=nn.ReLU), _ALL),
+    "autoencoder": (lambda: stack(64, 96, 16, 96, 64, between=nn.ReLU), _ALL),
     "GRU": (Rows, _ALL),
-    "unnormalised inputs": (lambda: nn.Sequential(Scaled(16.0), _stack(64, 96, 96, 10, between=nn.ReLU)), _ALL),
+    "unnormalised inputs": (lambda: nn.Sequential(Scaled(16.0), stack(64, 96, 96, 10, between=nn.ReLU)), _ALL),
     "GPT": (lambda: GPT(64, 2, 4, 48), _ALL),
     "ViT": (_ViT, ("momentum", "AdamW")),
     "LSTM": (lambda: _Recurrent(nn.LSTM, 96), ("momentum", "AdamW")),
@@ -368,7 +368,12 @@ def failures(found: Iterable[Trial]) -> dict[tuple[str, str, str, int], int]:
     return {key: counts[key] for key in sorted(counts)}
 
 
-def cap_table(found: Sequence[Trial] | None = None) -> str:
+def _percent(share: float, digits: int = 0) -> str:
+    # Not minus nothing.
+    return f"{round(share, digits + 2) + 0.0:.{digits}%}"
+
+
+def cap_table(found: Sequence[Trial] | None = None) -> list[str]:
     """Mean regret and failures, by optimizer, with the tasks that constants were chosen on and with others."""
     rows = regrets(load() if found is None else found)
     lines = [
@@ -387,15 +392,15 @@ def cap_table(found: Sequence[Trial] | None = None) -> str:
             tasks = dict.fromkeys(task for task, _ in own)
             means = [statistics.mean(regret for task, regret in own if task == one) for one in tasks]
             failed = sum(regret > FAILED for _, regret in own)
-            cells.append(f"{statistics.mean(means):.1%} | {failed} of {len(own)}" if own else " | ")
+            cells.append(f"{_percent(statistics.mean(means), 1)} | {failed} of {len(own)}" if own else " | ")
         if any(cell != " | " for cell in cells):
             lines.append(
                 f"| {'new' if new else 'known'} | {optimizer} | {POLICIES[policy]} | " + " | ".join(cells) + " |"
             )
-    return "\n".join(lines)
+    return lines
 
 
-def task_table(found: Sequence[Trial] | None = None) -> str:
+def task_table(found: Sequence[Trial] | None = None) -> list[str]:
     """Mean regret of every task, without and with the cap."""
     rows = regrets(load() if found is None else found)
     lines = [
@@ -410,13 +415,13 @@ def task_table(found: Sequence[Trial] | None = None) -> str:
                 for one, regret in rows
                 if (one.task, one.optimizer, one.multiple, one.policy) == (task, optimizer, multiple, policy)
             ]
-            cells.append(f"{statistics.mean(regret for _, regret in own):.0%}" if own else "")
+            cells.append(_percent(statistics.mean(regret for _, regret in own)) if own else "")
         peak = next(o.peak for o, _ in rows if (o.task, o.optimizer, o.multiple) == (task, optimizer, 1))
         lines.append(f"| {task} | {optimizer} | {peak:.2g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines
 
 
-def find_table(found: Sequence[Trial] | None = None) -> str:
+def find_table(found: Sequence[Trial] | None = None) -> list[str]:
     """How far suggestions are from the best peak of the sweep."""
     all_found = load() if found is None else found
     best = {(one.task, one.optimizer): one.peak for one in all_found if (one.policy, one.multiple) == ("none", 1)}
@@ -440,19 +445,20 @@ def find_table(found: Sequence[Trial] | None = None) -> str:
                     f"| {'new' if new else 'known'} | {optimizer} | {name} | {len(misses)} | "
                     f"×{math.exp(statistics.median(misses)):.1f} | ×{math.exp(max(misses)):.1f} |"
                 )
-    return "\n".join(lines)
+    return lines
 
 
-def costs(found: Sequence[Trial] | None = None) -> str:
+def costs(found: Sequence[Trial] | None = None) -> list[str]:
     """What the runs took, in one sentence."""
     all_found = load() if found is None else found
     runs = [one for one in all_found if one.multiple]
     forwards = [one.forwards for one in runs if one.policy == "cap" and math.isfinite(one.final)]
-    hours = sum(one.seconds for one in all_found) / 3600
-    return (
-        f"{len(all_found)} runs, {hours:.1f} hours of one CPU core. A capped run of {STEPS} steps took "
-        f"{statistics.median(forwards):.0f} forward passes for its measurements (median; at most {max(forwards)})."
-    )
+    minutes = sum(one.seconds for one in all_found) / 60
+    return [
+        f"{len(all_found)} runs, {minutes:.0f} minutes of one CPU core, on a busy machine. A capped run of {STEPS} "
+        f"steps took {statistics.median(forwards):.0f} forward passes for its measurements (median; at most "
+        f"{max(forwards)})."
+    ]
 
 
 def draw(path: Path = PICTURE) -> None:
@@ -500,7 +506,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.what == "run":
         for _ in trials(Log(), asked.tasks.split(";"), asked.seeds):
             pass
-        print(cap_table(), task_table(), find_table(), costs(), sep="\n\n")
+        for table in (cap_table, task_table, find_table, costs):
+            print(*table(), "", sep="\n")
         return
     made, kept = quick()
     print(made, "as in the file" if made == kept else f"and not as in the file: {kept}")

@@ -63,7 +63,8 @@ class LRCap:
 
     Call ``cap.step()`` in every step, between ``monitor(...)`` and ``optimizer.step()``; where a closure holds the
     backward pass, in the closure. It is for peaks that may be 10 or 100 times too large, and in place of a long
-    warm-up. A large η_c is no reason to raise a rate, and the cap never does.
+    warm-up. A large η_c is no reason to raise a rate, and the cap never does. With momentum it saves most runs and not
+    all; docs/decisions.md has the evidence.
 
     Args:
         monitor: measures the run that is capped, at the steps of `LRCap.every`.

@@ -261,8 +261,6 @@ class Monitor(Reports):
             parts = measure_blocks(self._model, whole, direction, blocks, every, self._block_memories)
         record = Record(step, direction.lr, measurement, other, parts)
         self.history.append(record)
-        if self._file is not None and _is_first_rank():
-            append_line(self._file, record.row())
         self._send(record)
         self._warn(record)
         return measurement
@@ -381,12 +379,17 @@ class Monitor(Reports):
                 HeadroomWarning,
             )
 
-    def send(self, values: Mapping[str, float], step: int) -> None:
+    def send(self, values: Mapping[str, Any], step: int) -> None:
         """Send values of a step to where the measurements go."""
         if self._send_to is not None:
             self._send_to(values, step)
+        elif self._file is not None and _is_first_rank():
+            append_line(self._file, {"step": step, **values})
 
     def _send(self, record: Record) -> None:
+        if self._file is not None:
+            self.send(record.row(), record.step)
+            return
         status, heldout = record.measurement.status, record.heldout
         # A bound is no value: of a curve it would leave nothing to see but itself.
         names = [] if status == "unbounded" else ["lambda_c", "critical_lr", "headroom"]

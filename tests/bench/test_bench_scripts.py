@@ -330,3 +330,20 @@ def test_samples_are_compared_with_the_whole_batch():
     assert of_method["whole, 0.1 %"]["error_median"] == 0.0
     assert 0 < of_method["auto, 5 %"]["forwards_mean"] < of_method["whole, 0.1 %"]["forwards_mean"]
     assert of_method["auto, 5 %"]["error_p90"] < 0.05 < of_method["plain mean of 1/8"]["error_p90"]
+
+
+def test_the_block_that_limits_the_step_is_the_one_with_the_largest_value():
+    def row(**values):
+        blocks = {
+            name: {"lambda_c": value, "slope": 1.0, "status": "converged", "forwards": 3}
+            for name, value in values.items()
+        }
+        return {"step": 0, "lambda_c": 10.0, "status": "converged", "blocks": blocks}
+
+    rows = [row(first=8.0, last=2.0), row(first=6.0, last=7.0), row(first=math.inf, last=3.0)]
+    rows[2]["blocks"]["first"]["status"] = "ascent"
+    found = importlib.import_module("bench_blocks")._summary("all", rows)
+    assert found["limiting"] == {"first": 1, "last": 2}
+    assert [block["share_of_whole"] for block in found["blocks"]] == pytest.approx([0.7, 0.3])
+    assert [block["share_of_slope"] for block in found["blocks"]] == pytest.approx([0.5, 0.5])
+    assert found["forwards_of_blocks"] == 6

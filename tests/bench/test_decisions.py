@@ -37,13 +37,13 @@ def test_regret_is_of_the_best_peak_and_a_quarter_of_its_gain_is_a_failure(trial
     assert [regret for _, regret in trials.regrets(found)] == pytest.approx([0.0, 0.3, 2.0, 0.2])
     key = ("MLP", "SGD")
     assert trials.failures(found) == {(*key, "none", 1): 0, (*key, "none", 10): 2, (*key, "cap", 10): 0}
-    rows = trials.cap_table(found).splitlines()[2:]
+    rows = trials.cap_table(found)[2:]
     assert rows == [
         "| known | SGD | no cap | 0.0% | 0 of 1 | 115.0% | 2 of 2 |  |  |",
         "| known | SGD | **cap** |  |  | 20.0% | 0 of 1 |  |  |",
     ]
-    assert trials.task_table(found).splitlines()[2:] == ["| MLP | SGD | 0.1 | 0% |  | 115% | 20% |  |  |"]
-    assert trials.find_table(found).splitlines()[2:] == [
+    assert trials.task_table(found)[2:] == ["| MLP | SGD | 0.1 | 0% |  | 115% | 20% |  |  |"]
+    assert trials.find_table(found)[2:] == [
         "| known | SGD | find_lr | 1 | ×2.0 | ×2.0 |",
         "| known | SGD | range test, lowest loss × 2 | 1 | ×1.0 | ×1.0 |",
     ]
