@@ -38,7 +38,7 @@ class MicroBatch:
 
     Memory: 5 KB of random state.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Dropout(0.5))
         >>> part = sharpkern.MicroBatch(lambda: model(torch.ones(2, 4)).square().mean())
@@ -103,7 +103,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         TypeError: there is no tensor in ``batch``, or ``parts`` is no int.
         ValueError: tensors differ in their number of rows, or ``parts`` does not divide it.
 
-    Example:
+    Examples:
         >>> import torch, sharpkern
         >>> [part["x"].tolist() for part in sharpkern.split({"x": torch.arange(4)}, 2)]
         [[0, 1], [2, 3]]
