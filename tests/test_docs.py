@@ -270,6 +270,7 @@ def test_one_version() -> None:
     assert version == sharpkern.__version__
 
 
+@pytest.mark.long
 def test_the_example_of_several_ranks_runs(tmp_path: Path) -> None:
     (example,) = (path for path in EXAMPLES if path.stem == OF_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(example)]

@@ -76,7 +76,7 @@ class LRCap:
         freeze_after: measurements from this step on no longer count; None lets all of them count.
 
     Attributes:
-        history: one `CapRecord` per measured step; `sharpness/lr` and `sharpness/cap` go to the monitor's log.
+        history: one `CapRecord` per measured step; `sharpness/capped_lr` and `sharpness/cap` go to the monitor's log.
         num_steps: steps that were taken under the cap.
         limit: of the rate, share · η̂; inf as long as nothing was measured.
 
@@ -282,7 +282,7 @@ class LRCap:
         halved = self._critical_lrs and statistics.median(self._critical_lrs) == 0
         why = "schedule" if lr == scheduled else "halved" if halved else "capped"
         self.history.append(CapRecord(step, scheduled, lr, self.limit, why))
-        values = {"sharpness/lr": lr} | ({"sharpness/cap": self.limit} if self.limit < math.inf else {})
+        values = {"sharpness/capped_lr": lr} | ({"sharpness/cap": self.limit} if self.limit < math.inf else {})
         self._monitor.send(values, step)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

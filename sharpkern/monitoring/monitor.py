@@ -108,8 +108,9 @@ class Monitor(Reports):
         log: called with a flat dictionary, and with ``step=`` where it takes that; or an object with ``add_scalar``,
             such as TensorBoard's ``SummaryWriter``. ``wandb.log`` is called so that nothing of the loop's own is
             dropped, and the curves stand against ``sharpness/step``. Where no rise was found there is
-            ``sharpness/critical_lr_bound`` in place of λ_c and η_c. Or the path of a file: each measurement appends a
-            line of JSON with its whole row, null where there is no finite value; on several ranks the first one does.
+            ``sharpness/critical_lr_bound`` in place of λ_c and η_c. Or the path of a ``.jsonl`` file: each measurement
+            appends a line of JSON with its whole row, null where there is no finite value, and a cap one of its own;
+            on several ranks the first one does.
         blocks: True, or blocks as for `blockwise_critical_sharpness`, to measure λ_c of each block in every measured
             step too: some forward passes more for each. They are logged as ``sharpness/by_block/<name>``.
         masters: full-precision copies of 16-bit parameters, see `Direction.from_optimizer`.
@@ -167,10 +168,12 @@ class Monitor(Reports):
             raise TypeError(f"every must be an int or a function of the step, got {every!r}; leave it out for 1")
         if not callable(every) and every < 1:
             raise ValueError(f"every must be at least 1, got {every}; leave it out for 1")
-        is_path = isinstance(log, (str, os.PathLike))
+        # Any other text is more likely the name of a logger.
+        is_path = isinstance(log, os.PathLike) or (isinstance(log, str) and log.endswith(".jsonl"))
         if log is not None and not is_path and not callable(log) and not hasattr(log, "add_scalar"):
             raise TypeError(
-                f"log must be callable, a path, or have add_scalar, got {type(log).__name__}; pass wandb.log"
+                "log must be callable, have add_scalar, or be the path of a .jsonl file, got "
+                f"{log if isinstance(log, str) else type(log).__name__}; pass wandb.log"
             )
         if warn_below is not None and (isinstance(warn_below, bool) or not isinstance(warn_below, (int, float))):
             raise TypeError(f"warn_below must be a number or None, got {warn_below!r}; pass 1.0, or leave it out")

@@ -328,6 +328,7 @@ run(record, [section], quick=True, budget=600, tell=lambda line: None)
 """
 
 
+@pytest.mark.long
 def test_a_killed_bench_leaves_a_record_and_no_process(tmp_path, monkeypatch):
     (tmp_path / "faulty.py").write_text(PLANTED)
     environment = {**child_environment(), "PYTHONPATH": f"{child_environment()['PYTHONPATH']}{os.pathsep}{tmp_path}"}

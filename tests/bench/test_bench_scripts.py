@@ -154,6 +154,7 @@ def compared():
         return {(row["quantity"], row["method"]): row for row in bench.compare(**bench.comparisons(quick=True)[0])}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_peers_measure_the_same_steps_and_agree(compared):
     searches = {method: row for (quantity, method), row in compared.items() if quantity == "λ_c"}
@@ -237,6 +238,7 @@ def test_growth_is_a_power_of_the_parameters():
     assert 0.03 < error < 0.1
 
 
+@pytest.mark.long
 def test_growth_is_measured_and_drawn(tmp_path):
     growth = importlib.import_module("bench_peers")
     rows = growth.growth_rows(quick=True)

@@ -28,7 +28,11 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("name", "last"), [pytest.param("figure4", "_measure", marks=pytest.mark.long), ("figure5", "_train")]
+    ("name", "last"),
+    [
+        pytest.param("figure4", "_measure", marks=pytest.mark.long),
+        pytest.param("figure5", "_train", marks=pytest.mark.long),
+    ],
 )
 def test_the_quick_version_goes_on_where_it_was_stopped(name, last, tmp_path, monkeypatch, capsys) -> None:
     figure, scaffold = module(name), module("scaffold")

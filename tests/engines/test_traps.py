@@ -158,6 +158,7 @@ def test_running_statistics_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch
 
 
 # Trap 13: Dynamo traces the mode's arithmetic and the mode sees it again.
+@pytest.mark.long
 def test_compiled_models(monkeypatch: pytest.MonkeyPatch) -> None:
     case = TORCH_CASES[0]
     plain = case.build()

@@ -827,7 +827,7 @@ def test_the_cap_does_what_it_does_in_a_plain_loop(name: str) -> None:
     assert callback.cap.num_steps == run.global_step == 22
     assert any(one.lr < 0.5 * one.scheduled for one in callback.cap.history)
     assert all(map(torch.equal, model.parameters(), lightning.parameters()))
-    assert float(run.callback_metrics["sharpness/lr"]) == pytest.approx(callback.cap.history[-1].lr, rel=1e-6)
+    assert float(run.callback_metrics["sharpness/capped_lr"]) == pytest.approx(callback.cap.history[-1].lr, rel=1e-6)
     assert "sharpness/lambda_c" in run.callback_metrics
 
 

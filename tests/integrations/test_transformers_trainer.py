@@ -538,7 +538,7 @@ def test_the_cap_holds_the_rate_and_is_taken_up(tmp_path: Path) -> None:
     rates = [[entry["learning_rate"] for entry in run.state.log_history if "loss" in entry] for run in (plain, capped)]
     assert rates[0] == rates[1]
     assert reported(plain)[2:] != reported(capped)[2:]
-    told = [entry["sharpness/lr"] for entry in capped.state.log_history if "sharpness/lr" in entry]
+    told = [entry["sharpness/capped_lr"] for entry in capped.state.log_history if "sharpness/capped_lr" in entry]
     assert told == [one.lr for one in history]
     for restored in (False, True):
         callback = SharpnessCallback(**options)

@@ -90,6 +90,7 @@ class TestStochasticRounding:
     def test_alpha_zero_returns_w(self):
         assert same_bits(form(self.W, self.D, torch.zeros(1), seed=3)[0], self.W)
 
+    @pytest.mark.long
     def test_keeps_small_displacements_on_average(self):
         alpha = torch.tensor([1e-5])
         kept = torch.stack([form(self.W, self.D, alpha, seed=seed)[0].double() - self.W.double() for seed in range(20)])

@@ -16,7 +16,8 @@ from tests.kernels.budget import DTYPES, SIZES, assert_within_budget, randn, sam
 # Every rule with a state of every kind, and every size of the fullest ones: how a tensor ends has nothing to do with
 # what is in the state.
 SITUATIONS = [(name, 1000, steps) for name in RULES for steps in (0, 1, 5)]
-SITUATIONS += [(name, size, 5) for name in FULLEST for size in SIZES if size != 1000]
+SITUATIONS += [pytest.param(name, size, 5, marks=pytest.mark.long) for name in FULLEST for size in SIZES if size > 1000]
+SITUATIONS += [(name, size, 5) for name in FULLEST for size in SIZES if size < 1000]
 
 LR = 0.0625
 ALPHA = torch.tensor([-LR, 0.0, 0.3])

@@ -124,6 +124,7 @@ def test_empty(M, N, C):
 
 
 @pytest.mark.parametrize("M", [3, 65])
+@pytest.mark.long
 def test_runs_twice_to_the_same_bits(M):
     x, W, D = operands(3, M, 70, 1100, BF16)
     assert same_bits(linear(x, W, D, steps(3)), linear(x, W, D, steps(3)))

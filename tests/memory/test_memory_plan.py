@@ -66,7 +66,7 @@ def rows_of(
     ("optimizer", "head", "vocabulary", "parameters"),
     [
         ("none", "stock", 4096, 9),
-        ("adamw-fp32", "chunked", 30000, 36),
+        pytest.param("adamw-fp32", "chunked", 30000, 36, marks=pytest.mark.long),
         pytest.param("adamw-masters", "stock", 4096, 9, marks=pytest.mark.long),
     ],
 )

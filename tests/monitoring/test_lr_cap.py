@@ -394,8 +394,8 @@ def test_what_it_did_goes_to_the_monitors_log() -> None:
     )
     loop.cap = LRCap(loop.monitor, loop.optimizer, peak=PEAK)
     loop.run(4)
-    told = [(step, values) for step, values in rows if "sharpness/lr" in values]
-    assert told == [(one.step, {"sharpness/lr": one.lr, "sharpness/cap": one.limit}) for one in loop.cap.history]
+    told = [(step, values) for step, values in rows if "sharpness/capped_lr" in values]
+    assert told == [(one.step, {"sharpness/capped_lr": one.lr, "sharpness/cap": one.limit}) for one in loop.cap.history]
     assert [step for step, _ in told] == [0, 2]
 
 

@@ -17,14 +17,15 @@ SOURCES = sorted((ROOT / "kernels").rglob("*.py"))
 
 # In parts, so that several processes may share them.
 NUMERICS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
-NUM_PARTS = 2
+PARTS = {"one": (NUMERICS[::2], "not long"), "two": (NUMERICS[1::2], "not long"), "long": (NUMERICS, "long")}
 
 
-@pytest.mark.parametrize("part", range(NUM_PARTS))
+@pytest.mark.parametrize("part", ["one", "two", pytest.param("long", marks=pytest.mark.long)])
 def test_numerics_under_the_interpreter(part):
     # Triton decides on its import whether to interpret: the numerics need a process of their own.
+    files, marked = PARTS[part]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *NUMERICS[part::NUM_PARTS], "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *files, "-q", "-m", marked, "-p", "no:cacheprovider"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
