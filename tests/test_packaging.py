@@ -58,7 +58,7 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
     assert not [name for name in names if name.startswith(("kernels", "tests", "bench"))]
 
 
-@pytest.mark.parametrize("options", [(), ("-e",)], ids=["plain", "editable"])
+@pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.long), ("-e",)], ids=["plain", "editable"])
 def test_installed_kernels_are_found(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     python = install(source, tmp_path / "venv", *options)
     program = (

@@ -43,7 +43,12 @@ def default_blocks(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def _repeats(module: nn.Module) -> bool:
     """Whether it holds layers of one kind, two or more."""
-    layers = [c for c in module.children() if not isinstance(c, _CONTAINERS) and any(True for _ in c.parameters())]
+    layers = [
+        child
+        for child in module.children()
+        if any(True for _ in child.parameters())
+        and not (isinstance(child, _CONTAINERS) and any(map(_repeats, child.modules())))
+    ]
     return isinstance(module, _CONTAINERS) and max(Counter(map(type, layers)).values(), default=0) > 1
 
 

@@ -71,6 +71,8 @@ def blockwise_critical_sharpness(
         {'0': 6.0, '1': 2.0}
     """
     chosen = Options.of(blockwise_critical_sharpness, options)
+    if chosen.sample is not None:
+        raise TypeError("sample must be left out, got one: blocks are measured on all of what loss_fn returns")
     check_arguments(model, loss_fn, direction)
     found = measure_blocks(model, loss_fn, direction, blocks_of(model, blocks), chosen, {})
     if not found:

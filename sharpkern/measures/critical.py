@@ -146,7 +146,7 @@ def measure(
     loss_fns: list[Any] = [loss_fn] if step is None else [step.closure, *step.closure.parts]
     whole_fn = loss_fns[0]
     check_arguments(model, whole_fn, direction)
-    if options.sample is not None and direction.slope is None:
+    if options.sample is not None and direction.bind(model).slope is None:
         raise ValueError(
             "direction must know its slope for a sample, got one that no gradient belongs to; make it by "
             "Direction.from_optimizer(optimizer), or leave sample out"
@@ -218,6 +218,11 @@ def check_arguments(model: object, loss_fn: object, direction: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that loss_fn evaluates"
+        )
+    if is_sequence(loss_fn):
+        raise TypeError(
+            f"loss_fn must be one closure here, got a {type(loss_fn).__name__} of them; pass "
+            "lambda: sum(one() for one in loss_fns) / len(loss_fns)"
         )
     if not callable(loss_fn):
         raise TypeError(

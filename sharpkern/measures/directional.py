@@ -15,6 +15,7 @@ from sharpkern.distributed.sharding import local, over_shards
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.session import Engine, Session, Target, in_session
 from sharpkern.errors import RetainedWarning, warn
+from sharpkern.measures.critical import check_arguments
 from sharpkern.measures.hvp import GradientGraph, check_differentiable, check_symmetry, no_reducers, refuse_shards
 from sharpkern.measures.run import RETAINED_FLOOR
 from sharpkern.measures.self_checks import check_repeatable, confirm
@@ -111,6 +112,7 @@ def directional_sharpness(
             f"method must be one of 'forward', 'gradient', 'hvp', got {method!r}; leave it out for 'forward'"
         )
     _check_step_size(step_size, method)
+    check_arguments(model, loss_fn, direction)
     if method == "hvp":
         return _by_product(model, loss_fn, direction)
     if method == "gradient":

@@ -109,7 +109,8 @@ def _by_engine(
     """Return the losses, checked for what this engine may get wrong where that is due, and what is wrong with all."""
     checks = target.checks
     if is_known and (engine.writes or engine.name in checks.agrees | checks.unchecked):
-        return engine.losses(etas), None
+        losses = engine.losses(etas)
+        return losses, constant_loss(losses[0], [(eta, loss) for eta, loss in zip(etas, losses, strict=True) if eta])
     base, *losses = engine.losses([0.0, *etas])
     if not math.isfinite(base):
         return losses, None

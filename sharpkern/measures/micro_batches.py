@@ -1,7 +1,8 @@
 """The micro-batches of one step: closures with weights, the random streams of training, batches that are split."""
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,8 +93,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     one over tokens that differ in number, pass the numbers as ``weights=``. With BatchNorm in train mode it is not.
 
     Args:
-        batch: a tensor [rows, ...], or a dictionary, ``BatchEncoding``, tuple or list of tensors and of lists with one
-            member a row; what holds no rows, such as a number, goes into every part.
+        batch: a tensor or array [rows, ...], or a dictionary, ``BatchEncoding``, tuple or list of these and of lists
+            with one member a row; what holds no rows, such as a number, goes into every part.
         parts: how many; it must divide the number of rows.
 
     Returns:
@@ -123,19 +124,21 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [_rows(batch, slice(k * size, (k + 1) * size), rows) for k in range(parts)]
 
 
-def _tensors(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch] if batch.dim() else []
+def _tensors(batch: Any) -> list[Tensor | np.ndarray]:
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return [batch] if batch.ndim else []
     members = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     return [tensor for member in members for tensor in _tensors(member)]
 
 
 def _rows(batch: Any, rows: slice, num: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[rows] if batch.dim() else batch
-    if isinstance(batch, Mapping):
-        # What BatchEncoding, OrderedDict and the like are made from.
-        return type(batch)({name: _rows(member, rows, num) for name, member in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return batch[rows] if batch.ndim else batch
+    if isinstance(batch, MutableMapping):
+        # BatchEncoding, defaultdict and the like are made from other things.
+        part = copy.copy(batch)
+        part.update({name: _rows(member, rows, num) for name, member in batch.items()})
+        return part
     if isinstance(batch, (tuple, list)) and _tensors(batch):
         members = [_rows(member, rows, num) for member in batch]
         return type(batch)(*members) if hasattr(batch, "_fields") else type(batch)(members)

@@ -116,8 +116,11 @@ class SampledRun(Run):
         except OtherSlopeError as other:
             raise NoSampleError(_clipped(str(other))) from other
         result, self._base = self._found.found, self._found.base_loss
-        if self._found.excess is not None:
-            self._checks.excesses.append(self._found.excess)
+        excess = self._found.excess
+        if excess is not None and excess < -_IMPOSSIBLE and self._found.size == micro.num:
+            tell_whole(self._checks, _summed(f"the slope is {-excess:.0f} standard errors above that of a sample"))
+        elif excess is not None:
+            self._checks.excesses.append(excess)
         self._refuse_constant(result)
         self._check_engine(result)
         if 0 < result.critical_lr < math.inf:
@@ -224,6 +227,13 @@ def tell_whole(checks: KnownFacts, reason: str) -> None:
     if reason and not checks.told_whole:
         checks.told_whole = True
         warn(f"the whole batch is measured in place of a sample: {reason}", SampleWarning)
+
+
+def _summed(seen: str) -> str:
+    return (
+        f"{seen}, as where the gradient is the sum of the micro-batches' and not their mean (divide outside of the "
+        "closure: (part() / len(parts)).backward()), or where their losses bend within a tiny step"
+    )
 
 
 def _clipped(seen: str) -> str:

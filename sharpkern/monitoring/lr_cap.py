@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Required
 
-from sharpkern.directions.parts import parts_of
+from sharpkern.directions.parts import Part, parts_of
 from sharpkern.monitoring.monitor import RECENT, SHARE, Monitor, Record, critical_lrs
 
 _OPTIONS = ("share", "warm_steps", "freeze_after")
@@ -119,11 +119,9 @@ class LRCap:
     ) -> None:
         if not isinstance(monitor, Monitor):
             raise TypeError(f"monitor must be a sharpkern.Monitor, got {type(monitor).__name__}; pass the loop's own")
-        _check_number("peak", peak, math.inf, "the highest learning rate of the schedule")
+        _check_number("peak", peak, math.inf, "pass the highest learning rate of the schedule")
         _check_number("share", share, 1.0, "leave it out for 0.25")
-        _check_count("warm_steps", warm_steps, 0, "leave it out for 40")
-        if freeze_after is not None:
-            _check_count("freeze_after", freeze_after, 1, "leave it out to let all measurements count")
+        _check_counts(warm_steps, freeze_after)
         self._parts = {id(part.optimizer): part for part in parts_of(optimizer)}
         for part in self._parts.values():
             if not getattr(type(part.optimizer).step, "hooked", False):
@@ -139,6 +137,9 @@ class LRCap:
         self._critical_lrs: list[float] = []
         self._seen = monitor.history[-1] if monitor.history else None
         self._factor = 1.0
+        # The reference group, and all rates that were scheduled when the factor was worked out.
+        self._reference = 0
+        self._rates: dict[int, list[float]] = {}
         # Optimizers whose step has yet to take the factor, and whether it has been counted.
         self._waiting: set[int] = set()
         self._counted = True
@@ -172,6 +173,7 @@ class LRCap:
             ValueError: an argument is out of range.
         """
         _check_count("then", then, 1, "leave it out for 10")
+        _check_counts(warm_steps, freeze_after)
 
         def is_due(step: int) -> bool:
             warm = step < 6 or (step < warm_steps and step % 2 == 0)
@@ -188,6 +190,7 @@ class LRCap:
         """
         self.put_back()
         scheduled = self._scheduled()
+        self._rates = {id(part.optimizer): rates_of(part) for part in self._parts.values()}
         if scheduled > self._peak * (1 + _ROUNDING):
             raise ValueError(
                 f"peak must be the highest learning rate of the schedule, {self._peak:g}, got {scheduled:g} from it; "
@@ -197,7 +200,10 @@ class LRCap:
         top = scheduled if self.num_steps < self._warm_steps else self._peak
         records = self._new_records()
         if records and (self._freeze_after is None or self.num_steps < self._freeze_after):
-            self._critical_lrs = [*self._critical_lrs, *critical_lrs(records)][-RECENT:]
+            # In units of the cap's own group: the direction's may be another one where gradients come and go.
+            ratios = [scheduled / record.lr if record.lr and scheduled > 0 else 1.0 for record in records]
+            found = [eta * ratio for one, ratio in zip(records, ratios, strict=True) for eta in critical_lrs([one])]
+            self._critical_lrs = [*self._critical_lrs, *found][-RECENT:]
             if self._critical_lrs:
                 median = statistics.median(self._critical_lrs)
                 self.limit = self._share * median if median > 0 else min(self.limit, top) / 2
@@ -216,17 +222,20 @@ class LRCap:
             RuntimeError: something else has changed them since.
         """
         capped, self._capped = self._capped, []
+        changed = [(taken, group["lr"]) for group, _, taken in capped if float(group["lr"]) != float(taken)]
         for group, scheduled, taken in capped:
             now = group["lr"]
             if float(now) != float(taken):
-                raise RuntimeError(
-                    f"the learning rate must stay {float(taken):g} in a step that is capped, got {float(now):g}; call "
-                    "the scheduler after optimizer.step(), and cap.put_back() before it where the step has raised"
-                )
+                continue
             if isinstance(now, Tensor):
                 now.copy_(scheduled)
             else:
                 group["lr"] = scheduled
+        for taken, now in changed:
+            raise RuntimeError(
+                f"the learning rate must stay {float(taken):g} in a step that is capped, got {float(now):g}; call "
+                "the scheduler after optimizer.step(), and cap.put_back() before it where the step has raised"
+            )
 
     def remove(self) -> None:
         """Take the cap off the optimizer."""
@@ -272,11 +281,14 @@ class LRCap:
         return new
 
     def _scheduled(self) -> float:
-        """The learning rate of the reference group, 0 where there is none."""
-        rates = (
-            place.lr() for part in self._parts.values() for place in part.places() if place.parameter.grad is not None
-        )
-        return next((lr for lr in rates if lr > 0), 0.0)
+        """The learning rate of the reference group, which stays the same one; 0 where no group has a positive one."""
+        places = [place for part in self._parts.values() for place in part.places()]
+        rates = {id(place.group): place.lr() for place in places}
+        # A closure's gradients may be yet to come.
+        known = [place for place in places if place.parameter.grad is not None] or places
+        if rates.get(self._reference, 0.0) == 0:
+            self._reference = next((id(place.group) for place in known if place.lr() > 0), 0)
+        return rates.get(self._reference, 0.0)
 
     def _tell(self, step: int, scheduled: float, lr: float) -> None:
         halved = self._critical_lrs and statistics.median(self._critical_lrs) == 0
@@ -293,6 +305,12 @@ class LRCap:
         self.put_back()
         self._step = frame, optimizer
         if id(optimizer) in self._waiting:
+            if rates_of(self._parts[id(optimizer)]) != self._rates[id(optimizer)]:
+                self._step = None
+                raise RuntimeError(
+                    "learning rates must stay what they were in cap.step(), got others in optimizer.step(); call the "
+                    "scheduler after optimizer.step()"
+                )
             self._scale(optimizer)
         elif not any(map(callable, (*args[1:], *kwargs.values()))):
             self._refuse_uncapped()
@@ -362,11 +380,22 @@ def is_called_from(frame: FrameType, caller: FrameType) -> bool:
     return above is not None
 
 
+def rates_of(part: Part) -> list[float]:
+    """The learning rates that an optimizer holds."""
+    return [place.lr() for place in part.places()]
+
+
+def _check_counts(warm_steps: Any, freeze_after: Any) -> None:
+    _check_count("warm_steps", warm_steps, 0, "leave it out for 40")
+    if freeze_after is not None:
+        _check_count("freeze_after", freeze_after, 1, "leave it out to let all measurements count")
+
+
 def _check_number(name: str, value: Any, below: float, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a positive number, got {value!r}; pass {remedy}")
+        raise TypeError(f"{name} must be a positive number, got {value!r}; {remedy}")
     if not 0 < value < below:
-        raise ValueError(f"{name} must be positive and below {below:g}, got {value}; pass {remedy}")
+        raise ValueError(f"{name} must be positive and below {below:g}, got {value}; {remedy}")
 
 
 def _check_count(name: str, value: Any, least: int, remedy: str) -> None:

@@ -112,6 +112,18 @@ def find_lr(
                 "for which a rate found this way is up to 13 times off; hold the rate of a schedule below η_c/4 by "
                 "sharpkern.LRCap instead"
             )
+    groups = [group for part in parts for group in part.optimizer.param_groups]
+    if any(group["maximize"] for group in groups) or not any(float(group["lr"]) > 0 for group in groups):
+        raise ValueError(
+            "optimizer must lower its loss at a positive learning rate, got "
+            f"{[(float(group['lr']), group['maximize']) for group in groups]} as (lr, maximize); call find_lr before a "
+            "scheduler that warms up from 0 is made"
+        )
+    if not callable(loss_of) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be iterable and loss_of callable, got {type(batches).__name__} and "
+            f"{type(loss_of).__name__}; pass a list or a loader, and a function of a batch"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that is trained")
 

@@ -34,6 +34,8 @@ _BENT = 0.3
 _MOST_NEWTON, _EXACT = 6, 1e-3
 # Slopes of a sample that are so many standard errors off are not those of the mean.
 _IMPOSSIBLE = 4.0
+# Where the sample's slope is off by this share, or is but this share of the given one, it says too little.
+_FAR = 0.3
 
 # Functions to evaluate, and where.
 Question = tuple[tuple[int, ...], float]
@@ -163,6 +165,9 @@ class SampledSearch:
         if excess > _IMPOSSIBLE:
             # Where it is less, the functions may have bent before the first probe.
             raise OtherSlopeError(f"the slope is {excess:.1f} standard errors below that of the sample")
+        if excess < -_IMPOSSIBLE and self._slope_share() < _FAR:
+            # The functions bend before they are seen, or the slope is that of a sum of them.
+            return (yield from self._by_all(excess))
         found = yield from self._drive(search)
         if found.status != "converged":
             return (yield from self._by_all(excess))
@@ -174,14 +179,15 @@ class SampledSearch:
         while True:
             size, estimate = len(self.members), self._estimate(nearest)
             is_bent = exponent < _BENT and not self._has_all
+            is_far = self._may_grow and not self._has_all and abs(self._slope_share() - 1) > _FAR
             half = (1 + is_bent) * _student(size - 2) * estimate.error / (self._slope * nearest * exponent)
             error = math.expm1(min(half, _WIDEST)) + doubt
-            if (error <= self._rtol and not is_bent) or not self._may_grow or self._has_all:
+            if (error <= self._rtol and not is_bent and not is_far) or not self._may_grow or self._has_all:
                 found = _moved(found, eta, error, exponent, probes)
                 return SampledResult(found, self._base_loss, size, estimate.beta, excess)
             wanted = size * (half / max(self._rtol - doubt, self._rtol / 3)) ** 2
             wanted = max(size + 2, math.ceil(1.2 * wanted / (1 + wanted / self._num)))
-            if is_bent or 4 * (wanted - size) >= self._num:
+            if is_bent or is_far or 4 * (wanted - size) >= self._num:
                 # For a larger sample three probes of the new members, and perhaps one of all, are no cheaper.
                 wanted, nearest = self._num, eta
             self._grow(wanted)
@@ -238,6 +244,10 @@ class SampledSearch:
         yield from self._evaluate(self._high)
         low = self._changes(self._low)
         return all(map(math.isfinite, low)) and any((*low, *self._changes(self._high)))
+
+    def _slope_share(self) -> float:
+        """The members' slope in that of all."""
+        return -_dot(self._member_shares(), self._falls(1.0)) / self._slope
 
     def _excess(self) -> float:
         """By how many standard errors the members' slopes exceed the given one."""

@@ -293,6 +293,7 @@ def alive(pid):
     return not (status.exists() and "State:\tZ" in status.read_text())
 
 
+@pytest.mark.long
 def test_a_fault_costs_its_own_case_and_nothing_else(planted, tmp_path, capsys):
     record = planted(Section("planted", "Planted", "faulty", limit=50, patience=1), faulty=PLANTED)
     assert record.sections["planted"]["status"] == "incomplete"
@@ -407,6 +408,7 @@ def cases(bench):
 """
 
 
+@pytest.mark.long
 def test_what_is_wrong_is_not_timed(planted):
     record = planted(
         Section("correctness", "Gate", "wrong_form", limit=50, patience=50),

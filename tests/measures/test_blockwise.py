@@ -131,6 +131,12 @@ def test_default_blocks_of_wrapped_and_of_nested_models() -> None:
         nn.Linear(4, 2),
     )
     assert list(default_blocks(cnn)) == ["0", "1.0", "1.2", "3"]
+    stages = nn.Module()
+    stages.features = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1), nn.ReLU()) for _ in range(3))
+    )
+    stages.head = nn.Linear(4, 2)
+    assert list(default_blocks(stages)) == ["features.0", "features.1", "features.2", "head"]
     one = nn.Module()
     one.weight, one.layer = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
     assert list(default_blocks(one)) == ["weight", "layer"]
@@ -204,3 +210,9 @@ def test_bad_input(error: type[Exception], words: str, blocks: object) -> None:
         blockwise_critical_sharpness(model, loss_fn, direction.only(model[2]), blocks)
     with pytest.raises(TypeError, match="blockwise_critical_sharpness has no option 'rtoll'; did you mean 'rtol'"):
         blockwise_critical_sharpness(model, loss_fn, direction, rtoll=3)
+
+
+def test_blocks_are_not_sampled() -> None:
+    model, loss_fn, direction = scene()
+    with pytest.raises(TypeError, match="sample must be left out"):
+        blockwise_critical_sharpness(model, loss_fn, direction, sample="auto")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -142,3 +143,23 @@ def test_bad_input(error: type[Exception], words: str, options: dict) -> None:
     arguments = {"direction": direction, "step_sizes": [0.1], **options}
     with pytest.raises(error, match=words):
         sharpkern.losses_along(model, loss_fn, **arguments)
+
+
+def test_a_flat_curve_is_the_same_mistake_in_every_call() -> None:
+    model, loss_fn, _ = parabola()
+    model.unused = nn.Parameter(torch.ones(3))
+    direction = Direction.from_tensors({"unused": torch.ones(3)}, model)
+    for _ in range(6):
+        with pytest.raises(sharpkern.NoUpdateError, match="must depend on the parameters"):
+            sharpkern.losses_along(model, loss_fn, direction, [0.0, 0.1, 0.2, 0.5])
+
+
+def test_several_closures_are_told_apart_from_one() -> None:
+    model, loss_fn, direction = parabola()
+    for measure in (
+        partial(sharpkern.losses_along, step_sizes=[0.1]),
+        sharpkern.directional_sharpness,
+        sharpkern.blockwise_critical_sharpness,
+    ):
+        with pytest.raises(TypeError, match=r"one closure here, got a list of them; pass lambda: sum"):
+            measure(model, [loss_fn, loss_fn], direction)

@@ -2,11 +2,12 @@
 
 import math
 import random
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -371,3 +372,36 @@ def test_split() -> None:
         sharpkern.split("text", 3)
     with pytest.raises(TypeError, match="parts must be an int"):
         sharpkern.split(x, 2.0)
+
+
+@pytest.mark.parametrize("divided", [True, False], ids=["closures divided too", "neither divided"])
+@pytest.mark.filterwarnings("ignore::sharpkern.SlopeMismatchWarning")
+def test_a_gradient_of_another_scale_than_the_closures_is_seen(divided: bool) -> None:
+    loop = Loop()
+    loop.train(2)
+    loop.optimizer.zero_grad()
+    parts = loop.step()
+    loop.optimizer.zero_grad()
+    # The gradient is the sum of the closures' where their mean is measured.
+    summed = [MicroBatch(lambda part=part: part.loss_fn() / (NUM if divided else 1)) for part in parts]
+    for part in summed:
+        part().backward()
+    with pytest.warns(SampleWarning, match=r"standard errors above that of a sample, as where the gradient is the sum"):
+        m = critical_sharpness(loop.model, summed, loop.direction, sample=8, clip=1.0)
+    assert off(m, loop.whole(summed)) < 0.05
+
+
+def test_a_direction_that_moves_one_layer_alone_is_sampled() -> None:
+    loop = Loop()
+    parts = loop.train(4)
+    m = critical_sharpness(loop.model, parts, loop.direction.only("0.*"), sample=8, clip=1.0)
+    assert m.sample_size == 8
+
+
+def test_arrays_and_odd_dictionaries_are_split() -> None:
+    batch = defaultdict(list, x=torch.arange(4), labels=np.arange(4))
+    first, second = sharpkern.split(batch, 2)
+    assert isinstance(first, defaultdict)
+    assert [part["labels"].tolist() for part in (first, second)] == [[0, 1], [2, 3]]
+    assert [part["x"].tolist() for part in (first, second)] == [[0, 1], [2, 3]]
+    assert [part.tolist() for part in sharpkern.split(np.arange(4), 2)] == [[0, 1], [2, 3]]

@@ -444,3 +444,73 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(state: Any) ->
     with pytest.raises(ValueError, match="state"):
         loop.cap.load_state_dict(state)
     assert loop.cap.state_dict() == before
+
+
+def test_gradients_that_are_yet_to_come_are_capped_too() -> None:
+    loop = Loop()
+    loop.backward()
+    loop.monitor(loop.loss_fn, loss=loop.loss)
+    loop.optimizer.zero_grad()
+    loop.cap.step()
+
+    def closure() -> torch.Tensor:
+        loss = loop.loss_fn()
+        loss.backward()
+        return loss
+
+    loop.optimizer.step(closure)
+    assert loop.taken == [[pytest.approx(loop.cap.limit), pytest.approx(0.1 * loop.cap.limit)]]
+    assert loop.cap.limit < PEAK
+
+
+def test_a_schedule_that_moves_on_before_the_step_is_an_error_before_anything_moves() -> None:
+    loop = Loop()
+    scheduler = lr_scheduler.LinearLR(loop.optimizer, 0.5, 1.0, 5)
+    loop.backward()
+    loop.monitor(loop.loss_fn, loss=loop.loss)
+    loop.cap.step()
+    with pytest.warns(UserWarning, match="before"):
+        scheduler.step()
+    before = copy.deepcopy(loop.model.state_dict())
+    with pytest.raises(RuntimeError, match=r"got others in optimizer\.step\(\); call the scheduler after"):
+        loop.optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in loop.model.state_dict().items())
+
+
+def test_a_group_that_is_unfrozen_does_not_change_the_units() -> None:
+    model = network()
+    head, body = model[2], model[0]
+    optimizer = SGD([{"params": body.parameters(), "lr": 1e-5}, {"params": head.parameters(), "lr": 1e-3}])
+    monitor = sharpkern.Monitor(model, optimizer)
+    cap = LRCap(monitor, optimizer, peak=1e-3, warm_steps=2)
+    x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+    loss_fn = lambda: F.cross_entropy(model(x), y)
+    for step in range(10):
+        body.requires_grad_(step >= 4)
+        optimizer.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        monitor(loss_fn, loss=loss)
+        cap.step()
+        optimizer.step()
+    assert {record.lr for record in monitor.history} == {1e-3, 1e-5}
+    assert {(record.why, record.scheduled) for record in cap.history} == {("schedule", 1e-3)}
+
+
+def test_rates_that_nobody_changed_are_put_back_beside_one_that_somebody_did() -> None:
+    loop = Loop().run(1)
+    loop.backward()
+    loop.cap.step()
+    loop.cap._scale(loop.optimizer)
+    loop.optimizer.param_groups[0]["lr"] = 90.0
+    with pytest.raises(RuntimeError, match="must stay"):
+        loop.cap.put_back()
+    assert [group["lr"] for group in loop.optimizer.param_groups] == [90.0, 0.1 * PEAK]
+
+
+@pytest.mark.parametrize(
+    "change", [{"warm_steps": "a"}, {"warm_steps": -4}, {"freeze_after": "a"}, {"freeze_after": 0}]
+)
+def test_measured_steps_that_are_none_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"{next(iter(change))} must be"):
+        LRCap.every(10, **change)

@@ -158,7 +158,7 @@ def test_where_nothing_can_be_found_it_says_why() -> None:
         find_lr(run.model, run.optimizer, run.batches, lambda batch: run.loss_of(batch) * math.nan)
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
-    with pytest.raises(RuntimeError, match="must have a positive learning rate in a group with a gradient"):
+    with pytest.raises(ValueError, match=r"at a positive learning rate, got .* before a scheduler that warms up"):
         find_lr(run.model, run.optimizer, run.batches, run.loss_of)
     for group, rate in zip(run.optimizer.param_groups, (0.1, 0.01), strict=True):
         group["lr"] = rate

@@ -155,6 +155,29 @@ def test_a_slope_that_is_not_the_functions_own_is_refused(clip: float) -> None:
         search(functions, clip * mean(slopes), 16)
 
 
+def test_a_slope_that_is_a_sum_of_the_functions_own_leaves_it_to_all() -> None:
+    functions, slopes, bends = parabolas(32, 7)
+    found, _ = search(functions, 32 * mean(slopes), 8)
+    assert found.size == 32
+    assert found.excess < -4
+    assert found.found.critical_lr == pytest.approx(2 * mean(slopes) / mean(bends), rel=0.05)
+
+
+def test_a_sample_whose_slope_is_far_from_that_of_all_is_not_enough() -> None:
+    functions, slopes, _ = parabolas(24, 8)
+    functions = [f if i % 2 else (lambda eta: 0.0) for i, f in enumerate(functions)]
+    bends = [f(2.0) - 2 * f(1.0) + f(0.0) for f in functions]
+    slope = mean([s if i % 2 else 0.0 for i, s in enumerate(slopes)])
+    truth = 2 * slope / mean(bends)
+    off = []
+    for draw in range(24):
+        # Nothing to make strata of: a sample may have more of one kind than of the other.
+        found, _ = search(functions, slope, draw=draw, base=None)
+        off.append(abs(math.log(found.found.critical_lr / truth)))
+    assert max(off) < 0.25
+    assert sum(one < 0.05 for one in off) >= 16
+
+
 def test_uphill_constant_and_infinite_functions_are_left_to_all() -> None:
     functions, slopes, _ = parabolas(16, 6)
     found, _ = search(functions, -mean(slopes))
