@@ -287,7 +287,15 @@ def test_the_example_of_several_ranks_runs(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*number of training batches .* is smaller than the logging interval")
 @pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed as a dependency")
 @pytest.mark.usefixtures("_settings_forgotten")
-@pytest.mark.parametrize("example", [path for path in EXAMPLES if path.stem != OF_RANKS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(path, marks=[pytest.mark.long] if path.stem in {"data_mix", "nanogpt"} else [])
+        for path in EXAMPLES
+        if path.stem != OF_RANKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_an_example_runs(
     example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

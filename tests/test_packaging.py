@@ -81,6 +81,7 @@ TOGETHER = (
 )
 
 
+@pytest.mark.long
 def test_transformers_imports_from_the_repository_root() -> None:
     both = run(sys.executable, "-c", TOGETHER, cwd=ROOT)
     assert both.returncode == 0, both.stderr

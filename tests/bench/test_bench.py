@@ -433,6 +433,7 @@ def test_what_is_wrong_is_not_timed(planted):
 # -- pytest-benchmark -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_kernels_run_under_pytest_benchmark():
     command = (
         sys.executable,

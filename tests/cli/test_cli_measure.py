@@ -129,6 +129,7 @@ def test_stopped_and_called_again_it_gives_the_numbers_of_one_run_through(olmo, 
     assert numbers(again) == numbers(through)
 
 
+@pytest.mark.long
 def test_blocks_are_measured_alone_too(olmo, text, tmp_path) -> None:
     result = invoke(*arguments(olmo, text, tmp_path, revisions=",".join(REVISIONS[:2])), "--by-block")
     assert result.exit_code == 0, result.output
