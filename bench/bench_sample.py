@@ -9,25 +9,20 @@ Forwards are those of the whole step, the base losses being known from training;
 import math
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ledger
 import numpy as np
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
-from torch.func import functional_call
+from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from workloads import GPT, standard_digits, text, token_loss
 
 import sharpkern
 from sharpkern.cli.digits import network
-from sharpkern.search.sampled import SampledSearch, first_size
 
 STEADY = (0.5, 1.5)
 METHODS: dict[str, dict[str, Any]] = {
@@ -192,116 +187,15 @@ def _summaries(run: Run, points: Sequence[dict[str, Any]]) -> Iterator[dict[str,
             }
 
 
-_NUM_RANKS, _EACH, _STEPS = 2, 16, 6
-
-
-def _double(rank: int | None) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], list[Callable[[], Tensor]]]]:
-    """Return a model in float64, and a function that draws a rank's micro-batches of a step, or those of all."""
-    torch.manual_seed(0)
-    model = gpt().double()
-    generator = torch.Generator().manual_seed(1)
-    wrapped = model if rank is None else DistributedDataParallel(model)
-    data = text()
-
-    def draw() -> list[Callable[[], Tensor]]:
-        starts = torch.randint(0, len(data) - 65, (_NUM_RANKS * _EACH, 2), generator=generator)
-        rows = [data[start[:, None] + torch.arange(65)] for start in starts]
-        own = rows if rank is None else rows[rank * _EACH : (rank + 1) * _EACH]
-        return [lambda both=both: token_loss(wrapped(both[:, :-1]), both[:, 1:]) for both in own]
-
-    return wrapped, torch.optim.AdamW(model.parameters(), lr=3e-3), draw
-
-
-def _on_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=_NUM_RANKS)
-    model, optimizer, draw = _double(rank)
-    monitor = sharpkern.Monitor(model, optimizer, sample="auto")
-    found = []
-    for _ in range(_STEPS):
-        optimizer.zero_grad()
-        parts = [sharpkern.MicroBatch(closure) for closure in draw()]
-        for part in parts:
-            (part() / len(parts)).backward()
-        m = monitor(parts)
-        assert m is not None
-        found.append((m.critical_lr, m.error, m.sample_size, m.beta))
-        optimizer.step()
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
-
-
-def ranks_beside_one_process() -> dict[str, Any]:
-    """Measure on two ranks, and by one process that is given the same draws and searches by itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.start_processes(_on_rank, (folder,), nprocs=_NUM_RANKS, start_method="spawn")
-        of_ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(_NUM_RANKS)]
-    model, optimizer, draw = _double(None)
-    num, memory, alone = _NUM_RANKS * _EACH, None, []
-    groups = [range(start, start + _EACH) for start in range(0, num, _EACH)]
-    for step in range(_STEPS):
-        optimizer.zero_grad()
-        closures = draw()
-        losses = [closure() for closure in closures]
-        torch.stack(losses).mean().backward()
-        direction = sharpkern.Direction.from_optimizer(optimizer).bind(model)
-        theta = {name: p.detach().clone() for name, p in model.named_parameters()}
-        moves = {id(p): delta for p, delta in zip(direction.parameters, direction.tensors, strict=True)}
-        delta = {name: moves[id(p)] for name, p in model.named_parameters()}
-        search = SampledSearch(
-            direction.slope,
-            groups,
-            first_size(num, "auto", 0.05, _NUM_RANKS),
-            base=[float(loss.detach()) for loss in losses],
-            noise=1e-14,
-            norm_sq=direction.norm_sq,
-            initial_lr=direction.lr,
-            memory=memory,
-            draw=float(step),
-        )
-        search.trust_base(is_exact=True)
-        asking = search.ask()
-        try:
-            numbers, eta = next(asking)
-            while True:
-                moved = {name: theta[name] - eta * delta[name] for name in theta}
-                with torch.no_grad():
-                    told = [_at(model, moved, closures[i]) for i in numbers]
-                numbers, eta = asking.send(told)
-        except StopIteration as stop:
-            found = stop.value
-        memory = found.found.memory
-        alone.append((found.found.critical_lr, found.found.error, found.size, found.beta))
-        optimizer.step()
-    off = [abs(math.log(a[0] / b[0])) for rank in of_ranks for a, b in zip(rank, alone, strict=True)]
-    return {
-        "ranks": _NUM_RANKS,
-        "micro_batches": num,
-        "steps": _STEPS,
-        "ranks_equal_to_the_bit": of_ranks[0] == of_ranks[1],
-        "same_sizes": [one[2] for one in of_ranks[0]] == [one[2] for one in alone],
-        "largest_difference_of_critical_lr": max(off),
-        "sizes": [one[2] for one in alone],
-    }
-
-
-def _at(model: nn.Module, moved: dict[str, Tensor], closure: Callable[[], Tensor]) -> float:
-    (both,) = closure.__defaults__  # type: ignore[attr-defined]
-    return float(token_loss(functional_call(model, moved, (both[:, :-1],)), both[:, 1:]))
-
-
 def measure(quick: bool) -> dict[str, Any]:
-    """Measure the runs, then the ranks."""
+    """Measure the runs."""
     chosen = runs(quick)
     # The longest first; errors and counts do not mind a busy machine.
     with multiprocessing.get_context("spawn").Pool(min(2, len(chosen)), torch.set_num_threads, (1,)) as pool:
         rows = [row for of_run in pool.map(measure_run, chosen[::-1], chunksize=1) for row in of_run]
     columns = "run micro_batches method phase points forwards_mean error_median error_p90 covered not_converged"
     ledger.show("λ_c from a sample of the micro-batches", rows, columns + " size_median")
-    ranks = ranks_beside_one_process()
-    print(ranks)
-    return {"sample": rows, "ranks": ranks}
+    return {"sample": rows}
 
 
 if __name__ == "__main__":

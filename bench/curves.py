@@ -171,7 +171,7 @@ def _resnet() -> nn.Sequential:
     return _of_images(16, _convolution(1, 16), nn.ReLU(), _Residual(16), nn.MaxPool2d(2), _Residual(16))
 
 
-class _ViT(nn.Module):
+class ViT(nn.Module):
     """Transformer on the sixteen 2 × 2 patches of an image."""
 
     def __init__(self, width: int = 32) -> None:
@@ -182,11 +182,12 @@ class _ViT(nn.Module):
         self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of every image."""
         patches = F.unfold(images.view(-1, 1, 8, 8), 2, stride=2).transpose(1, 2)
         return self.head(self.blocks(self.patches(patches) + self.positions).mean(1))
 
 
-class _Recurrent(nn.Module):
+class Recurrent(nn.Module):
     """Language model on bytes with one recurrent layer."""
 
     def __init__(self, layer: type[nn.LSTM] | type[nn.GRU], width: int) -> None:
@@ -195,6 +196,7 @@ class _Recurrent(nn.Module):
         self.head = nn.Linear(width, 256)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of every next token."""
         return self.head(self.layer(self.tokens(tokens))[0])
 
 
@@ -273,7 +275,8 @@ def _ppo(seed: int) -> Training:
     return training
 
 
-def _with_muon(model: GPT) -> list[torch.optim.Optimizer]:
+def with_muon(model: GPT) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for the rest."""
     inner = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not q for q in inner)]
     adamw = AdamW(others, 3e-3, betas=(0.9, 0.95))
@@ -282,7 +285,7 @@ def _with_muon(model: GPT) -> list[torch.optim.Optimizer]:
 
 def _muon(seed: int) -> Training:
     model = GPT(48)
-    return Training(model, _with_muon(model), sentences(seed + 1, 8), _RAMPS)
+    return Training(model, with_muon(model), sentences(seed + 1, 8), _RAMPS)
 
 
 def _run(
@@ -313,10 +316,10 @@ RUNS: dict[str, Run] = {
     "CNN with BatchNorm, SGD momentum": _run("untuned", _cnn, SGD, _digits, lr=0.05, momentum=0.9, weight_decay=1e-4),
     "CNN with BatchNorm, Adam, batch 8": _run("untuned", _cnn, Adam, partial(classified, size=8), lr=1e-3),
     "ViT, label smoothing": _run(
-        "untuned", _ViT, AdamW, partial(classified, size=64, label_smoothing=0.1), _RAMPS, lr=2e-3, weight_decay=0.05
+        "untuned", ViT, AdamW, partial(classified, size=64, label_smoothing=0.1), _RAMPS, lr=2e-3, weight_decay=0.05
     ),
     "LSTM, Adam": _run(
-        "untuned", partial(_Recurrent, nn.LSTM, 96), Adam, partial(sentences, num_rows=8, length=48), lr=3e-3
+        "untuned", partial(Recurrent, nn.LSTM, 96), Adam, partial(sentences, num_rows=8, length=48), lr=3e-3
     ),
     "GPT, Muon": Run(_muon, MEASURED, group="untuned"),
     "GPT, AdamW, batch 8": _run("untuned", partial(GPT, 48, 3), gpt_adamw, _sentences, _RAMPS, lr=2e-3),
@@ -325,7 +328,7 @@ RUNS: dict[str, Run] = {
     "MLP with BatchNorm, AdamW": _run(
         "held out", partial(_stack, 64, 96, 96, 10, between=nn.ReLU, norm=True), AdamW, _digits, lr=2e-3
     ),
-    "GRU, RMSprop": _run("held out", partial(_Recurrent, nn.GRU, 64), torch.optim.RMSprop, _short, lr=1e-3),
+    "GRU, RMSprop": _run("held out", partial(Recurrent, nn.GRU, 64), torch.optim.RMSprop, _short, lr=1e-3),
     "GPT of width 32, SGD momentum": _run("held out", partial(GPT, 32, 1), SGD, _short, _RAMPS, lr=0.1, momentum=0.9),
 }
 

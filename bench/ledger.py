@@ -67,6 +67,11 @@ def append(path: Path, made: dict[str, Any]) -> None:
         beside.write_text(json.dumps([*records, made], indent=1) + "\n", encoding="utf-8")
 
 
+def table(head: str, line: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table from its titles and the format of a row's fields."""
+    return [f"| {head} |", "|---" * (head.count(" | ") + 1) + "|", *(f"| {line.format(**row)} |" for row in rows)]
+
+
 def latest(name: str) -> dict[str, Any]:
     """Return the last full record of a file."""
     records = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

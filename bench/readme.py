@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
 from decisions import trials
-from ledger import RESULTS, ROOT, latest
+from ledger import RESULTS, ROOT, latest, table
 
 from sharpkern.memory import report
 from sharpkern.memory.plan import MemoryPlan
@@ -36,11 +36,6 @@ NO_SLOPE = {
 _USUAL = 50
 _AUTO = ("λ_c", "sharpkern, auto, virtual")
 _TRAINING = ("training", "forward + backward")
-
-
-def table(head: str, line: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table from its titles and the format of a row's fields."""
-    return [f"| {head} |", "|---" * (head.count(" | ") + 1) + "|", *(f"| {line.format(**row)} |" for row in rows)]
 
 
 def searched() -> list[dict[str, Any]]:
@@ -219,26 +214,22 @@ def peers() -> list[str]:
 
 def sampled() -> list[str]:
     """Forwards, errors and coverage of samples of micro-batches, by run and phase."""
-    record = latest("sample")
-    lines = [
-        "| run | micro-batches | phase | measurements | method | forwards | error, median / p90 | within `error` |",
-        "|---|---|---|---|---|---|---|---|",
+    rows = [
+        {
+            **row,
+            "errors": f"{100 * row['error_median']:.2g} / {100 * row['error_p90']:.2g} %",
+            "within": f"{100 * row['covered']:.0f} %",
+        }
+        for row in latest("sample")["sample"]
     ]
-    for row in record["sample"]:
-        errors = f"{100 * row['error_median']:.2g} / {100 * row['error_p90']:.2g} %"
-        about = f"{row['run']} | {row['micro_batches']} | {row['phase']} | {row['points']}"
-        lines.append(
-            f"| {about} | {row['method']} | {row['forwards_mean']:.2f} | {errors} | {100 * row['covered']:.0f} % |"
-        )
-    ranks = record["ranks"]
-    lines += [
+    head = "run | micro-batches | phase | measurements | method | forwards | error, median / p90 | within `error`"
+    line = "{run} | {micro_batches} | {phase} | {points} | {method} | {forwards_mean:.2f} | {errors} | {within}"
+    return [
+        *table(head, line, rows),
         "",
         "Forwards are those of the whole step, and the base losses are known from training. Errors are against the "
-        "whole batch measured to 0.1 %. Steady: the loss crosses its base value with an exponent of 0.5 to 1.5. Two "
-        "ranks and one process with the same draws differed by "
-        f"{ranks['largest_difference_of_critical_lr']:.0e}.",
+        "whole batch measured to 0.1 %. Steady: the loss crosses its base value with an exponent of 0.5 to 1.5.",
     ]
-    return lines
 
 
 def peers_in_brief() -> list[str]:

@@ -45,9 +45,16 @@ TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 RUN_HERE = [page for page in GUIDES if EXAMPLE.search(TEXTS[page])]
-EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "docs" / "examples").glob("*.py"))}
 # This one is run by several processes.
-OF_RANKS = "fsdp2"
+OF_RANKS = EXAMPLES.pop("fsdp2")
+# What Lightning recommends for larger data.
+LIGHTNING = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.* is deprecated",
+    "ignore:.*does not have many workers",
+    "ignore:.*number of training batches .* is smaller than the logging interval",
+    "ignore:.*`tensorboardX` has been removed as a dependency",
+)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(sharpkern.__path__, "sharpkern.")
@@ -113,10 +120,7 @@ def given(page: Path) -> dict[str, Any]:
     return names
 
 
-# What Lightning recommends for larger data.
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated", "ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*number of training batches .* is smaller than the logging interval")
-@pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed as a dependency")
+@LIGHTNING
 @pytest.mark.usefixtures("_settings_forgotten")
 @pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(
@@ -272,8 +276,7 @@ def test_one_version() -> None:
 
 @pytest.mark.long
 def test_the_example_of_several_ranks_runs(tmp_path: Path) -> None:
-    (example,) = (path for path in EXAMPLES if path.stem == OF_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(example)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(OF_RANKS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -283,24 +286,16 @@ def test_the_example_of_several_ranks_runs(tmp_path: Path) -> None:
     assert "λ_c" in done.stdout
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated", "ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*number of training batches .* is smaller than the logging interval")
-@pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed as a dependency")
+@LIGHTNING
 @pytest.mark.usefixtures("_settings_forgotten")
 @pytest.mark.parametrize(
-    "example",
-    [
-        pytest.param(path, marks=[pytest.mark.long] if path.stem in {"data_mix", "nanogpt"} else [])
-        for path in EXAMPLES
-        if path.stem != OF_RANKS
-    ],
-    ids=lambda path: path.stem,
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in {"data_mix", "nanogpt"})) for name in EXAMPLES]
 )
 def test_an_example_runs(
-    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = runpy.run_path(str(example), run_name="__main__")
+    names = runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
     if "sweep" in names:
         assert len(names["sweep"].table) == 2 * 5
         assert "SweetSpot(" in capsys.readouterr().out

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from curves import _Recurrent, _ViT, _with_muon
+from curves import Recurrent, ViT, with_muon
+from ledger import table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from workloads import GPT, Batch, stack, standard_digits, text, token_loss
@@ -131,8 +132,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Sequence[str]]] = {
     "GRU": (Rows, _ALL),
     "unnormalised inputs": (lambda: nn.Sequential(Scaled(16.0), stack(64, 96, 96, 10, between=nn.ReLU)), _ALL),
     "GPT": (lambda: GPT(64, 2, 4, 48), _ALL),
-    "ViT": (_ViT, ("momentum", "AdamW")),
-    "LSTM": (lambda: _Recurrent(nn.LSTM, 96), ("momentum", "AdamW")),
+    "ViT": (ViT, ("momentum", "AdamW")),
+    "LSTM": (lambda: Recurrent(nn.LSTM, 96), ("momentum", "AdamW")),
     "GPT, Muon": (lambda: GPT(64, 2, 4, 48), ("Muon",)),
     "larger GPT": (lambda: GPT(96, 4, 4, 48), ("AdamW", "Muon")),
 }
@@ -186,7 +187,7 @@ class Task:
         if name == "AdamW":
             return [torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)]
         if name == "Muon":
-            both = _with_muon(self.model)
+            both = with_muon(self.model)
             ratio = lr / both[0].param_groups[0]["lr"]
             for group in (group for one in both for group in one.param_groups):
                 group["lr"] *= ratio
@@ -376,10 +377,7 @@ def _percent(share: float, digits: int = 0) -> str:
 def cap_table(found: Sequence[Trial] | None = None) -> list[str]:
     """Mean regret and failures, by optimizer, with the tasks that constants were chosen on and with others."""
     rows = regrets(load() if found is None else found)
-    lines = [
-        "| tasks | optimizer | policy | " + " | ".join(f"×{m}: mean regret | failed" for m in MULTIPLES) + " |",
-        "|---|---|---|" + "---|---|" * len(MULTIPLES),
-    ]
+    lines = []
     for new, optimizer, policy in product((False, True), START, POLICIES):
         cells = []
         for multiple in MULTIPLES:
@@ -394,19 +392,16 @@ def cap_table(found: Sequence[Trial] | None = None) -> list[str]:
             failed = sum(regret > FAILED for _, regret in own)
             cells.append(f"{_percent(statistics.mean(means), 1)} | {failed} of {len(own)}" if own else " | ")
         if any(cell != " | " for cell in cells):
-            lines.append(
-                f"| {'new' if new else 'known'} | {optimizer} | {POLICIES[policy]} | " + " | ".join(cells) + " |"
-            )
-    return lines
+            about = "new" if new else "known", optimizer, POLICIES[policy]
+            lines.append({"cells": " | ".join([*about, *cells])})
+    head = " | ".join(["tasks | optimizer | policy", *(f"×{m}: mean regret | failed" for m in MULTIPLES)])
+    return table(head, "{cells}", lines)
 
 
 def task_table(found: Sequence[Trial] | None = None) -> list[str]:
     """Mean regret of every task, without and with the cap."""
     rows = regrets(load() if found is None else found)
-    lines = [
-        "| task | optimizer | best peak | " + " | ".join(f"×{m}, no cap | ×{m}, cap" for m in MULTIPLES) + " |",
-        "|---|---|---|" + "---|---|" * len(MULTIPLES),
-    ]
+    lines = []
     for task, optimizer in dict.fromkeys((one.task, one.optimizer) for one, _ in rows):
         cells = []
         for multiple, policy in product(MULTIPLES, ("none", "cap")):
@@ -417,15 +412,16 @@ def task_table(found: Sequence[Trial] | None = None) -> list[str]:
             ]
             cells.append(_percent(statistics.mean(regret for _, regret in own)) if own else "")
         peak = next(o.peak for o, _ in rows if (o.task, o.optimizer, o.multiple) == (task, optimizer, 1))
-        lines.append(f"| {task} | {optimizer} | {peak:.2g} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append({"cells": " | ".join([task, optimizer, f"{peak:.2g}", *cells])})
+    head = " | ".join(["task | optimizer | best peak", *(f"×{m}, no cap | ×{m}, cap" for m in MULTIPLES)])
+    return table(head, "{cells}", lines)
 
 
 def find_table(found: Sequence[Trial] | None = None) -> list[str]:
     """How far suggestions are from the best peak of the sweep."""
     all_found = load() if found is None else found
     best = {(one.task, one.optimizer): one.peak for one in all_found if (one.policy, one.multiple) == ("none", 1)}
-    lines = ["| tasks | optimizer | method | suggestions | off by, median | at most |", "|---|---|---|---|---|---|"]
+    lines = []
     for optimizer in ("SGD", "momentum"):
         logs = {
             method: [
@@ -441,11 +437,10 @@ def find_table(found: Sequence[Trial] | None = None) -> list[str]:
             misses = [abs(log - (middle if method == "range test" else 0.0)) for is_new, log in off if is_new == new]
             if misses:
                 name = method if method == "find_lr" else f"range test, lowest loss × {math.exp(-middle):.2g}"
-                lines.append(
-                    f"| {'new' if new else 'known'} | {optimizer} | {name} | {len(misses)} | "
-                    f"×{math.exp(statistics.median(misses)):.1f} | ×{math.exp(max(misses)):.1f} |"
-                )
-    return lines
+                logs_off = statistics.median(misses), max(misses)
+                about = "new" if new else "known", optimizer, name, str(len(misses))
+                lines.append({"cells": " | ".join([*about, *(f"×{math.exp(log):.1f}" for log in logs_off)])})
+    return table("tasks | optimizer | method | suggestions | off by, median | at most", "{cells}", lines)
 
 
 def costs(found: Sequence[Trial] | None = None) -> list[str]:

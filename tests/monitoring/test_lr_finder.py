@@ -137,7 +137,7 @@ def test_the_suggested_rate_trains_well() -> None:
 def test_other_optimizers_are_refused_with_the_way_out(kind: Any) -> None:
     run = Run()
     optimizer = kind(run.model.parameters(), lr=1e-3)
-    message = f"optimizer must be torch.optim.SGD, .* got {kind.__name__}, .* 13 times off; .* sharpkern.LRCap"
+    message = f"optimizer must be torch.optim.SGD, .* got {kind.__name__}, .* may be far off; .* sharpkern.LRCap"
     with pytest.raises(TypeError, match=message):
         find_lr(run.model, optimizer, run.batches, run.loss_of)
 
