@@ -18,7 +18,7 @@ from sharpkern.errors import RetainedWarning, warn
 from sharpkern.measures.critical import check_arguments
 from sharpkern.measures.hvp import GradientGraph, check_differentiable, check_symmetry, no_reducers, refuse_shards
 from sharpkern.measures.run import RETAINED_FLOOR
-from sharpkern.measures.self_checks import check_repeatable, confirm
+from sharpkern.measures.self_checks import confirm, looked_at_twice
 from sharpkern.ops.reductions import inner_product, total
 from sharpkern.search.finite_differences import Estimate, at_step, three_point
 
@@ -211,13 +211,12 @@ def _by_gradients(
             roundoff = target.closure.precision.unit_roundoff or max(torch.finfo(p.dtype).eps for p in parameters)
             rounding = roundoff * lengths[0] * math.sqrt(direction.norm_sq) / abs(slope)
             if not target.checks.repeatable:
-                check_repeatable(ahead, engine.losses([h])[0], rounding)
-                target.checks.repeatable = True
+                ahead = looked_at_twice(ahead, lambda: engine.losses([h])[0], target, rounding)
             confirm(engine, target.checks, slope, [(h, ahead)], rounding)
             # Of the second derivative a central difference leaves out about the square of what the slope changes by.
             error = change**2 + (rounding / change if change else math.inf)
             error += abs(1 - retained_share(session.pairs, engine.rounded, h, direction.norm_sq))
-            value = curvature / slope if error < _UNRESOLVED else math.nan
+            value = (behind - ahead) / (h * (behind + ahead)) if error < _UNRESOLVED else math.nan
             return DirectionalSharpness(value, error, step_size=h, forwards=target.closure.calls)
 
         return session.run(target, measure)
@@ -263,8 +262,7 @@ def _by_engine(engine: Engine, target: Target, step_size: float | None, directio
     (base,) = engine.losses([0.0])
     noise = noise_of()
     if not checks.repeatable and math.isfinite(base):
-        check_repeatable(base, engine.losses([0.0])[0], noise)
-        checks.repeatable = True
+        base = looked_at_twice(base, lambda: engine.losses([0.0])[0], target, noise)
     probes: list[tuple[float, float]] = []
 
     def losses(step_sizes: Sequence[float]) -> list[float]:

@@ -16,7 +16,7 @@ from sharpkern.measures.critical import check_arguments
 from sharpkern.measures.directional import small_step
 from sharpkern.measures.result import Options
 from sharpkern.measures.run import RETAINED_FLOOR, constant_loss
-from sharpkern.measures.self_checks import check_repeatable, confirm
+from sharpkern.measures.self_checks import confirm, looked_at_twice
 
 
 def losses_along(
@@ -116,8 +116,7 @@ def _by_engine(
         return losses, None
     noise = target.closure.precision.noise()
     if not checks.repeatable:
-        check_repeatable(base, engine.losses([0.0])[0], noise)
-        checks.repeatable = True
+        base = looked_at_twice(base, lambda: engine.losses([0.0])[0], target, noise)
     probes = [(eta, loss) for eta, loss in zip(etas, losses, strict=True) if eta]
     confirm(engine, checks, base, probes, noise)
     return losses, constant_loss(base, probes)

@@ -132,11 +132,12 @@ class Run:
         same = not random and self._is_near(min(SAME_LOSS, 2 * self._noise()))
         if not (self._checks.repeatable or same) and self._spare_forwards() > 2:
             (again,) = yield (0.0,)
-            check_repeatable(self._base, again, self._noise())
-            self._checks.repeatable = True
             if self._closure.redone:
                 # Another thread drew from the random streams: the first time too, perhaps.
                 self._base = again
+                (again,) = yield (0.0,)
+            check_repeatable(self._base, again, self._noise())
+            self._checks.repeatable = True
         if self._trained is None:
             return
         # The engine computes in float32 what training rounded.

@@ -13,7 +13,7 @@ from sharpkern.errors import SampleWarning, warn
 from sharpkern.measures.micro_batches import Step
 from sharpkern.measures.result import Measurement, Options
 from sharpkern.measures.run import SAME_ARITHMETIC, SAME_LOSS, Run
-from sharpkern.measures.self_checks import check_repeatable, confirm
+from sharpkern.measures.self_checks import confirm, looked_at_twice
 from sharpkern.search.line_search import SearchMemory, SearchResult
 from sharpkern.search.sampled import OtherSlopeError, SampledResult, SampledSearch, first_size
 
@@ -208,9 +208,7 @@ class SampledRun(Run):
                 "it in training, and pass it to the measurement, so that dropout masks are repeated"
             )
         if not self._checks.repeatable:
-            (again,) = self.engine.losses([0.0])
-            check_repeatable(loss, again, self._noise())
-            self._checks.repeatable = True
+            looked_at_twice(loss, lambda: self.engine.losses([0.0])[0], self._target, self._noise())
 
     def _check_engine(self, result: SearchResult) -> None:
         """Compare the engine with the oracle on one micro-batch, now and then."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sharpkern.engines.evidence import LEAST_CERTAIN_RATIO
-from sharpkern.engines.session import Engine, KnownFacts
+from sharpkern.engines.session import Engine, KnownFacts, Target
 from sharpkern.errors import EngineUnsupportedError, UncheckedWarning, warn
 from sharpkern.search.line_search import SearchResult
 
@@ -39,6 +39,17 @@ def check_repeatable(first: float, second: float, noise: float) -> None:
             f"loss_fn must return the same loss whenever it is called, got {first} and then {second} at the same "
             "parameters; fetch the batch once, outside of the closure"
         )
+
+
+def looked_at_twice(first: float, look: Callable[[], float], target: Target, noise: float) -> float:
+    """Return a loss from a second look at the same parameters, refused where it is another than the first."""
+    second = look()
+    if target.closure.redone:
+        # Another thread drew from the random streams: the first time too, perhaps.
+        first, second = second, look()
+    check_repeatable(first, second, noise)
+    target.checks.repeatable = True
+    return second
 
 
 def confirm(

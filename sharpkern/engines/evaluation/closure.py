@@ -18,7 +18,7 @@ from sharpkern.engines.evaluation.precision import LossPrecision, is_low
 LossFn = Callable[[], Tensor]
 
 # How often a call is made again that another thread has disturbed.
-_REPEATS = 3
+_REPEATS = 10
 
 
 class Closure:
