@@ -39,7 +39,7 @@ class Figure:
 
     name: str  # of the script and of its files
     about: str  # one line for --help
-    settings: tuple[Any, Any]  # full and quick: what the rows depend on; after an edit the rows kept are refused
+    settings: tuple[Any, Any]  # full and quick: what the rows depend on; after an edit they are computed anew
     # Of a setting, a folder for what is kept between calls, such as checkpoints, and that of a larger data set.
     pieces: Callable[[Any, Path, Path | None], Mapping[str, Piece]]
     draw: Callable[[list[Row], Path], None]

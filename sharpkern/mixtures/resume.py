@@ -1,17 +1,21 @@
 """Results of a long run, on the disk as they come: what is stopped goes on where it was.
 
-A file of JSON lines: the settings first, then one row for each piece of work that is done.
+A file of JSON lines: the settings first, then one row for each piece of work that is done. Runs of other settings may
+be in the same file; each row names the settings that it belongs to.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from sharpkern.errors import SharpkernWarning, warn
 
 Row = dict[str, Any]
 _Kind = TypeVar("_Kind")
@@ -26,7 +30,7 @@ class ResumableLog:
     """Rows that are kept in memory, and in a file if there is one.
 
     Attributes:
-        rows: all of them, those found in the file first.
+        rows: all that belong to these settings, those found in the file first.
     """
 
     def __init__(
@@ -40,19 +44,21 @@ class ResumableLog:
         self._path = None if path is None else Path(path)
         head = {"settings": dict(settings), **({} if losses is None else {"losses": dict(losses)})}
         self._head: Row = json.loads(json.dumps(head))
+        self._run = _digest(self._head)
         self.rows: list[Row] = []
         if self._path is None:
             return
         if self._path.exists():
-            self._take_up(self._path, check)
+            begun = self._take_up(self._path, check)
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._path.exists() or not self._path.stat().st_size:
+            begun = False
+        if not begun:
             self._write(self._head)
 
     def add(self, row: Row) -> None:
         """Keep one row, on the disk before this returns."""
-        self._write(row)
+        self._write({"run": self._run, **row})
         self.rows.append(row)
 
     def _write(self, row: Row) -> None:
@@ -70,52 +76,80 @@ class ResumableLog:
                     file.truncate(file.tell() - written)
                 raise
 
-    def _take_up(self, path: Path, check: Callable[[Any], object] | None) -> None:
-        """Read what is there, and cut off a last line that was not written to its end."""
+    def _take_up(self, path: Path, check: Callable[[Any], object] | None) -> bool:
+        """Read what is there, cut off a last line without an end, and say whether the settings are there."""
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.split(b"\n")[:-1]
-        try:
-            head = json.loads(lines[0]) if lines else self._head
-            begun = bool(lines) or _BEGINNING.startswith(content[: len(_BEGINNING)])
-            if not begun or not isinstance(head["settings"], dict) or not isinstance(head.get("losses", {}), dict):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
+        rows = [*_read(path, whole.split(b"\n")[:-1])]
+        if not (self._is_head(rows[0][1]) if rows else _BEGINNING.startswith(content[: len(_BEGINNING)])):
             raise ValueError(
                 f"{path} must be a journal that this function wrote, got something else; give another path"
-            ) from None
-        differing = [*_differences(head["settings"], self._head["settings"])]
-        differing = differing or [*_other_losses(head.get("losses", {}), self._head.get("losses", {}))]
-        ours = head.keys() <= {"settings", "losses"} and head["settings"].keys() == self._head["settings"].keys()
-        if differing and len(lines) == 1 and ours:
-            # Stopped before there was any row: nothing is lost by beginning anew.
-            whole, lines, differing = b"", [], []
-        if differing:
-            raise ValueError(
-                f"{path} must be of the same settings to go on with, got others: {'; '.join(differing)}; give another "
-                "path, or the same settings again"
             )
-        rows = [_checked(path, number, line, check) for number, line in enumerate(lines[1:], 2)]
+        heads = [row for _, row in rows if self._is_head(row)]
+        differing = [self._differing(head) for head in heads]
+        same = [head for head, differs in zip(heads, differing, strict=True) if not differs]
+        if same:
+            self._run = _digest(same[0])
+        for number, row in rows:
+            # Older files hold one run, whose rows do not name it.
+            if row not in heads and row.pop("run", _digest(heads[0])) == self._run:
+                self.rows.append(_checked(path, number, row, check))
         if whole != content:
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        self.rows = rows
+        if not same and len(rows) > len(heads):
+            warn(
+                f"{path} holds results of other settings: {'; '.join(differing[-1])}; they are kept, and those of "
+                "these settings are measured and added",
+                SharpkernWarning,
+            )
+        return bool(same)
+
+    def _is_head(self, row: Row) -> bool:
+        """Whether a row holds settings of the same kind as these."""
+        settings, losses, ours = row.get("settings"), row.get("losses", {}), self._head["settings"].keys()
+        alike = isinstance(settings, dict) and (ours <= settings.keys() or set() < settings.keys() < ours)
+        return alike and isinstance(losses, dict) and row.keys() <= {"settings", "losses"}
+
+    def _differing(self, head: Row) -> list[str]:
+        """Name every setting that is not the same, or else every loss."""
+        differing = [*_differences(head["settings"], self._head["settings"])]
+        return differing or [*_other_losses(head.get("losses", {}), self._head.get("losses", {}))]
 
 
-def _checked(path: Path, number: int, line: bytes, check: Callable[[Any], object] | None) -> Row:
+def _digest(head: Row) -> str:
+    return hashlib.sha256(json.dumps(head).encode()).hexdigest()[:12]
+
+
+def _read(path: Path, lines: Sequence[bytes]) -> Iterator[tuple[int, Row]]:
+    """Return the rows of a file, each with the number of its line."""
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"it is a {type(row).__name__}")
+        except (ValueError, TypeError) as error:
+            raise _refusal(path, number, error) from None
+        yield number, row
+
+
+def _checked(path: Path, number: int, row: Row, check: Callable[[Any], object] | None) -> Row:
     """Return a row of a file, refused where it is none that the caller wrote."""
     try:
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise TypeError(f"it is a {type(row).__name__}")
         if check is not None:
             check(row)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} must hold the rows that this function wrote, got another in line {number} ({error}); delete that "
-            "line to have it measured again, or give another path"
-        ) from None
+        raise _refusal(path, number, error) from None
     return row
+
+
+def _refusal(path: Path, number: int, error: Exception) -> ValueError:
+    if number == 1:
+        return ValueError(f"{path} must be a journal that this function wrote, got something else; give another path")
+    return ValueError(
+        f"{path} must hold the rows that this function wrote, got another in line {number} ({error}); delete that "
+        "line to have it measured again, or give another path"
+    )
 
 
 def _differences(found: Row, given: Row) -> Iterator[str]:

@@ -83,10 +83,11 @@ def mixture_sweep(
         seed: of all samples and random numbers.
         collate: makes a batch of a list of samples, where they are not tensors.
         path: of a file to keep results in as they come. Called again with the same arguments, the sweep goes on where
-            it was stopped, and gives the same numbers as one that was not; repeats and ratios may be added. A file of
-            another model, data or setting is refused. Of closures, data sets and ``batch_loss`` the losses at θ count,
-            of each task and of a first batch of each source, to a thousandth. On several ranks each has a file of its
-            own, but for the first with its number in the name.
+            it was stopped, and gives the same numbers as one that was not; repeats and ratios may be added. Results of
+            another model, data or setting that the file holds are kept, with a warning, and this sweep's are measured
+            and added. Of closures, data sets and ``batch_loss`` the losses at θ count, of each task and of a first
+            batch of each source, to a thousandth. On several ranks each has a file of its own, but for the first with
+            its number in the name.
         progress: show a progress bar on the error stream, where that is a terminal.
         **options: of `critical_sharpness`, ``base_loss`` excepted. Without ``initial_lr`` a search starts from the
             smallest η_c of the measurement before; give a small one where losses are rough, and a later crossing might
@@ -98,7 +99,7 @@ def mixture_sweep(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: a ratio is outside [0, 1], the shares of one do not add up to 1, a task or a source is without
-            data or has a loss that is not finite, another argument is out of range, or the file is of another sweep.
+            data or has a loss that is not finite, another argument is out of range, or the file is no sweep's.
 
     Memory: what ``make_direction`` takes (a backward pass), and one `relative_critical_sharpness`.
 

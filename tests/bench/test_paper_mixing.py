@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sharpkern.errors import SharpkernWarning
+
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "bench" / "paper"
 
@@ -282,7 +284,7 @@ def test_a_value_between_two_gaps_is_drawn_and_no_legend_covers_it(tmp_path, mon
     assert all(figure.axes[0].get_legend() is None for figure in figures)
 
 
-def test_an_edit_of_a_setting_refuses_old_rows_and_empties_the_revisions(tmp_path, monkeypatch) -> None:
+def test_an_edit_of_a_setting_takes_no_old_rows_and_empties_the_revisions(tmp_path, monkeypatch) -> None:
     figure, scaffold = module("figure4"), module("scaffold")
     stale = tmp_path / "work" / "figure4" / "revisions" / "stage1-step7"
     stale.mkdir(parents=True)
@@ -297,5 +299,5 @@ def test_an_edit_of_a_setting_refuses_old_rows_and_empties_the_revisions(tmp_pat
         )  # fmt: skip
         scaffold.main(made, ["--quick", "--output", str(tmp_path / "made")])
         full = replace(made, settings=made.settings[:1] * 2)
-        with pytest.raises(ValueError, match="must be of the same settings"):
+        with pytest.warns(SharpkernWarning, match="holds results of other settings: setting was"):
             scaffold.main(full, ["--quick", "--output", str(tmp_path / "made")])

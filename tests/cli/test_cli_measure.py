@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import sharpkern
 from sharpkern.cli import app, checkpoint, revisions
 from sharpkern.cli.corpus import read_text, row_loss, rows_of, spread
+from sharpkern.errors import SharpkernWarning
 from sharpkern.mixtures import fingerprint as _marks
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import ENGLISH, REVISIONS
@@ -154,14 +155,15 @@ def test_blocks_are_measured_alone_too(olmo, text, tmp_path) -> None:
     assert "got others: by_block was True, is None" in words(other)
 
 
-def test_revisions_may_be_added_and_other_settings_are_refused(olmo, text, tmp_path) -> None:
+def test_revisions_may_be_added_and_results_of_other_settings_are_kept(olmo, text, tmp_path) -> None:
     assert invoke(*arguments(olmo, text, tmp_path, revisions=REVISIONS[0])).exit_code == 0
     before = (tmp_path / "measure.jsonl").read_bytes()
     assert invoke(*arguments(olmo, text, tmp_path)).exit_code == 0
     assert (tmp_path / "measure.jsonl").read_bytes().startswith(before)
-    result = invoke(*arguments(olmo, text, tmp_path, direction="sgd"))
-    assert result.exit_code == 2
-    assert "got others: direction was 'adamw', is 'sgd'; give another path" in words(result)
+    before = (tmp_path / "measure.jsonl").read_bytes()
+    with pytest.warns(SharpkernWarning, match="other settings: direction was 'adamw', is 'sgd'; they are kept"):
+        assert invoke(*arguments(olmo, text, tmp_path, direction="sgd")).exit_code == 0
+    assert (tmp_path / "measure.jsonl").read_bytes().startswith(before)
 
 
 def test_a_folder_is_a_checkpoint_by_itself(olmo, text, tmp_path) -> None:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from sharpkern.errors import SharpkernWarning
 from sharpkern.mixtures.resume import ResumableLog
 from tests.test_files import full_disk
 
@@ -39,22 +40,37 @@ def test_a_file_without_a_finished_line_is_begun_anew(tmp_path, content):
     path = tmp_path / "journal.jsonl"
     path.write_bytes(content)
     ResumableLog(path, SETTINGS).add({"value": 1})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"settings": {"ratios": [0.0, 0.5], "seed": 0}},
-        {"value": 1},
-    ]
+    head, row = map(json.loads, path.read_text().splitlines())
+    assert head == {"settings": {"ratios": [0.0, 0.5], "seed": 0}}
+    assert row == {"run": row["run"], "value": 1}
 
 
-def test_other_settings_are_refused_by_name_and_nothing_is_lost(tmp_path):
+def test_a_file_whose_rows_do_not_name_their_run_is_gone_on_with(tmp_path):
     path = tmp_path / "journal.jsonl"
-    ResumableLog(path, SETTINGS).add({"value": 1})
-    before = path.read_bytes()
+    path.write_text('{"settings": {"ratios": [0.0, 0.5], "seed": 0}}\n{"value": 1}\n')
+    ResumableLog(path, SETTINGS).add({"value": 2})
+    assert ResumableLog(path, SETTINGS).rows == [{"value": 1}, {"value": 2}]
+    with pytest.warns(SharpkernWarning):
+        assert ResumableLog(path, {**SETTINGS, "seed": 1}).rows == []
+
+
+def test_runs_of_other_settings_are_kept_apart_in_one_file(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    first = ResumableLog(path, SETTINGS)
+    first.add({"value": 1})
     message = (
-        r"same settings to go on with, got others: seed was 0, is 1; tasks was None, is \['a'\]; give another path"
+        r"other settings: seed was 0, is 1; tasks was None, is \['a'\]; they are kept, and those of these settings are "
+        "measured and added"
     )
-    with pytest.raises(ValueError, match=message):
-        ResumableLog(path, {**SETTINGS, "seed": 1, "tasks": ["a"]})
-    assert path.read_bytes() == before
+    other = {**SETTINGS, "seed": 1, "tasks": ["a"]}
+    with pytest.warns(SharpkernWarning, match=message):
+        second = ResumableLog(path, other)
+    # Both may be at work at once.
+    second.add({"value": 2})
+    first.add({"value": 3})
+    second.add({"value": 4})
+    assert ResumableLog(path, SETTINGS).rows == first.rows == [{"value": 1}, {"value": 3}]
+    assert ResumableLog(path, other).rows == second.rows == [{"value": 2}, {"value": 4}]
 
 
 @pytest.mark.parametrize(
@@ -63,16 +79,9 @@ def test_other_settings_are_refused_by_name_and_nothing_is_lost(tmp_path):
 def test_one_line_that_is_not_ours_is_not_begun_anew(tmp_path, content):
     path = tmp_path / "settings.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"settings\.json must be of the same settings to go on with"):
+    with pytest.raises(ValueError, match=r"settings\.json must be a journal that this function wrote, got something"):
         ResumableLog(path, SETTINGS)
     assert path.read_text(encoding="utf-8") == content
-
-
-def test_a_file_of_other_settings_without_a_row_is_begun_anew(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    ResumableLog(path, {**SETTINGS, "seed": 1})
-    ResumableLog(path, SETTINGS).add({"value": 1})
-    assert ResumableLog(path, SETTINGS).rows == [{"value": 1}]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +100,8 @@ def test_losses_may_differ_by_rounding_alone(tmp_path):
     path = tmp_path / "journal.jsonl"
     ResumableLog(path, SETTINGS, losses={"a": 2.0, "b": math.nan, "c": math.inf}).add({"value": 1})
     assert ResumableLog(path, SETTINGS, losses={"a": 2.001, "b": math.nan, "c": math.inf}).rows == [{"value": 1}]
-    with pytest.raises(ValueError, match=r"others: the loss of a was 2\.0, is 2\.1; the loss of d was None, is 0\.5"):
-        ResumableLog(path, SETTINGS, losses={"a": 2.1, "b": math.nan, "c": math.inf, "d": 0.5})
+    with pytest.warns(SharpkernWarning, match=r"the loss of a was 2\.0, is 2\.1; the loss of d was None, is 0\.5"):
+        assert not ResumableLog(path, SETTINGS, losses={"a": 2.1, "b": math.nan, "c": math.inf, "d": 0.5}).rows
 
 
 def refuse_other_rows(row):

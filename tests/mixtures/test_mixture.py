@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import sharpkern
+from sharpkern.errors import SharpkernWarning
 from sharpkern.mixtures import sweep as mixture
 from sharpkern.mixtures.results import MixturePoint, MixtureSweep, SweetSpot
 from sharpkern.mixtures.sampling import MixSampler
@@ -222,18 +223,25 @@ def test_repeats_and_ratios_may_be_added_and_left_out(tmp_path) -> None:
         ({"rtol": 0.1}, r"options was {}, is {'rtol': 0\.1}"),
     ],
 )
-def test_the_file_of_another_sweep_is_refused(change, named, tmp_path) -> None:
+def test_another_sweep_is_measured_anew_beside_that_of_the_file(change, named, tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
-    language_sweep(path, ratios=[0.5], repeats=1)
-    with pytest.raises(ValueError, match=f"same settings to go on with, got others: .*{named}"):
-        language_sweep(path, **change)
+    first = language_sweep(path, ratios=[0.5], repeats=1)
+    with pytest.warns(SharpkernWarning, match=f"holds results of other settings: .*{named}.*; they are kept"):
+        other = language_sweep(path, ratios=[0.5], repeats=1, **change)
+    assert numbers(other) == numbers(language_sweep(None, ratios=[0.5], repeats=1, **change)) != numbers(first)
+    lines = path.read_bytes()
+    # What is in the file is found again, of the one and of the other.
+    assert numbers(language_sweep(path, ratios=[0.5], repeats=1)) == numbers(first)
+    assert numbers(language_sweep(path, ratios=[0.5], repeats=1, **change)) == numbers(other)
+    assert path.read_bytes() == lines
 
 
-def test_the_file_of_another_checkpoint_is_refused(tmp_path) -> None:
+def test_another_checkpoint_is_measured_anew(tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     sweep(path=path, ratios=[0.5])
-    with pytest.raises(ValueError, match=r"got others: model was \d+, is \d+; give another path"):
-        sweep(path=path, ratios=[0.5], model=Point((1.0, 1.0)))
+    with pytest.warns(SharpkernWarning, match=r"other settings: model was \d+, is \d+; they are kept"):
+        other = sweep(path=path, ratios=[0.5], model=Point((1.0, 1.0)))
+    assert numbers(other) == numbers(sweep(ratios=[0.5], model=Point((1.0, 1.0))))
 
 
 @pytest.mark.parametrize(
@@ -246,14 +254,15 @@ def test_the_file_of_another_checkpoint_is_refused(tmp_path) -> None:
         {"tasks": {"new": NEW[:1], "old": OLD[:1]}},
     ],
 )
-def test_the_file_of_other_data_is_refused(change, tmp_path) -> None:
+def test_other_data_is_measured_anew(change, tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     model = Point()
     sweep(model=model, path=path, ratios=[0.25])
-    with pytest.raises(ValueError, match=r"got others: (tasks|sources) was .*; give another path"):
-        sweep(model=model, path=path, ratios=[0.25], **change)
+    with pytest.warns(SharpkernWarning, match=r"other settings: (tasks|sources) was .*; they are kept"):
+        other = sweep(model=model, path=path, ratios=[0.25], **change)
+    assert numbers(other) == numbers(sweep(model=model, ratios=[0.25], **change))
     model.eval()
-    with pytest.raises(ValueError, match=r"got others: model was \d+, is \d+"):
+    with pytest.warns(SharpkernWarning, match=r"other settings: .*model was \d+, is \d+"):
         sweep(model=model, path=path, ratios=[0.25])
 
 
@@ -290,7 +299,7 @@ MODEL = Point()
         ({"make_direction": lambda model, losses: of_first(model, losses[:1])}, "direction was"),
     ],
 )
-def test_the_file_of_what_only_losses_and_code_tell_apart_is_refused(change, named, tmp_path) -> None:
+def test_what_only_losses_and_code_tell_apart_is_measured_anew(change, named, tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     arguments = {
         "model": MODEL,
@@ -306,8 +315,9 @@ def test_the_file_of_what_only_losses_and_code_tell_apart_is_refused(change, nam
         arguments["tasks"] = {"old": OLD, "new": NEW}
     first = sweep(**arguments)
     assert numbers(sweep(**arguments)) == numbers(first)
-    with pytest.raises(ValueError, match=f"got others: {named}"):
-        sweep(**{**arguments, **change})
+    with pytest.warns(SharpkernWarning, match=f"other settings: {named}"):
+        other = sweep(**{**arguments, **change})
+    assert numbers(other) == numbers(sweep(**{**arguments, **change, "path": None}))
 
 
 def test_sources_that_give_another_batch_each_time_are_gone_on_with(tmp_path) -> None:
@@ -318,7 +328,7 @@ def test_sources_that_give_another_batch_each_time_are_gone_on_with(tmp_path) ->
     first = sweep(**arguments, ratios=[0.5])
     again = sweep(**arguments, ratios=[0.5, 1.0])
     assert set(numbers(first)) < set(numbers(again))
-    with pytest.raises(ValueError, match="the loss of source 'new' was"):
+    with pytest.warns(SharpkernWarning, match="the loss of source 'new' was"):
         sweep(**{**arguments, "mix": {**mix, "new": lambda: MODEL.loss(2 * NEW)}}, ratios=[0.5])
 
 
@@ -375,6 +385,7 @@ def test_a_file_without_a_row_is_begun_anew(tmp_path, monkeypatch) -> None:
         with pytest.raises(MemoryError):
             sweep(path=path)
     assert len(path.read_text().splitlines()) == 1
+    # Nothing is there to warn of.
     assert len(sweep(path=path, batch_size=4).points) == 20
 
 
