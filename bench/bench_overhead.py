@@ -54,7 +54,7 @@ class Watched(Training):
         def train() -> None:
             loss_fn = self.begin()
             if measured:
-                self.monitor(loss_fn)
+                self.monitor(loss_fn, loss=loss_fn.trained)
             self.step()
 
         # Dropout masks are the step's, whoever has drawn before.

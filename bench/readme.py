@@ -139,6 +139,19 @@ def overhead() -> list[str]:
     ]
 
 
+def small_models() -> list[str]:
+    """What one measurement takes in training on small models, the loss given."""
+    record = latest("small")
+    head = "parameters | tokens | `rtol` | plain forward pass | one λ_c, in plain forward passes | losses evaluated"
+    line = (
+        "{parameters:.2g} M | {tokens} | {rtol} | {plain_forward_ms:.1f} ms | {in_plain_forwards:.1f} "
+        "(mean {in_plain_forwards_mean:.1f}) | {forwards_mean:.2f}"
+    )
+    rows = [{**row, "parameters": row["parameters"] / 1e6} for row in record["small"]]
+    before, after = record["environment"]["load_average"]
+    return [*table(head, line, rows), "", f"Load average {before:.1f} before, {after:.1f} after."]
+
+
 def overhead_in_brief() -> list[str]:
     """What a measurement on every 50th step costs, in one sentence."""
     found = latest("overhead")["overhead"]
@@ -392,6 +405,7 @@ TABLES = {
     "kernels": kernels,
     "overhead": overhead,
     "sample": sampled,
+    "small": small_models,
     "memory": memory,
     "overhead in brief": overhead_in_brief,
     "peers in brief": peers_in_brief,

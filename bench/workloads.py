@@ -96,10 +96,11 @@ class Loss:
 
 
 class Counted:
-    """The loss of one batch and of one model, and how often it was asked for."""
+    """The loss of one batch and of one model, how often it was asked for, and its value in training."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         self.model, self.loss, self.calls = model, loss, 0
+        self.trained: Tensor | None = None
 
     def __call__(self) -> Tensor:
         """Evaluate it, with a graph where gradients are enabled."""
@@ -238,7 +239,9 @@ class Training:
         loss_fn = Counted(self.model, self._draw(*size))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        loss_fn().backward()
+        loss = loss_fn()
+        loss.backward()
+        loss_fn.trained = loss.detach()
         return loss_fn
 
     def step(self) -> None:

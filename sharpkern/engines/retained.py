@@ -9,7 +9,7 @@ from torch import Tensor
 from sharpkern.distributed.sharding import is_sharded, over_shards
 from sharpkern.engines.evaluation.precision import is_low
 from sharpkern.engines.tracked import TrackedParam
-from sharpkern.ops.reductions import total
+from sharpkern.ops.reductions import to_host, total
 
 # A difference of the share that nobody sees.
 _LITTLE = 1e-4
@@ -48,7 +48,7 @@ def _rounds_little(pairs: Sequence[TrackedParam], length: float) -> bool:
         return False
     roundoff = max(torch.finfo(weight.dtype).eps for weight in weights)
     norms = torch._foreach_norm(weights)
-    return roundoff * math.sqrt(total(norm.square() for norm in norms)) < _LITTLE * length
+    return roundoff * math.hypot(*to_host(norms)) < _LITTLE * length
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _blocks(steps: Sequence[LazyUpdate]) -> Iterator[list[Piece]]:
     most = min(CPU_CHUNK, sum(step.base.numel() for step in steps) // _SHARE)
     room = most
     for i, step in enumerate(steps):
-        operands = [tensor.detach().view(-1) for tensor in step.operands]
+        operands = [tensor.view(-1) for tensor in step.operands]
         size = len(operands[0])
         if _is_large(step):
             for start in range(0, size, CPU_CHUNK):

@@ -131,9 +131,18 @@ def test_overhead_of_a_monitor_that_changes_the_run_is_not_recorded():
     bench = importlib.import_module("bench_overhead")
     training, twin = (bench.Watched(32, 1, 16, 2) for _ in range(2))
     assert bench.windows(training, twin, num_steps=2, num_windows=1)
-    training.monitor = lambda loss_fn: training.model.lm_head.weight.data.mul_(1 + 1e-6)
+    training.monitor = lambda loss_fn, loss: training.model.lm_head.weight.data.mul_(1 + 1e-6)
     with pytest.raises(RuntimeError, match="training with a monitor differs from training without, nothing is"):
         bench.windows(training, twin, num_steps=2, num_windows=1)
+
+
+def test_small_models_are_measured_to_both_tolerances():
+    bench = importlib.import_module("bench_small")
+    loose, tight = sorted(bench.measure(quick=True)["small"], key=lambda row: -row["rtol"])
+    assert (loose["rtol"], tight["rtol"]) == (0.05, 0.01)
+    assert loose["measurements"] == loose["converged"] == 3
+    # A pass of a search takes longer than a plain one, and Δθ some time besides.
+    assert all(row["in_plain_forwards"] > row["forwards"] >= 1 for row in (loose, tight))
 
 
 def test_a_monitor_on_every_50th_step_costs_less_than_a_tenth():

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import sharpkern
 
 # They may be changed in place; a tuple may hold what can be.
-CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 _RECORDS = (type(None), bool, int, float, complex, str, bytes, np.generic)
 _PLAIN = (*_RECORDS, type, ModuleType, BuiltinFunctionType, BuiltinMethodType)
 # How far the globals that functions name are followed to tell closures apart.
@@ -77,14 +77,19 @@ class Reached:
         owners = [getattr(root, "__self__", root) for root in roots]
         self._walk([*roots, *(getattr(owner, "__dict__", None) for owner in owners if not isinstance(owner, _PLAIN))])
 
-    def _walk(self, things: Iterable[object]) -> None:
+    def _walk(self, things: Iterable[Any]) -> None:
         waiting = deque(things)
         while waiting and len(self._seen) < _MOST:
             thing = waiting.popleft()
             if isinstance(thing, _PLAIN) or id(thing) in self._seen:
                 continue
             self._seen[id(thing)] = thing
-            if isinstance(thing, (FunctionType, MethodType, partial)):
+            if type(thing) in CONTAINERS:
+                # The most of what modules hold, and most of them empty.
+                self.containers.append(thing)
+                if thing and len(thing) <= _LONG:
+                    waiting.extend(thing.values() if isinstance(thing, dict) else thing)
+            elif isinstance(thing, (FunctionType, MethodType, partial)):
                 self._functions.append(thing)
             else:
                 waiting.extend(self._inside(thing))
@@ -104,10 +109,6 @@ class Reached:
         if isinstance(thing, nn.Module):
             self.modules.append(thing)
             return self._attributes(thing)
-        if isinstance(thing, CONTAINERS) and type(thing) in CONTAINERS:
-            self.containers.append(thing)
-            members = thing.values() if isinstance(thing, dict) else thing
-            return list(members) if len(thing) <= _LONG else ()
         if isinstance(thing, tuple):
             return thing if len(thing) <= _LONG else ()
         if isinstance(thing, FunctionType):
