@@ -29,7 +29,7 @@ from sharpkern.engines.evaluation.reach import fingerprint
 from sharpkern.engines.evidence import Slopes, TrainedLoss, is_power
 from sharpkern.engines.inplace import Backup, InPlaceEngine
 from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost, ranks_for, size_of
-from sharpkern.engines.swapped import SwappedEngine, may_swap
+from sharpkern.engines.swapped import Memory, SwappedEngine, may_swap
 from sharpkern.engines.tracked import TrackedParam, track
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.engines.virtual.layers import Kept
@@ -252,7 +252,7 @@ class Session:
     ) -> Result:
         """Call ``use`` with an engine, and with the next one in its place if it turns out unable and none was named."""
         chosen = self.choose(target, engine, quickest)
-        name = "swapped" if self._may_swap(target, engine, chosen) else chosen
+        name = "swapped" if self.swaps(target, engine, chosen) else chosen
         found: dict[str, str] = {}
         while True:
             # One step size at a time takes less memory.
@@ -293,7 +293,7 @@ class Session:
             name, _ = _NEXT[name]
         return name
 
-    def _may_swap(self, target: Target, engine: str, chosen: str) -> bool:
+    def swaps(self, target: Target, engine: str, chosen: str) -> bool:
         """Whether the engine that swaps memory may take the place of the one that was chosen, and is quicker."""
         if chosen == "batched" or engine == "virtual" or target.compiled or "swapped" in target.checks.unsupported:
             return False
@@ -301,14 +301,22 @@ class Session:
         return not (chosen == "virtual" and is_large) and may_swap(self.model, self.pairs, self.guard)
 
     @contextmanager
-    def open(self, target: Target, name: str, *, kept: Kept | None = None, backup: Backup = "auto") -> Iterator[Engine]:
+    def open(
+        self,
+        target: Target,
+        name: str,
+        *,
+        kept: Kept | None = None,
+        memory: Memory | None = None,
+        backup: Backup = "auto",
+    ) -> Iterator[Engine]:
         """Make an engine, and close it whatever happens: at the end of the session at the latest."""
         engine: Engine
         closure, trace = target.closure, self.guard.trace
         if name == "virtual":
             engine = VirtualEngine(self.pairs, closure, kept=kept)
         elif name == "swapped":
-            engine = SwappedEngine(self.model, self.pairs, closure)
+            engine = SwappedEngine(self.model, self.pairs, closure, memory)
         elif name == "batched":
             engine = BatchedEngine(self.pairs, closure, kept)
         else:

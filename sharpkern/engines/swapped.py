@@ -24,50 +24,17 @@ from sharpkern.tensors.storage import overlapping, overlaps_itself
 _TWO_WAYS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
-class SwappedEngine:
-    """Evaluates losses at θ − ηΔθ by giving parameters other memory for the length of a pass."""
+class Memory:
+    """Memory for θ + αΔθ of every parameter that moves; engines of several closures may take turns in it."""
 
-    name = "swapped"
-    writes = False
-
-    def __init__(self, model: nn.Module, pairs: Sequence[TrackedParam], closure: Closure) -> None:
+    def __init__(self, pairs: Sequence[TrackedParam]) -> None:
         self._pairs = pairs
-        self._closure = closure
-        # It looks on in the first pass: what it finds out holds for the others, which start from the same state.
-        self._watch = VirtualParameters((), closure.precision, closure.guard)
-        self._is_watched = True
-        self._watches_all = any(isinstance(module, _TWO_WAYS) and not module.training for module in model.modules())
         self._thetas = [pair.weight.detach() for pair in pairs]
         self._formed = [torch.empty_like(theta) for theta in self._thetas]
-        # The step that they were formed for, which serves passes of several closures.
+        # The step that they were formed for.
         self._formed_for: float | None = None
         self._versions: list[int] = []
         self._moves = [pair.move.at(theta) for pair, theta in zip(pairs, self._thetas, strict=True)]
-
-    @property
-    def rounded(self) -> set[int]:
-        """Indices of the pairs whose θ + αΔθ is rounded to the weight's dtype: all of them."""
-        return {pair.owner for pair in self._pairs}
-
-    def losses(self, step_sizes: Sequence[float]) -> list[float]:
-        """Losses at θ − ηΔθ for each step size η."""
-        return [self._loss(eta) for eta in step_sizes]
-
-    def oracle_loss(self, eta: float) -> float:
-        """The loss at θ − ηΔθ by the storage oracle."""
-        return oracle_loss(self._pairs, self._closure, eta)
-
-    def close(self) -> None:
-        """Give every parameter its own memory again. May be called again after an interrupt."""
-        self._watch.ended = True
-        self.swap_back()
-
-    def _loss(self, eta: float) -> float:
-        modes: list[Any] = [_Swapped(self, -eta)] if eta else []
-        modes += [self._watch] if self._is_watched else []
-        loss = self._closure(Eagerly(*modes))
-        self._is_watched = self._watches_all or self._watch.is_needed
-        return loss
 
     def swap(self, alpha: float) -> None:
         """Give every parameter memory that holds θ + αΔθ."""
@@ -92,17 +59,64 @@ class SwappedEngine:
         torch.clear_autocast_cache()
 
 
+class SwappedEngine:
+    """Evaluates losses at θ − ηΔθ by giving parameters other memory for the length of a pass.
+
+    Attributes:
+        memory: that the parameters are given.
+    """
+
+    name = "swapped"
+    writes = False
+
+    def __init__(
+        self, model: nn.Module, pairs: Sequence[TrackedParam], closure: Closure, memory: Memory | None = None
+    ) -> None:
+        self._pairs = pairs
+        self._closure = closure
+        # It looks on in the first pass: what it finds out holds for the others, which start from the same state.
+        self._watch = VirtualParameters((), closure.precision, closure.guard)
+        self._is_watched = True
+        self._watches_all = any(isinstance(module, _TWO_WAYS) and not module.training for module in model.modules())
+        self.memory = memory or Memory(pairs)
+
+    @property
+    def rounded(self) -> set[int]:
+        """Indices of the pairs whose θ + αΔθ is rounded to the weight's dtype: all of them."""
+        return {pair.owner for pair in self._pairs}
+
+    def losses(self, step_sizes: Sequence[float]) -> list[float]:
+        """Losses at θ − ηΔθ for each step size η."""
+        return [self._loss(eta) for eta in step_sizes]
+
+    def oracle_loss(self, eta: float) -> float:
+        """The loss at θ − ηΔθ by the storage oracle."""
+        return oracle_loss(self._pairs, self._closure, eta)
+
+    def close(self) -> None:
+        """Give every parameter its own memory again. May be called again after an interrupt."""
+        self._watch.ended = True
+        self.memory.swap_back()
+
+    def _loss(self, eta: float) -> float:
+        modes: list[Any] = [_Swapped(self.memory, -eta)] if eta else []
+        modes += [self._watch] if self._is_watched else []
+        loss = self._closure(Eagerly(*modes))
+        self._is_watched = self._watches_all or self._watch.is_needed
+        return loss
+
+
 class _Swapped:
     """The context of a pass with other weights."""
 
-    def __init__(self, engine: SwappedEngine, alpha: float) -> None:
-        self._engine, self._alpha = engine, alpha
+    def __init__(self, memory: Memory, alpha: float) -> None:
+        self._memory, self._alpha = memory, alpha
 
     def __enter__(self) -> None:
-        self._engine.swap(self._alpha)
+        self._memory.swap(self._alpha)
 
     def __exit__(self, *exception: Any) -> None:
-        self._engine.swap_back()
+        self._memory.swap_back()
 
 
 def may_swap(model: nn.Module, pairs: Sequence[TrackedParam], guard: Guard) -> bool:

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from sharpkern.directions.direction import Direction
 from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.session import Session, in_session
+from sharpkern.engines.swapped import Memory
 from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.errors import EngineUnsupportedError
@@ -44,8 +45,8 @@ def relative_critical_sharpness(
         TypeError: ``tasks`` is no mapping, or as `critical_sharpness`.
         ValueError: there is no task, or as `critical_sharpness`.
 
-    Memory: as one `critical_sharpness`. Of several tasks, weights of linear layers that were formed for one are kept
-    for those that ask for the same step sizes: up to 1 GiB on a CPU, a quarter of the free memory on a GPU.
+    Memory: as one `critical_sharpness`. Weights that were formed for one task serve all that ask for the same step
+    sizes. By the virtual engine, those of linear layers: up to 1 GiB on a CPU, a quarter of the free memory on a GPU.
 
     Determinism: as deterministic as the closures.
 
@@ -85,14 +86,17 @@ def _together(
     """Measure several tasks side by side, so that weights formed for one serve all that ask for the same step sizes."""
 
     def measured(session: Session) -> dict[str, Measurement]:
-        kept = Kept(_room(session.pairs))
+        kept, memory = Kept(_room(session.pairs)), None
         with ExitStack() as engines:
             searches = []
             for name, loss_fn in tasks.items():
                 target = session.target(loss_fn)
                 engine_name = session.choose(target, options.engine)
+                if session.swaps(target, options.engine, engine_name):
+                    memory = memory or Memory(session.pairs)
+                    engine_name = "swapped"
                 if engine_name != "inplace":
-                    engine = engines.enter_context(session.open(target, engine_name, kept=kept))
+                    engine = engines.enter_context(session.open(target, engine_name, kept=kept, memory=memory))
                     searches.append(_Task(name, Run(session, target, engine, options)))
             for task in searches:
                 # One after the other: what is found out about a closure holds for all of the same code.

@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import sharpkern
 from sharpkern.engines import session
-from sharpkern.engines.swapped import SwappedEngine, may_swap
+from sharpkern.engines.swapped import Memory, SwappedEngine, may_swap
 from sharpkern.engines.virtual.mode import VirtualParameters
 from tests.helpers.cases import CASES, Case
 from tests.helpers.models import MLP
@@ -180,3 +180,23 @@ def test_a_backward_begun_before_still_works_and_gradients_can_be_taken_inside()
     assert swapped == pytest.approx(virtual, rel=1e-5)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_several_tasks_take_turns_in_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    batches = torch.randn(3, 20, 6, dtype=torch.float64)
+    tasks = {str(i): lambda batch=batch: model(batch).square().mean() for i, batch in enumerate(batches)}
+    tasks["0"]().backward()
+    direction = sharpkern.Direction.from_gradients(model)
+    made: list[Memory] = []
+    make = Memory.__init__
+    monkeypatch.setattr(Memory, "__init__", lambda self, pairs: (made.append(self), make(self, pairs))[1])
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    together = sharpkern.relative_critical_sharpness(model, tasks, direction)
+    assert len(made) == 1
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+    monkeypatch.setattr("sharpkern.engines.session.may_swap", lambda *_: False)
+    for name, measured in sharpkern.relative_critical_sharpness(model, tasks, direction).items():
+        assert together[name].critical_lr == pytest.approx(measured.critical_lr, rel=1e-9)
+        assert (together[name].engine, together[name].status) == (measured.engine, "converged")
+    assert len(made) == 1

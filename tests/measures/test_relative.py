@@ -116,7 +116,9 @@ def test_weights_formed_for_one_task_serve_the_others(
         assert replace(measurement, **same) == replace(alone[name], **same)
 
 
-def test_what_does_not_fit_is_formed_anew(formed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_formed_anew(
+    formed: list[int], no_swapping: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = GPT()
     tasks, direction = language_tasks(model), random_direction(model)
     two = {name: tasks[name] for name in "cd"}
