@@ -40,6 +40,22 @@ def olmo2(path: Path, **shape: int) -> str:
     return str(path)
 
 
+def test_a_small_model_on_a_cpu_takes_what_in_place_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256))
+    inputs = torch.randn(4, 256)
+    loss_fn = lambda: model(inputs).square().mean()
+    loss_fn().backward()
+    direction = sharpkern.Direction.from_gradients(model)
+    measure = partial(sharpkern.critical_sharpness, model, loss_fn, direction)
+    # The checks of the first and the second measurement take memory of their own.
+    for engine in ("auto", "auto", "inplace", "inplace"):
+        measure(engine=engine)
+    swapped = peak_bytes(measure)
+    monkeypatch.setattr("sharpkern.engines.session.may_swap", lambda *_: False)
+    theta = sum(p.nbytes for p in model.parameters())
+    assert theta < swapped < peak_bytes(partial(measure, engine="inplace")) + 0.05 * theta
+
+
 def on_real_tensors(
     name: str, optimizer: str, head: str, shard: Callable[[nn.Module], object] | None = None
 ) -> TrainingState:
