@@ -1,8 +1,8 @@
-"""Which layer limits the step: λ_c of every block of a small GPT beside λ_c of the whole, in warm-up and after.
+"""Which layer limits the step: λ_c of every block of GPTs beside λ_c of the whole, in warm-up and after.
 
     python bench/bench_blocks.py [--quick] [--json PATH]
 
-A GPT of about one million parameters learns bytes of Python's help topics by AdamW, with a linear warm-up and a
+GPTs of about 1 and 30 million parameters learn bytes of Python's help topics by AdamW, with a linear warm-up and a
 constant learning rate after it. At some steps every block is moved alone. The limiting block is the one with the
 largest λ_c, and so the smallest η_c. Medians over the steps of each phase make the table.
 """
@@ -15,14 +15,19 @@ from workloads import Training
 
 import sharpkern
 
-# Steps of the warm-up, of all, and from one measured step to the next; tokens in a step.
-_FULL, _QUICK = (100, 500, 10, 1024), (4, 8, 2, 64)
+# Of each size: steps of the warm-up, of all, and from one measured step to the next; tokens in a step.
+_FULL = {"1M": (100, 500, 10, 1024), "30M": (100, 500, 10, 256)}
+_QUICK = {"tiny": (4, 8, 2, 64)}
 
 
 def blocks(quick: bool) -> dict[str, Any]:
+    """Measure every model."""
+    return {"models": [of_model(size, *numbers) for size, numbers in (_QUICK if quick else _FULL).items()]}
+
+
+def of_model(size: str, warm_up: int, num_steps: int, every: int, tokens: int) -> dict[str, Any]:
     """Train, measure, and sum up both phases."""
-    warm_up, num_steps, every, tokens = _QUICK if quick else _FULL
-    training = Training.of_text("tiny" if quick else "1M", warm_up)
+    training = Training.of_text(size, warm_up)
     monitor = sharpkern.Monitor(training.model, training.optimizer, every=every, blocks=True)
     for _ in range(num_steps):
         loss_fn = training.begin(tokens)

@@ -371,28 +371,31 @@ def memory_in_brief() -> list[str]:
 
 def blocks() -> list[str]:
     """λ_c of every block beside that of the whole, and how often it was the largest, in warm-up and after."""
-    record = latest("blocks")
-    phases = [{row["block"]: row for row in phase["blocks"]} for phase in record["phases"]]
+    return [line for model in latest("blocks")["models"] for line in (*_blocks_of(model), "")][:-1]
+
+
+def _blocks_of(found: Mapping[str, Any]) -> list[str]:
+    phases = [{row["block"]: row for row in phase["blocks"]} for phase in found["phases"]]
     names = list(dict.fromkeys(name for phase in phases for name in phase))
     rows = []
     for name in names:
-        counts = [f"{phase['limiting'].get(name, 0)} of {phase['steps']}" for phase in record["phases"]]
+        counts = [f"{phase['limiting'].get(name, 0)} of {phase['steps']}" for phase in found["phases"]]
         cells = [
             f"{phase[name][column]:{style}}" if name in phase else ""
             for column, style in (("share_of_whole", ".2g"), ("share_of_slope", ".1%"))
             for phase in phases
         ]
         rows.append({"name": name, "cells": " | ".join([*cells, *counts])})
-    first, second = record["phases"]
+    first, second = found["phases"]
     head = "λ_c over that of the whole, warm-up | after | share of Δθᵀg, warm-up | after"
     return [
         *table(f"block | {head} | largest λ_c of all, warm-up | after", "`{name}` | {cells}", rows),
         "",
-        f"GPT of {record['parameters'] / 1e6:.2g} M parameters, AdamW, {record['tokens']} tokens a step, "
-        f"{record['warm_up']} steps of warm-up. Medians over measured steps; λ_c of the whole is "
+        f"GPT of {found['parameters'] / 1e6:.2g} M parameters, AdamW, {found['tokens']} tokens a step, "
+        f"{found['warm_up']} steps of warm-up. Medians over measured steps; λ_c of the whole is "
         f"{first['lambda_c']:.3g} in the warm-up and {second['lambda_c']:.3g} after it. All blocks together took "
         f"{second['forwards_of_blocks']:g} forward passes, the whole "
-        f"{median(row['forwards'] for row in record['rows']):g}.",
+        f"{median(row['forwards'] for row in found['rows']):g}.",
     ]
 
 
