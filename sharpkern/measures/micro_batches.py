@@ -191,10 +191,12 @@ class Step:
                 f"got {[type(one).__name__ for one in loss_fn][:3]}; pass [lambda b=b: loss_of(b) for b in batches]"
             )
         parts, own = zip(*pairs, strict=True)
-        chosen = own if weights is None else weights
-        if len(chosen) != len(parts) or not all(math.isfinite(weight) and weight > 0 for weight in chosen):
+        chosen: list[Any] = [*own] if weights is None else [weights]
+        if isinstance(weights, (Sequence, Tensor, np.ndarray)) and not isinstance(weights, str):
+            chosen = [*weights]
+        if len(chosen) != len(parts) or not all(_is_number(one) and 0 < float(one) < math.inf for one in chosen):
             raise ValueError(
-                f"weights must be {len(parts)} positive finite numbers, one for each closure, got {list(chosen)}; "
+                f"weights must be {len(parts)} positive finite numbers, one for each closure, got {chosen}; "
                 "leave them out where all micro-batches count the same"
             )
         known = _losses(parts, losses, name)
@@ -223,10 +225,13 @@ def _losses(parts: Sequence[Any], given: Any, name: str) -> list[float] | None:
         several = None if any(loss is None for loss in noted) else noted
     if several is None:
         return None
-    if not isinstance(several, (Sequence, Tensor, np.ndarray)) or len(several) != len(parts):
-        got = len(several) if hasattr(several, "__len__") else type(several).__name__
+    if (
+        not isinstance(several, (Sequence, Tensor, np.ndarray))
+        or len(several) != len(parts)
+        or not all(map(_is_number, several))
+    ):
         raise ValueError(
-            f"{name} must be one number, or one for each of {len(parts)} closures, got {got}; leave it out"
+            f"{name} must be one number, or one for each of {len(parts)} closures, got {several!r}; leave it out"
         )
     if isinstance(several, Tensor):
         return [float(loss) for loss in several.detach().tolist()]
@@ -242,7 +247,7 @@ def coefficient(clip: object) -> float | None:
     if clip is None:
         return None
     numbers = clip if isinstance(clip, tuple) else (clip,)
-    if len(numbers) > 2 or not all(isinstance(x, (int, float, np.number)) or _is_scalar(x) for x in numbers):
+    if len(numbers) > 2 or not all(map(_is_number, numbers)):
         raise TypeError(
             f"clip must be a number or the pair (norm before clipping, max_norm), got {clip!r}; pass "
             "(clip_grad_norm_(parameters, max_norm), max_norm)"
@@ -257,8 +262,8 @@ def coefficient(clip: object) -> float | None:
     return factor
 
 
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.number)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def is_sequence(loss_fn: object) -> bool:
