@@ -16,6 +16,7 @@ from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
 from sharpkern.errors import NoUpdateError
 from sharpkern.integrations.around_step import AroundStep
+from sharpkern.measures.blockwise import Blocks
 from sharpkern.measures.micro_batches import Clip
 from sharpkern.measures.result import MeasureOptions, Options
 from sharpkern.monitoring.lr_cap import CapOptions, LRCap, cap_of, load_cap, with_cap
@@ -74,6 +75,7 @@ class SharpnessCallback(Callback):
         cap: arguments of a `sharpkern.LRCap`, such as ``{"peak": 1e-3}``, that holds the learning rate below a share of
             η_c: **this changes the run**. Δθ is then measured before the step, by `Direction.from_optimizer`. Measure
             as `LRCap.every` says. None changes nothing.
+        blocks: True, or blocks as for `sharpkern.blockwise_critical_sharpness`, to measure λ_c of each block too.
         **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``; ``sample`` takes some of
             the batches that are accumulated.
 
@@ -91,14 +93,17 @@ class SharpnessCallback(Callback):
         *,
         warn_below: float | None = None,
         cap: CapOptions | None = None,
+        blocks: bool | Blocks = False,
         **options: Unpack[MeasureOptions],
     ) -> None:
-        self._options: CallbackOptions = {"every": every, "warn_below": warn_below, **options}
+        self._options: CallbackOptions = {"every": every, "warn_below": warn_below, "blocks": blocks, **options}
         # What is wrong with them is told here, and not when training begins. No random number is drawn for that.
         Options.of(SharpnessCallback, options)
         stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
         sgd = torch.optim.SGD(stand_in.parameters())
-        cap_of(Monitor(stand_in, sgd, **self._options), sgd, cap)
+        # Blocks are looked for when the model is there.
+        others: CallbackOptions = {**self._options, "blocks": False}
+        cap_of(Monitor(stand_in, sgd, **others), sgd, cap)
         self._cap_options = cap
         self._cap: LRCap | None = None
         self._monitor: Monitor | None = None

@@ -1,6 +1,7 @@
 """Critical sharpness in Hugging Face's Trainer: a callback, and nothing else to change."""
 
 import copy
+import json
 import sys
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -16,6 +17,7 @@ from typing_extensions import Unpack
 
 from sharpkern._support.optional import missing
 from sharpkern.engines.session import is_compiled
+from sharpkern.measures.blockwise import Blocks
 from sharpkern.measures.micro_batches import Clip
 from sharpkern.measures.result import MeasureOptions, Options
 from sharpkern.monitoring.lr_cap import CapOptions, LRCap, cap_of, load_cap, with_cap
@@ -55,6 +57,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         warn_below: ratio η_c/η below which a `HeadroomWarning` is raised, see `sharpkern.Monitor`.
         cap: arguments of a `sharpkern.LRCap`, such as ``{"peak": args.learning_rate}``, that holds the learning rate
             below a share of η_c: **this changes the run**. Measure as `LRCap.every` says. None changes nothing.
+        blocks: True, or blocks as for `sharpkern.blockwise_critical_sharpness`, to measure λ_c of each block too.
         **options: of `sharpkern.critical_sharpness`, such as ``rtol`` or ``engine``; ``sample`` takes some of
             the batches that are accumulated.
 
@@ -86,22 +89,25 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         *,
         warn_below: float | None = None,
         cap: CapOptions | None = None,
+        blocks: bool | Blocks = False,
         **options: Unpack[MeasureOptions],
     ) -> None:
-        for name, value in {"every": every, **options}.items():
+        for name, value in {"every": every, "blocks": blocks, **options}.items():
             if isinstance(value, str) and value.startswith("function "):
                 raise TypeError(
                     f"{name} must be given anew, got what a checkpoint tells of it, {value!r}; leave "
                     "restore_callback_states_from_checkpoint=False: the callback that you pass is taken up without it"
                 )
-        self._options: CallbackOptions = {"every": every, "warn_below": warn_below, **options}
+        self._options: CallbackOptions = {"every": every, "warn_below": warn_below, "blocks": blocks, **options}
         self._cap_options = cap
         # What is wrong with them is told here, and not when the data have been prepared and training begins. No random
         # number is drawn for that.
         Options.of(SharpnessCallback, options)
         stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
         sgd = torch.optim.SGD(stand_in.parameters())
-        cap_of(Monitor(stand_in, sgd, **self._options), sgd, cap)
+        # Blocks are looked for when the model is there.
+        others: CallbackOptions = {**self._options, "blocks": False}
+        cap_of(Monitor(stand_in, sgd, **others), sgd, cap)
         self._monitor: Monitor | None = None
         self._cap: LRCap | None = None
         self._trainer: weakref.ref[Any] | None = None
@@ -129,10 +135,8 @@ class SharpnessCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's ``trainer_state.json`` holds of it: plain numbers."""
-        options = {
-            name: f"function {getattr(value, '__qualname__', value)}" if callable(value) else value
-            for name, value in (self._options | ({"cap": self._cap_options} if self._cap_options else {})).items()
-        }
+        given = {**self._options, "cap": self._cap_options or None}
+        options = {name: _as_json(value) for name, value in given.items() if value or name not in ("cap", "blocks")}
         # A callback that the Trainer makes of it has the second as an attribute; `on_train_begin` reads it in any case.
         saved = with_cap(self._monitor.state_dict(), self._cap) if self._monitor else None
         return {"args": options, "attributes": {"_saved": saved}}
@@ -334,6 +338,15 @@ class _Step:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _as_json(value: object) -> object:
+    """Return an option as JSON can hold it: by its name, where it is code or holds modules."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return f"function {getattr(value, '__qualname__', value)}"
+    return value
 
 
 def _calling_trainer() -> Any:

@@ -86,13 +86,13 @@ class CallbackOptions(MeasureOptions, total=False):
 
     every: int | Callable[[int], bool]
     warn_below: float | None
+    blocks: bool | Blocks
 
 
 class MonitorOptions(CallbackOptions, total=False):
     """The keyword arguments of `Monitor`."""
 
     log: Any
-    blocks: bool | Blocks
     masters: Mapping[nn.Parameter, Tensor] | None
     scaler: Any
 
@@ -330,11 +330,13 @@ class Monitor(Reports):
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and what warm-starts the next search: plain numbers, for a checkpoint."""
+        of_blocks = {name: memory.to_dict() for name, memory in self._block_memories.items()}
         return {
             "step": self.step,
             "memory": self._memory.to_dict() if self._memory else None,
             "heldout_memory": self._heldout_memory.to_dict() if self._heldout_memory else None,
             "is_below": self._is_below,
+            **({"block_memories": of_blocks} if of_blocks else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -357,11 +359,18 @@ class Monitor(Reports):
             raise ValueError(f"state['step'] must be a count of calls, got {step!r}; load what state_dict() gave")
         if not isinstance(is_below, bool):
             raise ValueError(f"state['is_below'] must be True or False, got {is_below!r}; load what state_dict() gave")
-        saved = (state["memory"], state["heldout_memory"])
+        saved, of_blocks = (state["memory"], state["heldout_memory"]), state.get("block_memories", {})
+        if not isinstance(of_blocks, Mapping):
+            raise ValueError(
+                f"state['block_memories'] must map names of blocks to memories, got {of_blocks!r}; load what "
+                "state_dict() gave"
+            )
         memories = [None if memory is None else SearchMemory.from_dict(memory) for memory in saved]
+        block_memories = {name: SearchMemory.from_dict(memory) for name, memory in of_blocks.items()}
         # Nothing changes before all of it is known to be good.
         self.step, self._is_below = operator.index(step), is_below
         self._memory, self._heldout_memory = memories
+        self._block_memories = block_memories
 
     def _warn(self, record: Record) -> None:
         """Warn where the median of η_c/η has fallen below the ratio since the last measurement."""

@@ -1058,3 +1058,15 @@ def test_a_sample_of_accumulated_batches_tells_of_all() -> None:
 def test_a_sample_needs_to_know_how_gradients_are_clipped() -> None:
     with pytest.raises(ValueError, match="gradients that keep their direction, got gradient_clip_algorithm='value'"):
         fitted(SharpnessCallback(sample="auto"), gradient_clip_val=0.1, gradient_clip_algorithm="value", max_epochs=1)
+
+
+def test_blocks_are_measured_and_logged() -> None:
+    callback = SharpnessCallback(blocks=True)
+    running = fitted(callback, max_steps=2, max_epochs=1)
+    (record,) = callback.monitor.history[-1:]
+    assert len(record.blocks) > 1
+    # A bound is no value.
+    found = {name: one.sharpness for name, one in record.blocks.items() if one.status == "converged"}
+    assert found
+    logged = [float(running.callback_metrics[f"sharpness/by_block/{name}"]) for name in found]
+    assert logged == pytest.approx([*found.values()])

@@ -789,3 +789,31 @@ def test_a_sample_of_accumulated_batches_tells_of_all(tmp_path: Path) -> None:
         assert m.base_loss == pytest.approx(whole.measurement.base_loss, rel=1e-5)
     assert all(map(torch.equal, *(trainer.model.parameters() for trainer in trainers)))
     assert "clip_grad_norm_" not in vars(trainers[1].accelerator)
+
+
+def test_blocks_are_measured_and_taken_up(tmp_path: Path) -> None:
+    blocks = {"layer": "transformer.h.*", "head": ["transformer.ln_f.*", "lm_head.*"]}
+    through = SharpnessCallback(blocks=blocks)
+    trainer = train(tmp_path / "through", through)
+    logged = [entry for entry in trainer.state.log_history if "sharpness/by_block/layer" in entry]
+    assert [record.blocks["layer"].sharpness for record in through.monitor.history] == [
+        entry["sharpness/by_block/layer"] for entry in logged
+    ]
+    train(tmp_path / "left", SharpnessCallback(blocks=blocks), save_strategy="steps", save_steps=2, max_steps=4)
+    callback = SharpnessCallback(blocks=blocks)
+    again = Trainer(gpt2(), arguments(tmp_path / "left"), train_dataset=rows(40), callbacks=[callback])
+    again.train(resume_from_checkpoint=str(tmp_path / "left" / "checkpoint-2"))
+    late = [{name: m.critical_lr for name, m in record.blocks.items()} for record in through.monitor.history[2:]]
+    assert [{name: m.critical_lr for name, m in r.blocks.items()} for r in callback.monitor.history] == late
+
+
+def test_blocks_of_modules_go_into_a_checkpoint_by_name(tmp_path: Path) -> None:
+    model = gpt2()
+    callback = SharpnessCallback(blocks={"layer": model.transformer.h[0]})
+    trainer = train(tmp_path, callback, model=model, save_strategy="steps", save_steps=4)
+    assert [*callback.monitor.history[0].blocks] == ["layer"]
+    stored = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert stored["SharpnessCallback"]["args"]["blocks"].startswith("function {'layer'")
+    with pytest.raises(ValueError, match=r"blocks|match"):
+        train(tmp_path, SharpnessCallback(blocks={"layer": "nowhere.*"}))
+    assert trainer.state.global_step == 4

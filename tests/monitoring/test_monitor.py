@@ -99,6 +99,8 @@ STATE = {"step": 3, "memory": GOOD, "heldout_memory": GOOD, "is_below": True}
         ({"memory": {**GOOD, "eta": "0.5"}}, "'eta' of a search's memory must be a number or None, got '0.5'"),
         ({"heldout_memory": {**GOOD, "slope": [1.0]}}, "'slope' of a search's memory must be a number or None"),
         ({"heldout_memory": {**GOOD, "eta": True}}, "'eta' of a search's memory .* got True"),
+        ({"block_memories": [GOOD]}, r"state\['block_memories'\] must map names of blocks to memories, got \["),
+        ({"block_memories": {"head": {**GOOD, "eta": "1"}}}, "'eta' of a search's memory must be a number or None"),
     ],
 )
 def test_a_state_of_something_else_is_refused_and_changes_nothing(change: dict[str, Any], message: str) -> None:
