@@ -1,5 +1,6 @@
 """What the commands for language models have in common: the kind of update, where and in which precision to measure."""
 
+import math
 from enum import Enum
 from functools import partial
 
@@ -38,6 +39,22 @@ def listed(option: str, words: str) -> list[str]:
     if words and not found:
         raise ValueError(f"{option} must hold something between commas, got {words!r}; leave it out for the default")
     return found
+
+
+def sample_of(words: str | None) -> float | str | None:
+    """Take a sample's size as `sharpkern.critical_sharpness` does."""
+    if words in (None, "auto"):
+        return words
+    try:
+        sample = int(words) if words.isdecimal() else float(words)
+    except ValueError:
+        sample = math.nan
+    if not (sample >= 4 if isinstance(sample, int) else 0 < sample <= 1):
+        raise ValueError(
+            f"--sample must be auto, a share in (0, 1], or a number of batches from 4 on, got {words!r}; pass auto for "
+            "as many as needed"
+        )
+    return sample
 
 
 def device_of(name: str | None) -> torch.device:

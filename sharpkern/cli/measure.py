@@ -8,7 +8,7 @@ import typer
 from sharpkern._support.optional import require
 from sharpkern.cli.checkpoint import checkpoints
 from sharpkern.cli.corpus import check_context, encoder, rows_of, spread
-from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker
+from sharpkern.cli.lm_options import Dtype, Kind, device_of, listed, maker, sample_of
 from sharpkern.cli.refusals import EXTRAS, check_output, refusals
 from sharpkern.cli.revisions import check_row, measure_all, show, write, write_blocks
 from sharpkern.mixtures.fingerprint import fingerprint_of
@@ -35,6 +35,10 @@ def command(
     weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 0.1,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they were saved.")] = Dtype.AUTO,
     device: Annotated[str | None, typer.Option(help="Where to measure; the GPU if there is one.")] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(help="Measure a sample of many batches: auto, a share such as 0.25, or a number of batches."),
+    ] = None,
     by_block: Annotated[
         bool, typer.Option("--by-block", help="Measure each layer alone too; writes measure_blocks.csv and .png.")
     ] = False,
@@ -45,6 +49,7 @@ def command(
         require("measuring checkpoints", EXTRAS)
         check_output(output, "measure.jsonl", "measure.csv", "measure.png")
         place = device_of(device)
+        share = sample_of(sample)
         found = checkpoints(model, listed("--revisions", revisions))
         for checkpoint in found:
             check_context(checkpoint, tokens)
@@ -61,15 +66,23 @@ def command(
             "beta2": beta2,
             "weight_decay": weight_decay,
             "dtype": dtype.value,
-            # A journal without blocks goes on without them.
+            # A journal without blocks or samples goes on without them.
             **({"by_block": True} if by_block else {}),
+            **({} if share is None else {"sample": share}),
         }
         journal = ResumableLog(output / "measure.jsonl", settings, check=check_row)
         make_direction = maker(direction, beta2, weight_decay)
         parts = rows.split(batch_size)
         with refusals(output / "measure.jsonl", len(found)):
             measured = measure_all(
-                found, parts, make_direction, journal, device=place, dtype=dtype.value, by_block=by_block
+                found,
+                parts,
+                make_direction,
+                journal,
+                device=place,
+                dtype=dtype.value,
+                by_block=by_block,
+                sample=share,
             )
         show(measured)
         write(measured, output, "measure")

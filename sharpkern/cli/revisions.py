@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +15,17 @@ from sharpkern._support.files import write_rows
 from sharpkern._support.progress import progress_bar
 from sharpkern.cli.checkpoint import Checkpoint
 from sharpkern.cli.corpus import row_loss
+from sharpkern.directions.direction import Direction
+from sharpkern.measures.batch_directions import gradient_direction
 from sharpkern.measures.blockwise import blockwise_critical_sharpness
 from sharpkern.measures.critical import critical_sharpness
+from sharpkern.measures.micro_batches import MicroBatch
 from sharpkern.measures.result import Measurement, check_values
 from sharpkern.mixtures.resume import ResumableLog, Row, restored
 from sharpkern.mixtures.sweep import MakeDirection
 from sharpkern.monitoring.monitor import Record
 from sharpkern.monitoring.plot import draw_blocks, plot_history
+from sharpkern.ops.reductions import inner_product, total
 
 
 def measure_all(
@@ -33,6 +37,7 @@ def measure_all(
     device: torch.device,
     dtype: str,
     by_block: bool = False,
+    sample: float | str | None = None,
 ) -> list[tuple[str, Measurement]]:
     """Measure checkpoint after checkpoint; those that the journal holds are not measured again.
 
@@ -49,7 +54,7 @@ def measure_all(
     with progress_bar(len(found), done=len(found) - len(left)) as advance:
         for checkpoint in left:
             model = checkpoint.load(device, dtype)
-            m, blocks = _measure(model, data, make_direction, _last_found(journal.rows), by_block)
+            m, blocks = _measure(model, data, make_direction, _last_found(journal.rows), by_block, sample)
             # Before the next one is loaded.
             del model
             row = {"revision": checkpoint.label, "mark": marks[checkpoint.label], "measurement": asdict(m)}
@@ -123,17 +128,34 @@ def show(measured: Sequence[tuple[str, Measurement]]) -> None:
 
 
 def _measure(
-    model: nn.Module, data: Sequence[Tensor], make_direction: MakeDirection, initial_lr: float | None, by_block: bool
+    model: nn.Module,
+    data: Sequence[Tensor],
+    make_direction: MakeDirection,
+    initial_lr: float | None,
+    by_block: bool,
+    sample: float | str | None,
 ) -> tuple[Measurement, dict[str, Measurement]]:
     """Measure λ_c of the mean loss of all batches along the update that is made of them, and that of each block."""
-    losses = [partial(row_loss, model, rows) for rows in data]
+    # They note the losses that the update is made of.
+    losses = [MicroBatch(partial(row_loss, model, rows)) for rows in data]
     direction = make_direction(model, losses)
 
     def mean() -> Tensor:
         return torch.stack([loss() for loss in losses]).mean()
 
-    m = critical_sharpness(model, mean, direction, initial_lr=initial_lr)
+    if sample is None:
+        m = critical_sharpness(model, mean, direction, initial_lr=initial_lr)
+    else:
+        sloping = replace(direction, slope=_slope(direction, gradient_direction(model, losses)))
+        m = critical_sharpness(model, losses, sloping, initial_lr=initial_lr, sample=sample)
     return m, blockwise_critical_sharpness(model, mean, direction) if by_block else {}
+
+
+def _slope(direction: Direction, gradient: Direction) -> float:
+    """Return Δθᵀg."""
+    by_parameter = dict(zip(gradient.parameters, gradient.tensors, strict=True))
+    pairs = zip(direction.parameters, direction.tensors, strict=True)
+    return total(inner_product(delta, by_parameter[parameter]) for parameter, delta in pairs)
 
 
 def _last_found(rows: Sequence[Row]) -> float | None:

@@ -190,11 +190,10 @@ class SampledRun(Run):
         given = [(p, g) for p in self._session.guard.parameters if (g := gradient_of(p)) is not None]
         norm = math.sqrt(size_of(given)[2])
         low = any(gradient.dtype.itemsize < 4 for _, gradient in given)
-        near = float(f"{norm:.1e}")
-        (mean,) = self._session.ranks.means(
-            [float(abs(norm / near - 1) < (_ROUND_16_BITS if low else _ROUND) + 1e-6 / near)]
-        )
-        return norm > 0 and mean > 0
+        # None are there where the direction was made of other batches, or by hand.
+        near, share = float(f"{norm:.1e}") or 1.0, _ROUND_16_BITS if low else _ROUND
+        (mean,) = self._session.ranks.means([float(abs(norm / near - 1) < share + 1e-6 / near)])
+        return mean > 0
 
     def _look_at_first(self, is_known: bool) -> None:
         """See in one micro-batch how exact losses are, whether they are repeatable, and what dropout does to them."""

@@ -150,9 +150,31 @@ def test_blocks_are_measured_alone_too(olmo, text, tmp_path) -> None:
             assert float(row["lambda_c"]) == pytest.approx(found[row["block"]].sharpness, rel=0.03)
     # Called again it reads them from the file, and without blocks it is another measurement.
     assert invoke(*arguments(olmo, text, tmp_path), "--by-block").exit_code == 0
-    other = invoke(*arguments(olmo, text, tmp_path))
-    assert other.exit_code == 2
-    assert "got others: by_block was True, is None" in words(other)
+    with pytest.warns(SharpkernWarning, match="other settings: by_block was True, is None; they are kept"):
+        assert invoke(*arguments(olmo, text, tmp_path, revisions=REVISIONS[0])).exit_code == 0
+
+
+def test_a_sample_of_batches_tells_of_all(olmo, text, tmp_path) -> None:
+    many = {"batches": 24, "batch-size": 1, "revisions": REVISIONS[2]}
+    assert invoke(*arguments(olmo, text, tmp_path / "all", **many)).exit_code == 0
+    result = invoke(*arguments(olmo, text, tmp_path / "some", sample="auto", **many))
+    assert result.exit_code == 0, result.output
+    (whole,), (sampled,) = table(tmp_path / "all"), table(tmp_path / "some")
+    assert float(sampled["lambda_c"]) == pytest.approx(float(whole["lambda_c"]), rel=float(sampled["error"]) + 0.02)
+    assert float(sampled["error"]) <= 0.05
+    assert float(sampled["forwards"]) < float(whole["forwards"])
+    # The settings are in the file: it goes on.
+    assert invoke(*arguments(olmo, text, tmp_path / "some", sample="auto", **many)).exit_code == 0
+    assert len((tmp_path / "some" / "measure.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("sample", ["some", "3", "0", "1.5", "-0.5", "nan"])
+def test_a_sample_that_is_none_is_named(sample: str, olmo, text, tmp_path) -> None:
+    result = invoke(*arguments(olmo, text, tmp_path, sample=sample))
+    assert result.exit_code == 2
+    assert f"--sample must be auto, a share in (0, 1], or a number of batches from 4 on, got '{sample}'" in words(
+        result
+    )
 
 
 def test_revisions_may_be_added_and_results_of_other_settings_are_kept(olmo, text, tmp_path) -> None:

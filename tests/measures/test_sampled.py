@@ -408,3 +408,13 @@ def test_arrays_and_odd_dictionaries_are_split() -> None:
     assert [part["labels"].tolist() for part in (first, second)] == [[0, 1], [2, 3]]
     assert [part["x"].tolist() for part in (first, second)] == [[0, 1], [2, 3]]
     assert [part.tolist() for part in sharpkern.split(np.arange(4), 2)] == [[0, 1], [2, 3]]
+
+
+def test_without_gradients_at_hand_a_direction_with_a_slope_is_enough() -> None:
+    loop = Loop()
+    parts = loop.train(20)
+    direction, truth = loop.direction, loop.whole(parts)
+    loop.optimizer.zero_grad()
+    sampled = critical_sharpness(loop.model, parts, direction, sample=8)
+    assert (sampled.sample_size, sampled.num_micro_batches) == (8, NUM)
+    assert off(sampled, truth) < sampled.error
