@@ -82,7 +82,7 @@ class LRCap:
 
     Raises:
         TypeError: an argument is of the wrong kind, or the optimizer's step runs no hooks.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or another cap holds the optimizer.
 
     Memory: none.
 
@@ -128,6 +128,11 @@ class LRCap:
                 raise TypeError(
                     "optimizer must be a torch.optim.Optimizer whose step runs its hooks, got "
                     f"{type(part.optimizer).__name__}; cap the one inside of it"
+                )
+            hooks = part.optimizer._optimizer_step_pre_hooks.values()
+            if any(isinstance(getattr(hook, "__self__", None), LRCap) for hook in hooks):
+                raise ValueError(
+                    "optimizer must have one cap, got one that is capped already; call the remove() of that cap first"
                 )
         self._monitor, self._peak, self._share = monitor, float(peak), float(share)
         self._warm_steps, self._freeze_after = warm_steps, freeze_after

@@ -313,7 +313,7 @@ class Monitor(Reports):
         Returns:
             float: a learning rate of the reference group, the other groups keeping their ratios to it; 0.0 where most
             of these updates go uphill; None where nothing was measured, as just after a checkpoint was loaded, which
-            holds no history.
+            holds no history. When the reference group changes, as when the first one is frozen, wait for 5 more.
         """
         recent = critical_lrs(self.history)[-RECENT:]
         return SHARE * statistics.median(recent) if recent else None

@@ -514,3 +514,11 @@ def test_rates_that_nobody_changed_are_put_back_beside_one_that_somebody_did() -
 def test_measured_steps_that_are_none_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"{next(iter(change))} must be"):
         LRCap.every(10, **change)
+
+
+def test_a_second_cap_is_refused_until_the_first_is_taken_off() -> None:
+    loop = Loop()
+    with pytest.raises(ValueError, match="optimizer must have one cap, got one that is capped already"):
+        LRCap(loop.monitor, loop.optimizer, peak=PEAK)
+    loop.cap.remove()
+    LRCap(loop.monitor, loop.optimizer, peak=PEAK)
