@@ -34,6 +34,8 @@ class Layout:
         copied: why only pieces that are written move the model: its passes read copies of them. Empty where they read
             the pieces.
         repoints: passes give parameters other memory by ``.data``, which is no write to them.
+        replays: passes or ``publish`` communicate in ways that no hook tells of, so that a rank which fails has to go
+            through what it noted in the last pass; see `sharpkern.distributed.replay`.
         prepare: makes the model ready to be measured, and returns what puts it back.
     """
 
@@ -45,6 +47,7 @@ class Layout:
     split_groups: tuple[Any, ...] = ()
     copied: str = ""
     repoints: bool = False
+    replays: bool = False
     prepare: Callable[[], Callable[[], object]] = lambda: lambda: None
 
     def ranks(self) -> Together | None:

@@ -421,7 +421,7 @@ def _begin(
             pairs = track(direction.moves())
         ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
         trace.add(layout.prepare())
-        lockstep = Lockstep(outer, replays=not ranks.alike)
+        lockstep = Lockstep(outer, replays=layout.replays or not ranks.alike)
         # Before the guard, which notes the modules' hooks.
         lockstep.watch(trace)
         trace.add(evaluating.clear)
