@@ -337,7 +337,11 @@ class Direction:
         reshard(checked_module(model))
         if self._part is not None:
             everything, items = self._part
-            return everything.bind(model)._restricted(selected(items, model))._with_all_that_move(model)
+            return (
+                everything.bind(model)
+                ._restricted(selected(items, model, may_lack=everything._is_share))
+                ._with_all_that_move(model)
+            )
         if self._of_pieces:
             self._refuse_what_has_changed()
             return self

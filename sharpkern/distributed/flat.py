@@ -44,15 +44,24 @@ def flat_groups(model: nn.Module) -> list[Any]:
 
 
 def splits_of(model: nn.Module) -> dict[int, Any]:
-    """Return the group that shards each parameter, by the parameter's identity; those that are whole are left out."""
-    found = {}
+    """Return the group that shards each flat parameter, by the parameter's identity; None for those that are whole."""
+    found: dict[int, Any] = {}
     for module in flat_modules(model):
         handle = module._handle
-        if handle is not None and handle.uses_sharded_strategy:
+        if handle is not None:
             flat = handle.flat_param
+            group = handle.process_group if handle.uses_sharded_strategy else None
             pieces = [flat, *(flat._params or ()), *(flat._shared_params or ())]
-            found.update({id(piece): handle.process_group for piece in pieces})
+            found.update({id(piece): group for piece in pieces})
     return found
+
+
+def is_inside(model: nn.Module) -> bool:
+    """Whether a model's flat parameters belong to wrappers that are around it, or are not known to be within it."""
+    modules = flat_modules(model)
+    if modules:
+        return all(module._is_root is False for module in modules)
+    return any(map(is_flat, model.parameters()))
 
 
 def keep_pieces(model: nn.Module) -> Callable[[], None]:

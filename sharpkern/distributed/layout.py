@@ -65,16 +65,21 @@ def layout_of(model: nn.Module) -> Layout:
 
 def _flat(model: nn.Module) -> Layout | None:
     """FSDP1."""
+    splits = flat.splits_of(model)
+    if any(flat.is_flat(parameter) and id(parameter) not in splits for parameter in model.parameters()):
+        raise TypeError(
+            "model must be the FullyShardedDataParallel wrapper around all of it, got what is inside of it and a "
+            "loss_fn that does not call the wrapper; pass the wrapper"
+        )
     modules = flat.flat_modules(model)
     if not modules:
         return None
-    splits = flat.splits_of(model)
     return Layout(
         groups=tuple(flat.flat_groups(model)),
         device=modules[0].compute_device,
         publish=partial(reshard, model),
         split=lambda piece: splits.get(id(piece)),
-        split_groups=tuple(dict.fromkeys(splits.values())),
+        split_groups=tuple(group for group in dict.fromkeys(splits.values()) if group is not None),
         copied="the model's parameters lie in flat tensors, of which the forward pass reads gathered copies",
         repoints=True,
         prepare=partial(flat.keep_pieces, model),

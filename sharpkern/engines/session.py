@@ -231,13 +231,13 @@ class Session:
                 raise
             self._lockstep.finish()
 
-    def part(self, direction: Any) -> "Session":
+    def part(self, make: Callable[[], Any]) -> "Session":
         """The same session along a part of its direction, while all other parameters rest."""
         part = copy(self)
         with as_one(self.ranks):
-            part.direction = direction.bind(self.model)
+            part.direction = make().bind(self.model)
             part.pairs = track(part.direction.moves())
-        part.direction, part.base_loss = _agreed(self.ranks, part.direction, None)
+        part.direction, part.base_loss = _agreed(self.ranks, part.direction, None, is_part=True)
         return part
 
     def target(self, loss_fn: LossFn) -> Target:
@@ -440,11 +440,13 @@ def _begin(
     return session
 
 
-def _agreed(ranks: Peers, direction: Any, known_base: float | None) -> tuple[Any, float | None]:
+def _agreed(
+    ranks: Peers, direction: Any, known_base: float | None, *, is_part: bool = False
+) -> tuple[Any, float | None]:
     """What steers the search, the same on every rank to the last bit."""
     slope, norm_sq = direction.slope, direction.norm_sq
     if ranks.splits:
-        slope, norm_sq = _totals(ranks, direction)
+        slope, norm_sq = _totals(ranks, direction, is_part=is_part)
     own = [slope, norm_sq, direction.lr, known_base]
     missing = [float(number is None) for number in own]
     sums = ranks.means([0.0 if number is None else number for number in own] + missing)
@@ -476,16 +478,20 @@ def _agreed(ranks: Peers, direction: Any, known_base: float | None) -> tuple[Any
     return replace(direction, slope=slope, norm_sq=mean_sq, lr=lr, **share), base
 
 
-def _totals(ranks: Peers, direction: Any) -> tuple[float | None, float]:
+def _totals(ranks: Peers, direction: Any, *, is_part: bool) -> tuple[float | None, float]:
     """Slope and |Δθ|² of all pieces of the model, of which this rank's direction knows its own."""
     shares = direction.shares()
     rows = [(slope, norm_sq) for _, slope, norm_sq in shares]
     # A piece that does not move leaves the slope to the others.
     unknown = direction.slope is None and bool(shares)
     slope, norm_sq = ranks.totals([piece for piece, *_ in shares], rows, 2)
-    if not norm_sq:
-        raise NoUpdateError("direction must move some parameter on some rank, got all zeros; check the gradients")
-    return None if ranks.any_of([unknown])[0] else slope, norm_sq
+    unknown, falls = ranks.any_of([unknown, any(share for _, share, _ in shares)])
+    if not norm_sq or not (is_part or unknown or falls):
+        raise NoUpdateError(
+            "direction must move some parameter, got all zeros, or gradients of zero, on all ranks: measure between "
+            "backward() and zero_grad(), and check that the loss depends on the parameters"
+        )
+    return None if unknown else slope, norm_sq
 
 
 def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:

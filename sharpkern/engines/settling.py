@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.distributed.declared import Declared, Ranks, device_of
-from sharpkern.distributed.flat import is_flat_module
+from sharpkern.distributed.flat import is_flat_module, is_inside
 from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import replicate_state
 from sharpkern.distributed.ranks import KINDS, Alone, Peers, Together, Verdict, device_kind, raise_gravest
@@ -70,7 +70,7 @@ def num_ranks() -> int:
 
 def outermost(model: nn.Module, loss_fns: Iterable[Callable[..., object]]) -> nn.Module:
     """The wrapper that communicates in the passes of closures which call the model through one; else the model."""
-    if num_ranks() == 1 or any(map(_is_wrapper, model.modules())):
+    if num_ranks() == 1 or (any(map(_is_wrapper, model.modules())) and not is_inside(model)):
         return model
     known = _around.get(model)
     around = None if known is None else known()
@@ -93,12 +93,13 @@ def ranks_for(
     ranks: Ranks | str | None = None,
 ) -> Peers:
     """The ranks that decide alike, as far as it is known."""
-    reshard(model)
+    reshard(outer)
     refuse_engines(outer)
+    layout = layout_of(outer)
     if ranks is not None and is_distributed():
-        return _as_told(ranks, model, layout_of(outer))
-    # What is around the model may be for training alone, while one rank evaluates the model inside.
-    told, found = named_ranks(model), _known(model)
+        return _as_told(ranks, model, layout)
+    # What is around a whole model may be for training alone, while one rank evaluates the model inside.
+    told, found = layout.ranks() if layout.copied else named_ranks(model), _known(model)
     if num_ranks() > 1 and not (found.reduced if reduce else told or found.together is False):
         return Unsettled(model, reduce)
     return Alone(reduce) if reduce else told or Alone()
