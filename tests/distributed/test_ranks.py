@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 import sharpkern
 from tests.helpers.models import Block
@@ -140,17 +140,9 @@ def stages_of_split_layers(rank: int, measured: bool = True) -> Run:
     return of(monitor), list(pipe.model.parameters())
 
 
-def sharded(kind: str) -> Callable[[nn.Module], nn.Module]:
+def sharded(part: nn.Module) -> nn.Module:
     """Shard a stage over the ranks that have a copy of it."""
-
-    def wrap(part: nn.Module) -> nn.Module:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "stages"))["data"]
-        if kind == "FSDP2":
-            return fully_shard(part, mesh=mesh)
-        group, device = mesh.get_group(), torch.device("cpu")
-        return FullyShardedDataParallel(part, process_group=group, device_id=device, use_orig_params=True)
-
-    return wrap
+    return fully_shard(part, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "stages"))["data"])
 
 
 def reads_nothing_of_its_own(monitored: Callable[..., Run], rank: int) -> tuple[Any, bool]:
@@ -172,8 +164,7 @@ RUNS: dict[str, Callable[..., Run]] = {
 OF_FOUR: dict[str, Callable[..., Run]] = {
     "stages and data": partial(pipeline, schedule="1F1B"),
     "stages and tensors": stages_of_split_layers,
-    "stages and FSDP2": partial(pipeline, wrap=sharded("FSDP2"), by_hand=False),
-    "stages and FSDP1": partial(pipeline, wrap=sharded("FSDP1"), by_hand=False),
+    "stages and shards": partial(pipeline, wrap=sharded, by_hand=False),
 }
 
 
