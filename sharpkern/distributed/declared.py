@@ -61,6 +61,12 @@ def check_ranks(ranks: object) -> None:
         )
 
 
+def splits(ranks: Ranks | str | None) -> bool:
+    """Whether ranks hold parts of a model."""
+    check_ranks(ranks)
+    return isinstance(ranks, Ranks) and ranks.split is not None
+
+
 class Declared(Together):
     """Ranks as the caller has named them, each of which may run other modules than the others."""
 

@@ -281,8 +281,8 @@ class Monitor(Reports):
             ranks = ranks_for(self._model, self._options.reduce, outer, self._options.ranks)
             with as_one(ranks):
                 if direction is None:
-                    direction = Direction._from_optimizer(
-                        self._optimizer, self._masters, self._scaler, is_share=ranks.splits
+                    direction = Direction.from_optimizer(
+                        self._optimizer, masters=self._masters, scaler=self._scaler, ranks=self._options.ranks
                     )
                     self._tell_unmoved()
                 return direction if isinstance(direction, Direction) else direction()

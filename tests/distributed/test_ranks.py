@@ -23,11 +23,11 @@ STEPS = 4
 Run = tuple[list[list[float]], list[Tensor]]
 
 
-def one_process(_: int, freeze: str = "", **options: Any) -> Run:
+def one_process(_: int, freeze: tuple[str, ...] = (), **options: Any) -> Run:
     """The run that all others are compared with."""
     model = layers()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (freeze and name.startswith(freeze)))
+        parameter.requires_grad_(not name.startswith(freeze))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     monitor = sharpkern.Monitor(model, optimizer, ranks="alone", **options)
     for step in range(STEPS):
@@ -169,8 +169,27 @@ OF_FOUR: dict[str, Callable[..., Run]] = {
 
 
 def one_frozen(rank: int) -> tuple[Any, Any]:
-    """A stage that has nothing to move, and the same in one process."""
-    return pipeline(rank, freeze="stage0")[0], one_process(rank, freeze=("0.", "1."))[0]
+    """A stage that has nothing to move, and the same in one process; by the monitor and by hand."""
+    by_hand = []
+    for alone in (False, True):
+        pipe = Pipeline("GPipe", distributed.group.WORLD)
+        model, frozen = (layers(), ("0.", "1.")) if alone else (pipe.model, ("stage0",))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        ranks: Any = "alone" if alone else sharpkern.Ranks(split=distributed.group.WORLD)
+        if alone:
+            loss_of(model, batch(0)).backward()
+        else:
+            pipe.step(batch(0))
+        loss_fn = partial(loss_of, model, batch(0)) if alone else partial(pipe.evaluate, batch(0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        directions = [
+            sharpkern.Direction.from_optimizer(optimizer, ranks=ranks),
+            sharpkern.Direction.from_gradients(model, ranks=ranks),
+        ]
+        by_hand.append([sharpkern.critical_sharpness(model, loss_fn, d, ranks=ranks).sharpness for d in directions])
+    measured, expected = pipeline(rank, freeze="stage0")[0], one_process(rank, freeze=("0.", "1."))[0]
+    return [*measured, by_hand[0]], [*expected, by_hand[1]]
 
 
 def every_measure(rank: int) -> list[tuple[str, float, float]]:
