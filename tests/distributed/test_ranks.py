@@ -117,6 +117,28 @@ def by_data(rank: int, measured: bool = True) -> Run:
     return of(monitor), list(model.parameters())
 
 
+def sweep_by_data(rank: int, measured: bool = True) -> Run:
+    """Two models that two ranks each train; the group of the others is never told of."""
+    groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    mine = groups[rank // 2]
+    model = layers()
+    if rank >= 2:
+        for parameter in model.parameters():
+            parameter.data.mul_(0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    monitor = sharpkern.Monitor(model, optimizer, ranks=sharpkern.Ranks(mine))
+    for step in range(STEPS):
+        rows = batch(step)[rank % 2 :: 2]
+        loss_fn = lambda rows=rows: loss_of(model, rows)
+        optimizer.zero_grad()
+        loss_fn().backward()
+        averaged(model, mine)
+        if measured and (rank < 2 or step > 1):
+            monitor(loss_fn)
+        optimizer.step()
+    return of(monitor), list(model.parameters())
+
+
 def stages_of_split_layers(rank: int, measured: bool = True) -> Run:
     """A pipeline of two stages, each with MLPs that are split over two ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tensors", "stages"))
@@ -377,6 +399,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs = {"alone": one_process} | {
         f"runs: {name}": partial(reads_nothing_of_its_own, run) for name, run in OF_FOUR.items()
     }
+    jobs["sweep"] = partial(reads_nothing_of_its_own, sweep_by_data)
     return on_ranks(jobs, 4, tmp_path_factory.mktemp("four"), seconds=300)
 
 
@@ -400,6 +423,18 @@ def test_two_ranks_give_what_one_process_gives_and_leave_no_trace(two, name) -> 
 @pytest.mark.parametrize("name", OF_FOUR)
 def test_four_ranks_give_what_one_process_gives_and_leave_no_trace(four, name) -> None:
     check(four, name)
+
+
+@pytest.mark.long
+def test_ranks_of_a_group_need_nobody_else(four) -> None:
+    found = [rank["sweep"] for rank in four]
+    assert isinstance(found[0], tuple), found[0]
+    assert all(is_same for _, is_same in found)
+    (first, _), (second, _), (third, _), (fourth, _) = found
+    for here, alone in zip(first, four[0]["alone"][0], strict=True):
+        assert here == pytest.approx(alone, rel=1e-5)
+    assert (second, fourth) == (first, third)
+    assert (len(third), third[0] == first[2]) == (2, False)
 
 
 def test_a_stage_that_has_nothing_to_move_has_an_empty_direction(two) -> None:
