@@ -6,10 +6,12 @@ has no public name.
 """
 
 import sys
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
+
+from sharpkern._undo import Trace
 
 # Sharding strategies that leave gathered what a pass has gathered.
 _STAY = ("SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2", "NO_SHARD")
@@ -64,18 +66,12 @@ def is_inside(model: nn.Module) -> bool:
     return any(map(is_flat, model.parameters()))
 
 
-def keep_pieces(model: nn.Module) -> Callable[[], None]:
+def keep_pieces(model: nn.Module, trace: Trace) -> None:
     """Have passes take for granted that no parameter was replaced, of which a hidden gradient would be a sign."""
     handles = [module._handle for module in flat_modules(model) if module._handle is not None]
-    before = [(handle, handle._skip_writeback_check) for handle in handles]
-
-    def put_back() -> None:
-        for handle, value in before:
-            handle._skip_writeback_check = value
-
+    trace.add(*(partial(setattr, one, "_skip_writeback_check", one._skip_writeback_check) for one in handles))
     for handle in handles:
         handle._skip_writeback_check = True
-    return put_back
 
 
 class FlatShards:

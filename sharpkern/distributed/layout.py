@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkern._undo import Trace
 from sharpkern.distributed import flat
 from sharpkern.distributed.lockstep import reducers_of
 from sharpkern.distributed.ranks import Together
@@ -36,7 +37,7 @@ class Layout:
         repoints: passes give parameters other memory by ``.data``, which is no write to them.
         replays: passes or ``publish`` communicate in ways that no hook tells of, so that a rank which fails has to go
             through what it noted in the last pass; see `sharpkern.distributed.replay`.
-        prepare: makes the model ready to be measured, and returns what puts it back.
+        prepare: makes the model ready to be measured, having entered what puts it back.
     """
 
     groups: tuple[Any, ...] = ()
@@ -48,7 +49,7 @@ class Layout:
     copied: str = ""
     repoints: bool = False
     replays: bool = False
-    prepare: Callable[[], Callable[[], object]] = lambda: lambda: None
+    prepare: Callable[[Trace], object] = lambda _: None
 
     def ranks(self) -> Together | None:
         """The ranks that decide together; None where nothing tells of any."""

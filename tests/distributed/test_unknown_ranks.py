@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sharpkern
 from sharpkern.distributed.ranks import KINDS
 from sharpkern.engines import settling
-from sharpkern.engines.settling import Facts, judged
+from sharpkern.engines.judging import Facts, judged
 from tests.helpers.processes import on_ranks
 
 Loss = Callable[[], Tensor]
