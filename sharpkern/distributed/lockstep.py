@@ -1,12 +1,13 @@
 """Passes of models that communicate in their forward pass: in step with the other ranks also where one of them fails.
 
-FSDP2 gathers the shards of a module when it begins, DistributedDataParallel sends the buffers of rank 0 to the others.
+FSDP gathers the shards of a module when it begins, DistributedDataParallel sends the buffers of rank 0 to the others.
 Ranks whose pass goes well wait there for the one whose pass failed. That one goes through what it still owes them, and
 then all can be told.
 """
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharpkern._undo import Trace
+from sharpkern.distributed.flat import FlatShards, flat_modules
+from sharpkern.distributed.replay import Replay
 from sharpkern.distributed.sharding import fsdp_modules, is_distributed, is_sharded
 
 
@@ -56,20 +59,25 @@ _known: WeakKeyDictionary[nn.Module, _Order] = WeakKeyDictionary()
 class Lockstep:
     """The order in which modules communicate in a pass, noted in one and kept up in those that fail."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, replays: bool = False) -> None:
+        self._replay = Replay(model) if replays else None
         reducers = list(reducers_of(model))
         # Modules that were sharded together share their state and are gathered at once.
         self._sharded = {id(module._get_fsdp_state()): module for module in reversed(fsdp_modules(model))}
         # What is inside of a wrapper begins when the wrapper has communicated.
-        self._parts: list[Any] = [*(reducer for _, reducer in reducers), *reversed(self._sharded.values())]
+        self._flat = [FlatShards(module) for module in flat_modules(model)]
+        self._parts: list[Any] = [*(reducer for _, reducer in reducers), *reversed(self._sharded.values()), *self._flat]
         number_of = {id(part): number for number, part in enumerate(self._parts)}
         self._members: dict[int, tuple[int, Any]] = {
             id(module): (number, module) for number, (module, _) in enumerate(reducers)
         }
         for module in fsdp_modules(model):
             self._members[id(module)] = (number_of[id(self._sharded[id(module._get_fsdp_state())])], module)
+        for part in self._flat:
+            self._members[id(part.inside)] = (number_of[id(part)], part.inside)
         # Until a pass has shown it: modules run in the order in which they were made, the outermost stays gathered.
-        guess = _Order(list(range(len(self._parts))), {len(reducers)})
+        guess = _Order(list(range(len(self._parts))), {len(reducers)} if self._sharded else set())
+        guess.stay.update(number_of[id(part)] for part in self._flat if part.stays)
         self._order = _known.setdefault(model, guess) if self._parts else guess
         self._begun: list[int] = []
         # Of parts that are in their forward pass, the modules that have yet to end.
@@ -86,6 +94,10 @@ class Lockstep:
                 trace.add(partial(_unhook, module, hook))
                 register(hook)
 
+    def noting(self) -> AbstractContextManager[None]:
+        """A context for a pass whose closure may communicate by itself."""
+        return nullcontext() if self._replay is None else self._replay.noting()
+
     def _begins(self, module: nn.Module, _args: Any) -> None:
         number, _ = self._members[id(module)]
         if number not in self._open:
@@ -99,6 +111,8 @@ class Lockstep:
         if yet_to_end:
             return
         self._open.pop(number, None)
+        if isinstance(self._parts[number], FlatShards):
+            return
         parameter = next(_own_parameters(module), None)
         if parameter is None or is_sharded(parameter):
             self._order.stay.discard(number)
@@ -109,12 +123,16 @@ class Lockstep:
         """End a pass that went well."""
         if self._begun:
             self._order.begin = self._begun
+        if self._replay is not None:
+            self._replay.finish()
         self._free()
 
     def keep_up(self) -> None:
         """End a pass that failed: communicate as the other ranks do in the rest of it."""
         for module in self._sharded.values():
             _settle(module)
+        for part in self._flat:
+            part.settle()
         for number in self._order.begin[len(self._begun) :]:
             part = self._parts[number]
             if isinstance(part, DistributedDataParallel):
@@ -126,6 +144,8 @@ class Lockstep:
                 part.unshard()
                 if number not in self._order.stay:
                     part.reshard()
+        if self._replay is not None:
+            self._replay.keep_up()
         self._free()
 
     def _free(self) -> None:
@@ -133,6 +153,8 @@ class Lockstep:
         self._begun, self._open = [], {}
         for module in self._sharded.values():
             module.reshard()
+        for part in self._flat:
+            part.reshard()
 
 
 def _unhook(module: nn.Module, hook: Callable[..., None]) -> None:

@@ -1,34 +1,33 @@
 """The one way to losses along a direction: bind it, agree on it between ranks, choose an engine, open it, fall back."""
 
-import math
 import re
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from sharpkern._undo import Trace, alone, undone
+from sharpkern.distributed.declared import Ranks
+from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import Lockstep
-from sharpkern.distributed.ranks import Alone, Ranks, as_one
-from sharpkern.distributed.sharding import is_sharded
+from sharpkern.distributed.ranks import Alone, Peers, as_one
+from sharpkern.engines.agreement import agreed
 from sharpkern.engines.batched.engine import BatchedEngine
 from sharpkern.engines.evaluation.closure import Closure, LossFn
 from sharpkern.engines.evaluation.compiled import Eagerly, FromGraphs
 from sharpkern.engines.evaluation.guard import Guard, evaluating
 from sharpkern.engines.evaluation.parametrizations import empty_cache
 from sharpkern.engines.evaluation.precision import LossPrecision
-from sharpkern.engines.evaluation.reach import fingerprint
-from sharpkern.engines.evidence import Slopes, TrainedLoss, is_power
 from sharpkern.engines.inplace import Backup, InPlaceEngine
-from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost, ranks_for, size_of
+from sharpkern.engines.judging import Facts
+from sharpkern.engines.known import KnownFacts, checks_of
+from sharpkern.engines.settling import Unsettled, named_ranks, outermost, ranks_for, size_of
 from sharpkern.engines.swapped import Memory, SwappedEngine, may_swap
 from sharpkern.engines.tracked import TrackedParam, track
 from sharpkern.engines.virtual.engine import VirtualEngine
@@ -99,52 +98,8 @@ class Moving(Protocol):
     def moves(self) -> Iterable[tuple[Tensor, ParamUpdate]]:
         """Every parameter that moves, with its move."""
 
-
-@dataclass
-class KnownFacts:
-    """What has been found out about one model and the code of one closure.
-
-    Attributes:
-        repeatable: the closure gives the same loss twice at θ; not to be checked now.
-        agrees: engines whose loss was confirmed by the storage oracle; not to be checked now.
-        unchecked: engines that the storage oracle has no memory for.
-        unsupported: why an engine cannot be used, by its name.
-        num_measurements: measurements begun so far.
-        noise: relative standard error of one loss, as it was seen last.
-        trained_loss: how the loss that was trained compares with the closure's.
-        slopes: how the loss falls, beside what the gradient says.
-        excesses: by how many standard errors samples of micro-batches were steeper than the whole batch.
-        told_whole: the user was warned that the whole batch is measured in place of a sample.
-    """
-
-    repeatable: bool = False
-    agrees: set[str] = field(default_factory=set)
-    unchecked: set[str] = field(default_factory=set)
-    unsupported: dict[str, str] = field(default_factory=dict)
-    num_measurements: int = 0
-    noise: float = 0.0
-    trained_loss: TrainedLoss = field(default_factory=TrainedLoss)
-    slopes: Slopes = field(default_factory=Slopes)
-    excesses: deque[float] = field(default_factory=lambda: deque(maxlen=16))
-    told_whole: bool = False
-
-    def begin(self) -> None:
-        """Count a measurement; the 2nd, 4th, 8th and so on check again what was checked before."""
-        self.num_measurements += 1
-        if is_power(self.num_measurements):
-            self.repeatable = False
-            self.agrees.clear()
-
-
-_known: WeakKeyDictionary[nn.Module, dict[Any, KnownFacts]] = WeakKeyDictionary()
-
-
-def checks_of(model: nn.Module, loss_fn: LossFn, *, alone: bool) -> KnownFacts:
-    """The findings about ``model`` and what ``loss_fn`` calls; a new closure over the next batch shares them.
-
-    Ranks check in step: what one has found out by itself is kept apart.
-    """
-    return _known.setdefault(model, {}).setdefault((fingerprint(loss_fn), model.training, alone), KnownFacts())
+    def shares(self) -> list[tuple[Tensor, float, float]]:
+        """Every parameter with its share of the slope and of |Δθ|², as far as this rank knows them."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +130,7 @@ class Session:
         base_loss: L(θ) that was handed in, the mean over the ranks; None where it was not.
         guard: of everything else.
         outer: the model, or the data-parallel wrapper that the closures call it through.
+        layout: of the model's weights on this rank.
         settled_by: the closure that was evaluated to find out about the ranks, until that is counted; or None.
     """
 
@@ -183,14 +139,16 @@ class Session:
         model: nn.Module,
         direction: Any,
         pairs: Sequence[TrackedParam],
-        ranks: Ranks,
+        ranks: Peers,
         guard: Guard,
         lockstep: Lockstep,
         base_loss: float | None,
         outer: nn.Module,
+        layout: Layout,
     ) -> None:
         self.model, self.direction, self.pairs, self.ranks, self.base_loss = model, direction, pairs, ranks, base_loss
         self.guard, self._lockstep, self.outer = guard, lockstep, outer
+        self.layout = layout
         self.settled_by: LossFn | None = None
         self._begun: list[KnownFacts] = []
 
@@ -224,13 +182,13 @@ class Session:
                 raise
             self._lockstep.finish()
 
-    def part(self, direction: Any) -> "Session":
+    def part(self, make: Callable[[], Any]) -> "Session":
         """The same session along a part of its direction, while all other parameters rest."""
         part = copy(self)
         with as_one(self.ranks):
-            part.direction = direction.bind(self.model)
+            part.direction = make().bind(self.model)
             part.pairs = track(part.direction.moves())
-        part.direction, part.base_loss = _agreed(self.ranks, part.direction, None)
+        part.direction, part.base_loss = agreed(self.ranks, part.direction, None, is_part=True)
         return part
 
     def target(self, loss_fn: LossFn) -> Target:
@@ -239,7 +197,8 @@ class Session:
         if loss_fn is self.settled_by:
             closure.calls, self.settled_by = 1, None
         checks = checks_of(self.model, loss_fn, alone=isinstance(self.ranks, Alone))
-        return Target(loss_fn, closure, checks, is_compiled(self.model, loss_fn))
+        closure.is_compiled = is_compiled(self.model, loss_fn)
+        return Target(loss_fn, closure, checks, closure.is_compiled)
 
     def begin(self, checks: KnownFacts) -> None:
         """Count a measurement, once for all closures of the same code, which check for one another."""
@@ -251,8 +210,8 @@ class Session:
         self, target: Target, use: Callable[[Engine], Result], *, engine: str = "auto", quickest: str = "virtual"
     ) -> Result:
         """Call ``use`` with an engine, and with the next one in its place if it turns out unable and none was named."""
-        chosen = self.choose(target, engine, quickest)
-        name = "swapped" if self.swaps(target, engine, chosen) else chosen
+        chosen, swaps = self.choose(target, engine, quickest)
+        name = "swapped" if swaps else chosen
         found: dict[str, str] = {}
         while True:
             # One step size at a time takes less memory.
@@ -273,29 +232,38 @@ class Session:
                 target.checks.unsupported |= found
                 return result
 
-    def choose(self, target: Target, engine: str, quickest: str = "virtual") -> str:
-        """Name of the engine that ``engine`` stands for."""
+    def choose(self, target: Target, engine: str, quickest: str = "virtual") -> tuple[str, bool]:
+        """Name of an engine, and whether one that swaps memory may take its place: what all ranks are able to."""
+        with as_one(self.ranks):
+            name = self._own_choice(target, engine, quickest)
+            swaps = self._may_swap(target, engine, name)
+        writes, stays = self.ranks.any_of([name == "inplace", not swaps])
+        return "inplace" if writes else name, not stays
+
+    def _own_choice(self, target: Target, engine: str, quickest: str) -> str:
+        if engine == "batched" and not self.ranks.alike:
+            raise EngineUnsupportedError(
+                "ranks that run other modules than others take one step size at a time; use engine='auto'"
+            )
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules())
         if engine in ("virtual", "batched") and scripted:
             raise EngineUnsupportedError(
                 "the model is scripted: its reads of parameters cannot be seen; use engine='auto'"
             )
-        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
-        if engine in ("virtual", "batched") and sharded:
-            raise EngineUnsupportedError(
-                "the model's parameters are DTensors, of which the forward pass reads gathered copies; use "
-                "engine='auto', which writes and restores this rank's shards"
-            )
+        copied = self.layout.copied
+        if engine in ("virtual", "batched") and copied:
+            raise EngineUnsupportedError(f"{copied}; use engine='auto', which writes and restores this rank's shards")
         if engine != "auto":
             return engine
-        name = "inplace" if sharded or target.compiled else quickest
+        name = "inplace" if copied or target.compiled else quickest
         while name in target.checks.unsupported:
             name, _ = _NEXT[name]
         return name
 
-    def swaps(self, target: Target, engine: str, chosen: str) -> bool:
+    def _may_swap(self, target: Target, engine: str, chosen: str) -> bool:
         """Whether the engine that swaps memory may take the place of the one that was chosen, and is quicker."""
-        if chosen == "batched" or engine == "virtual" or target.compiled or "swapped" in target.checks.unsupported:
+        unable = target.compiled or self.layout.copied or "swapped" in target.checks.unsupported
+        if chosen == "batched" or engine == "virtual" or unable:
             return False
         is_large = sum(pair.weight.nbytes for pair in self.pairs) > _SWAPPED_BYTES
         return not (chosen == "virtual" and is_large) and may_swap(self.model, self.pairs, self.guard)
@@ -311,26 +279,28 @@ class Session:
         backup: Backup = "auto",
     ) -> Iterator[Engine]:
         """Make an engine, and close it whatever happens: at the end of the session at the latest."""
-        engine: Engine
-        closure, trace = target.closure, self.guard.trace
-        if name == "virtual":
-            engine = VirtualEngine(self.pairs, closure, kept=kept)
-        elif name == "swapped":
-            engine = SwappedEngine(self.model, self.pairs, closure, memory)
-        elif name == "batched":
-            engine = BatchedEngine(self.pairs, closure, kept)
-        else:
-            # Without pairs the mode only takes losses to float32 and notes the products' precision.
-            watching = VirtualParameters((), closure.precision, closure.guard)
-            around = FromGraphs() if target.compiled else Eagerly(watching)
-            with as_one(self.ranks):
-                engine = InPlaceEngine(self.pairs, closure, around, backup)
+        trace = self.guard.trace
+        with as_one(self.ranks):
+            engine = self._made(target, name, kept, memory, backup)
         trace.add(engine.close)
         try:
             yield engine
         finally:
             engine.close()
             trace.drop(engine.close)
+
+    def _made(self, target: Target, name: str, kept: Kept | None, memory: Memory | None, backup: Backup) -> Engine:
+        closure = target.closure
+        if name == "virtual":
+            return VirtualEngine(self.pairs, closure, kept=kept)
+        if name == "swapped":
+            return SwappedEngine(self.model, self.pairs, closure, memory)
+        if name == "batched":
+            return BatchedEngine(self.pairs, closure, kept)
+        # Without pairs the mode only takes losses to float32 and notes the products' precision.
+        watching = VirtualParameters((), closure.precision, closure.guard, may_repoint=self.layout.repoints)
+        around = FromGraphs() if target.compiled else Eagerly(watching)
+        return InPlaceEngine(self.pairs, closure, around, backup, self.layout.publish)
 
 
 def in_session(
@@ -340,6 +310,7 @@ def in_session(
     loss_fns: Iterable[LossFn],
     *,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    ranks: Ranks | str | None = None,
     base_loss: float | None = None,
     grad: bool = False,
     plan: object = None,
@@ -354,6 +325,7 @@ def in_session(
         direction,
         loss_fns,
         reduce=reduce,
+        told=ranks,
         base_loss=base_loss,
         grad=grad,
         plan=plan,
@@ -383,6 +355,7 @@ def _begin(
     trace: Trace,
     *,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    told: Ranks | str | None = None,
     base_loss: float | None = None,
     grad: bool = False,
     plan: str = "",
@@ -392,7 +365,8 @@ def _begin(
     if evaluating:
         raise RuntimeError("loss_fn must only return the loss, got one that measures; measure before or after it")
     outer = outermost(model, loss_fns)
-    ranks = ranks_for(model, reduce, outer)
+    layout = layout_of(outer)
+    ranks = ranks_for(model, reduce, outer, told)
     if isinstance(ranks, Unsettled) and compared is None and not ranks.were_together:
         ranks = named_ranks(outer) or Alone(reduce)
     pairs: Sequence[TrackedParam] = ()
@@ -400,7 +374,9 @@ def _begin(
         if direction is not None:
             direction = direction.bind(model)
             pairs = track(direction.moves())
-        lockstep = Lockstep(outer)
+        ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
+        layout.prepare(trace)
+        lockstep = Lockstep(outer, replays=layout.replays or not ranks.alike)
         # Before the guard, which notes the modules' hooks.
         lockstep.watch(trace)
         trace.add(evaluating.clear)
@@ -411,32 +387,12 @@ def _begin(
     torch.set_grad_enabled(grad)
     # All that Python remembers of warnings already given stays as it is, unlike with catch_warnings.
     warnings.filters.insert(0, _FALSE_ALARM)  # type: ignore[attr-defined]
-    session = Session(model, direction, pairs, ranks, guard, lockstep, base_loss, outer)
+    session = Session(model, direction, pairs, ranks, guard, lockstep, base_loss, outer, layout)
     if isinstance(ranks, Unsettled):
         session.settle(ranks, None if ranks.were_together else compared, plan)
     if direction is not None:
-        session.direction, session.base_loss = _agreed(session.ranks, direction, base_loss)
+        session.direction, session.base_loss = agreed(session.ranks, direction, base_loss)
     return session
-
-
-def _agreed(ranks: Ranks, direction: Any, known_base: float | None) -> tuple[Any, float | None]:
-    """What steers the search, the same on every rank to the last bit."""
-    own = [direction.slope, direction.norm_sq, direction.lr, known_base]
-    missing = [float(number is None) for number in own]
-    means = ranks.means([0.0 if number is None else number for number in own] + missing)
-    slope, _, lr, _ = (None if number is None else mean for number, mean in zip(own, means, strict=False))
-    norm_sq = means[1]
-    unlike = means[len(own) :] != missing or not math.isclose(direction.norm_sq, norm_sq, rel_tol=1e-3)
-    if any(ranks.any_of([unlike])):
-        raise ValueError(
-            f"direction must be the same on every rank, got |Δθ|² = {direction.norm_sq:.6g} here and {norm_sq:.6g} on "
-            "average; measure where the gradients of all ranks have been averaged: not inside of no_sync(), and with "
-            "the same arguments on every rank"
-        )
-    # By the way that losses take, which may be the caller's own.
-    device = direction.parameters[0].device
-    base = None if known_base is None else ranks.agree(torch.tensor(known_base, dtype=torch.float64, device=device))[0]
-    return replace(direction, slope=slope, norm_sq=norm_sq, lr=lr), base
 
 
 def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:

@@ -161,7 +161,7 @@ def test_other_choices_stand(option: dict[str, Any], monkeypatch: pytest.MonkeyP
     assert critical._may_batch(pairs, critical.Options())
     assert critical._may_batch(pairs, options) == ("engine" in option)
     with open_session(model, random_direction(model), [len]) as session:
-        assert session.choose(session.target(len), options.engine, "batched") == option.get("engine", "batched")
+        assert session.choose(session.target(len), options.engine, "batched")[0] == option.get("engine", "batched")
 
 
 # -- several step sizes at a time -------------------------------------------------------------------------------------
