@@ -30,7 +30,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "8, trend line": {"sample": 8, "rtol": 0.2},
 }
 PLAIN, WHOLE = "plain mean of 1/8", "whole, 0.1 %"
-_ROWS, _CONTEXT = 4, 64
+_CONTEXT = 64
+# Of a micro-batch: 256 and 1024 tokens.
+_SMALL, _LARGE = 4, 16
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class Run:
     num_micro_batches: int
     num_steps: int
     every: int
+    rows: int
     first: int = 44
     max_norm: float | None = None
     warm_up: int = 20
-    rows: int = _ROWS
 
     def steps(self) -> Iterator["Step"]:
         """Train; yield before every step that is measured."""
@@ -118,15 +120,17 @@ def runs(quick: bool) -> list[Run]:
     """Return what is measured."""
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1)
     momentum = partial(torch.optim.SGD, momentum=0.9)
-    digits = Run("digits, momentum", network, momentum, 0.03, 28, 9 if quick else 120, 3, 3, rows=64)
+    digits = Run("digits, momentum", network, momentum, 0.03, 28, 9 if quick else 120, 3, 64, first=3)
     if quick:
         return [digits]
     return [
         digits,
-        Run("GPT, AdamW", gpt, adamw, 3e-3, 32, 124, 4),
-        Run("GPT, AdamW, clipped", gpt, adamw, 3e-3, 32, 124, 4, max_norm=0.3),
-        Run("GPT, AdamW, dropout 0.1", partial(gpt, 0.1), adamw, 3e-3, 32, 124, 4),
-        Run("GPT, AdamW", gpt, adamw, 3e-3, 128, 124, 4),
+        Run("GPT, AdamW, 256 tokens", gpt, adamw, 3e-3, 32, 124, 4, _SMALL),
+        Run("GPT, AdamW, 1024 tokens", gpt, adamw, 3e-3, 32, 124, 4, _LARGE),
+        Run("GPT, AdamW, 1024 tokens, clipped", gpt, adamw, 3e-3, 32, 124, 4, _LARGE, max_norm=0.3),
+        Run("GPT, AdamW, 1024 tokens, dropout 0.1", partial(gpt, 0.1), adamw, 3e-3, 32, 124, 4, _LARGE),
+        Run("GPT, AdamW, 256 tokens", gpt, adamw, 3e-3, 128, 124, 4, _SMALL),
+        Run("GPT, AdamW, 1024 tokens", gpt, adamw, 3e-3, 128, 124, 4, _LARGE),
     ]
 
 
