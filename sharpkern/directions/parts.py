@@ -158,7 +158,7 @@ def contents(value: object) -> Iterator[Any]:
 
 
 def _parts(optimizers: object, holders: tuple[Any, ...]) -> Iterator[Part]:
-    members = optimizers if isinstance(optimizers, (list, tuple)) else _members(optimizers)
+    members = members_of(optimizers)
     if members is not None:
         for member in members:
             yield from _parts(member, (*holders, optimizers))
@@ -173,8 +173,10 @@ def _parts(optimizers: object, holders: tuple[Any, ...]) -> Iterator[Part]:
     yield Part(optimizers, holders)
 
 
-def _members(optimizer: object) -> Sequence[object] | None:
-    """Return what a container or a wrapper that adds nothing holds; None of anything else."""
+def members_of(optimizer: object) -> Sequence[object] | None:
+    """Return what a list, a container or a wrapper that adds nothing holds; None of anything else."""
+    if isinstance(optimizer, (list, tuple)):
+        return optimizer
     for module, name in _ADD_NOTHING:
         kind = getattr(sys.modules.get(module), name, None)
         # A subclass with a step of its own may do anything in it.
@@ -188,7 +190,7 @@ def _members(optimizer: object) -> Sequence[object] | None:
         # One whose step does more takes it on a copy of all, as any other wrapper.
         if isinstance(optimizer, Optimizer) and not _hands_on(type(optimizer)):
             continue
-        if all(isinstance(member, Optimizer) or _members(member) for member in members):
+        if all(isinstance(member, Optimizer) or members_of(member) for member in members):
             return members
     return None
 

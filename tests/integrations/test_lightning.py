@@ -471,11 +471,15 @@ class Perturbed(torch.optim.SGD):
 def test_steps_that_cannot_be_stood_around_are_refused() -> None:
     sgd = lambda: torch.optim.SGD(network().parameters(), lr=0.1)
     for optimizer, words in {
-        "a list": ([sgd(), sgd()], "whose step runs its hooks, got list; take the direction by hand: before ="),
+        "an empty list": ([], "must hold at least one optimizer, got an empty list"),
         "no hooks": (Hookless(sgd()), "whose step runs its hooks, got Hookless; take the direction by hand"),
         "two gradients": (Perturbed(network().parameters(), lr=0.1), "got Perturbed, which is sharpness-aware"),
+        "no hooks, in a list": (
+            [sgd(), Hookless(sgd())],
+            "whose step runs its hooks, got Hookless; take the direction",
+        ),
     }.values():
-        with pytest.raises(TypeError, match=words):
+        with pytest.raises((TypeError, ValueError), match=words):
             AroundStep(optimizer, lambda: True, lambda direction: None)
 
 
