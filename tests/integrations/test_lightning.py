@@ -391,16 +391,6 @@ def test_a_step_that_is_none_is_skipped_with_its_reason() -> None:
         assert expected in reason
 
 
-def test_an_optimizer_without_a_learning_rate_is_refused() -> None:
-    model = network()
-    model(torch.ones(1, 64)).sum().backward()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.param_groups[0]["lr"] = None
-    AroundStep(optimizer, lambda: True, lambda direction: direction())
-    with pytest.raises(ValueError, match="lr of group 0 must be a finite number >= 0, got None; where the optimizer"):
-        optimizer.step()
-
-
 class Several(torch.optim.Optimizer):
     """A container, whose own group keeps the learning rate it was made with."""
 
