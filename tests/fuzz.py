@@ -148,7 +148,8 @@ def arrive(seed: int, *, measured: bool = False) -> tuple[RandomRun, Callable[[]
     for _ in range(run.warm_up):
         run.backward()
         if measured and run.monitored:
-            with context(run), warnings.catch_warnings(action="ignore"):
+            with context(run), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 measure()
         run.step()
     run.backward()
@@ -432,7 +433,8 @@ def environment(seed: int) -> Iterator[None]:
     before = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     streams = random.getstate(), np.random.get_state()
     try:
-        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
             torch.set_default_dtype(torch.float64 if context_of(seed) == "float64" else torch.float32)
             torch.use_deterministic_algorithms(context_of(seed) == "deterministic")
             yield

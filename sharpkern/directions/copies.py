@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sharpkern.directions.parts import contents, optimizers_within
 
@@ -37,10 +38,10 @@ def copy_on(optimizer: Optimizer, parameters: Iterable[Tensor], stand_ins: Itera
     for parameter, stand_in in pairs:
         # Marks that some optimizers read, such as muP's shapes.
         stand_in.__dict__.update(copy.deepcopy(parameter.__dict__, memo))
-    # What a differentiable step has left is part of a graph, which nothing else than a step can copy.
+    # Deepcopy has no way with these.
     for value in (value for one in originals for value in contents(vars(one))):
-        if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-            memo[id(value)] = value.detach().clone()
+        if id(value) not in memo and (copied := _copied(value)) is not None:
+            memo[id(value)] = copied
     for one, shadow in zip(originals, shadows, strict=True):
         for name, value in vars(one).items():
             if name.endswith("_hooks"):
@@ -58,6 +59,32 @@ def copy_on(optimizer: Optimizer, parameters: Iterable[Tensor], stand_ins: Itera
             if isinstance(thing, dict) and "differentiable" in thing:
                 thing["differentiable"] = False
     return shadows
+
+
+def _copied(value: object) -> object | None:
+    """Return a copy of what cannot be copied as anything else is; None of all other things."""
+    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+        # Quantised state may have no clone.
+        return _rebuilt(value)
+    if isinstance(value, Tensor) and not value.is_leaf:
+        # What a differentiable step has left is part of a graph.
+        return value.detach().clone()
+    if isinstance(value, types.GeneratorType) and value.gi_frame is None:
+        # The names that it gave were read already.
+        return value
+    return None
+
+
+def _rebuilt(tensor: Tensor) -> Tensor:
+    """Return a tensor of a subclass made anew, of copies of the tensors that it is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.detach().clone()
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}
+    # A DTensor has its mesh among them.
+    parts = {name: _rebuilt(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
+    rebuilt: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+    return rebuilt
 
 
 def _refuse_ways_back(optimizer: Optimizer) -> None:

@@ -92,6 +92,7 @@ class Direction:
 
         Call it between ``backward()`` (and clipping) and ``step()``. SGD, Adam, AdamW, RMSprop and lion-pytorch's Lion
         have a closed form; any other optimizer, a wrapper of another one included, takes one step on a copy of itself.
+        Without a learning rate an optimizer finds its own step: η then counts steps, and ``lr`` is 1.
         The optimizer, its state, parameters and gradients are only read; hooks of the step do not run, so what one of
         them changes is not seen.
 
@@ -119,14 +120,15 @@ class Direction:
             NoUpdateError: if no learning rate is positive, all gradients are zero or one is not finite, or the step
                 would move nothing, or not to finite weights.
             TypeError: if an argument or a parameter is of a kind that is not supported, or the optimizer needs a
-                closure or several gradients, steps inside of the backward pass, or cannot step on a copy.
+                closure or several gradients, steps inside of the backward pass or a part of the parameters on each
+                rank, or cannot step on a copy.
             ValueError: if there is no gradient or one that is sparse, a parameter stands in two optimizers, or
                 parameters share memory in a way in which their updates have no sum (other dtypes, masters, expanded
                 tensors).
 
         Memory:
-            One tensor of each parameter's size; none where it is not resident. While an optimizer other than SGD,
-            Adam and AdamW is copied, also its state and the gradients.
+            One tensor of each parameter's size; none where it is not resident. While an optimizer other than torch's is
+            copied, also its state and the gradients.
         """
         updates, lr, is_share = optimizer_update(optimizer, masters, scaler, resident, splits(ranks))
         slopes = [update.slope for update in updates if update.slope is not None]

@@ -135,7 +135,7 @@ def _by_shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[ParamState
     """Return the update of every parameter that a step on a copy of everything moves."""
     return [
         (slot, local_as(displacement, slot.held).div_(reference_lr), None)
-        for slot, displacement in zip(slots, shadow_step(optimizer, slots), strict=True)
+        for slot, displacement in shadow_step(optimizer, slots)
         if whole(displacement.any())
     ]
 

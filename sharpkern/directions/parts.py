@@ -68,16 +68,19 @@ class Place(NamedTuple):
         """Whether it is moved to where the loss rises: what falls is then minus the loss."""
         return bool(self.group.get("maximize", getattr(self.mover, "maximize", False)))
 
+    @property
+    def has_lr(self) -> bool:
+        """Whether it has a learning rate; without one the optimizer finds its own step."""
+        return self.group.get("lr") is not None
+
     def lr(self, where: str = "") -> float:
-        """Return the learning rate."""
-        lr = self.group.get("lr")
-        if lr is None or not 0 <= float(lr) < math.inf:
+        """Return the learning rate, or 1.0 to count in steps where there is none."""
+        lr = float(self.group["lr"]) if self.has_lr else 1.0
+        if not 0 <= lr < math.inf:
             raise ValueError(
-                f"lr of group {self.group_number}{where} must be a finite number >= 0, got {lr}; where the optimizer "
-                f"finds its own step, take the direction around it: {BETWEEN}; lr is the rate that it took, or 1.0 to "
-                "count in steps"
+                f"lr of group {self.group_number}{where} must be a finite number >= 0, got {lr:g}; check what sets it"
             )
-        return float(lr)
+        return lr
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +99,11 @@ class Part:
         """Yield every parameter, in the order of the groups.
 
         Where the optimizer wraps another, the learning rate in use is in a group of that one: the wrapper's own groups
-        may be the same, or copies that no scheduler knows of.
+        may be the same, or copies that no scheduler knows of. Only torch's ZeroRedundancyOptimizer hands its own on.
         """
         movers = {
             id(parameter): (inner, group)
-            for inner in optimizers_within(self.optimizer)
+            for inner in ([] if is_partitioned(self.optimizer) else optimizers_within(self.optimizer))
             for group in getattr(inner, "param_groups", ())
             for parameter in group["params"]
         }
@@ -124,6 +127,13 @@ def check_steps(parts: Sequence[Part]) -> None:
         for one in (*part.holders, part.optimizer, *optimizers_within(part.optimizer)):
             _refuse_several_gradients(one)
             _refuse_step_in_backward(one)
+
+
+def is_partitioned(optimizer: object) -> bool:
+    """Whether each rank steps some of the parameters, and tells the others."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    kind = getattr(module, "ZeroRedundancyOptimizer", None)
+    return kind is not None and isinstance(optimizer, kind)
 
 
 def optimizers_within(optimizer: object) -> list[Optimizer]:
@@ -158,7 +168,7 @@ def contents(value: object) -> Iterator[Any]:
 
 
 def _parts(optimizers: object, holders: tuple[Any, ...]) -> Iterator[Part]:
-    members = optimizers if isinstance(optimizers, (list, tuple)) else _members(optimizers)
+    members = members_of(optimizers)
     if members is not None:
         for member in members:
             yield from _parts(member, (*holders, optimizers))
@@ -173,8 +183,10 @@ def _parts(optimizers: object, holders: tuple[Any, ...]) -> Iterator[Part]:
     yield Part(optimizers, holders)
 
 
-def _members(optimizer: object) -> Sequence[object] | None:
-    """Return what a container or a wrapper that adds nothing holds; None of anything else."""
+def members_of(optimizer: object) -> Sequence[object] | None:
+    """Return what a list, a container or a wrapper that adds nothing holds; None of anything else."""
+    if isinstance(optimizer, (list, tuple)):
+        return optimizer
     for module, name in _ADD_NOTHING:
         kind = getattr(sys.modules.get(module), name, None)
         # A subclass with a step of its own may do anything in it.
@@ -188,7 +200,7 @@ def _members(optimizer: object) -> Sequence[object] | None:
         # One whose step does more takes it on a copy of all, as any other wrapper.
         if isinstance(optimizer, Optimizer) and not _hands_on(type(optimizer)):
             continue
-        if all(isinstance(member, Optimizer) or _members(member) for member in members):
+        if all(isinstance(member, Optimizer) or members_of(member) for member in members):
             return members
     return None
 

@@ -3,17 +3,18 @@
 import functools
 import inspect
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sharpkern._undo import Trace, alone, undone
 from sharpkern.directions.copies import copy_on
 from sharpkern.directions.optimizer_state import ParamState
-from sharpkern.directions.parts import AROUND_STEP
+from sharpkern.directions.parts import AROUND_STEP, is_partitioned
 from sharpkern.tensors.random_state import note_streams
 
 Result = TypeVar("Result")
@@ -23,8 +24,14 @@ _TORCHS_OWN = sys.modules[torch.optim.Optimizer.__module__]
 _REGISTRIES = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
-def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[ParamState]) -> list[Tensor]:
-    """Return θ − θ′ of every parameter, θ′ being what the next step would make of it; to be called `undisturbed`.
+# Their steps move each parameter by itself, so that one copied parameter at a time is enough.
+_ONE_BY_ONE = {
+    getattr(torch.optim, name, None) for name in "Adadelta Adafactor Adagrad Adamax ASGD Muon NAdam RAdam Rprop".split()
+}
+
+
+def shadow_step(optimizer: Optimizer, slots: Sequence[ParamState]) -> Iterator[tuple[ParamState, Tensor]]:
+    """Yield θ − θ′ of parameters, θ′ being what the next step would make of them; to be called `undisturbed`.
 
     The optimizer is copied with its state and the optimizers that it wraps, its parameters replaced by stand-ins, and
     the step of its class runs on the copy. Hooks stay behind, and so does a ``step`` patched onto the instance, as
@@ -32,11 +39,36 @@ def shadow_step(optimizer: torch.optim.Optimizer, slots: Sequence[ParamState]) -
     are widened to float32.
     """
     kind = type(optimizer)
+    if is_partitioned(optimizer):
+        raise TypeError(
+            f"optimizer must step all parameters that this rank holds, got {kind.__name__}, whose step needs the "
+            f"others; {AROUND_STEP}"
+        )
     parameters = list(inspect.signature(kind.step).parameters.values())[1:]
     if any(p.default is p.empty and p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD} for p in parameters):
         raise TypeError(
             f"optimizer must step without a closure, got {kind.__name__}, whose step needs one; {AROUND_STEP}"
         )
+    if kind not in _ONE_BY_ONE:
+        yield from zip(slots, _stepped(optimizer, slots), strict=True)
+        return
+    for slot in slots:
+        if slot.held.grad is not None:
+            yield from zip([slot], _stepped(_of_one(optimizer, slot), [slot]), strict=True)
+
+
+def _of_one(optimizer: Optimizer, slot: ParamState) -> Optimizer:
+    """Return the optimizer as if it held one parameter only; its state is the same, not a copy."""
+    one: Optimizer = object.__new__(type(optimizer))
+    state = {slot.held: optimizer.state[slot.held]} if slot.held in optimizer.state else {}
+    groups = [{**slot.group, "params": [slot.held]}]
+    one.__dict__.update(vars(optimizer), state=defaultdict(dict, state), param_groups=groups)
+    return one
+
+
+def _stepped(optimizer: Optimizer, slots: Sequence[ParamState]) -> list[Tensor]:
+    """Return θ − θ′ of all parameters of an optimizer."""
+    kind = type(optimizer)
     try:
         stand_ins = [_stand_in(slot) for slot in slots]
         shadows = copy_on(optimizer, [slot.held for slot in slots], stand_ins)
@@ -97,7 +129,7 @@ def _stand_in(slot: ParamState) -> nn.Parameter:
     return stand_in
 
 
-def _after(shadows: Sequence[torch.optim.Optimizer], stand_ins: Sequence[nn.Parameter]) -> Iterator[Tensor]:
+def _after(shadows: Sequence[Optimizer], stand_ins: Sequence[nn.Parameter]) -> Iterator[Tensor]:
     """Yield what the step left in the master copy that the optimizer keeps, or else in the stand-in."""
     for stand_in in stand_ins:
         states = [getattr(shadow, "state", {}).get(stand_in) for shadow in shadows]

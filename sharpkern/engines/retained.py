@@ -39,7 +39,8 @@ def retained_share(
         length = kept = scale * displacement.square().sum()
         if pair.owner in rounded:
             formed = (part.move.base.double() + displacement).to(part.weight.dtype)
-            moved = formed.double() - part.weight.double()
+            # The weight itself may hold the last step that was written.
+            moved = formed.double() - part.move.base.to(part.weight.dtype).double()
             kept = scale * (moved * displacement).sum()
         sums.append(torch.stack([kept, length]))
     parameters = [pair.parameter for pair in pairs]

@@ -70,9 +70,9 @@ class GradientGraph:
                     allow_unused=True,
                     materialize_grads=True,
                 )
-        (mean,) = self._mean([loss.detach()])
+        (mean,) = self._mean([loss])
         self.loss = float(mean)
-        self.gradient = self._mean([gradient.detach() for gradient in self._local])
+        self.gradient = self._mean(self._local)
         self.length = math.sqrt(total(inner_product(g, g) for g in self.gradient))
         self.rounding = max(torch.finfo(parameter.dtype).eps for parameter in self._parameters)
         self._check_linearity()
@@ -94,8 +94,9 @@ class GradientGraph:
             )
 
     def _mean(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the means over the ranks."""
-        return tuple(map(self._session.ranks.mean, tensors))
+        """Return the means over the ranks, without a graph."""
+        # Zeros that stand for what is not used come with a graph before torch 2.7.
+        return tuple(self._session.ranks.mean(tensor.detach()) for tensor in tensors)
 
     def _derivative(self, vectors: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return this rank's ∂(vᵀg)/∂input."""

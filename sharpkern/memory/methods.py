@@ -189,11 +189,8 @@ def _moves(scene: TrainingState, *, resident: bool) -> list[tuple[Tensor, ParamU
     moves: list[ParamUpdate]
     if rule is None:
         with _copies_of_fakes():
-            deltas = undisturbed((slot.held.device for slot in slots), lambda: shadow_step(optimizer, slots))
-        moves = [
-            StoredUpdate(local(slot.theta), local_as(delta, slot.held))
-            for slot, delta in zip(slots, deltas, strict=True)
-        ]
+            deltas = undisturbed((slot.held.device for slot in slots), lambda: list(shadow_step(optimizer, slots)))
+        moves = [StoredUpdate(local(slot.theta), local_as(delta, slot.held)) for slot, delta in deltas]
     else:
         steps = steps_by_rule(rule, optimizer, slots, slots[0].lr)
         moves = [StoredUpdate(step.base, step.update()) if resident else step for step in steps]

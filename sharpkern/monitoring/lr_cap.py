@@ -134,6 +134,11 @@ class LRCap:
                 raise ValueError(
                     "optimizer must have one cap, got one that is capped already; call the remove() of that cap first"
                 )
+            if not all(place.has_lr for place in part.places()):
+                raise ValueError(
+                    f"optimizer must have a learning rate in all groups, got {type(part.optimizer).__name__}, which "
+                    "finds its own step; leave the cap out"
+                )
         self._monitor, self._peak, self._share = monitor, float(peak), float(share)
         self._warm_steps, self._freeze_after = warm_steps, freeze_after
         self.history: list[CapRecord] = []

@@ -132,7 +132,8 @@ def find_lr(
         guard = Guard(trace, model, parameters, [loss_of])
         sources = (batches, getattr(batches, "sampler", None))
         trace.add(guard.restore, *note_generators(getattr(source, "generator", None) for source in sources))
-        trace.add(partial(_unsafe_preserve_version_counter(tuple(parameters)).__exit__, None, None, None))
+        # One by one: before torch 2.7 it took no several.
+        trace.add(*(partial(_unsafe_preserve_version_counter(p).__exit__, None, None, None) for p in parameters))
         trace.add(*(partial(_write, p, p.detach().clone()) for p in parameters))
         guard.hide_gradients()
         return list(_follow(model, _copy_of(parts), _endless(batches), loss_of))

@@ -55,9 +55,9 @@ def scaled_overflow():
     return Direction.from_optimizer(with_grad(math.inf), scaler=scaler)
 
 
-def no_rate():
+def infinite_rate():
     optimizer = with_grad(1.0)
-    del optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = math.inf
     return optimizer
 
 
@@ -108,7 +108,7 @@ OPTIMIZERS = {
         ValueError,
         "got 0 in all of them; measure when the schedule",
     ),
-    "no lr": (no_rate, ValueError, "lr of group 0 must be a finite number >= 0, got None; where the optimizer finds"),
+    "lr inf": (infinite_rate, ValueError, "lr of group 0 must be a finite number >= 0, got inf; check what sets it"),
     "nan gradient": (
         lambda: with_grad(math.nan),
         ValueError,

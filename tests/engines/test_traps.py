@@ -299,8 +299,8 @@ def test_the_share_that_rounding_swallows_is_reported(monkeypatch: pytest.Monkey
     shares = {}
     for name, direction in {"plain": plain, "masters": mastered}.items():
         pairs = track(direction.moves())
-        shares[name] = retained_share(pairs, {pair.owner for pair in pairs}, -1e-3)
-    assert shares["plain"] < 0.5
+        shares[name] = retained_share(pairs, {pair.owner for pair in pairs}, -3e-2)
+    assert shares["plain"] < 0.8
     assert shares["masters"] == pytest.approx(1, abs=0.1)
 
     assert sharpkern.critical_sharpness(model, loss_fn, mastered, noise=1e-3).retained > 0.9

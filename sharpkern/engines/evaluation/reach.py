@@ -165,7 +165,8 @@ def is_record(things: Iterable[object]) -> bool:
 def is_generator(thing: object) -> bool:
     """Whether a thing is a generator of random numbers: torch's, NumPy's or Python's."""
     return isinstance(thing, (torch.Generator, random.Random)) or (
-        type(thing).__module__.startswith("numpy.random") and hasattr(thing, "bit_generator")
+        # Of a class with a slot of that name it is no text.
+        str(type(thing).__module__).startswith("numpy.random") and hasattr(thing, "bit_generator")
     )
 
 

@@ -350,7 +350,11 @@ class VirtualParameters(TorchFunctionMode):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with StorageWatch(pair for pair in self._parameters.values() if pair.memory not in given) as watch:
-                result = func(*args, **kwargs)
+                try:
+                    result = func(*args, **kwargs)
+                except NotImplementedError as error:
+                    # Before torch 2.7 no mode is asked that the operator has no rule for.
+                    raise EngineUnsupportedError(f"{calls.name_of(func)} calls functions unseen ({error})") from error
             if watch.touched:
                 raise EngineUnsupportedError(f"{calls.name_of(func)} calls a function that reads a parameter")
             return result
