@@ -1,13 +1,15 @@
 """How one parameter moves: θ + αΔθ, with Δθ in memory, or worked out of an optimizer's state wherever it is needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sharpkern import ops
+from sharpkern.ops import registry
 from sharpkern.ops.arithmetic import compute_dtype
 
 
@@ -41,10 +43,19 @@ class ParamUpdate(ABC):
     def update(self) -> Tensor:
         """Return Δθ, which must not be written."""
 
-    @property
+    @abstractmethod
+    def prepared(self, alpha: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        """Return what launches `form` with any step ``alpha`` like this one into ``out``, or None; see `registry`."""
+
+    @cached_property
     def wide(self) -> torch.dtype:
         """Precision in which θ + αΔθ is computed before it is rounded."""
         return compute_dtype(*(operand.dtype for operand in self.operands))
+
+    @cached_property
+    def launches(self) -> dict[Hashable, Callable[..., Tensor] | None]:
+        """What `prepared` has returned, for who keeps it; by whatever it depends on."""
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +86,10 @@ class StoredUpdate(ParamUpdate):
     def form(self, alpha: Tensor, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return θ + α_k Δθ, [K, *shape]."""
         return ops.form(self.base, self.delta, alpha, dtype=dtype, out=out)
+
+    def prepared(self, alpha: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        """Return what launches `form`."""
+        return registry.prepared("form", self.base, self.delta, alpha, dtype=dtype)
 
     def update(self) -> Tensor:
         """Return Δθ itself."""
@@ -131,6 +146,11 @@ class LazyUpdate(ParamUpdate):
             dtype=dtype,
             out=out,
         )
+
+    def prepared(self, alpha: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        """Return what launches `form`."""
+        numbers, options = self.numbers, {"decoupled": self.decoupled, "flag": self.flag, "dtype": dtype}
+        return registry.prepared("form_step", self.rule, self.base, self.grad, self.state, alpha, numbers, **options)
 
     def update(self) -> Tensor:
         """Return Δθ, a new tensor in the widest dtype of parameter and state."""

@@ -7,6 +7,7 @@ Once installed it stays for the length of the process, which is to do nothing el
 
 import ctypes
 import importlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -23,6 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from sharpkern import ops
+from sharpkern.ops import registry
 
 SOURCE = Path(__file__).with_name("stub_cuda.c")
 
@@ -130,9 +134,7 @@ class FakeGPU:
         return Counter(self._stub.stub_name(i).decode() for i in range(self._stub.stub_num_functions()))
 
     def _let_launchers_through(self) -> None:
-        from sharpkern import ops
         from sharpkern.kernels import _launch
-        from sharpkern.ops import registry
 
         _launch.INTERPRETED = True
         _launch.architecture = lambda device: "sm_90"  # type: ignore[assignment]
@@ -172,23 +174,29 @@ class _Filled:
             self._gpu._refused[self._name] += 1
             raise
 
-        def run() -> Any:
-            with self._gpu.fills_in(launch()) as result:
-                return _by_torch(self._name, operands, options, result)
+        def run(**changed: Any) -> Any:
+            with self._gpu.fills_in(launch(**changed)) as result:
+                return _by_torch(self._name, operands, options, changed, result)
 
         return run
 
 
-def _by_torch(name: str, operands: tuple[Any, ...], options: dict[str, Any], result: Any) -> Any:
-    """Write what an operation computes into the result of its launch."""
-    from sharpkern import ops
-
+def _by_torch(
+    name: str, operands: tuple[Any, ...], options: dict[str, Any], changed: dict[str, Any], result: Any
+) -> Any:
+    """Write what an operation computes into the result of its launch, which may be one that was made again."""
     operation = getattr(ops, name)
-    if not isinstance(result, Tensor):
-        return operation(*operands, **options, backend="torch")
-    if result is not options.get("out"):
-        return result.copy_(operation(*operands, **options, backend="torch"))
-    return operation(*operands, **options, backend="torch")
+    bound = inspect.signature(operation).bind(*operands, **options)
+    bound.arguments |= changed
+    bound.arguments["backend"] = "torch"
+    out = bound.arguments.get("out")
+    if out is None and isinstance(result, Tensor):
+        return result.copy_(operation(*bound.args, **bound.kwargs))
+    if out is not None and out.dim() < 1 + bound.arguments.get("W", bound.arguments.get("theta")).dim():
+        # Of one step size launches take what is written itself.
+        bound.arguments["out"] = out.unsqueeze(0)
+    operation(*bound.args, **bound.kwargs)
+    return result
 
 
 def _load_stub() -> ctypes.CDLL:

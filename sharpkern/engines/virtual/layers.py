@@ -39,9 +39,11 @@ class Kept:
             self._weights, self._room = {}, self._num_bytes
         self._step_sizes = step_sizes
 
-    def weights(self, pair: TrackedParam, alpha: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def weights(self, pair: TrackedParam, step: Step | Tensor, dtype: torch.dtype) -> Tensor | None:
         """W + α_k D, [K, N, C], formed where it is not there yet; None where there is no room for it."""
-        weight = pair.weight
+        if not self._num_bytes:
+            return None
+        weight, alpha = pair.weight, step.of(pair.move) if isinstance(step, Step) else step
         key = (pair.owner, weight.storage_offset(), weight.shape, weight.stride(), dtype, stream_of(weight.device))
         if key not in self._weights:
             num_bytes = len(alpha) * weight.numel() * dtype.itemsize

@@ -27,11 +27,15 @@ from sharpkern.engines.virtual.layers import HeadLoss, Kept, head_loss, linear_o
 from sharpkern.engines.virtual.linear import choose as choose_way
 from sharpkern.engines.virtual.lm_head import LMHead, cross_entropy_by_name, linear_operands
 from sharpkern.engines.virtual.norms import moving_norm
+from sharpkern.engines.virtual.small_weights import SmallWeights
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 from sharpkern.ops.matmul import product_dtype
 from sharpkern.ops.update import StoredUpdate
 from sharpkern.tensors.storage import Owners, share_memory, storage_pointer
+
+
+_NESTED = (list, tuple, dict)
 
 
 class VirtualParameters(TorchFunctionMode):
@@ -63,6 +67,9 @@ class VirtualParameters(TorchFunctionMode):
         self._kept = kept or Kept(0)
         self.tail = LMHead(precision, num_steps)
         self.alpha = Step(0.0)
+        self._small = SmallWeights(self._parameters.values())
+        # One step size, and nothing but parameters to be told by its identity.
+        self._is_simple = not self._aliases
         self.work = 0
         self._outdated: dict[int | None, list[Tensor]] = {}
         self.read: set[int] = set()
@@ -83,6 +90,7 @@ class VirtualParameters(TorchFunctionMode):
         self._table = dict(self._parameters)
         self.tail.begin()
         self.alpha = Step(alpha)
+        self._is_simple = not self._aliases and not self.alpha.is_several
         self.read = set()
         self.work = 0
         self._outdated = {}
@@ -91,7 +99,20 @@ class VirtualParameters(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.ended:
             return func(*args, **kwargs)
-        name = calls.name_of(func)
+        call = calls.call_of(func)
+        name = call.name
+        if self._is_simple and not self.tail.used:
+            # On the path of thousands of calls a pass, next to none of which concern a parameter.
+            if call.is_metadata or (
+                call.is_plain
+                and not self._holds(args)
+                and not (kwargs and ("out" in kwargs or self._holds(kwargs.values())))
+            ):
+                return func(*args, **kwargs)
+            if call.is_linear and (product := self._linear(func, *linear_operands(*args, **kwargs))) is not None:
+                self._precision.note_product(name, product)
+                self.work += product.numel()
+                return product
         if self.alpha.is_several and not torch.is_grad_enabled():
             self._watch_statistics(name, args, kwargs)
             func = REPLACEMENTS.get(func, func)
@@ -221,6 +242,7 @@ class VirtualParameters(TorchFunctionMode):
         """Norm weights near 1 swallow small steps when rounded to 16 bits: compute in float32, round the result."""
         operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         result_dtype = operands[0].dtype
+        is_one = bool(self.alpha) and not self.alpha.is_several
         if name in calls.ELEMENTWISE and len(args) == 2:
             result_dtype = torch.result_type(args[0], args[1])
 
@@ -230,7 +252,8 @@ class VirtualParameters(TorchFunctionMode):
             pair = self._pair(value)
             if pair is not None:
                 self.read.add(pair.owner)
-                return pair.form(self.alpha, dtype=pair.move.wide)
+                small = None if torch.is_grad_enabled() or not is_one else self._small.formed(pair, self.alpha)
+                return pair.form(self.alpha, dtype=pair.move.wide) if small is None else small
             return value.float() if is_low(value.dtype) else value
 
         return calls.map_tensors(
@@ -277,15 +300,26 @@ class VirtualParameters(TorchFunctionMode):
     def _product(self, func: Any, pair: TrackedParam, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.alpha.is_several and not torch.is_grad_enabled():
             return self._product_on_steps(pair, x, bias)
-        weight = pair.weight
+        weight, product = pair.weight, None
         if self.alpha and not torch.is_grad_enabled():
-            weights = self._kept.weights(pair, self.alpha.of(pair.move), weight.dtype)
-            if weights is not None:
-                self.read.add(pair.owner)
-                self.rounded.add(pair.owner)
-                weight = weights[0]
-        product: Tensor = self._with_formed(func, "linear", (x, weight, bias), {})
-        return product
+            self.read.add(pair.owner)
+            self.rounded.add(pair.owner)
+            weights = self._kept.weights(pair, self.alpha, weight.dtype)
+            formed = self._form(pair, self._scratch.take(weight, weight.dtype)) if weights is None else weights[0]
+            product = func(x, formed, self._vector(bias))
+        return self._with_formed(func, "linear", (x, weight, bias), {}) if product is None else product
+
+    def _vector(self, value: Tensor | None) -> Tensor | None:
+        """A bias as it is, or formed in its own dtype where it moves; to be consumed at once."""
+        pair = self._pair(value)
+        if pair is None or value is None:
+            return value
+        small = self._small.formed(pair, self.alpha)
+        if small is None:
+            return self._form(pair)
+        self.read.add(pair.owner)
+        self.rounded.add(pair.owner)
+        return small.to(value.dtype)
 
     def _product_on_steps(self, pair: TrackedParam, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = product_dtype(x)
@@ -397,12 +431,16 @@ class VirtualParameters(TorchFunctionMode):
     def _holds(self, values: Iterable[Any]) -> bool:
         """Whether a pair's tensor is among the values, or in lists inside them; on the path of every torch call."""
         table = self._table
+        if not table:
+            return False
         for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in table:
-                    return True
-            elif isinstance(value, (list, tuple, dict)) and self._holds(
-                value.values() if isinstance(value, dict) else value
+            # The table holds its tensors, so that nothing else has their identity.
+            if id(value) in table:
+                return True
+            if (
+                type(value) is not Tensor
+                and isinstance(value, _NESTED)
+                and self._holds(value.values() if isinstance(value, dict) else value)
             ):
                 return True
         return False

@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
 # Answered by θ itself: they tell nothing of its values.
 _METADATA = frozenset(
@@ -66,6 +67,36 @@ def name_of(func: Any) -> str:
     if name == "__set__":
         return f"set.{func.__self__.__name__}"
     return str(name)
+
+
+class Call(NamedTuple):
+    """What is known of a function of torch.
+
+    Attributes:
+        name: see `name_of`.
+        is_metadata: see `is_metadata`.
+        is_plain: nothing is to be done about it unless it takes a parameter or writes an output.
+        is_linear: it is `torch.nn.functional.linear`.
+    """
+
+    name: str
+    is_metadata: bool
+    is_plain: bool
+    is_linear: bool
+
+
+@_looked_up
+def call_of(func: Any) -> Call:
+    """What is known of a function."""
+    name = name_of(func)
+    special = (
+        isinstance(func, HigherOrderOperator)
+        or writes(name)
+        or name in LOSSES
+        or name in PRODUCTS
+        or name in ("embedding", "embedding_bag", "linear_cross_entropy")
+    )
+    return Call(name, is_metadata(name), not special, func is torch.nn.functional.linear)
 
 
 @_looked_up
