@@ -79,7 +79,8 @@ def _tables(
     """Build tables. They depend on the arguments alone: for a later call with equal ones they are right as well."""
     # The default device may be another, and copies of what is built there would wait for it.
     with torch.device("cpu"):
-        counts = torch.tensor([-(-numel // chunk) for *_, numel in operands])
+        nums = [-(-numel // chunk) for *_, numel in operands]
+        counts = torch.tensor(nums)
         before = counts.cumsum(0) - counts
         rows = torch.tensor([(*addresses, numel) for _, addresses, numel in operands])
         groups: dict[tuple[tuple[torch.dtype | None, ...], bool], list[int]] = {}
@@ -94,7 +95,7 @@ def _tables(
             chunks = torch.stack([row, part], dim=1).to(torch.int32).to(device)
             kinds = tuple(None if dtype is None else _TRITON_DTYPES[dtype] for dtype in dtypes)
             batches.append(Batch(kinds, aligned, chunks))
-        return Tables(torch.cat([rows, before[:, None]], dim=1).to(device), tuple(batches), int(counts.sum()))
+        return Tables(torch.cat([rows, before[:, None]], dim=1).to(device), tuple(batches), sum(nums))
 
 
 def sums_of_chunks(partial: Tensor, found: Tables, chunk: int) -> Tensor:

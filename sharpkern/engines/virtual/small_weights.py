@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sharpkern import ops
 from sharpkern.engines.tracked import Step, TrackedParam, stream_of
-from sharpkern.ops import registry
-from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
+from sharpkern.ops.together import kind_of, prepared_together
+from sharpkern.ops.update import LazyUpdate
 
 # Elements that a small parameter has at most.
 _SMALL = 1 << 16
@@ -58,6 +58,7 @@ class _Group:
         self._launches: dict[int, Callable[..., object] | None] = {}
         self._outputs: dict[int, dict[int, Tensor]] = {}
         self._formed_on: set[int] = set()
+        self._places: list[int] = []
         self._updates: dict[int, Tensor] | None = None
 
     def formed(self, step: Step) -> dict[int, Tensor]:
@@ -66,6 +67,10 @@ class _Group:
         stream = stream_of(device)
         if step is not self._step:
             self._step, self._formed_on = step, set()
+            places = [pair.move.base.data_ptr() for pair in self._pairs]
+            if places != self._places:
+                # A closure may have given them other memory, as a flattened LSTM does.
+                self._places, self._launches, self._outputs = places, {}, {}
         if stream not in self._formed_on:
             alpha = step.on(device)
             if stream not in self._launches:
@@ -101,25 +106,3 @@ class _Group:
             id(pair): part[: pair.weight.numel()].as_strided(pair.weight.shape, pair.weight.stride())
             for pair, part in zip(self._pairs, parts, strict=True)
         }
-
-
-def kind_of(move: ParamUpdate) -> Hashable:
-    """What moves have in common that one call forms."""
-    if isinstance(move, LazyUpdate):
-        return move.rule, move.numbers, move.decoupled, move.flag
-    return StoredUpdate
-
-
-def prepared_together(
-    moves: Sequence[ParamUpdate], written: Sequence[Tensor], alpha: Tensor | None
-) -> Callable[..., object] | None:
-    """Return what launches θ + αΔθ of moves of one kind into tensors, or None; see `registry.prepared`."""
-    bases = [move.base for move in moves]
-    if isinstance(moves[0], LazyUpdate):
-        lazy = [move for move in moves if isinstance(move, LazyUpdate)]
-        grads, state = [move.grad for move in lazy], [tensor for move in lazy for tensor in move.state]
-        options = {"decoupled": lazy[0].decoupled, "flag": lazy[0].flag}
-        operands = (lazy[0].rule, written, bases, grads, state, alpha, lazy[0].numbers)
-        return registry.prepared("form_steps_", *operands, **options)
-    deltas = [move.delta for move in moves if isinstance(move, StoredUpdate)]
-    return registry.prepared("axpy_", written, bases, deltas, alpha)
