@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_NOWHERE_ELSE = nullcontext()
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The most programs on axis 0 of a CUDA grid.
@@ -173,7 +175,9 @@ def options(config: Threads, tensor: Tensor) -> dict[str, int | bool]:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which launches go to the device of ``tensor``, which need not be the current one."""
-    return nullcontext() if INTERPRETED else torch.cuda.device(tensor.device)
+    if INTERPRETED or torch.cuda.current_device() == tensor.device.index:
+        return _NOWHERE_ELSE
+    return torch.cuda.device(tensor.device)
 
 
 def grid(num_programs: int, config: Threads) -> tuple[int]:

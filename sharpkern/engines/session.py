@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sharpkern import ops
 from sharpkern._undo import Trace, alone, undone
 from sharpkern.distributed.lockstep import Lockstep
 from sharpkern.distributed.ranks import Alone, Ranks, as_one
@@ -32,8 +33,8 @@ from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost,
 from sharpkern.engines.swapped import SwappedEngine, may_swap
 from sharpkern.engines.tracked import TrackedParam, track
 from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.engines.virtual.first_pass import FirstPass
 from sharpkern.engines.virtual.layers import Kept
-from sharpkern.engines.virtual.mode import VirtualParameters
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
 from sharpkern.ops.update import ParamUpdate
 
@@ -312,9 +313,10 @@ class Session:
         elif name == "batched":
             engine = BatchedEngine(self.pairs, closure, kept)
         else:
-            # Without pairs the mode only takes losses to float32 and notes the products' precision.
-            watching = VirtualParameters((), closure.precision, closure.guard)
-            around = FromGraphs() if target.compiled else Eagerly(watching)
+            watching = FirstPass(self.model, closure)
+            # On a GPU a mode is what takes the host's time.
+            on_gpu = any(ops.has_kernels(pair.weight.device) for pair in self.pairs)
+            around = FromGraphs() if target.compiled else Eagerly(watching if on_gpu else watching.mode)
             with as_one(self.ranks):
                 engine = InPlaceEngine(self.pairs, closure, around, backup)
         trace.add(engine.close)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sharpkern import ops
 from sharpkern.ops import registry
+from sharpkern.ops.arithmetic import compute_dtype
 from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
 
 
@@ -23,8 +24,14 @@ def sums_of_steps(steps: Sequence[LazyUpdate]) -> list[Tensor]:
     result: list[Tensor] = [torch.empty(0)] * len(steps)
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for i, step in enumerate(steps):
-        together = registry.has_kernels(step.base.device) and step.wide == torch.float32 and _lies_alike(step)
-        alike[(step.base.device, kind_of(step)) if together else i].append(i)
+        device, operands = step.base.device, step.operands
+        # A step whose operands lie in memory in several ways is not for the kernel, which would refuse all.
+        together = (
+            registry.has_kernels(device)
+            and compute_dtype(*[operand.dtype for operand in operands]) == torch.float32
+            and len({operand.stride() for operand in operands}) == 1
+        )
+        alike[(device, kind_of(step)) if together else i].append(i)
     for members in alike.values():
         if len(members) == 1:
             result[members[0]] = steps[members[0]].slope_and_norm()
@@ -42,12 +49,6 @@ def sums_of_steps(steps: Sequence[LazyUpdate]) -> list[Tensor]:
         for i, one in zip(members, sums.unbind(), strict=True):
             result[i] = one
     return result
-
-
-def _lies_alike(step: LazyUpdate) -> bool:
-    """Whether all operands lie in memory alike: a step that does not is not for the kernel, which would refuse all."""
-    strides = step.base.stride()
-    return all(operand.stride() == strides for operand in step.operands[1:])
 
 
 def prepared_together(

@@ -15,7 +15,7 @@ class TrainedLlama:
         layers: how many.
     """
 
-    def __init__(self, layers: int = 32, *, width: int = 64, vocabulary: int = 32_000, tokens: int = 8) -> None:
+    def __init__(self, layers: int = 32, *, width: int = 16, vocabulary: int = 32_000, tokens: int = 8) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(

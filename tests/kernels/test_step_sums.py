@@ -11,8 +11,8 @@ from sharpkern.kernels import _launch
 from sharpkern.kernels import whole_steps as module
 from sharpkern.kernels._launch import Case, Config, device_numbers
 from sharpkern.kernels._steps import rule_of
-from sharpkern.kernels.optimizer_steps import form_step
 from sharpkern.kernels._tables import tables
+from sharpkern.kernels.optimizer_steps import form_step
 from sharpkern.kernels.whole_steps import _step_sums_kernel, step_sums
 
 from tests.helpers.rules import FULLEST, reading

@@ -87,7 +87,8 @@ class LossPrecision:
             self._note_roundoff(2.0**-11)
 
     def _note_roundoff(self, unit_roundoff: float) -> None:
-        self.unit_roundoff = max(self.unit_roundoff or 0.0, unit_roundoff)
+        if self.unit_roundoff is None or unit_roundoff > self.unit_roundoff:
+            self.unit_roundoff = unit_roundoff
 
     def noise(self, *, low_and_unseen: bool = False) -> float:
         """Relative noise of one loss: the default of ``critical_sharpness(noise=None)``."""

@@ -76,8 +76,10 @@ def head_loss(pair: TrackedParam, step: Step, dtype: torch.dtype, scratch: Scrat
     vocabulary = len(pair.weight)
 
     def rows(chosen: slice) -> Tensor:
-        part = pair.view(lambda tensor: tensor[chosen])
-        return part.form(step, dtype=dtype, out=scratch.take(part.weight, dtype)) if step else part.weight.to(dtype)
+        if not step:
+            return pair.weight[chosen].to(dtype)
+        part = pair.rows(chosen)
+        return part.form(step, dtype=dtype, out=scratch.take(part.weight, dtype))
 
     def of_one(hidden: Tensor, labels: Tensor, **options: object) -> Tensor:
         return cross_entropy_of_rows(hidden, vocabulary, rows, labels, **options)  # type: ignore[arg-type]
@@ -85,7 +87,7 @@ def head_loss(pair: TrackedParam, step: Step, dtype: torch.dtype, scratch: Scrat
     def of_several(hidden: Tensor, labels: Tensor, **options: object) -> Tensor:
         def of_all(hidden: Tensor, alpha: Tensor) -> Tensor:
             def rows(chosen: slice) -> Tensor:
-                return pair.move.map(lambda tensor: tensor[chosen]).form(alpha, dtype=dtype)
+                return pair.rows(chosen).move.form(alpha, dtype=dtype)
 
             hidden = hidden.expand(len(alpha), -1, -1)
             return cross_entropy_of_rows(hidden, vocabulary, rows, labels, **options)  # type: ignore[arg-type]

@@ -34,7 +34,6 @@ from sharpkern.ops.matmul import product_dtype
 from sharpkern.ops.update import StoredUpdate
 from sharpkern.tensors.storage import Owners, share_memory, storage_pointer
 
-
 _NESTED = (list, tuple, dict)
 
 
@@ -99,20 +98,22 @@ class VirtualParameters(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.ended:
             return func(*args, **kwargs)
-        call = calls.call_of(func)
-        name = call.name
-        if self._is_simple and not self.tail.used:
+        if self._is_simple:
             # On the path of thousands of calls a pass, next to none of which concern a parameter.
-            if call.is_metadata or (
-                call.is_plain
-                and not self._holds(args)
-                and not (kwargs and ("out" in kwargs or self._holds(kwargs.values())))
-            ):
+            kind = calls.kind_of(func)
+            if kind == "metadata":
                 return func(*args, **kwargs)
-            if call.is_linear and (product := self._linear(func, *linear_operands(*args, **kwargs))) is not None:
-                self._precision.note_product(name, product)
-                self.work += product.numel()
-                return product
+            if kind == "linear":
+                if (product := self._linear(func, *linear_operands(*args, **kwargs))) is not None:
+                    self._precision.note_product("linear", product)
+                    self.work += product.numel()
+                    return product
+            elif kind != "special":
+                if not self._holds(args) and not (kwargs and ("out" in kwargs or self._holds(kwargs.values()))):
+                    return func(*args, **kwargs)
+                if kind == "scaling" and not kwargs and (scaled := self._scaled(func, *args)) is not None:
+                    return scaled
+        name = calls.name_of(func)
         if self.alpha.is_several and not torch.is_grad_enabled():
             self._watch_statistics(name, args, kwargs)
             func = REPLACEMENTS.get(func, func)
@@ -290,31 +291,60 @@ class VirtualParameters(TorchFunctionMode):
             return None
         if bias is not None and bias.shape != weight.shape[:1]:
             return None
-        if bias is None:
-            call = lambda: self._product(func, pair, x, None)  # noqa: E731
-            logits = self.tail.defer(x, weight, self._head(pair), call)
+        if bias is None and self.tail.may_be(weight):
+            logits = self.tail.defer(x, weight, self._head(pair), lambda: self._product(func, pair, x, None))
             if logits is not None:
+                self._is_simple = False
                 return logits
         return self._product(func, pair, x, bias)
 
     def _product(self, func: Any, pair: TrackedParam, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.alpha.is_several and not torch.is_grad_enabled():
             return self._product_on_steps(pair, x, bias)
-        weight, product = pair.weight, None
-        if self.alpha and not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            return self._with_formed(func, "linear", (x, pair.weight, bias), {})  # type: ignore[no-any-return]
+        self.read.add(pair.owner)
+        self.rounded.add(pair.owner)
+        weight = pair.weight
+        if self.alpha:
+            kept = self._kept.weights(pair, self.alpha, weight.dtype)
+            out = self._scratch.take(weight, weight.dtype) if kept is None else None
+            weight = pair.form(self.alpha, out=out) if kept is None else kept[0]
+        product: Tensor = func(x, weight) if bias is None else func(x, weight, self._vector(bias))
+        return product
+
+    def _scaled(self, func: Any, *factors: Any) -> Tensor | None:
+        """A tensor times a vector of 16 bits that moves, as in a norm that is written out, by one call; else None.
+
+        The product of two such numbers is exact in float32, in which torch multiplies: without a step nothing is to be
+        done about it.
+        """
+        if torch.is_grad_enabled() or len(factors) != 2:
+            return None
+        first, second = map(self._pair, factors)
+        pair, other = (second, factors[0]) if first is None else (first, factors[1])
+        if pair is None or (first is not None and second is not None) or type(other) is not Tensor:
+            return None
+        weight = pair.weight
+        if weight.dim() != 1 or not is_low(weight.dtype) or other.dtype != weight.dtype:
+            return None
+        if other.dim() == 0 or other.shape[-1] != len(weight):
+            return None
+        if not self.alpha and pair.move.base is weight:
             self.read.add(pair.owner)
-            self.rounded.add(pair.owner)
-            weights = self._kept.weights(pair, self.alpha, weight.dtype)
-            formed = self._form(pair, self._scratch.take(weight, weight.dtype)) if weights is None else weights[0]
-            product = func(x, formed, self._vector(bias))
-        return self._with_formed(func, "linear", (x, weight, bias), {}) if product is None else product
+            return func(*factors)  # type: ignore[no-any-return]
+        formed = self._small.formed(pair, self.alpha) if self.alpha else None
+        if formed is None:
+            return None
+        self.read.add(pair.owner)
+        return torch.mul(other, formed, out=torch.empty_like(other))
 
     def _vector(self, value: Tensor | None) -> Tensor | None:
         """A bias as it is, or formed in its own dtype where it moves; to be consumed at once."""
         pair = self._pair(value)
         if pair is None or value is None:
             return value
-        small = self._small.formed(pair, self.alpha)
+        small = self._small.formed(pair, self.alpha) if self.alpha else None
         if small is None:
             return self._form(pair)
         self.read.add(pair.owner)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ ELEMENTWISE = frozenset(
     "mul multiply __mul__ __rmul__ add __add__ __radd__ sub subtract __sub__ __rsub__ addcmul".split()
 )
 
+MULTIPLICATIONS = frozenset("mul multiply __mul__ __rmul__".split())
+
+# Answered in ways of their own.
+_READERS = frozenset("embedding embedding_bag linear_cross_entropy".split())
+
 LOSSES = frozenset(
     "cross_entropy nll_loss binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss "
     "huber_loss kl_div gaussian_nll_loss poisson_nll_loss soft_margin_loss hinge_embedding_loss multi_margin_loss "
@@ -69,34 +74,20 @@ def name_of(func: Any) -> str:
     return str(name)
 
 
-class Call(NamedTuple):
-    """What is known of a function of torch.
-
-    Attributes:
-        name: see `name_of`.
-        is_metadata: see `is_metadata`.
-        is_plain: nothing is to be done about it unless it takes a parameter or writes an output.
-        is_linear: it is `torch.nn.functional.linear`.
-    """
-
-    name: str
-    is_metadata: bool
-    is_plain: bool
-    is_linear: bool
-
-
 @_looked_up
-def call_of(func: Any) -> Call:
-    """What is known of a function."""
+def kind_of(func: Any) -> str:
+    """What is to be done about a function: nothing ("metadata"), nothing if it takes no parameter ("plain"), or more.
+
+    Most parameters are taken by "linear", and most of the others by a multiplication, which is plain too: "scaling".
+    """
     name = name_of(func)
-    special = (
-        isinstance(func, HigherOrderOperator)
-        or writes(name)
-        or name in LOSSES
-        or name in PRODUCTS
-        or name in ("embedding", "embedding_bag", "linear_cross_entropy")
-    )
-    return Call(name, is_metadata(name), not special, func is torch.nn.functional.linear)
+    if func is torch.nn.functional.linear:
+        return "linear"
+    if is_metadata(name):
+        return "metadata"
+    if isinstance(func, HigherOrderOperator) or writes(name) or name in LOSSES or name in PRODUCTS or name in _READERS:
+        return "special"
+    return "scaling" if name in MULTIPLICATIONS else "plain"
 
 
 @_looked_up
