@@ -11,6 +11,7 @@ from torch import Tensor
 from sharpkern import ops
 from sharpkern.ops import registry
 from sharpkern.ops.arithmetic import compute_dtype
+from sharpkern.ops.registry import Backend
 
 
 class ParamUpdate(ABC):
@@ -40,8 +41,8 @@ class ParamUpdate(ABC):
         """Return θ + α_k Δθ, [K, *shape]; see `ops.form`."""
 
     @abstractmethod
-    def update(self) -> Tensor:
-        """Return Δθ, which must not be written."""
+    def update(self, backend: Backend = "auto") -> Tensor:
+        """Return Δθ, which must not be written; see `ops` for who works it out."""
 
     @abstractmethod
     def prepared(self, alpha: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
@@ -91,7 +92,7 @@ class StoredUpdate(ParamUpdate):
         """Return what launches `form`."""
         return registry.prepared("form", self.base, self.delta, alpha, dtype=dtype)
 
-    def update(self) -> Tensor:
+    def update(self, backend: Backend = "auto") -> Tensor:
         """Return Δθ itself."""
         return self.delta
 
@@ -132,7 +133,9 @@ class LazyUpdate(ParamUpdate):
         """Return the update from a copy of θ."""
         return replace(self, base=base)
 
-    def form(self, alpha: Tensor | None, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def form(
+        self, alpha: Tensor | None, *, dtype: torch.dtype, out: Tensor | None = None, backend: Backend = "auto"
+    ) -> Tensor:
         """Return θ + α_k Δθ, [K, *shape], or Δθ where there is no α."""
         return ops.form_step(
             self.rule,
@@ -145,6 +148,7 @@ class LazyUpdate(ParamUpdate):
             flag=self.flag,
             dtype=dtype,
             out=out,
+            backend=backend,
         )
 
     def prepared(self, alpha: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
@@ -152,9 +156,9 @@ class LazyUpdate(ParamUpdate):
         numbers, options = self.numbers, {"decoupled": self.decoupled, "flag": self.flag, "dtype": dtype}
         return registry.prepared("form_step", self.rule, self.base, self.grad, self.state, alpha, numbers, **options)
 
-    def update(self) -> Tensor:
+    def update(self, backend: Backend = "auto") -> Tensor:
         """Return Δθ, a new tensor in the widest dtype of parameter and state."""
-        return self.form(None, dtype=self.dtype)[0]
+        return self.form(None, dtype=self.dtype, backend=backend)[0]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -29,9 +29,9 @@ class FirstPass:
     def __enter__(self) -> None:
         self._entered = self._is_needed
         if self._entered:
-            self.mode.__enter__()
+            self.mode.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         if self._entered:
-            self.mode.__exit__(*exception)
+            self.mode.__exit__(*exception)  # type: ignore[no-untyped-call]
         self._is_needed = self._always or self.mode.is_needed

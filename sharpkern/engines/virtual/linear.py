@@ -20,9 +20,9 @@ from sharpkern.ops.matmul import accumulates_in_fp32, accumulator_dtype, matmul_
 from sharpkern.ops.update import ParamUpdate
 from sharpkern.tensors.fake import device_kind
 
-# Memory for formed rows. The product of 1024 rows of width 4096 fills a GPU, for 8 step sizes 64 MiB; but each part of a
-# matrix takes the host two launches more, so that as much as `_LARGE_SCRATCH` is taken where it is a small part of what
-# is free. A CPU forms for one step size after the other what stays in its cache, with W and D.
+# Memory for formed rows. The product of 1024 rows of width 4096 fills a GPU: 64 MiB for 8 step sizes. But each part of
+# a matrix is two launches more for the host, so that as much as `_LARGE_SCRATCH` is taken where it is a small part of
+# what is free. A CPU forms for one step size after the other what stays in its cache, with W and D.
 SCRATCH_BYTES = 64 * 2**20
 _LARGE_SCRATCH, _SHARE = 2**30, 32
 CACHE_BYTES = 2**21

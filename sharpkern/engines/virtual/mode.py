@@ -88,6 +88,7 @@ class VirtualParameters(TorchFunctionMode):
         """Start a pass: forget the views of the last one."""
         self._table = dict(self._parameters)
         self.tail.begin()
+        self._small.begin()
         self.alpha = Step(alpha)
         self._is_simple = not self._aliases and not self.alpha.is_several
         self.read = set()
@@ -243,7 +244,6 @@ class VirtualParameters(TorchFunctionMode):
         """Norm weights near 1 swallow small steps when rounded to 16 bits: compute in float32, round the result."""
         operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         result_dtype = operands[0].dtype
-        is_one = bool(self.alpha) and not self.alpha.is_several
         if name in calls.ELEMENTWISE and len(args) == 2:
             result_dtype = torch.result_type(args[0], args[1])
 
@@ -253,7 +253,7 @@ class VirtualParameters(TorchFunctionMode):
             pair = self._pair(value)
             if pair is not None:
                 self.read.add(pair.owner)
-                small = None if torch.is_grad_enabled() or not is_one else self._small.formed(pair, self.alpha)
+                small = None if torch.is_grad_enabled() else self._small.formed(pair, self.alpha)
                 return pair.form(self.alpha, dtype=pair.move.wide) if small is None else small
             return value.float() if is_low(value.dtype) else value
 
@@ -333,7 +333,7 @@ class VirtualParameters(TorchFunctionMode):
         if not self.alpha and pair.move.base is weight:
             self.read.add(pair.owner)
             return func(*factors)  # type: ignore[no-any-return]
-        formed = self._small.formed(pair, self.alpha) if self.alpha else None
+        formed = self._small.formed(pair, self.alpha)
         if formed is None:
             return None
         self.read.add(pair.owner)
@@ -344,7 +344,7 @@ class VirtualParameters(TorchFunctionMode):
         pair = self._pair(value)
         if pair is None or value is None:
             return value
-        small = self._small.formed(pair, self.alpha) if self.alpha else None
+        small = self._small.formed(pair, self.alpha)
         if small is None:
             return self._form(pair)
         self.read.add(pair.owner)
