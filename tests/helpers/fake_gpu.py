@@ -88,12 +88,14 @@ class FakeGPU:
     """The GPU, which counts what is asked of it.
 
     Attributes:
-        leaves_out_forms: whether formed weights are left as they were, whatever they are, since filling them in would
-            disturb what is timed.
+        fills: by plain torch what a kernel would have computed; off where operands are too large to be touched.
+        leaves_out_forms: formed weights are left as they were, whatever they are: filling them in would disturb what is
+            timed.
         filling: seconds of this thread that plain torch took to fill in numbers, to be taken off what is timed.
     """
 
     def __init__(self) -> None:
+        self.fills = True
         self.leaves_out_forms = False
         self.filling = 0.0
         self._stub = _load_stub()
@@ -180,7 +182,7 @@ class _Filled:
             raise
 
         def run(**changed: Any) -> Any:
-            if self._gpu.leaves_out_forms and self._name in _FORMS:
+            if not self._gpu.fills or (self._gpu.leaves_out_forms and self._name in _FORMS):
                 return launch(**changed)
             with self._gpu.fills_in(launch(**changed)) as result:
                 return _by_torch(self._name, operands, options, changed, result)
