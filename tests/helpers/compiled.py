@@ -127,7 +127,7 @@ def _source(launch: Launch) -> ASTSource:
             return tuple(kind(one, (*place, i), parameter) for i, one in enumerate(value))
         if isinstance(value, torch.Tensor):
             name = _POINTERS[value.dtype]
-            divisible = value.data_ptr() % 16 == 0
+            divisible = value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
         else:
             name = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = specialised and value % 16 == 0

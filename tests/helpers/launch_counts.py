@@ -82,7 +82,7 @@ def _of_pass(gpu: FakeGPU, layers: int, engine: str, resident: bool, step_sizes:
 def _of_monitor(gpu: FakeGPU, engine: str) -> dict[str, Any]:
     """Kernels that the first measurements of a run of its own load."""
     llama = TrainedLlama(2)
-    _forget_kernels()
+    forget_kernels()
     with gpu.counted() as counted:
         monitor = sharpkern.Monitor(llama.model, llama.optimizer, engine=engine)  # type: ignore[arg-type]
         for _ in range(10):
@@ -92,7 +92,7 @@ def _of_monitor(gpu: FakeGPU, engine: str) -> dict[str, Any]:
     return {"loaded": found["loaded"], "refused": found["refused"]}
 
 
-def _forget_kernels() -> None:
+def forget_kernels() -> None:
     """Let Triton load every kernel anew."""
     for module in (_tables, axpy, cross_entropy, embedding, form, linear, norm, optimizer_steps, reduce, whole_steps):
         for value in vars(module).values():

@@ -176,7 +176,10 @@ class VirtualParameters(TorchFunctionMode):
                 return answer
         if func is linear_cross_entropy and not torch.is_grad_enabled() and not self._holds(args[::2]):
             return cross_entropy_by_name(self._head(self._table[id(args[1])]), *args, **kwargs)
-        if name in calls.NORMS and (normed := moving_norm(func, args, kwargs, self._pair, self.alpha)) is not None:
+        normed = None
+        if name in calls.NORMS:
+            normed = moving_norm(func, args, kwargs, self._pair, self.alpha, self._small.update)
+        if normed is not None:
             result, owners = normed
             self.read |= owners
             return result
