@@ -134,6 +134,21 @@ def check_lists(**lists: Sequence[Tensor]) -> None:
         raise ValueError(f"all tensors must be on one device, got {', '.join(map(str, devices))}; call once per device")
 
 
+def are_alike(tensors: Iterable[Tensor | None], device: torch.device) -> bool:
+    """Return whether tensors pass every check of dtype, device and layout, which is quickly told of contiguous ones."""
+    shape = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS or tensor.layout is not torch.strided or not tensor.is_contiguous():
+            return False
+        if shape is None:
+            shape = tensor.shape
+        if tensor.shape != shape or tensor.device != device or not (tensor.data_ptr() or tensor.numel() == 0):
+            return False
+    return runs_on(device)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor is a permutation of a contiguous one, so that its elements can be walked in memory."""
     if tensor.is_contiguous():

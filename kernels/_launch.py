@@ -1,4 +1,4 @@
-"""How every launcher launches: fixed configurations, tables for whole models, and the small tiles of all kernels.
+"""How every launcher launches: fixed configurations, repeated launches, and the small tiles of all kernels.
 
 Kernels run on CUDA and HIP devices. Under Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported) they
 run on CPU tensors instead, which is how their numerics are tested without a GPU.
@@ -6,23 +6,22 @@ run on CPU tensors instead, which is how their numerics are tested without a GPU
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+_NOWHERE_ELSE = nullcontext()
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The most programs on axis 0 of a CUDA grid.
 MAX_PROGRAMS = 2**31 - 1
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -33,10 +32,11 @@ class Launcher(Generic[_P, _R]):
 
     Attributes:
         accept: raises the TypeError or ValueError that says what does not fit, or returns the launch, which refuses
-            nothing any more.
+            nothing any more. Some launches can be made again, with other step sizes ``alpha`` and outputs ``out`` of
+            the same shape, dtype and device, which are then not looked at.
     """
 
-    def __init__(self, accept: Callable[_P, Callable[[], _R]]) -> None:
+    def __init__(self, accept: Callable[_P, Callable[..., _R]]) -> None:
         self.accept = accept
         functools.update_wrapper(self, accept)
 
@@ -51,6 +51,34 @@ class Launcher(Generic[_P, _R]):
         except (TypeError, ValueError) as error:
             return error
         return None
+
+
+class Again:
+    """Launches of one kernel on one grid, of which all but the first do without Triton's binder.
+
+    That takes most of a launch's time. What it would look at must not change: the dtypes of all arguments, every number
+    among them, and the alignment of every pointer but for what ``aligned`` says of those that do change.
+    """
+
+    def __init__(self, kernel: Any, programs: tuple[int], options: dict[str, int | bool]) -> None:
+        self._kernel, self._programs, self._options = kernel, programs, options
+        self._runs: dict[bool, Callable[..., object]] = {}
+
+    def __call__(self, *arguments: Any, aligned: bool) -> None:
+        """Launch with all arguments of the kernel in their order, its constants too."""
+        run = self._runs.get(aligned)
+        if run is not None:
+            run(*arguments)
+            return
+        compiled = self._kernel[self._programs](*arguments, **self._options)
+        # The interpreter compiles nothing.
+        if compiled is not None:
+            self._runs[aligned] = compiled[(*self._programs, 1, 1)]
+
+
+def are_aligned(*tensors: Tensor | None) -> bool:
+    """Return whether tensors begin at multiples of 16 bytes; None is skipped."""
+    return not any(tensor.data_ptr() % 16 for tensor in tensors if tensor is not None)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -147,7 +175,9 @@ def options(config: Threads, tensor: Tensor) -> dict[str, int | bool]:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which launches go to the device of ``tensor``, which need not be the current one."""
-    return nullcontext() if INTERPRETED else torch.cuda.device(tensor.device)
+    if INTERPRETED or torch.cuda.current_device() == tensor.device.index:
+        return _NOWHERE_ELSE
+    return torch.cuda.device(tensor.device)
 
 
 def grid(num_programs: int, config: Threads) -> tuple[int]:
@@ -165,7 +195,7 @@ def device_numbers(*numbers: float, like: Tensor) -> Tensor:
     As an argument a Python float would be fp64 in one call and a constant of the compiled kernel in the next. Every
     probe of a measurement has the same numbers: the 64 most recent vectors are kept, and copied once.
     """
-    return _device_numbers(numbers, like.device, _stream(like.device))
+    return _device_numbers(numbers, like.device, stream_of(like.device))
 
 
 @functools.lru_cache(maxsize=64)
@@ -173,7 +203,7 @@ def _device_numbers(numbers: tuple[float, ...], device: torch.device, stream: in
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-def _stream(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
     """Return the current stream of a device, which is in the key of every cache of device memory.
 
     What a cache drops is given out again at once, and only the stream that it was allocated on keeps the new use behind
@@ -181,89 +211,6 @@ def _stream(device: torch.device) -> int:
     other calls have pushed its tables and numbers out.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-class Batch(NamedTuple):
-    """Tensors that one launch walks together: equal dtypes in each role, equal alignment.
-
-    Attributes:
-        dtypes: the Triton dtype of each role.
-        aligned: whether every address is a multiple of 16 bytes.
-        chunks: [chunks, 2] int32, which row of `Tables.rows`, and which part of it.
-    """
-
-    dtypes: tuple[tl.dtype, ...]
-    aligned: bool
-    chunks: Tensor
-
-
-class Tables(NamedTuple):
-    """Where the tensors of a whole model are, for kernels that walk them in chunks.
-
-    Attributes:
-        rows: [tensors, 5] int64: three addresses, the number of elements, and the number of chunks in all rows before.
-        batches: one for each launch, in order of first appearance; tensors without elements are in none.
-        num_chunks: in all rows.
-    """
-
-    rows: Tensor
-    batches: tuple[Batch, ...]
-    num_chunks: int
-
-
-def tables(chunk: int, *roles: Sequence[Tensor]) -> Tables:
-    """Group the operands of a whole model into as few launches as their dtypes and alignments allow."""
-    operands = tuple(
-        (tuple(tensor.dtype for tensor in row), tuple(tensor.data_ptr() for tensor in row), row[0].numel())
-        for row in zip(*roles, strict=True)
-    )
-    device = roles[0][0].device
-    return _tables(operands, chunk, device, _stream(device))
-
-
-@functools.lru_cache(maxsize=16)
-def _tables(
-    operands: tuple[tuple[tuple[torch.dtype, ...], tuple[int, ...], int], ...],
-    chunk: int,
-    device: torch.device,
-    stream: int,
-) -> Tables:
-    """Build tables. They depend on the arguments alone: for a later call with equal ones they are right as well."""
-    # The default device may be another, and copies of what is built there would wait for it.
-    with torch.device("cpu"):
-        counts = torch.tensor([-(-numel // chunk) for *_, numel in operands])
-        before = counts.cumsum(0) - counts
-        rows = torch.tensor([(*addresses, numel) for _, addresses, numel in operands])
-        groups: dict[tuple[tuple[torch.dtype, ...], bool], list[int]] = {}
-        for index, (dtypes, addresses, numel) in enumerate(operands):
-            if numel:
-                groups.setdefault((dtypes, not any(address % 16 for address in addresses)), []).append(index)
-        batches = []
-        for (dtypes, aligned), members in groups.items():
-            row = torch.tensor(members).repeat_interleave(counts[members])
-            first = counts[members].cumsum(0) - counts[members]
-            part = torch.arange(row.numel()) - first.repeat_interleave(counts[members])
-            chunks = torch.stack([row, part], dim=1).to(torch.int32).to(device)
-            batches.append(Batch(tuple(_TRITON_DTYPES[dtype] for dtype in dtypes), aligned, chunks))
-        return Tables(torch.cat([rows, before[:, None]], dim=1).to(device), tuple(batches), int(counts.sum()))
-
-
-@triton.jit
-def chunk_of(pid, rows, chunks, CHUNK: tl.constexpr):
-    """Return what program ``pid`` walks: a row of `Tables.rows`, its first element there, and how many."""
-    row = rows + 5 * tl.load(chunks + 2 * pid)
-    start = tl.load(chunks + 2 * pid + 1).to(tl.int64) * CHUNK
-    num = tl.minimum(tl.load(row + 3) - start, CHUNK).to(tl.int32)
-    return row, start, num
-
-
-@triton.jit
-def operand(row, role: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the pointer to element ``start`` of one operand of a row of `Tables.rows`."""
-    pointer = tl.load(row + role).to(tl.pointer_type(DTYPE)) + start
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit

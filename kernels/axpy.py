@@ -17,21 +17,21 @@ from torch import Tensor
 
 from ._accepts import check_alpha, check_lists, check_no_overlap
 from ._launch import (
+    Again,
     Case,
     Config,
     Launcher,
+    are_aligned,
     choose,
-    chunk_of,
     grid,
     lane,
     load_tile,
     on_device,
-    operand,
     options,
     perturbed,
     store_tile,
-    tables,
 )
+from ._tables import chunk_of, operand, tables
 
 # Blocks are those of 16-bit parameters, half as long where they are fp32: a thread writes 16 bytes.
 _CONFIGS = (
@@ -63,7 +63,7 @@ def _axpy_kernel(
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    row, start, num = chunk_of(pid, rows, chunks, CHUNK)
+    row, start, num = chunk_of(pid, rows, chunks, 3, CHUNK)
     theta = operand(row, 0, start, THETA, ALIGNED)
     base = operand(row, 1, start, BASE, ALIGNED)
     delta = operand(row, 2, start, DELTA, ALIGNED)
@@ -82,32 +82,36 @@ def _axpy_kernel(
 @Launcher
 def axpy_(
     theta: Sequence[Tensor], base: Sequence[Tensor], delta: Sequence[Tensor], alpha: Tensor
-) -> Callable[[], None]:
+) -> Callable[..., None]:
     """Launch `sharpkern.ops.axpy_`; tables of 40 bytes per tensor and 8 per chunk are kept for the next call."""
     check_lists(theta=theta, base=base, delta=delta)
     if not theta:
-        return lambda: None
+        return lambda **_: None
     if check_alpha(alpha, theta[0]) != 1:
         raise ValueError(f"alpha must hold one step size, got {alpha.numel()}; call once per step size")
     check_no_overlap(theta, [*base, *delta, alpha])
     numel = sum(tensor.numel() for tensor in theta)
     config = choose(_CONFIGS, theta[0].device, theta[0].element_size(), numel)
     chunk = _TILES * config.block
-    rows, batches, _ = tables(chunk, theta, base, delta)
-    programs = [grid(len(batch.chunks), config) for batch in batches]
+    found = tables(chunk, theta, base, delta)
+    launches = [
+        (Again(_axpy_kernel, grid(len(batch.chunks), config), options(config, theta[0])), batch)
+        for batch in found.batches
+    ]
 
-    def launch() -> None:
+    def launch(alpha: Tensor = alpha) -> None:
         with on_device(theta[0]):
-            for batch, size in zip(batches, programs, strict=True):
-                _axpy_kernel[size](
-                    rows,
+            for again, batch in launches:
+                block = config.threads * lane(batch.dtypes[0])
+                again(
+                    found.rows,
                     batch.chunks,
                     alpha,
                     *batch.dtypes,
                     batch.aligned,
-                    CHUNK=chunk,
-                    BLOCK=config.threads * lane(batch.dtypes[0]),
-                    **options(config, theta[0]),
+                    chunk,
+                    block,
+                    aligned=are_aligned(alpha),
                 )
         # Autograd does not see a kernel write: without this a backward through the old values would pass unnoticed.
         torch.autograd.graph.increment_version(theta)

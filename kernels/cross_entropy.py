@@ -42,7 +42,8 @@ def _capped(z, SOFTCAP: tl.constexpr):
     return z
 
 
-@triton.jit(do_not_specialize=["first"])
+# Labels are read one by one, and begin anywhere: they are shifted against the tokens.
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["labels"])
 def _online_cross_entropy_kernel(
     maximum, total, target, logits, logits_stride, labels, first, width, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -24,7 +24,7 @@ _CONFIGS = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["indices"])
 def _embedding_kernel(
     out, out_stride, indices, W, W_stride, D, D_stride, alpha, num_rows, length, K: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -18,7 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accepts import check_alpha, check_floats, check_layout, check_output, empty_steps
-from ._launch import STREAMING, Launcher, choose, grid, load_tile, on_device, options, perturbed, store_tile
+from ._launch import (
+    STREAMING,
+    Again,
+    Launcher,
+    are_aligned,
+    choose,
+    grid,
+    load_tile,
+    on_device,
+    options,
+    perturbed,
+    store_tile,
+)
 
 
 @triton.jit
@@ -57,7 +69,7 @@ def _form_tile(
         out += out_stride
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["n", "seed"])
 def _form_kernel(out, out_stride, W, D, alpha, n, seed, K: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
@@ -77,7 +89,7 @@ def form(
     dtype: torch.dtype | None = None,
     seed: int | None = None,
     out: Tensor | None = None,
-) -> Callable[[], Tensor]:
+) -> Callable[..., Tensor]:
     """Launch `sharpkern.ops.form`."""
     check_floats(W=W, D=D)
     check_layout(W=W, D=D)
@@ -86,25 +98,27 @@ def form(
     _check_seed(seed, dtype)
     n = W.numel()
     config = choose(STREAMING, W.device, dtype.itemsize, n)
-    programs = grid(triton.cdiv(n, config.block), config)
+    again = Again(_form_kernel, grid(triton.cdiv(n, config.block), config), options(config, W))
 
-    def launch() -> Tensor:
+    def launch(alpha: Tensor = alpha, out: Tensor | None = out) -> Tensor:
         result = empty_steps(W, num_steps, dtype) if out is None else out
         if n == 0:
             return result
+        # Of one step size the distance to the next is nothing to compile another kernel for.
+        stride = 0 if num_steps == 1 else result.stride(0)
         with on_device(W):
-            _form_kernel[programs](
+            again(
                 result,
-                result.stride(0),
+                stride,
                 W,
                 D,
                 alpha,
                 n,
                 seed or 0,
-                K=num_steps,
-                STOCHASTIC=seed is not None,
-                BLOCK=config.block,
-                **options(config, W),
+                num_steps,
+                seed is not None,
+                config.block,
+                aligned=are_aligned(result, alpha),
             )
         torch.autograd.graph.increment_version(result)
         return result

@@ -39,7 +39,7 @@ def _perturbed_vector(values, direction, alpha, columns, inside):
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_step"])
 def _norm_kernel(
     out,
     x,

@@ -15,20 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accepts import check_lists
-from ._launch import (
-    Case,
-    Config,
-    Launcher,
-    choose,
-    chunk_of,
-    grid,
-    lane,
-    load_tile,
-    on_device,
-    operand,
-    options,
-    tables,
-)
+from ._launch import Case, Config, Launcher, choose, grid, lane, load_tile, on_device, options
+from ._tables import chunk_of, operand, sums_of_chunks, tables
 
 # Blocks are those of 16-bit operands, half as long where all are fp32: a thread takes 16 bytes of the narrowest.
 _CONFIGS = (
@@ -39,8 +27,6 @@ _CONFIGS = (
 
 # Blocks that one program walks: 64 Ki elements with the large configuration.
 _TILES = 32
-
-_SECOND_CONFIG = Config(block=1024, threads=128)
 
 
 @triton.jit
@@ -82,7 +68,7 @@ def _chunk_sums_kernel(
     LANE: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    row, start, num = chunk_of(pid, rows, chunks, CHUNK)
+    row, start, num = chunk_of(pid, rows, chunks, 3, CHUNK)
     theta = operand(row, 0, start, THETA, ALIGNED)
     delta = operand(row, 1, start, DELTA, ALIGNED)
     grad = operand(row, 2, start, GRAD, ALIGNED)
@@ -109,19 +95,6 @@ def _chunk_sums_kernel(
     tl.store(partial + 3, tl.sum(gg))
 
 
-@triton.jit
-def _tensor_sums_kernel(sums, partial, rows, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    pid = tl.program_id(0).to(tl.int64)
-    row = rows + 5 * (pid // 4)
-    num = tl.cdiv(tl.load(row + 3), CHUNK).to(tl.int32)
-    partial += 4 * tl.load(row + 4) + pid % 4
-    total = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, num, BLOCK):
-        offsets = first + tl.arange(0, BLOCK)
-        total += tl.load(partial + 4 * offsets, mask=offsets < num, other=0.0)
-    tl.store(sums + pid, tl.sum(total))
-
-
 @Launcher
 def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor]) -> Callable[[], Tensor]:
     """Launch `sharpkern.ops.reduce`; tables of about the size of the sums of chunks are kept for the next call."""
@@ -131,18 +104,16 @@ def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tens
     numel = sum(tensor.numel() for tensor in theta)
     config = choose(_CONFIGS, theta[0].device, theta[0].element_size(), numel)
     chunk = _TILES * config.block
-    rows, batches, num_chunks = tables(chunk, theta, delta, grad)
-    programs = [grid(len(batch.chunks), config) for batch in batches]
-    last_programs = grid(4 * len(theta), _SECOND_CONFIG)
+    found = tables(chunk, theta, delta, grad)
+    programs = [grid(len(batch.chunks), config) for batch in found.batches]
 
     def launch() -> Tensor:
-        partial = torch.empty(num_chunks, 4, dtype=torch.float64, device=rows.device)
-        sums = torch.empty(len(theta), 4, dtype=torch.float64, device=rows.device)
+        partial = torch.empty(found.num_chunks, 4, dtype=torch.float64, device=theta[0].device)
         with on_device(theta[0]):
-            for batch, size in zip(batches, programs, strict=True):
+            for batch, size in zip(found.batches, programs, strict=True):
                 _chunk_sums_kernel[size](
                     partial,
-                    rows,
+                    found.rows,
                     batch.chunks,
                     *batch.dtypes,
                     batch.aligned,
@@ -151,9 +122,6 @@ def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tens
                     LANE=lane(*batch.dtypes),
                     **options(config, theta[0]),
                 )
-            _tensor_sums_kernel[last_programs](
-                sums, partial, rows, CHUNK=chunk, BLOCK=_SECOND_CONFIG.block, **options(_SECOND_CONFIG, theta[0])
-            )
-        return sums
+        return sums_of_chunks(partial, found, chunk)
 
     return launch

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sharpkern.measures.losses import losses_along as losses_along
     from sharpkern.measures.micro_batches import MicroBatch as MicroBatch
     from sharpkern.measures.micro_batches import split as split
+    from sharpkern.measures.precompile import precompile as precompile
     from sharpkern.measures.relative import relative_critical_sharpness as relative_critical_sharpness
     from sharpkern.measures.result import Measurement as Measurement
     from sharpkern.measures.thresholds import stability_threshold as stability_threshold
@@ -90,6 +91,7 @@ _HOME = {
     "find_lr": "monitoring.lr_finder",
     "Monitor": "monitoring.monitor",
     "Record": "monitoring.monitor",
+    "precompile": "measures.precompile",
     "relative_critical_sharpness": "measures.relative",
     "MixtureSweep": "mixtures.results",
     "SweetSpot": "mixtures.results",

@@ -16,7 +16,7 @@ NUMBERS = ("1 - beta1", "beta2", "1 - beta2", "1 / correction1", "correction2 **
 
 
 @triton.jit
-def update(g, state, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr):
+def update(g, exp_avg, exp_avg_sq, max_exp_avg_sq, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr):
     """Return the update of a tile; a moment that is not there yet is zero. There is no flag."""
     lerp1 = tl.load(numbers)
     beta2 = tl.load(numbers + 1)
@@ -25,16 +25,16 @@ def update(g, state, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.co
     root_correction2 = tl.load(numbers + 4)
     eps = tl.load(numbers + 5)
 
-    if state[0] is None:
+    if exp_avg is None:
         m = tl.zeros_like(g)
         v = tl.zeros_like(g)
     else:
-        m = load_tile(state[0] + offsets, inside, MASKED)
-        v = load_tile(state[1] + offsets, inside, MASKED)
+        m = load_tile(exp_avg + offsets, inside, MASKED)
+        v = load_tile(exp_avg_sq + offsets, inside, MASKED)
     if g is not None:
         # As torch.lerp, from the nearer end: β₁ = 0 gives g itself.
         m = tl.where(lerp1 < 0.5, tl.fma(g - m, lerp1, m), g - (g - m) * (1.0 - lerp1))
         v = tl.fma(lerp2 * g, g, v * beta2)
-    if state[2] is not None:
-        v = tl.maximum(v, load_tile(state[2] + offsets, inside, MASKED), propagate_nan=tl.PropagateNan.ALL)
+    if max_exp_avg_sq is not None:
+        v = tl.maximum(v, load_tile(max_exp_avg_sq + offsets, inside, MASKED), propagate_nan=tl.PropagateNan.ALL)
     return tl.div_rn(m * inverse_correction1, tl.div_rn(tl.sqrt_rn(v), root_correction2) + eps)

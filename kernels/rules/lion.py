@@ -14,10 +14,10 @@ NUMBERS = ("beta1", "1 - beta1")
 
 
 @triton.jit
-def update(g, state, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr):
+def update(g, exp_avg, _second, _third, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr):
     """Return the update of a tile; a momentum that is not there yet is zero. There is no flag."""
     m = tl.zeros_like(g)
-    if state[0] is not None:
-        m = load_tile(state[0] + offsets, inside, MASKED) * tl.load(numbers)
+    if exp_avg is not None:
+        m = load_tile(exp_avg + offsets, inside, MASKED) * tl.load(numbers)
     m = tl.fma(g, tl.load(numbers + 1), m)
     return tl.where(m > 0.0, 1.0, tl.where(m < 0.0, -1.0, 0.0))

@@ -16,22 +16,24 @@ NUMBERS = ("alpha", "1 - alpha", "eps", "momentum")
 
 
 @triton.jit
-def update(g, state, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr):
+def update(
+    g, square_avg, grad_avg, momentum_buffer, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr
+):
     """Return the update of a tile; an average or a buffer that is not there yet is zero. The flag is centered."""
     lerp = tl.load(numbers + 1)
 
     v = tl.zeros_like(g)
-    if state[0] is not None:
-        v = load_tile(state[0] + offsets, inside, MASKED) * tl.load(numbers)
+    if square_avg is not None:
+        v = load_tile(square_avg + offsets, inside, MASKED) * tl.load(numbers)
     v = tl.fma(lerp * g, g, v)
     if FLAG:
         a = tl.zeros_like(g)
-        if state[1] is not None:
-            a = load_tile(state[1] + offsets, inside, MASKED)
+        if grad_avg is not None:
+            a = load_tile(grad_avg + offsets, inside, MASKED)
         # As torch.lerp, from the nearer end.
         a = tl.where(lerp < 0.5, tl.fma(g - a, lerp, a), g - (g - a) * (1.0 - lerp))
         v = tl.fma(-a, a, v)
     b = tl.div_rn(g, tl.sqrt_rn(v) + tl.load(numbers + 2))
-    if state[2] is not None:
-        b = tl.fma(load_tile(state[2] + offsets, inside, MASKED), tl.load(numbers + 3), b)
+    if momentum_buffer is not None:
+        b = tl.fma(load_tile(momentum_buffer + offsets, inside, MASKED), tl.load(numbers + 3), b)
     return b

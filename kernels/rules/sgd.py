@@ -14,14 +14,14 @@ NUMBERS = ("momentum", "1 - dampening")
 
 
 @triton.jit
-def update(g, state, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr):
+def update(g, momentum_buffer, _second, _third, numbers, offsets, inside, FLAG: tl.constexpr, MASKED: tl.constexpr):
     """Return the update of a tile; the flag is Nesterov's momentum."""
     momentum = tl.load(numbers)
     undamped = tl.load(numbers + 1)
 
     b = g
-    if state[0] is not None:
-        b = tl.fma(g, undamped, load_tile(state[0] + offsets, inside, MASKED) * momentum)
+    if momentum_buffer is not None:
+        b = tl.fma(g, undamped, load_tile(momentum_buffer + offsets, inside, MASKED) * momentum)
     if FLAG:
         b = tl.fma(b, momentum, g)
     return b

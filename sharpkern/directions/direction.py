@@ -23,6 +23,7 @@ from sharpkern.distributed.flat import is_flat
 from sharpkern.distributed.sharding import local, local_as, over_shards, reshard
 from sharpkern.errors import NoUpdateError
 from sharpkern.ops.reductions import inner_product, slopes_and_norms, to_host
+from sharpkern.ops.together import sums_of_steps
 from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
 
 # Tensors whose |Δθ|² is taken again before a direction that is not in memory is used, and by how much it may differ:
@@ -545,7 +546,7 @@ class Direction:
             if isinstance(source, LazyUpdate) and norm_sq > 0
         ]
         witnesses = sorted(steps, key=lambda step: step[0].numel())[:_NUM_WITNESSES]
-        sums = over_shards([p for p, _, _ in witnesses], [source.slope_and_norm() for _, source, _ in witnesses])
+        sums = over_shards([p for p, _, _ in witnesses], sums_of_steps([source for _, source, _ in witnesses]))
         now = to_host([one[1] for one in sums])
         return any(abs(new - norm_sq) > _SAME * norm_sq for new, (*_, norm_sq) in zip(now, witnesses, strict=True))
 

@@ -16,8 +16,9 @@ from sharpkern.directions.shared_memory import summed
 from sharpkern.distributed.flat import is_flat
 from sharpkern.distributed.sharding import local, local_as, over_shards, whole
 from sharpkern.errors import NoUpdateError
-from sharpkern.ops.reductions import slopes_and_norms, to_host
+from sharpkern.ops.reductions import columns_to_host, slopes_and_norms, to_host
 from sharpkern.ops.rules import Reading, Rule, rule_of
+from sharpkern.ops.together import sums_of_steps
 from sharpkern.ops.update import LazyUpdate
 from sharpkern.ops.whole_steps import updates_with_sums
 
@@ -159,17 +160,12 @@ def _with_sums(moving: Sequence[Moving]) -> list[Update]:
     gradients = [
         source if slot.held.grad is None else local_as(slot.held.grad.detach(), slot.held) for source, slot in stored
     ]
-    sums = iter(slopes_and_norms([source for source, _ in stored], gradients))
-    each = [
-        known[id(source)]
-        if id(source) in known
-        else source.slope_and_norm()
-        if isinstance(source, LazyUpdate)
-        else next(sums)
-        for source in sources
-    ]
-    each = over_shards([slot.held for slot in slots], each)
-    slopes, norms = to_host([one[0] for one in each]), to_host([one[1] for one in each])
+    lazy = [source for source in sources if isinstance(source, LazyUpdate) and id(source) not in known]
+    known |= zip(map(id, lazy), sums_of_steps(lazy), strict=True)
+    known |= zip(
+        (id(source) for source, _ in stored), slopes_and_norms([source for source, _ in stored], gradients), strict=True
+    )
+    slopes, norms = columns_to_host(over_shards([slot.held for slot in slots], [known[id(one)] for one in sources]))
     # Of what falls: the gradient as it is stored may be scaled, and of what the optimizer climbs.
     factors = [None if slot.held.grad is None else (-1 if slot.climbs else 1) / slot.scale for slot in slots]
     return [

@@ -5,7 +5,7 @@ For what the virtual engine cannot see into: compiled models, CUDA graphs, scrip
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal
@@ -17,9 +17,14 @@ from sharpkern import ops
 from sharpkern.engines.evaluation.closure import Closure
 from sharpkern.engines.tracked import Step, TrackedParam
 from sharpkern.errors import EngineFallbackWarning, warn
-from sharpkern.ops.update import StoredUpdate
+from sharpkern.ops.together import kind_of, prepared_together
+from sharpkern.ops.update import ParamUpdate, StoredUpdate
+from sharpkern.tensors.storage import storage_pointer
 
 Backup = Literal["auto", "device", "host"]
+
+# A call that writes θ + αΔθ of some weights, and one of them.
+Launch = tuple[Callable[..., object], Tensor]
 
 
 class InPlaceEngine:
@@ -44,6 +49,11 @@ class InPlaceEngine:
         self._from_host = copies is None
         # None where a full-precision master stands in.
         self._copies = [_on_host(pair) for pair in pairs] if copies is None else copies
+        self._moves = [
+            pair.move if copy is None or self._from_host else pair.move.at(copy)
+            for pair, copy in zip(pairs, self._copies, strict=True)
+        ]
+        self._places: list[int | None] = []
         self._alpha = 0.0
         self._closed = False
 
@@ -75,37 +85,81 @@ class InPlaceEngine:
         # Unknown until the last parameter is written: a write that is interrupted half-way is restored too.
         self._alpha = math.nan
         step = Step(alpha)
-        stored: dict[Tensor, list[tuple[Tensor, StoredUpdate]]] = {}
-        num_sharing = Counter(pair.memory for pair in self._pairs)
-        for pair, copy in zip(self._pairs, self._copies, strict=True):
-            # detach() shares the version counter, so autograd notices the write.
-            weight, move = pair.weight.detach(), pair.move
-            if copy is not None and self._from_host:
-                # θ comes back first, and moves where it is.
-                weight.copy_(copy, non_blocking=True)
-                if step:
-                    move.form(step.of(move), dtype=weight.dtype, out=weight.unsqueeze(0))
-                continue
-            move = move if copy is None else move.at(copy)
-            if not step:
-                weight.copy_(move.base)
-            elif isinstance(move, StoredUpdate) and num_sharing[pair.memory] == 1:
-                stored.setdefault(step.of(move), []).append((weight, move))
-            else:
-                # Memory that parameters share is written once for each of them, every time by the same values.
-                move.form(step.of(move), dtype=weight.dtype, out=weight.unsqueeze(0))
-        for step_tensor, writes in stored.items():
-            ops.axpy_(
-                [weight for weight, _ in writes],
-                [move.base for _, move in writes],
-                [move.delta for _, move in writes],
-                step_tensor,
-            )
+        self._find_weights()
+        if self._from_host:
+            self._write_from_host(step)
+        elif step:
+            self._form(step)
+        else:
+            torch._foreach_copy_([weight for weight, _ in self._writes], [move.base for _, move in self._writes])
         # What was written is the model's from here on.
         self._publish()
         # An enclosing autocast may hold casts of the former weights.
         torch.clear_autocast_cache()
         self._alpha = alpha
+
+    def _find_weights(self) -> None:
+        """Note where the weights lie: a closure may have given them other memory, as a flattened LSTM does."""
+        places = [storage_pointer(pair.weight) for pair in self._pairs]
+        if places != self._places:
+            # detach() shares the version counter, so autograd notices the write.
+            weights = [pair.weight.detach() for pair in self._pairs]
+            self._writes: list[tuple[Tensor, ParamUpdate]] = list(zip(weights, self._moves, strict=True))
+            self._launches: list[Launch] | None = None
+            self._others: list[tuple[Tensor, ParamUpdate, bool]] = []
+            self._places = places
+
+    def _write_from_host(self, step: Step) -> None:
+        """Bring θ back first, and move it where it is."""
+        for (weight, move), copy in zip(self._writes, self._copies, strict=True):
+            if copy is not None:
+                weight.copy_(copy, non_blocking=True)
+            if step:
+                move.form(step.of(move), dtype=weight.dtype, out=weight.unsqueeze(0))
+            elif copy is None:
+                weight.copy_(move.base)
+
+    def _form(self, step: Step) -> None:
+        """Write θ + αΔθ, most of it by a few calls."""
+        if self._launches is None:
+            self._launches, self._others = self._prepared(step)
+        for launch, like in self._launches:
+            launch(alpha=step.on(like.device))
+        stored: dict[Tensor, list[tuple[Tensor, StoredUpdate]]] = {}
+        for weight, move, alone in self._others:
+            if isinstance(move, StoredUpdate) and alone:
+                stored.setdefault(step.of(move), []).append((weight, move))
+            else:
+                # Memory that parameters share is written once for each of them, every time by the same values.
+                move.form(step.of(move), dtype=weight.dtype, out=weight.unsqueeze(0))
+        for alpha, writes in stored.items():
+            ops.axpy_(
+                [weight for weight, _ in writes],
+                [move.base for _, move in writes],
+                [move.delta for _, move in writes],
+                alpha,
+            )
+
+    def _prepared(self, step: Step) -> tuple[list[Launch], list[tuple[Tensor, ParamUpdate, bool]]]:
+        """What launches can be made again write, with a tensor on their device, and what is written otherwise."""
+        num_sharing = Counter(pair.memory for pair in self._pairs)
+        alike: dict[Hashable, list[tuple[Tensor, ParamUpdate]]] = {}
+        others: list[tuple[Tensor, ParamUpdate, bool]] = []
+        for pair, (weight, move) in zip(self._pairs, self._writes, strict=True):
+            alone = num_sharing[pair.memory] == 1
+            if alone and ops.has_kernels(weight.device) and move.wide == torch.float32:
+                alike.setdefault((weight.device, kind_of(move)), []).append((weight, move))
+            else:
+                others.append((weight, move, alone))
+        launches: list[Launch] = []
+        for writes in alike.values():
+            like = writes[0][0]
+            launch = prepared_together([move for _, move in writes], [to for to, _ in writes], step.on(like.device))
+            if launch is None:
+                others += [(weight, move, True) for weight, move in writes]
+            else:
+                launches.append((launch, like))
+        return launches, others
 
 
 def _on_device(pairs: Sequence[TrackedParam], *, may_fail: bool) -> list[Tensor | None] | None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sharpkern import ops
 from sharpkern._undo import Trace, alone, undone
 from sharpkern.distributed.declared import Ranks
 from sharpkern.distributed.layout import Layout, layout_of
@@ -31,8 +32,8 @@ from sharpkern.engines.settling import Unsettled, named_ranks, outermost, ranks_
 from sharpkern.engines.swapped import Memory, SwappedEngine, may_swap
 from sharpkern.engines.tracked import TrackedParam, track
 from sharpkern.engines.virtual.engine import VirtualEngine
+from sharpkern.engines.virtual.first_pass import FirstPass
 from sharpkern.engines.virtual.layers import Kept
-from sharpkern.engines.virtual.mode import VirtualParameters
 from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
 from sharpkern.ops.update import ParamUpdate
 
@@ -297,9 +298,10 @@ class Session:
             return SwappedEngine(self.model, self.pairs, closure, memory)
         if name == "batched":
             return BatchedEngine(self.pairs, closure, kept)
-        # Without pairs the mode only takes losses to float32 and notes the products' precision.
-        watching = VirtualParameters((), closure.precision, closure.guard, may_repoint=self.layout.repoints)
-        around = FromGraphs() if target.compiled else Eagerly(watching)
+        watching = FirstPass(self.model, closure, may_repoint=self.layout.repoints)
+        # On a GPU a mode is what takes the host's time.
+        on_gpu = any(ops.has_kernels(pair.weight.device) for pair in self.pairs)
+        around = FromGraphs() if target.compiled else Eagerly(watching if on_gpu else watching.mode)
         return InPlaceEngine(self.pairs, closure, around, backup, self.layout.publish)
 
 

@@ -17,11 +17,8 @@ from sharpkern.engines.evaluation.compiled import Eagerly
 from sharpkern.engines.evaluation.guard import Guard
 from sharpkern.engines.tracked import Step, TrackedParam
 from sharpkern.engines.virtual.audit import oracle_loss
-from sharpkern.engines.virtual.mode import VirtualParameters
+from sharpkern.engines.virtual.first_pass import FirstPass
 from sharpkern.tensors.storage import overlapping, overlaps_itself
-
-# In eval mode they compute in another way, with other roundings, where no mode looks on.
-_TWO_WAYS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 class Memory:
@@ -74,10 +71,7 @@ class SwappedEngine:
     ) -> None:
         self._pairs = pairs
         self._closure = closure
-        # It looks on in the first pass: what it finds out holds for the others, which start from the same state.
-        self._watch = VirtualParameters((), closure.precision, closure.guard)
-        self._is_watched = True
-        self._watches_all = any(isinstance(module, _TWO_WAYS) and not module.training for module in model.modules())
+        self._watch = FirstPass(model, closure)
         self.memory = memory or Memory(pairs)
 
     @property
@@ -95,15 +89,12 @@ class SwappedEngine:
 
     def close(self) -> None:
         """Give every parameter its own memory again. May be called again after an interrupt."""
-        self._watch.ended = True
+        self._watch.mode.ended = True
         self.memory.swap_back()
 
     def _loss(self, eta: float) -> float:
         modes: list[Any] = [_Swapped(self.memory, -eta)] if eta else []
-        modes += [self._watch] if self._is_watched else []
-        loss = self._closure(Eagerly(*modes))
-        self._is_watched = self._watches_all or self._watch.is_needed
-        return loss
+        return self._closure(Eagerly(*modes, self._watch))
 
 
 class _Swapped:

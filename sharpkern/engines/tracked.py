@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sharpkern import ops
 from sharpkern.distributed.sharding import local
 from sharpkern.ops.arithmetic import add_step
 from sharpkern.ops.update import ParamUpdate, StoredUpdate
@@ -42,7 +45,23 @@ class Step:
         if isinstance(move, StoredUpdate) and not self.is_several and _is_plain_sum(move, dtype):
             # The way of `ops.form` without an operation's checks, of which small tensors take longer than of the sum.
             return add_step(move.base, move.delta, self._number(dtype), out)
+        if out is not None and ops.has_kernels(out.device) and self._launched(move, dtype, out):
+            return out
         return move.form(self.of(move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
+
+    def _launched(self, move: ParamUpdate, dtype: torch.dtype, out: Tensor) -> bool:
+        """Write θ + αΔθ by a launch that was prepared for the first step; whether there is one."""
+        if move.wide != torch.float32 or self.is_several:
+            return False
+        alpha = self.on(out.device)
+        key = (dtype, stream_of(out.device))
+        if key not in move.launches:
+            move.launches[key] = move.prepared(alpha, dtype)
+        launch = move.launches[key]
+        if launch is None:
+            return False
+        launch(alpha=alpha, out=out)
+        return True
 
     def _number(self, dtype: torch.dtype) -> float:
         """α as an operation reads it off its tensor."""
@@ -98,6 +117,17 @@ class TrackedParam:
         move = self.move.map(lambda tensor: weight if tensor is self.weight else func(tensor))
         return TrackedParam(weight, move, self.owner, self.parameter, self.memory)
 
+    def rows(self, chosen: slice) -> "TrackedParam":
+        """The pair of some rows, the same one at every call: launches are prepared for it once."""
+        key = (chosen.start, chosen.stop)
+        if key not in self._rows:
+            self._rows[key] = self.view(lambda tensor: tensor[chosen])
+        return self._rows[key]
+
+    @cached_property
+    def _rows(self) -> dict[tuple[int, int], "TrackedParam"]:
+        return {}
+
     def form(self, step: Step, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ in the weight's dtype, or in ``dtype``.
 
@@ -108,6 +138,10 @@ class TrackedParam:
             wide = self.move.wide
             alpha = step.on(self.move.base.device, wide).squeeze(0)
             return (self.move.base.to(wide) + alpha * self.move.update().to(wide)).to(dtype)
+        if not step and out is None and ops.has_kernels(self.move.base.device):
+            return self.move.base.detach().to(dtype, copy=True)
+        if not torch.is_grad_enabled():
+            return step.form(self.move, dtype=dtype, out=out)
         with torch.no_grad():
             return step.form(self.move, dtype=dtype, out=out)
 
@@ -130,12 +164,21 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device, int, bool], Tensor] = {}
+        self._taken: dict[tuple[Any, ...], Tensor] = {}
 
     def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor of the shape of ``like``, with its strides where they are dense; the contents are undefined."""
         key = (dtype, like.device, stream_of(like.device), torch.is_inference_mode_enabled())
+        taken = self._taken.get((key, like.shape, like.stride()))
+        if taken is None:
+            taken = self._taken[key, like.shape, like.stride()] = self._take(like, key)
+        return taken
+
+    def _take(self, like: Tensor, key: tuple[torch.dtype, torch.device, int, bool]) -> Tensor:
+        dtype = key[0]
         if key in self._buffers and self._buffers[key].numel() < like.numel():
             # The smaller buffer goes before the larger one comes.
+            self._taken = {taken: view for taken, view in self._taken.items() if taken[0] != key}
             del self._buffers[key]
         if key not in self._buffers:
             self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)

@@ -25,6 +25,7 @@ from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, war
 from sharpkern.measures.blockwise import Blocks, blocks_of, measure_blocks
 from sharpkern.measures.critical import measure
 from sharpkern.measures.micro_batches import Clip, Losses, Several, Step
+from sharpkern.measures.precompile import told_of_compiling
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import constant_loss
 from sharpkern.monitoring.logs import sender
@@ -228,18 +229,19 @@ class Monitor(Reports):
             return None
         direction, other = made, None
         try:
-            measurement, self._memory = measure(
-                self._model,
-                loss_fn,
-                direction,
-                self._options,
-                trained_loss=loss,
-                memory=self._memory,
-                pace=self._pace,
-                weights=weights,
-                clip=clip,
-                draw=step,
-            )
+            with told_of_compiling(self._model):
+                measurement, self._memory = measure(
+                    self._model,
+                    loss_fn,
+                    direction,
+                    self._options,
+                    trained_loss=loss,
+                    memory=self._memory,
+                    pace=self._pace,
+                    weights=weights,
+                    clip=clip,
+                    draw=step,
+                )
         except NoUpdateError as error:
             # Shares of a direction may each be zero, and only all of them together say that there is none.
             self.skipped.append((step, str(error)))

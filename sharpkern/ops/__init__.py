@@ -25,7 +25,9 @@ from sharpkern.ops.layers import linear as linear
 from sharpkern.ops.layers import rms_norm as rms_norm
 from sharpkern.ops.online_cross_entropy import online_cross_entropy_ as online_cross_entropy_
 from sharpkern.ops.optimizer_steps import form_step as form_step
+from sharpkern.ops.optimizer_steps import form_steps_ as form_steps_
 from sharpkern.ops.optimizer_steps import step_sums as step_sums
+from sharpkern.ops.optimizer_steps import sum_steps as sum_steps
 from sharpkern.ops.reductions import reduce as reduce
 from sharpkern.ops.registry import Backend as Backend
 from sharpkern.ops.registry import has_kernels as has_kernels

@@ -4,6 +4,7 @@ Arithmetic is in the widest of the operands' dtypes and at least float32, and re
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ CPU_CHUNK = 1 << 16
 DEVICE_CHUNK = 1 << 22
 
 
+@lru_cache(maxsize=256)
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Precision in which θ + αΔθ is computed: the widest of the dtypes, and at least float32."""
     widest = torch.float32

@@ -85,6 +85,16 @@ def to_host(tensors: Sequence[Tensor]) -> list[float]:
     return result
 
 
+def columns_to_host(rows: Sequence[Tensor]) -> list[list[float]]:
+    """Return the values of tensors [2] by column, read back once per device."""
+    result = [[0.0, 0.0]] * len(rows)
+    for device in {row.device for row in rows}:
+        here = [i for i, row in enumerate(rows) if row.device == device]
+        for i, values in zip(here, torch.stack([rows[i] for i in here]).tolist(), strict=True):
+            result[i] = values
+    return [[row[column] for row in result] for column in range(2)]
+
+
 def total(terms: Iterable[Tensor]) -> float:
     """Return the sum of 0-dim tensors, read back once per device."""
     return sum(to_host(list(terms)), 0.0)

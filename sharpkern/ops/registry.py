@@ -9,7 +9,7 @@ import importlib
 import inspect
 import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -28,6 +28,10 @@ VARIABLE = "SHARPKERN_BACKEND"
 OLDEST_TRITON = (3, 6)
 
 _LIBRARY = torch.library.Library("sharpkern", "DEF")
+
+# The file of each operation's kernel, and operations of whose refusals a warning was given.
+_KERNELS: dict[str, str] = {}
+_told: set[str] = set()
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -132,29 +136,58 @@ def _caller(
 def _implementation(body: Callable[..., Any], kernel: str, *, returns: bool) -> Callable[..., Any]:
     name = body.__name__
 
+    _KERNELS[name] = kernel
+
     @torch.no_grad()
     def run(*operands: Any, backend: str = "auto", **options: Any) -> Any:
-        chosen = os.environ.get(VARIABLE) or "auto" if backend == "auto" else backend
-        if chosen not in BACKENDS:
-            source = "backend" if backend != "auto" else VARIABLE
-            raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {chosen!r}; leave it out for auto")
-        device = _device_of(operands)
-        on_kernels = device is not None and has_kernels(device)
-        if chosen == "triton" and backend == "auto" and not on_kernels:
-            raise ValueError(f"{VARIABLE}=triton needs tensors on a GPU, got {name} on {device}; unset it")
-        launch = None
-        if chosen == "triton":
-            launch = _launcher(name, kernel).accept(*operands, **options)
-        elif chosen == "auto" and on_kernels and _kernels_work(device):
-            try:
-                launch = _launcher(name, kernel).accept(*operands, **options)
-            except (TypeError, ValueError):
-                # Not for a kernel: float64, a layout with gaps, a row too long.
-                launch = None
+        launch = _launch(name, operands, options, backend)
         result = body(*operands, **options) if launch is None else launch()
         return result if returns else None
 
     return run
+
+
+def prepared(name: str, *operands: Any, **options: Any) -> Callable[..., Any] | None:
+    """Return what launches an operation's kernel on operands that are checked once; None where plain torch computes it.
+
+    The launch takes other step sizes and outputs than those of the first call, ``alpha`` and ``out``, as long as these
+    have the same shapes, dtypes and strides. It holds the operands, whose memory must stay where it is.
+    """
+    return _launch(name, operands, options, "auto")
+
+
+def _launch(name: str, operands: Sequence[Any], options: Mapping[str, Any], backend: str) -> Callable[..., Any] | None:
+    """Return the launch of an operation, None where plain torch computes it."""
+    chosen = os.environ.get(VARIABLE) or "auto" if backend == "auto" else backend
+    if chosen not in BACKENDS:
+        source = "backend" if backend != "auto" else VARIABLE
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {chosen!r}; leave it out for auto")
+    device = _device_of(operands)
+    on_kernels = device is not None and has_kernels(device)
+    if chosen == "triton" and backend == "auto" and not on_kernels:
+        raise ValueError(f"{VARIABLE}=triton needs tensors on a GPU, got {name} on {device}; unset it")
+    launch: Callable[..., Any] | None = None
+    if chosen == "triton":
+        launch = _launcher(name, _KERNELS[name]).accept(*operands, **options)
+    elif chosen == "auto" and on_kernels and _kernels_work(device):
+        try:
+            launch = _launcher(name, _KERNELS[name]).accept(*operands, **options)
+        except (TypeError, ValueError) as refusal:
+            # Not for a kernel: float64, a layout with gaps, a row too long.
+            _tell(name, refusal, operands, device)
+    return launch
+
+
+def _tell(name: str, refusal: Exception, operands: Sequence[Any], device: torch.device | None) -> None:
+    """Say once for an operation that its kernel does not take what it is given, unless nobody would expect that."""
+    if name in _told or any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(operands)):
+        return
+    _told.add(name)
+    warn(
+        f"{name} is computed by plain torch on {device}, slower and with more memory, where its kernel does not take "
+        f"the operands ({refusal}); this is said once",
+        KernelWarning,
+    )
 
 
 def _on_one_device(fake: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:

@@ -1,14 +1,17 @@
 """How one parameter moves: θ + αΔθ, with Δθ in memory, or worked out of an optimizer's state wherever it is needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sharpkern import ops
+from sharpkern.ops import registry
 from sharpkern.ops.arithmetic import compute_dtype
+from sharpkern.ops.registry import Backend
 
 
 class ParamUpdate(ABC):
@@ -38,13 +41,22 @@ class ParamUpdate(ABC):
         """Return θ + α_k Δθ, [K, *shape]; see `ops.form`."""
 
     @abstractmethod
-    def update(self) -> Tensor:
-        """Return Δθ, which must not be written."""
+    def update(self, backend: Backend = "auto") -> Tensor:
+        """Return Δθ, which must not be written; see `ops` for who works it out."""
 
-    @property
+    @abstractmethod
+    def prepared(self, alpha: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        """Return what launches `form` with any step ``alpha`` like this one into ``out``, or None; see `registry`."""
+
+    @cached_property
     def wide(self) -> torch.dtype:
         """Precision in which θ + αΔθ is computed before it is rounded."""
         return compute_dtype(*(operand.dtype for operand in self.operands))
+
+    @cached_property
+    def launches(self) -> dict[Hashable, Callable[..., Tensor] | None]:
+        """What `prepared` has returned, for who keeps it; by whatever it depends on."""
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +88,11 @@ class StoredUpdate(ParamUpdate):
         """Return θ + α_k Δθ, [K, *shape]."""
         return ops.form(self.base, self.delta, alpha, dtype=dtype, out=out)
 
-    def update(self) -> Tensor:
+    def prepared(self, alpha: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        """Return what launches `form`."""
+        return registry.prepared("form", self.base, self.delta, alpha, dtype=dtype)
+
+    def update(self, backend: Backend = "auto") -> Tensor:
         """Return Δθ itself."""
         return self.delta
 
@@ -117,7 +133,9 @@ class LazyUpdate(ParamUpdate):
         """Return the update from a copy of θ."""
         return replace(self, base=base)
 
-    def form(self, alpha: Tensor | None, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def form(
+        self, alpha: Tensor | None, *, dtype: torch.dtype, out: Tensor | None = None, backend: Backend = "auto"
+    ) -> Tensor:
         """Return θ + α_k Δθ, [K, *shape], or Δθ where there is no α."""
         return ops.form_step(
             self.rule,
@@ -130,11 +148,17 @@ class LazyUpdate(ParamUpdate):
             flag=self.flag,
             dtype=dtype,
             out=out,
+            backend=backend,
         )
 
-    def update(self) -> Tensor:
+    def prepared(self, alpha: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        """Return what launches `form`."""
+        numbers, options = self.numbers, {"decoupled": self.decoupled, "flag": self.flag, "dtype": dtype}
+        return registry.prepared("form_step", self.rule, self.base, self.grad, self.state, alpha, numbers, **options)
+
+    def update(self, backend: Backend = "auto") -> Tensor:
         """Return Δθ, a new tensor in the widest dtype of parameter and state."""
-        return self.form(None, dtype=self.dtype)[0]
+        return self.form(None, dtype=self.dtype, backend=backend)[0]
 
     @property
     def dtype(self) -> torch.dtype:

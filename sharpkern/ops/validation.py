@@ -32,14 +32,14 @@ def check_floats(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be {_NAMES}, got {tensor.dtype}; convert it with .to()")
         if device is None:
             device = tensor.device
-        _check_place(name, tensor, device)
+        check_place(name, tensor, device)
 
 
 def check_integers(name: str, tensor: Tensor, device: torch.device, remedy: str) -> None:
     """Refuse indices that are not a dense int64 or int32 tensor on a device."""
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}; {remedy}")
-    _check_place(name, tensor, device)
+    check_place(name, tensor, device)
 
 
 def check_shapes(**tensors: Tensor) -> None:
@@ -82,7 +82,7 @@ def check_alpha(alpha: Tensor, device: torch.device) -> int:
     num: int = alpha.numel()
     if num == 0:
         raise ValueError("alpha must hold one step size at least, got shape [0]; pass torch.zeros(1) for no step")
-    _check_place("alpha", alpha, device)
+    check_place("alpha", alpha, device)
     return num
 
 
@@ -98,7 +98,7 @@ def check_output(out: Tensor, like: Tensor, num: int, operands: Iterable[Tensor 
         raise TypeError(f"out must be {_NAMES}, got {out.dtype}; leave it out to allocate")
     if out.shape != (num, *like.shape):
         raise ValueError(f"out must have shape {[num, *like.shape]}, got {list(out.shape)}; leave it out to allocate")
-    _check_place("out", out, like.device)
+    check_place("out", out, like.device)
     _check_apart_from_itself("out", out)
     start, end = _span(out)
     for operand in operands:
@@ -154,7 +154,7 @@ def _alike(tensors: Iterable[Tensor]) -> bool:
     return True
 
 
-def _check_place(name: str, tensor: Tensor, device: torch.device) -> None:
+def check_place(name: str, tensor: Tensor, device: torch.device) -> None:
     """Refuse a tensor without strides, or on another device."""
     if tensor.layout is not _DENSE:
         raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}; convert it with .to_dense()")

@@ -127,7 +127,7 @@ def _source(launch: Launch) -> ASTSource:
             return tuple(kind(one, (*place, i), parameter) for i, one in enumerate(value))
         if isinstance(value, torch.Tensor):
             name = _POINTERS[value.dtype]
-            divisible = value.data_ptr() % 16 == 0
+            divisible = value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
         else:
             name = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = specialised and value % 16 == 0
@@ -219,7 +219,8 @@ def _amd_facts(compiled: Any) -> Facts:
         registers=entry["vgpr_count"],
         shared=compiled.metadata.shared,
         stack=entry["private_segment_fixed_size"],
-        spills=entry["vgpr_spill_count"] + entry["sgpr_spill_count"],
+        # Scalar registers are spilled to lanes of vector registers; what goes to memory is on the stack.
+        spills=entry["vgpr_spill_count"],
         instructions=opcodes.total(),
         wide_loads=sum(count for name, count in opcodes.items() if re.match(r"(global|buffer)_load_dwordx4", name)),
         wide_stores=sum(count for name, count in opcodes.items() if re.match(r"(global|buffer)_store_dwordx4", name)),

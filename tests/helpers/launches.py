@@ -14,8 +14,9 @@ from sharpkern.kernels.embedding import embedding
 from sharpkern.kernels.form import form
 from sharpkern.kernels.linear import linear
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
-from sharpkern.kernels.optimizer_steps import form_step, step_sums
+from sharpkern.kernels.optimizer_steps import form_step
 from sharpkern.kernels.reduce import reduce
+from sharpkern.kernels.whole_steps import form_steps_, step_sums, sum_steps
 from torch import Tensor
 
 from tests.helpers.compiled import Facts, compile_launch, facts_of, fingerprint_of, launches_of
@@ -110,6 +111,16 @@ def sum_state(rule: str, weight_decay: float | None = None) -> Callable[[], obje
     return call
 
 
+def form_whole(rule: str, written: torch.dtype, **more: Any) -> Callable[[], object]:
+    """A call that forms the weights of a model of one tensor."""
+
+    def call() -> object:
+        rule_, theta, grad, state, numbers, options = _operands(rule, 0.1)
+        return form_steps_(rule_, [_vector(written)], [theta], [grad], state, torch.zeros(1), numbers, **options | more)
+
+    return call
+
+
 def _amsgrad() -> object:
     state = tuple(_vector(FP32) for _ in range(3))
     return form_step("adam", _vector(BF16), _vector(BF16), state, _alpha(8), (0.1, *ADAM[1:]))
@@ -192,6 +203,9 @@ CASES = {
     "form from SGD state K=8": Case(form_state("sgd", 8), {"_form_step_kernel": (4, 8)}),
     "form from Lion state K=8": Case(form_state("lion", 8), {"_form_step_kernel": (4, 8)}),
     "form from RMSprop state K=8": Case(form_state("rmsprop", 8), {"_form_step_kernel": (8, 8)}),
+    "forms of a model from AdamW state": Case(form_whole("adam", BF16), {"_form_steps_kernel": (6, 1)}),
+    "forms in fp32 of a model from AdamW state": Case(form_whole("adam", FP32), {"_form_steps_kernel": (2, 1)}),
+    "forms of a model from SGD state": Case(form_whole("sgd", BF16), {"_form_steps_kernel": (4, 1)}),
     "reduce bf16": Case(_reduce(BF16, BF16, BF16), {"_chunk_sums_kernel": (3, 0)}),
     "reduce bf16, fp32 direction": Case(_reduce(BF16, FP32, BF16), {"_chunk_sums_kernel": (4, 0)}),
     "reduce fp32": Case(_reduce(FP32, FP32, FP32), {"_chunk_sums_kernel": (3, 0)}),
@@ -243,7 +257,12 @@ SMALLEST: dict[str, Callable[[], object]] = {
     "form_step, sgd, update without decay": lambda: form_step("sgd", _ONE, _ONE, (None,), None, (0.0, *SGD[1:])),
     "form_step, lion": lambda: form_step("lion", _ONE, _ONE, (None,), _ONE, LION, decoupled=True),
     "form_step, rmsprop": lambda: form_step("rmsprop", _ONE, _ONE, (None,) * 3, _ONE, RMSPROP, flag=True),
+    "form_steps_, adam": lambda: form_steps_(
+        "adam", [_ONE.clone()], [_ONE], [_ONE], (_ONE, _ONE, None), _ONE, ADAM, decoupled=True
+    ),
+    "form_steps_, sgd, update": lambda: form_steps_("sgd", [_ONE.clone()], [_ONE], [_ONE], (None,), None, SGD),
     "reduce": lambda: reduce([_ONE], [_ONE], [_ONE]),
+    "sum_steps, sgd": lambda: sum_steps("sgd", [_ONE], [_ONE], (_ONE,), SGD),
     "step_sums, adam": lambda: step_sums("adam", _ONE, _ONE, (_ONE, _ONE, None), (0.1, *ADAM[1:]), decoupled=True),
     "step_sums, adam, before the first step": lambda: step_sums("adam", _ONE, _ONE, (None, None, None), ADAM),
     "step_sums, sgd": lambda: step_sums("sgd", _ONE, _ONE, (_ONE,), SGD),

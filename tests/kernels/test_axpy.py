@@ -2,7 +2,8 @@ import pytest
 import torch
 import triton.language as tl
 from sharpkern.kernels import axpy
-from sharpkern.kernels._launch import Case, Config, tables
+from sharpkern.kernels._launch import Case, Config
+from sharpkern.kernels._tables import tables
 from sharpkern.kernels.axpy import _axpy_kernel, axpy_
 
 from tests.kernels.budget import SIZES, TRIPLES, assert_within_budget, randn, same_bits

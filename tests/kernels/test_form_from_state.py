@@ -171,7 +171,7 @@ def test_numbers_of_one_stream_are_not_used_on_another(monkeypatch):
     like = torch.zeros(1)
     vectors = []
     for stream in (7, 8, 7):
-        monkeypatch.setattr(_launch, "_stream", lambda device, stream=stream: stream)
+        monkeypatch.setattr(_launch, "stream_of", lambda device, stream=stream: stream)
         vectors.append(device_numbers(0.1, 1 / 3, like=like))
     assert vectors[0] is vectors[2]
     assert vectors[0] is not vectors[1]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import triton.language as tl
+from sharpkern.kernels import _tables
 from sharpkern.kernels import reduce as module
 from sharpkern.kernels._launch import Case, Config
 from sharpkern.kernels.reduce import _chunk_sums_kernel, reduce
@@ -69,7 +70,7 @@ def test_rows_keep_the_order_of_the_lists_whatever_launch_a_tensor_is_in():
 
 
 def test_more_chunks_than_one_block_of_the_second_stage(monkeypatch):
-    monkeypatch.setattr(module, "_SECOND_CONFIG", Config(block=4, threads=32))
+    monkeypatch.setattr(_tables, "_SUM_CONFIG", Config(block=4, threads=32))
     assert_exact_to_fp64(*([randn(9000, seed=role), randn(20, seed=role)] for role in range(3)))
 
 

@@ -14,8 +14,9 @@ from sharpkern.kernels.embedding import embedding
 from sharpkern.kernels.form import form
 from sharpkern.kernels.linear import linear
 from sharpkern.kernels.norm import MAX_LENGTH, layer_norm, rms_norm
-from sharpkern.kernels.optimizer_steps import form_step, step_sums
+from sharpkern.kernels.optimizer_steps import form_step
 from sharpkern.kernels.reduce import reduce
+from sharpkern.kernels.whole_steps import step_sums
 
 ADAM, SGD = (0.0, 1.0, 1.0, 0.1, 0.999, 0.001, 10.0, 0.03, 1e-8), (0.0, 1.0, 1.0, 0.9, 1.0)
 

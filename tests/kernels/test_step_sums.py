@@ -8,9 +8,12 @@ import itertools
 import pytest
 import torch
 from sharpkern.kernels import _launch
-from sharpkern.kernels import optimizer_steps as module
+from sharpkern.kernels import whole_steps as module
 from sharpkern.kernels._launch import Case, Config, device_numbers
-from sharpkern.kernels.optimizer_steps import _rule, _step_sums_kernel, form_step, step_sums
+from sharpkern.kernels._steps import rule_of
+from sharpkern.kernels._tables import tables
+from sharpkern.kernels.optimizer_steps import form_step
+from sharpkern.kernels.whole_steps import _step_sums_kernel, step_sums
 
 from tests.helpers.rules import FULLEST, reading
 from tests.kernels.budget import DTYPES, same_bits
@@ -39,7 +42,7 @@ def assert_exact_to_fp64(operands, numbers, options):
 
 
 @pytest.mark.parametrize(("name", "size", "steps"), SITUATIONS)
-def test_every_rule(name, size, steps):
+def test_everyrule_of(name, size, steps):
     assert_exact_to_fp64(*reading(*trained(name, size, steps)))
 
 
@@ -139,26 +142,29 @@ def test_offsets_beyond_int32(rule, numbers, update, flags, first_program):
     # Untouched memory is never mapped: tensors of 4 GB cost a few pages each.
     torch.utils.deterministic.fill_uninitialized_memory = False
     n = 2**31 + 1000
-    tile = _rule(rule)
+    tile = rule_of(rule)
     num_state = max(1, len(tile.TOGETHER))
     theta, grad, *state = operands = [torch.empty(n, dtype=torch.bfloat16) for _ in range(2 + num_state)]
     for value, tensor in zip((1.0, 2.0, 3.0, 4.0), operands, strict=False):
         tensor[2**31 :] = value
-    state = (*state, *[None] * (len(tile.STATE) - num_state))
+    state = (*state, *[None] * (3 - num_state))
     partial = torch.full((2**31 // CHUNK + 1, 2), torch.nan, dtype=torch.float64)
+    found = tables(CHUNK, *([tensor] for tensor in (grad, theta, grad, *state)))
+    (batch,) = found.batches
     first_program(2**31 // CHUNK)
-    sizes = {"TILES": 8, "BLOCK": CHUNK // 8, "LANE": 8}
     _step_sums_kernel[1,](
         partial,
-        theta,
-        grad,
-        state,
+        found.rows,
+        batch.chunks,
         device_numbers(*numbers, like=partial),
-        n,
-        RULE=tile.update,
-        DECAYED=True,
+        batch.dtypes,
+        batch.aligned,
+        tile.update,
+        True,
         **flags,
-        **sizes,
+        CHUNK=CHUNK,
+        BLOCK=CHUNK // 8,
+        LANE=8,
     )
     assert partial[-1].tolist() == [2000.0 * update, 1000.0 * update**2]
     assert partial[:-1].isnan().all()
@@ -214,5 +220,5 @@ def test_the_tiles_read_what_the_rules_say():
     from sharpkern.ops.rules import RULES as IN_TORCH
 
     for name, rule in IN_TORCH.items():
-        tile = _rule(name)
+        tile = rule_of(name)
         assert (rule.state, rule.together, rule.numbers) == (tile.STATE, tile.TOGETHER, tile.NUMBERS)

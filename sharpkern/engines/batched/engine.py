@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sharpkern import ops
 from sharpkern.engines.batched.leaks import refuse_leaked_tensors
 from sharpkern.engines.evaluation.closure import Closure
 from sharpkern.engines.evaluation.compiled import Eagerly
@@ -45,7 +46,7 @@ class BatchedEngine(VirtualEngine):
         while len(values) < len(step_sizes):
             part = step_sizes[len(values) : len(values) + self.chunk_size]
             try:
-                values += self._several(part)
+                values += self._several(self._padded(part))[: len(part)]
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
@@ -53,6 +54,12 @@ class BatchedEngine(VirtualEngine):
         if len(step_sizes) == NUM_PARALLEL:
             self.seconds.append(time.perf_counter() - started)
         return values
+
+    def _padded(self, step_sizes: Sequence[float]) -> Sequence[float]:
+        """As many step sizes as kernels are compiled for, 1 or all of a pass: seconds of compiling for each number."""
+        on_gpu = any(ops.has_kernels(pair.weight.device) for pair in self._pairs)
+        missing = self.chunk_size - len(step_sizes) if on_gpu and len(step_sizes) > 1 else 0
+        return [*step_sizes, *[step_sizes[-1]] * missing]
 
     def close(self) -> None:
         """As of one step size, and let torch warn again."""

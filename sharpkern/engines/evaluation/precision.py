@@ -16,6 +16,10 @@ _FLOAT32_NOISE = 2e-7
 _UNSEEN_NOISE = 1e-4
 
 
+# Looked up at every product of every pass.
+_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.bfloat16, torch.float16)}
+
+
 def is_low(dtype: torch.dtype) -> bool:
     """Whether a dtype is a floating type narrower than float32."""
     return dtype.is_floating_point and dtype.itemsize < 4
@@ -73,14 +77,18 @@ class LossPrecision:
         """Remember the coarsest rounding of a matrix product or convolution."""
         if not isinstance(result, Tensor):
             return
-        if is_low(result.dtype):
-            self._note_roundoff(torch.finfo(result.dtype).eps / 2)
-        elif result.is_cuda and result.dtype == torch.float32 and _is_tf32(name):
+        dtype = result.dtype
+        if dtype in _ROUNDOFF:
+            self._note_roundoff(_ROUNDOFF[dtype])
+        elif is_low(dtype):
+            self._note_roundoff(torch.finfo(dtype).eps / 2)
+        elif result.is_cuda and dtype == torch.float32 and _is_tf32(name):
             # TF32 keeps 10 bits of the operands.
             self._note_roundoff(2.0**-11)
 
     def _note_roundoff(self, unit_roundoff: float) -> None:
-        self.unit_roundoff = max(self.unit_roundoff or 0.0, unit_roundoff)
+        if self.unit_roundoff is None or unit_roundoff > self.unit_roundoff:
+            self.unit_roundoff = unit_roundoff
 
     def noise(self, *, low_and_unseen: bool = False) -> float:
         """Relative noise of one loss: the default of ``critical_sharpness(noise=None)``."""

@@ -39,9 +39,11 @@ class Kept:
             self._weights, self._room = {}, self._num_bytes
         self._step_sizes = step_sizes
 
-    def weights(self, pair: TrackedParam, alpha: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def weights(self, pair: TrackedParam, step: Step | Tensor, dtype: torch.dtype) -> Tensor | None:
         """W + α_k D, [K, N, C], formed where it is not there yet; None where there is no room for it."""
-        weight = pair.weight
+        if not self._num_bytes:
+            return None
+        weight, alpha = pair.weight, step.of(pair.move) if isinstance(step, Step) else step
         key = (pair.owner, weight.storage_offset(), weight.shape, weight.stride(), dtype, stream_of(weight.device))
         if key not in self._weights:
             num_bytes = len(alpha) * weight.numel() * dtype.itemsize
@@ -74,8 +76,10 @@ def head_loss(pair: TrackedParam, step: Step, dtype: torch.dtype, scratch: Scrat
     vocabulary = len(pair.weight)
 
     def rows(chosen: slice) -> Tensor:
-        part = pair.view(lambda tensor: tensor[chosen])
-        return part.form(step, dtype=dtype, out=scratch.take(part.weight, dtype)) if step else part.weight.to(dtype)
+        if not step:
+            return pair.weight[chosen].to(dtype)
+        part = pair.rows(chosen)
+        return part.form(step, dtype=dtype, out=scratch.take(part.weight, dtype))
 
     def of_one(hidden: Tensor, labels: Tensor, **options: object) -> Tensor:
         return cross_entropy_of_rows(hidden, vocabulary, rows, labels, **options)  # type: ignore[arg-type]
@@ -83,7 +87,7 @@ def head_loss(pair: TrackedParam, step: Step, dtype: torch.dtype, scratch: Scrat
     def of_several(hidden: Tensor, labels: Tensor, **options: object) -> Tensor:
         def of_all(hidden: Tensor, alpha: Tensor) -> Tensor:
             def rows(chosen: slice) -> Tensor:
-                return pair.move.map(lambda tensor: tensor[chosen]).form(alpha, dtype=dtype)
+                return pair.rows(chosen).move.form(alpha, dtype=dtype)
 
             hidden = hidden.expand(len(alpha), -1, -1)
             return cross_entropy_of_rows(hidden, vocabulary, rows, labels, **options)  # type: ignore[arg-type]

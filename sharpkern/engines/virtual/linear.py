@@ -8,6 +8,7 @@ Three ways, which differ in what is read, written and multiplied for K step size
 - "fused": one kernel that forms tiles on the way to the matrix units (`ops.linear`).
 """
 
+import functools
 import math
 from itertools import product
 
@@ -19,9 +20,11 @@ from sharpkern.ops.matmul import accumulates_in_fp32, accumulator_dtype, matmul_
 from sharpkern.ops.update import ParamUpdate
 from sharpkern.tensors.fake import device_kind
 
-# Memory for formed rows. On a GPU more would not be quicker: the product of 1024 rows of width 4096 fills it. A CPU
-# forms for one step size after the other what stays in its cache, with W and D.
+# Memory for formed rows. The product of 1024 rows of width 4096 fills a GPU: 64 MiB for 8 step sizes. But each part of
+# a matrix is two launches more for the host, so that as much as `_LARGE_SCRATCH` is taken where it is a small part of
+# what is free. A CPU forms for one step size after the other what stays in its cache, with W and D.
 SCRATCH_BYTES = 64 * 2**20
+_LARGE_SCRATCH, _SHARE = 2**30, 32
 CACHE_BYTES = 2**21
 
 # Below this many tokens per step size "products" are the quickest of 8, and "formed" from there on. Of "cpu" measured
@@ -91,9 +94,20 @@ def _block(x: Tensor, num_rows: int, width: int, num_steps: int) -> tuple[int, i
     """Return how many step sizes, and rows of each, are formed at a time."""
     num_bytes = max(1, width * x.element_size())
     if device_kind(x.device) != "cpu":
-        return num_steps, min(num_rows, max(1, SCRATCH_BYTES // (num_steps * num_bytes)))
+        return num_steps, min(num_rows, max(1, _scratch_bytes(x.device) // (num_steps * num_bytes)))
     height = min(num_rows, max(1, CACHE_BYTES // num_bytes))
     return min(num_steps, max(1, CACHE_BYTES // (height * num_bytes))), height
+
+
+@functools.cache
+def _scratch_bytes(device: torch.device) -> int:
+    """Memory that formed rows may take on a device, asked for once: what a run leaves free changes little."""
+    if device.type != "cuda":
+        return SCRATCH_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch holds and does not use it will give.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(SCRATCH_BYTES, min(_LARGE_SCRATCH, free // _SHARE))
 
 
 def scratch(x: Tensor, num_elements: int) -> Tensor:

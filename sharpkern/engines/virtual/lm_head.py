@@ -80,14 +80,17 @@ class LMHead:
         self.used = True
         return self._placeholder(Deferred(head, layout, states, head.logits))
 
-    def _may_be_large_head(self, hidden: Tensor, weight: Tensor) -> bool:
-        """Whether a product may be that of a large head: nearly none is, which is told without a closer look."""
-        if hidden.dim() == 0 or weight.dim() != 2:
-            return False
+    def may_be(self, weight: Tensor) -> bool:
+        """Whether a matrix may be that of a head: nearly none is, which is told without a closer look."""
         rows, width = weight.shape
+        return rows >= HEAD_ROWS or rows >= HEAD_RATIO * width
+
+    def _may_be_large_head(self, hidden: Tensor, weight: Tensor) -> bool:
+        """Whether a product may be that of a large head."""
+        if hidden.dim() == 0 or weight.dim() != 2 or not self.may_be(weight):
+            return False
         num_tokens = hidden.numel() // max(1, hidden.shape[-1])
-        nbytes = self._num_steps * (4 * num_tokens * rows + weight.nbytes)
-        return rows >= min(HEAD_ROWS, HEAD_RATIO * width) and nbytes > HEAD_THRESHOLD
+        return self._num_steps * (4 * num_tokens * len(weight) + weight.nbytes) > HEAD_THRESHOLD
 
     def _can_wait(self, hidden: Tensor, weight: Tensor) -> bool:
         """Whether a product of plain tensors that autograd does not look at is asked for."""

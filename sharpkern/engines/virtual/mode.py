@@ -27,11 +27,14 @@ from sharpkern.engines.virtual.layers import HeadLoss, Kept, head_loss, linear_o
 from sharpkern.engines.virtual.linear import choose as choose_way
 from sharpkern.engines.virtual.lm_head import LMHead, cross_entropy_by_name, linear_operands
 from sharpkern.engines.virtual.norms import moving_norm
+from sharpkern.engines.virtual.small_weights import SmallWeights
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.ops.linear_cross_entropy import linear_cross_entropy
 from sharpkern.ops.matmul import product_dtype
 from sharpkern.ops.update import StoredUpdate
 from sharpkern.tensors.storage import Owners, share_memory, storage_pointer
+
+_NESTED = (list, tuple, dict)
 
 
 class VirtualParameters(TorchFunctionMode):
@@ -66,6 +69,9 @@ class VirtualParameters(TorchFunctionMode):
         self._kept = kept or Kept(0)
         self.tail = LMHead(precision, num_steps)
         self.alpha = Step(0.0)
+        self._small = SmallWeights(self._parameters.values())
+        # One step size, and nothing but parameters to be told by its identity.
+        self._is_simple = not self._aliases
         self.work = 0
         self._outdated: dict[int | None, list[Tensor]] = {}
         self.read: set[int] = set()
@@ -85,7 +91,9 @@ class VirtualParameters(TorchFunctionMode):
         """Start a pass: forget the views of the last one."""
         self._table = dict(self._parameters)
         self.tail.begin()
+        self._small.begin()
         self.alpha = Step(alpha)
+        self._is_simple = not self._aliases and not self.alpha.is_several
         self.read = set()
         self.work = 0
         self._outdated = {}
@@ -94,6 +102,21 @@ class VirtualParameters(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.ended:
             return func(*args, **kwargs)
+        if self._is_simple:
+            # On the path of thousands of calls a pass, next to none of which concern a parameter.
+            kind = calls.kind_of(func)
+            if kind == "metadata":
+                return func(*args, **kwargs)
+            if kind == "linear":
+                if (product := self._linear(func, *linear_operands(*args, **kwargs))) is not None:
+                    self._precision.note_product("linear", product)
+                    self.work += product.numel()
+                    return product
+            elif kind != "special":
+                if not self._holds(args) and not (kwargs and ("out" in kwargs or self._holds(kwargs.values()))):
+                    return func(*args, **kwargs)
+                if kind == "scaling" and not kwargs and (scaled := self._scaled(func, *args)) is not None:
+                    return scaled
         name = calls.name_of(func)
         if self.alpha.is_several and not torch.is_grad_enabled():
             self._watch_statistics(name, args, kwargs)
@@ -156,7 +179,10 @@ class VirtualParameters(TorchFunctionMode):
                 return answer
         if func is linear_cross_entropy and not torch.is_grad_enabled() and not self._holds(args[::2]):
             return cross_entropy_by_name(self._head(self._table[id(args[1])]), *args, **kwargs)
-        if name in calls.NORMS and (normed := moving_norm(func, args, kwargs, self._pair, self.alpha)) is not None:
+        normed = None
+        if name in calls.NORMS:
+            normed = moving_norm(func, args, kwargs, self._pair, self.alpha, self._small.update)
+        if normed is not None:
             result, owners = normed
             self.read |= owners
             return result
@@ -233,7 +259,8 @@ class VirtualParameters(TorchFunctionMode):
             pair = self._pair(value)
             if pair is not None:
                 self.read.add(pair.owner)
-                return pair.form(self.alpha, dtype=pair.move.wide)
+                small = None if torch.is_grad_enabled() else self._small.formed(pair, self.alpha)
+                return pair.form(self.alpha, dtype=pair.move.wide) if small is None else small
             return value.float() if is_low(value.dtype) else value
 
         return calls.map_tensors(
@@ -270,25 +297,65 @@ class VirtualParameters(TorchFunctionMode):
             return None
         if bias is not None and bias.shape != weight.shape[:1]:
             return None
-        if bias is None:
-            call = lambda: self._product(func, pair, x, None)  # noqa: E731
-            logits = self.tail.defer(x, weight, self._head(pair), call)
+        if bias is None and self.tail.may_be(weight):
+            logits = self.tail.defer(x, weight, self._head(pair), lambda: self._product(func, pair, x, None))
             if logits is not None:
+                self._is_simple = False
                 return logits
         return self._product(func, pair, x, bias)
 
     def _product(self, func: Any, pair: TrackedParam, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.alpha.is_several and not torch.is_grad_enabled():
             return self._product_on_steps(pair, x, bias)
+        if torch.is_grad_enabled():
+            return self._with_formed(func, "linear", (x, pair.weight, bias), {})  # type: ignore[no-any-return]
+        self.read.add(pair.owner)
+        self.rounded.add(pair.owner)
         weight = pair.weight
-        if self.alpha and not torch.is_grad_enabled():
-            weights = self._kept.weights(pair, self.alpha.of(pair.move), weight.dtype)
-            if weights is not None:
-                self.read.add(pair.owner)
-                self.rounded.add(pair.owner)
-                weight = weights[0]
-        product: Tensor = self._with_formed(func, "linear", (x, weight, bias), {})
+        if self.alpha:
+            kept = self._kept.weights(pair, self.alpha, weight.dtype)
+            out = self._scratch.take(weight, weight.dtype) if kept is None else None
+            weight = pair.form(self.alpha, out=out) if kept is None else kept[0]
+        product: Tensor = func(x, weight) if bias is None else func(x, weight, self._vector(bias))
         return product
+
+    def _scaled(self, func: Any, *factors: Any) -> Tensor | None:
+        """A tensor times a vector of 16 bits that moves, as in a norm that is written out, by one call; else None.
+
+        The product of two such numbers is exact in float32, in which torch multiplies: without a step nothing is to be
+        done about it.
+        """
+        if torch.is_grad_enabled() or len(factors) != 2:
+            return None
+        first, second = map(self._pair, factors)
+        pair, other = (second, factors[0]) if first is None else (first, factors[1])
+        if pair is None or (first is not None and second is not None) or type(other) is not Tensor:
+            return None
+        weight = pair.weight
+        if weight.dim() != 1 or not is_low(weight.dtype) or other.dtype != weight.dtype:
+            return None
+        if other.dim() == 0 or other.shape[-1] != len(weight):
+            return None
+        if not self.alpha and pair.move.base is weight:
+            self.read.add(pair.owner)
+            return func(*factors)  # type: ignore[no-any-return]
+        formed = self._small.formed(pair, self.alpha)
+        if formed is None:
+            return None
+        self.read.add(pair.owner)
+        return torch.mul(other, formed, out=torch.empty_like(other))
+
+    def _vector(self, value: Tensor | None) -> Tensor | None:
+        """A bias as it is, or formed in its own dtype where it moves; to be consumed at once."""
+        pair = self._pair(value)
+        if pair is None or value is None:
+            return value
+        small = self._small.formed(pair, self.alpha)
+        if small is None:
+            return self._form(pair)
+        self.read.add(pair.owner)
+        self.rounded.add(pair.owner)
+        return small.to(value.dtype)
 
     def _product_on_steps(self, pair: TrackedParam, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = product_dtype(x)
@@ -404,12 +471,16 @@ class VirtualParameters(TorchFunctionMode):
     def _holds(self, values: Iterable[Any]) -> bool:
         """Whether a pair's tensor is among the values, or in lists inside them; on the path of every torch call."""
         table = self._table
+        if not table:
+            return False
         for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in table:
-                    return True
-            elif isinstance(value, (list, tuple, dict)) and self._holds(
-                value.values() if isinstance(value, dict) else value
+            # The table holds its tensors, so that nothing else has their identity.
+            if id(value) in table:
+                return True
+            if (
+                type(value) is not Tensor
+                and isinstance(value, _NESTED)
+                and self._holds(value.values() if isinstance(value, dict) else value)
             ):
                 return True
         return False

@@ -11,24 +11,31 @@ from sharpkern import ops
 from sharpkern.engines.tracked import Step, TrackedParam
 
 PairOf = Callable[[Any], TrackedParam | None]
+UpdateOf = Callable[[TrackedParam], Tensor]
 
 
 def moving_norm(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], pair_of: PairOf, step: Step
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    pair_of: PairOf,
+    step: Step,
+    update_of: UpdateOf = lambda pair: pair.move.update(),
 ) -> tuple[Tensor, set[int]] | None:
     """The result of a call, or None where it is not one for a kernel."""
     # The stock operators have rules of their own for autograd and autocast.
     if torch.is_grad_enabled():
         return None
     if func is F.layer_norm:
-        return _layer_norm(pair_of, step, *args, **kwargs)
+        return _layer_norm(pair_of, update_of, step, *args, **kwargs)
     if func is F.rms_norm:
-        return _rms_norm(pair_of, step, *args, **kwargs)
+        return _rms_norm(pair_of, update_of, step, *args, **kwargs)
     return None
 
 
 def _layer_norm(
     pair_of: PairOf,
+    update_of: UpdateOf,
     step: Step,
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -38,13 +45,14 @@ def _layer_norm(
 ) -> tuple[Tensor, set[int]] | None:
     if not _fits(step, input, normalized_shape, weight, bias):
         return None
-    (W, D), (b, d) = _moving(weight, pair_of), _moving(bias, pair_of)
+    (W, D), (b, d) = _moving(weight, pair_of, update_of), _moving(bias, pair_of, update_of)
     y = ops.layer_norm(input.unsqueeze(0), W, D, b, d, step.on(input.device), eps=eps)[0]
     return y, _owners(pair_of, weight, bias)
 
 
 def _rms_norm(
     pair_of: PairOf,
+    update_of: UpdateOf,
     step: Step,
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -53,7 +61,7 @@ def _rms_norm(
 ) -> tuple[Tensor, set[int]] | None:
     if eps is None or not _fits(step, input, normalized_shape, weight, None):
         return None
-    W, D = _moving(weight, pair_of)
+    W, D = _moving(weight, pair_of, update_of)
     y = ops.rms_norm(input.unsqueeze(0), W, D, step.on(input.device), eps=eps)[0]
     return y, _owners(pair_of, weight)
 
@@ -72,10 +80,10 @@ def _fits(
     )
 
 
-def _moving(vector: Tensor | None, pair_of: PairOf) -> tuple[Any, Tensor | None]:
+def _moving(vector: Tensor | None, pair_of: PairOf, update_of: UpdateOf) -> tuple[Any, Tensor | None]:
     """A vector of the norm, in its best precision, and its direction, None where it does not move."""
     pair = pair_of(vector)
-    return (vector, None) if pair is None else (pair.move.base, pair.move.update())
+    return (vector, None) if pair is None else (pair.move.base, update_of(pair))
 
 
 def _owners(pair_of: PairOf, *vectors: Tensor | None) -> set[int]:

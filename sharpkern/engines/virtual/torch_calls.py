@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
 # Answered by θ itself: they tell nothing of its values.
 _METADATA = frozenset(
@@ -39,6 +40,11 @@ ELEMENTWISE = frozenset(
     "mul multiply __mul__ __rmul__ add __add__ __radd__ sub subtract __sub__ __rsub__ addcmul".split()
 )
 
+MULTIPLICATIONS = frozenset("mul multiply __mul__ __rmul__".split())
+
+# Answered in ways of their own.
+_READERS = frozenset("embedding embedding_bag linear_cross_entropy".split())
+
 LOSSES = frozenset(
     "cross_entropy nll_loss binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss "
     "huber_loss kl_div gaussian_nll_loss poisson_nll_loss soft_margin_loss hinge_embedding_loss multi_margin_loss "
@@ -66,6 +72,22 @@ def name_of(func: Any) -> str:
     if name == "__set__":
         return f"set.{func.__self__.__name__}"
     return str(name)
+
+
+@_looked_up
+def kind_of(func: Any) -> str:
+    """What is to be done about a function: nothing ("metadata"), nothing if it takes no parameter ("plain"), or more.
+
+    Most parameters are taken by "linear", and most of the others by a multiplication, which is plain too: "scaling".
+    """
+    name = name_of(func)
+    if func is torch.nn.functional.linear:
+        return "linear"
+    if is_metadata(name):
+        return "metadata"
+    if isinstance(func, HigherOrderOperator) or writes(name) or name in LOSSES or name in PRODUCTS or name in _READERS:
+        return "special"
+    return "scaling" if name in MULTIPLICATIONS else "plain"
 
 
 @_looked_up
