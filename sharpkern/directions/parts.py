@@ -29,6 +29,8 @@ AROUND_STEP = (
 # Wrappers whose step is that of the optimizer inside. Their packages are looked up where they are loaded already.
 _ADD_NOTHING = (
     ("accelerate.optimizer", "AcceleratedOptimizer"),
+    # Its own step does nothing: the engine has taken it.
+    ("accelerate.utils.deepspeed", "DeepSpeedOptimizerWrapper"),
     ("lightning.pytorch.core.optimizer", "LightningOptimizer"),
     ("pytorch_lightning.core.optimizer", "LightningOptimizer"),
     ("lightning.fabric.wrappers", "_FabricOptimizer"),
