@@ -1,13 +1,15 @@
 """DeepSpeed's engines: where the weights lie that a rank moves, and the gradient that the engine's step will see.
 
-ZeRO hands the optimizer inside of it flat tensors, the masters: this rank's part of each group of parameters. From
-those it writes the weights, here called pieces, and gathers the model's parameters out of the pieces of all ranks. Its
-gradients are flat too, still scaled and not yet clipped. deepspeed is looked up where it is loaded already.
+DeepSpeed puts a wrapper around the optimizer that it steps, and hands that one tensors of its own, the masters: of ZeRO
+this rank's part of each group of parameters, flat. From the masters it writes the weights, here called pieces, and
+gathers the model's parameters out of the pieces of all ranks. Its gradients are still multiplied by the loss scale, and
+not yet clipped. deepspeed is looked up where it is loaded already.
 """
 
+import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +19,14 @@ from torch import Tensor, nn
 
 from sharpkern.errors import NoUpdateError
 
-_ZERO, _ZERO_3, _FUSED = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "FP16_Optimizer"
-_OVERFLOW = "the gradient must be finite, got nan or inf on some rank; skip this measurement: DeepSpeed skips the step"
-
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A flat part of the weights that this rank moves.
+    """A part of the weights that this rank moves.
 
     Attributes:
         weight: what the model's parameters are made from, in their dtype.
-        master: what the optimizer holds, in full precision; it may lie in the same memory.
+        master: what the optimizer holds, of the same shape; it may be the same memory.
         group: number of the optimizer's group that it belongs to.
     """
 
@@ -38,12 +37,154 @@ class Piece:
     @property
     def has_master(self) -> bool:
         """Whether the master is a copy of its own."""
-        return self.master.data_ptr() != self.weight.data_ptr() or self.weight.numel() == 0
+        return self.master.data_ptr() != self.weight.data_ptr()
+
+
+class Wrapped:
+    """An optimizer inside of one of DeepSpeed's wrappers.
+
+    Attributes:
+        wrapper: DeepSpeed's.
+        inner: the optimizer that moves the masters.
+        gathers: parameters are gathered in a pass, module by module.
+    """
+
+    gathers = False
+
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
+        self.inner: torch.optim.Optimizer = wrapper.optimizer
+
+    def pieces(self) -> list[Piece]:
+        """What this rank moves."""
+        raise NotImplementedError
+
+    def gradient(self, number: int) -> Sequence[Tensor]:
+        """What lies one after the other in the gradient of a piece; nothing where that is not complete."""
+        raise NotImplementedError
+
+    def group(self) -> Any | None:
+        """The ranks that the pieces are split over; None where each has all of them."""
+        return self.wrapper.dp_process_group or torch.distributed.group.WORLD
+
+    def publish(self) -> None:
+        """Make the model's parameters what the pieces of all ranks hold; a collective where they are split."""
+
+
+class _Partitioned(Wrapped):
+    """ZeRO-1 and 2: every rank has all parameters, which lie in flat tensors, and moves its part of these."""
+
+    _parts, _masters, _flat = (
+        "parallel_partitioned_bit16_groups",
+        "single_partition_of_fp32_groups",
+        "bit16_groups_flat",
+    )
+
+    def pieces(self) -> list[Piece]:
+        groups = self.wrapper.real_dp_process_group
+        parts, masters = getattr(self.wrapper, self._parts), getattr(self.wrapper, self._masters)
+        return [
+            Piece(of_ranks[torch.distributed.get_rank(group)], master, number)
+            for number, (of_ranks, master, group) in enumerate(zip(parts, masters, groups, strict=True))
+        ]
+
+    def gradient(self, number: int) -> Sequence[Tensor]:
+        return self.wrapper.averaged_gradients.get(number) or ()
+
+    def publish(self) -> None:
+        sys.modules["deepspeed.runtime.utils"].all_gather_dp_groups(
+            groups_flat=getattr(self.wrapper, self._flat),
+            partitioned_param_groups=getattr(self.wrapper, self._parts),
+            dp_process_group=self.wrapper.real_dp_process_group,
+            start_alignment_factor=self.wrapper.nccl_start_alignment_factor,
+            allgather_bucket_size=self.wrapper.allgather_bucket_size,
+        )
+
+
+class _Summed(_Partitioned):
+    """ZeRO-1 of bf16 weights whose gradients are summed in float32."""
+
+    _parts, _masters, _flat = "bf16_partitioned_groups", "fp32_groups_flat_partition", "bf16_groups_flat"
+
+    def gradient(self, number: int) -> Sequence[Tensor]:
+        return (self.wrapper.fp32_groups_gradient_flat_partition[number],)
+
+
+class _Sharded(Wrapped):
+    """ZeRO-3: every rank has its part of each parameter, one after the other in flat tensors."""
+
+    gathers = True
+
+    def pieces(self) -> list[Piece]:
+        weights, masters = self.wrapper.fp16_partitioned_groups_flat, self.wrapper.fp32_partitioned_groups_flat
+        return [
+            Piece(weight, master, self.wrapper.sub_group_to_group_id[number])
+            for number, (weight, master) in enumerate(zip(weights, masters, strict=True))
+        ]
+
+    def gradient(self, number: int) -> Sequence[Tensor]:
+        return self.wrapper.averaged_gradients.get(number) or ()
+
+    def publish(self) -> None:
+        # What is gathered is let go of, so that the next pass gathers what was written.
+        self.wrapper.parameter_offload.partition_all_parameters()
+        if self.wrapper.persistent_parameters:
+            self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)
+        self.wrapper.invalidate_secondary_tensor()
+
+
+class _Fused(Wrapped):
+    """Stage 0 in 16 bits: all parameters lie in flat tensors, and all of these are moved."""
+
+    def pieces(self) -> list[Piece]:
+        pairs = zip(self.wrapper.fp16_groups_flat, self.wrapper.fp32_groups_flat, strict=True)
+        return [Piece(weight, master, number) for number, (weight, master) in enumerate(pairs)]
+
+    def gradient(self, number: int) -> Sequence[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.wrapper.fp16_groups[number]]
+
+    def group(self) -> None:
+        return None
+
+
+class _Unfused(Wrapped):
+    """Stage 0 in 16 bits with any optimizer: a master for each parameter."""
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece(parameter, master, number)
+            for number, (group, masters) in enumerate(
+                zip(self.wrapper.fp16_groups, self.wrapper.fp32_groups, strict=True)
+            )
+            for parameter, master in zip(group, masters, strict=True)
+        ]
+
+    def gradient(self, number: int) -> Sequence[Tensor]:
+        parameter = self.pieces()[number].weight
+        return (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad,)
+
+    def group(self) -> None:
+        return None
+
+
+# By the name of the very class: what is derived from it steps in another way.
+_KNOWN: dict[str, type[Wrapped]] = {
+    "DeepSpeedZeroOptimizer": _Partitioned,
+    "DeepSpeedZeroOptimizer_Stage3": _Sharded,
+    "BF16_Optimizer": _Summed,
+    "FP16_Optimizer": _Fused,
+    "FP16_UnfusedOptimizer": _Unfused,
+}
 
 
 def is_engine(module: object) -> bool:
     """Whether a module is DeepSpeed's engine."""
     return any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__)
+
+
+def engine_in(model: nn.Module) -> Any | None:
+    """The engine that a model is or holds."""
+    return next(filter(is_engine, model.modules()), None)
 
 
 def is_wrapper(optimizer: object) -> bool:
@@ -52,14 +193,24 @@ def is_wrapper(optimizer: object) -> bool:
     return base is not None and isinstance(optimizer, base.DeepSpeedOptimizer)
 
 
-def engine_in(model: nn.Module) -> Any | None:
-    """The engine that a model is or holds."""
-    return next(filter(is_engine, model.modules()), None)
+def wrapped(optimizer: Any) -> Wrapped | None:
+    """What is known of one of DeepSpeed's wrappers; None of anything else.
+
+    Raises:
+        TypeError: it steps in another way than those that are known.
+    """
+    if not is_wrapper(optimizer):
+        return None
+    unknown = _unknown_of(optimizer)
+    if unknown:
+        raise TypeError(_refusal("optimizer must be that of", unknown))
+    return _KNOWN[type(optimizer).__name__](optimizer)
 
 
 def refuse_unknown(engine: Any) -> None:
     """Refuse an engine whose weights, gradients or step are not where this file looks for them."""
-    zero = getattr(getattr(engine, "_config", None), "zero_config", None)
+    config = getattr(engine, "_config", None)
+    zero = getattr(config, "zero_config", None)
     found = [
         what
         for what, there in {
@@ -67,162 +218,141 @@ def refuse_unknown(engine: Any) -> None:
             "model parallelism": getattr(engine, "mp_world_size", 1) > 1,
             "sequence parallelism": getattr(engine, "sequence_parallel_size", 1) > 1,
             "MoE layers": getattr(engine, "has_moe_layers", False),
-            "ZenFlow": bool(getattr(engine, "zenflow", False)),
-            "DeepCompile": bool(getattr(engine, "_deepcompile_active", False)),
-            "offloaded optimizer states": _offloads(getattr(zero, "offload_optimizer", None)),
-            "offloaded parameters": _offloads(getattr(zero, "offload_param", None)),
+            "ZenFlow": getattr(engine, "zenflow", False),
+            "DeepCompile": getattr(engine, "_deepcompile_active", False),
+            "offloaded optimizer states": _offloads(zero, "offload_optimizer"),
+            "offloaded parameters": _offloads(zero, "offload_param"),
             "quantised weights": getattr(zero, "zero_quantized_weights", False)
             or getattr(zero, "zero_quantized_nontrainable_weights", False),
             "quantised gradients": getattr(zero, "zero_quantized_gradients", False),
-            "managed_gradient_accumulation=false": not getattr(
-                getattr(engine, "_config", None), "managed_gradient_accumulation", True
-            ),
+            "managed_gradient_accumulation=false": not getattr(config, "managed_gradient_accumulation", True),
+            "float16 by torch_autocast": getattr(engine, "torch_autocast_z0_gradscaler", None) is not None,
         }.items()
         if there
     ]
-    found += _unknown_optimizers(getattr(engine, "optimizer", None))
+    found += _unknown_of(getattr(engine, "optimizer", None))
     if found:
-        raise TypeError(
-            f"model must be a DeepSpeed engine at ZeRO stage 0 to 3 that holds its weights on the device, got one with "
-            f"{', '.join(found)}; docs/distributed.md tells what is known: leave that out, or measure the run's "
-            "checkpoints"
-        )
+        raise TypeError(_refusal("model must be", list(dict.fromkeys(found))))
 
 
-def _offloads(config: Any) -> bool:
-    device = getattr(config, "device", None)
+def _refusal(what: str, found: Sequence[str]) -> str:
+    return (
+        f"{what} a DeepSpeed engine at ZeRO stage 0 to 3 with weights and optimizer states on the device, got one with "
+        f"{', '.join(found)}; leave that out, or measure the run's checkpoints"
+    )
+
+
+def _offloads(zero: Any, name: str) -> bool:
+    device = getattr(getattr(zero, name, None), "device", None)
     return device is not None and getattr(device, "value", device) != "none"
 
 
-def _unknown_optimizers(optimizer: Any) -> list[str]:
-    """Names of an engine's optimizers that do not step as the ones which are known."""
-    if not is_wrapper(optimizer):
-        outer, inner = [], optimizer
-    else:
-        outer, inner = [optimizer], getattr(optimizer, "optimizer", None)
-    names = [type(one).__name__ for one in outer if type(one).__name__ not in (_ZERO, _ZERO_3, _FUSED)]
+def _unknown_of(optimizer: Any) -> list[str]:
+    """Names of what does not step as the optimizers that are known, of a wrapper and what is inside of it."""
     if optimizer is None or type(optimizer).__name__ == "DeepSpeedZeRoOffload":
-        names.append("no optimizer")
-    kind = type(inner)
-    # DeepSpeed's Muon orthogonalises gradients before its step, and 1-bit optimizers average them inside of it.
-    if kind.__module__.startswith("deepspeed.") and ("muon" in kind.__module__ or "onebit" in kind.__module__):
-        names.append(f"DeepSpeed's {kind.__name__}")
-    if any(getattr(one, "torch_autocast_gradscaler", None) is not None for one in outer):
-        names.append("torch_autocast in float16")
-    if any(getattr(one, "offloaded_states", None) for one in outer):
-        names.append("offload_states()")
-    return names
-
-
-def inner_of(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that moves the masters."""
-    inner: torch.optim.Optimizer = optimizer.optimizer
-    return inner
-
-
-def pieces_of(optimizer: Any) -> list[Piece]:
-    """What this rank moves, in the order of the optimizer's groups."""
-    name = type(optimizer).__name__
-    if name == _ZERO_3:
-        groups = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
-        weights, masters = optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat
-    elif name == _ZERO:
-        ranks = [torch.distributed.get_rank(group) for group in optimizer.real_dp_process_group]
-        weights = [parts[rank] for parts, rank in zip(optimizer.parallel_partitioned_bit16_groups, ranks, strict=True)]
-        masters, groups = optimizer.single_partition_of_fp32_groups, list(range(len(weights)))
-    else:
-        weights, masters = optimizer.fp16_groups_flat, optimizer.fp32_groups_flat
-        groups = list(range(len(weights)))
-    return [Piece(*one) for one in zip(weights, masters, groups, strict=True)]
-
-
-def process_group(optimizer: Any) -> Any | None:
-    """The ranks that the pieces are split over; None where each has all of them."""
-    name = type(optimizer).__name__
-    return optimizer.dp_process_group if name in (_ZERO, _ZERO_3) else None
-
-
-@torch.no_grad()
-def publish(optimizer: Any) -> None:
-    """Make the model's parameters what the pieces of all ranks hold; a collective."""
-    name = type(optimizer).__name__
-    if name == _ZERO_3:
-        # What is gathered is let go of, so that the next pass gathers what was written.
-        optimizer.parameter_offload.partition_all_parameters()
-        persistent = optimizer.persistent_parameters
-        if persistent:
-            persistent[0].all_gather(persistent)
-        optimizer.invalidate_secondary_tensor()
-    elif name == _ZERO:
-        sys.modules["deepspeed.runtime.utils"].all_gather_dp_groups(
-            groups_flat=optimizer.bit16_groups_flat,
-            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
-            dp_process_group=optimizer.real_dp_process_group,
-            start_alignment_factor=optimizer.nccl_start_alignment_factor,
-            allgather_bucket_size=optimizer.allgather_bucket_size,
-        )
+        return ["no optimizer"]
+    is_outer = is_wrapper(optimizer)
+    inner = type(getattr(optimizer, "optimizer", None) if is_outer else optimizer)
+    own = inner.__module__.startswith("deepspeed.")
+    return [
+        what
+        for what, there in {
+            type(optimizer).__name__: is_outer and type(optimizer).__name__ not in _KNOWN,
+            "offloaded optimizer states": is_outer
+            and (getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)),
+            "states that offload_states() took away": is_outer and bool(getattr(optimizer, "offloaded_states", None)),
+            "float16 by torch_autocast": getattr(optimizer, "torch_autocast_gradscaler", None) is not None,
+            "a fused step of its own": getattr(optimizer, "fused_adam_legacy", False)
+            or getattr(optimizer, "fused_lamb_legacy", False),
+            # Muon orthogonalises gradients ahead of its step, 1-bit optimizers average them inside of it.
+            f"DeepSpeed's {inner.__name__}": own and ("muon" in inner.__module__ or "onebit" in inner.__module__),
+        }.items()
+        if there
+    ]
 
 
 @contextmanager
-def step_gradients(optimizer: Any) -> Iterator[float]:
-    """Give the masters the gradients that the next step will: without the loss scale, and clipped; a collective.
+def step_gradients(known: Wrapped) -> Iterator[float]:
+    """Give the masters the gradients that the next step will, without loss scale, clipped; a collective.
 
-    Yields what clipping multiplies them by. Tensors that are made of them outlive the context.
+    Yields what clipping multiplies the gradient by. The gradients outlive the context where they are held.
     """
-    pieces = pieces_of(optimizer)
-    inner = inner_of(optimizer)
-    gradients = [_gradient(optimizer, number, piece) for number, piece in enumerate(pieces)]
-    scale = float(getattr(optimizer, "loss_scale", None) or optimizer.loss_scale_config.cur_scale)
-    clip = _clip(optimizer, gradients, scale)
-    if clip / scale != 1:
-        for gradient in gradients:
-            gradient.mul_(clip / scale)
+    pieces, groups = known.pieces(), known.inner.param_groups
+    gradients = [_flat(known.gradient(number), piece.master) for number, piece in enumerate(pieces)]
+    scale = float(known.wrapper.loss_scale)
+    clip = _clip(known, gradients, scale)
+    for gradient in gradients:
+        gradient.mul_(clip / scale)
     kept = [(piece.master, piece.master.grad) for piece in pieces]
-    members = [list(group["params"]) for group in inner.param_groups]
+    members = [list(group["params"]) for group in groups]
     try:
         for piece, gradient in zip(pieces, gradients, strict=True):
             piece.master.grad = gradient
-            # ZeRO-3 enters each one only for its own step.
-            present = inner.param_groups[piece.group]["params"]
-            if not any(piece.master is one for one in present):
-                present.append(piece.master)
+            # ZeRO-3 enters each one for its own step alone.
+            held = groups[piece.group]["params"]
+            if not any(piece.master is one for one in held):
+                held.append(piece.master)
         yield clip
     finally:
         for master, gradient_before in kept:
             master.grad = gradient_before
-        for group, params in zip(inner.param_groups, members, strict=True):
+        for group, params in zip(groups, members, strict=True):
             group["params"][:] = params
 
 
-def _gradient(optimizer: Any, number: int, piece: Piece) -> Tensor:
-    """The flat gradient of a piece in its master's dtype, still scaled: a copy."""
-    if type(optimizer).__name__ == _FUSED:
-        group = optimizer.fp16_groups[number]
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-    else:
-        parts = list(optimizer.averaged_gradients.get(number) or ())
-        if not parts:
-            raise ValueError(
-                "the engine must be about to step, got one whose gradients are not averaged yet; measure between "
-                "engine.backward() and engine.step(), where engine.is_gradient_accumulation_boundary()"
-            )
-    flat = torch.cat([part.detach().reshape(-1).to(piece.master.dtype) for part in parts])
-    missing = piece.master.numel() - flat.numel()
-    return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
+def _flat(parts: Sequence[Tensor], master: Tensor) -> Tensor:
+    """A gradient as its master lies, padded with zeros: a copy."""
+    if not parts:
+        raise ValueError(
+            "the engine must be about to step, got one whose gradients are not averaged yet; measure between "
+            "engine.backward() and engine.step(), where engine.is_gradient_accumulation_boundary()"
+        )
+    flat = torch.cat([part.detach().reshape(-1).to(master.dtype) for part in parts])
+    padding = flat.new_zeros(master.numel() - flat.numel())
+    return torch.cat([flat, padding]).view_as(master) if padding.numel() else flat.view_as(master)
 
 
-def _clip(optimizer: Any, gradients: list[Tensor], scale: float) -> float:
+def _clip(known: Wrapped, gradients: Sequence[Tensor], scale: float) -> float:
     """What the step will multiply unscaled gradients by; raises alike on all ranks where one is not finite."""
-    square = torch.zeros((), dtype=torch.float64)
-    for gradient in gradients:
-        square += torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu()
-    group = process_group(optimizer)
-    if group is not None:
-        there = square.to(gradients[0].device)
-        torch.distributed.all_reduce(there, group=group)
-        square = there.cpu()
+    squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients]
+    square = torch.stack(squares).sum()
+    if known.group() is not None:
+        torch.distributed.all_reduce(square, group=known.group())
     norm = math.sqrt(square.item()) / scale if square >= 0 else math.nan
     if not math.isfinite(norm):
-        raise NoUpdateError(_OVERFLOW)
-    limit = float(optimizer.clip_grad)
-    return 1 / max(1.0, (norm + 1e-6) / limit) if limit > 0 else 1.0
+        raise NoUpdateError(
+            "the gradient must be finite, got nan or inf on some rank; skip this measurement: DeepSpeed skips the step"
+        )
+    # A loss scale that grows in this step does so before it is divided by.
+    clip = scale / _next_scale(known.wrapper)
+    limit = float(known.wrapper.clip_grad)
+    return clip / max(1.0, (norm * clip + 1e-6) / limit) if limit > 0 else clip
+
+
+def _next_scale(wrapper: Any) -> float:
+    """The loss scale that the step will divide by."""
+    name = next((name for name in ("loss_scaler", "loss_scale_config") if hasattr(wrapper, name)), None)
+    if name is None:
+        return float(wrapper.loss_scale)
+    kept = getattr(wrapper, name)
+    setattr(wrapper, name, copy.copy(kept))
+    try:
+        wrapper._update_scale(False)
+        return float(wrapper.loss_scale)
+    finally:
+        setattr(wrapper, name, kept)
+
+
+def keep_state(known: Wrapped) -> Callable[[], None]:
+    """Note what a wrapper counts in a pass without a backward pass; returns what puts it back."""
+    hooks = getattr(known.wrapper, "_backward_hook_state", None)
+    counted = {} if hooks is None else dict(vars(hooks))
+    micro_step = getattr(known.wrapper, "micro_step_id", None)
+
+    def put_back() -> None:
+        if hooks is not None:
+            vars(hooks).update(counted)
+        if micro_step is not None:
+            known.wrapper.micro_step_id = micro_step
+
+    return put_back
