@@ -18,6 +18,7 @@ from sharpkern.directions.optimizer_state import check_gradient, check_parameter
 from sharpkern.directions.placement import check_fit, checked_module, placed
 from sharpkern.directions.preconditioner import inverse_preconditioner
 from sharpkern.directions.shared_memory import also_moved, norm_once, summed
+from sharpkern.distributed.flat import is_flat
 from sharpkern.distributed.sharding import local, local_as, over_shards, reshard
 from sharpkern.errors import NoUpdateError
 from sharpkern.ops.reductions import inner_product, slopes_and_norms, to_host
@@ -69,6 +70,10 @@ class Direction:
     _slopes: tuple[float, ...] = field(default=(), repr=False)
     _part: "tuple[Direction, tuple[Any, ...]] | None" = field(default=None, repr=False)
     _versions: tuple[int, ...] = field(default=(), repr=False)
+    # This rank's share of a direction: others hold the rest, so that it may move nothing, and its sums are of its own.
+    _is_share: bool = field(default=False, repr=False)
+    # Its parameters are no model's, but what is moved in their place; see `sharpkern.distributed.layout`.
+    _of_pieces: bool = field(default=False, repr=False)
 
     @classmethod
     @torch.no_grad()
@@ -118,10 +123,24 @@ class Direction:
             One tensor of each parameter's size; none where it is not resident. While an optimizer other than SGD,
             Adam and AdamW is copied, also its state and the gradients.
         """
-        updates, lr = optimizer_update(optimizer, masters, scaler, resident)
+        return cls._from_optimizer(optimizer, masters, scaler, resident)
+
+    @classmethod
+    @torch.no_grad()
+    def _from_optimizer(
+        cls,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
+        scaler: GradScaler | None = None,
+        resident: bool | None = None,
+        *,
+        is_share: bool = False,
+    ) -> "Direction":
+        """Return the update, which may move nothing on a rank that holds a share of the model."""
+        updates, lr, is_share = optimizer_update(optimizer, masters, scaler, resident, is_share)
         slopes = [update.slope for update in updates if update.slope is not None]
         # Where some climb what others descend, no loss is known to fall.
-        has_slope = len(slopes) == len(updates) and len({update.slot.climbs for update in updates}) == 1
+        has_slope = len(slopes) == len(updates) and len({update.slot.climbs for update in updates}) <= 1
         return cls._checked(
             [update.source for update in updates],
             labels=[update.slot.label for update in updates],
@@ -132,6 +151,7 @@ class Direction:
             norms_sq=[update.norm_sq for update in updates],
             slopes=slopes if has_slope else (),
             lr=lr,
+            is_share=is_share,
         )
 
     @classmethod
@@ -166,7 +186,8 @@ class Direction:
         """
         reshard(checked_module(model))
         named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-        if not named:
+        is_share = any(map(is_flat, model.parameters()))
+        if not named and not is_share:
             raise ValueError(
                 "model must hold a gradient in some parameter, got none; call loss.backward() before "
                 "Direction.from_gradients"
@@ -196,6 +217,7 @@ class Direction:
             if_zero="check that the loss depends on the model",
             parameters=parameters,
             lr=lr,
+            is_share=is_share,
         )
         if inverse is None:
             return direction.as_gradient()
@@ -316,8 +338,11 @@ class Direction:
         if self._part is not None:
             everything, items = self._part
             return everything.bind(model)._restricted(selected(items, model))._with_all_that_move(model)
+        if self._of_pieces:
+            self._refuse_what_has_changed()
+            return self
         parameters = {id(parameter) for parameter in model.parameters()}
-        if not parameters:
+        if not parameters and not self._is_share:
             raise ValueError("model must have parameters, got a module without any; pass the module that is trained")
         if self._names:
             return self._resolved(model)
@@ -368,7 +393,7 @@ class Direction:
         self._refuse_what_has_changed()
         wanted = set(map(id, parameters))
         kept = [i for i, p in enumerate(self.parameters) if id(p) in wanted and self._norms_sq[i] > 0]
-        if not kept:
+        if not kept and not self._is_share:
             raise NoUpdateError(
                 f"direction must move some of the parameters that are named, got none of {len(wanted)} among the "
                 f"{len(self.parameters)} that move; name others"
@@ -382,6 +407,8 @@ class Direction:
             norms_sq=[self._norms_sq[i] for i in kept],
             slopes=[self._slopes[i] for i in kept] if self.slope is not None and self._slopes else (),
             lr=self.lr,
+            is_share=self._is_share,
+            of_pieces=self._of_pieces,
         )
 
     @property
@@ -426,6 +453,20 @@ class Direction:
         there = [(p, delta) for p, delta in zip(self.parameters, self.tensors, strict=True) if p in gradients]
         sums = slopes_and_norms([delta for _, delta in there], [local_as(gradients[p].detach(), p) for p, _ in there])
         return to_host([one[0] for one in over_shards([p for p, _ in there], sums)])
+
+    def shares(self) -> list[tuple[nn.Parameter, float, float]]:
+        """Return every parameter with its share of the slope and of |Δθ|², which add up to those of this rank.
+
+        Raises:
+            ValueError: parameters share memory, so that nothing is the share of one of them.
+        """
+        slopes = [0.0] * len(self.parameters) if self.slope is None else self._slopes
+        if len(slopes) != len(self.parameters) or not math.isclose(sum(self._norms_sq), self.norm_sq, abs_tol=1e-300):
+            raise ValueError(
+                "parameters must not share memory where a model is split over ranks, got some that do; tie weights by "
+                "using one nn.Parameter in both places"
+            )
+        return list(zip(self.parameters, slopes, self._norms_sq, strict=True))
 
     def as_gradient(self) -> "Direction":
         """Return the direction with |Δθ|² as its slope, as it is where Δθ is the gradient."""
@@ -558,6 +599,8 @@ class Direction:
         norms_sq: Sequence[float] | None = None,
         slopes: Sequence[float] = (),
         lr: float | None = None,
+        is_share: bool = False,
+        of_pieces: bool = False,
     ) -> "Direction":
         """Return the direction if it is finite and moves something; ``if_zero`` is the remedy when it does not."""
         if not names:
@@ -577,7 +620,7 @@ class Direction:
                 f"direction for {culprit} must be finite, got nan or inf; check the gradients, weights and optimizer "
                 "state it was made from"
             )
-        if sum(norms_sq) == 0:
+        if sum(norms_sq) == 0 and not is_share:
             raise NoUpdateError(f"direction must move some parameter, got all zeros; {if_zero}")
         return cls(
             parameters=tuple(parameters),
@@ -590,6 +633,8 @@ class Direction:
             _norms_sq=tuple(norms_sq),
             _slopes=tuple(slopes),
             _versions=_state_of(sources),
+            _is_share=is_share,
+            _of_pieces=of_pieces,
         )
 
 

@@ -13,6 +13,7 @@ from sharpkern.directions.optimizer_state import ParamState, read_slots
 from sharpkern.directions.parts import Optimizers, check_steps, parts_of
 from sharpkern.directions.shadow_step import shadow_step, undisturbed
 from sharpkern.directions.shared_memory import summed
+from sharpkern.distributed.flat import is_flat
 from sharpkern.distributed.sharding import local, local_as, over_shards, whole
 from sharpkern.errors import NoUpdateError
 from sharpkern.ops.reductions import slopes_and_norms, to_host
@@ -47,12 +48,19 @@ def optimizer_update(
     masters: Mapping[nn.Parameter, Tensor] | None,
     scaler: GradScaler | None,
     resident: bool | None,
-) -> tuple[list[Update], float]:
-    """Return the update that the next step would make, per unit learning rate of the reference group."""
+    is_share: bool = False,
+) -> tuple[list[Update], float | None, bool]:
+    """Return the update that the next step would make, per unit learning rate of the reference group, and that.
+
+    Also whether it is this rank's share of one, as it is of FSDP1's parameters: then there may be nothing to move.
+    """
     parts = parts_of(optimizer)
     check_steps(parts)
     slots_of = read_slots(parts, masters, scaler)
     slots = [slot for each in slots_of for slot in each]
+    is_share = is_share or any(is_flat(slot.held) for slot in slots)
+    if is_share and not any(slot.held.grad is not None for slot in slots):
+        return [], None, True
     lr = _reference_lr(slots)
     rules = [rule_of(part.optimizer) for part in parts]
 
@@ -71,9 +79,9 @@ def optimizer_update(
     # A gradient that is not finite leaves no slope finite, whatever the update makes of it; zeros leave none but zero.
     if not math.isfinite(sum(slopes)):
         _refuse_nonfinite_gradients(slots)
-    elif not any(slopes):
+    elif not any(slopes) and not is_share:
         _refuse_zero_gradients(slots)
-    return updates, lr
+    return updates, lr, is_share
 
 
 def _by_rule(

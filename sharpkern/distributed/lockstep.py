@@ -1,6 +1,6 @@
 """Passes of models that communicate in their forward pass: in step with the other ranks also where one of them fails.
 
-FSDP2 gathers the shards of a module when it begins, DistributedDataParallel sends the buffers of rank 0 to the others.
+FSDP gathers the shards of a module when it begins, DistributedDataParallel sends the buffers of rank 0 to the others.
 Ranks whose pass goes well wait there for the one whose pass failed. That one goes through what it still owes them, and
 then all can be told.
 """
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharpkern._undo import Trace
+from sharpkern.distributed.flat import FlatShards, flat_modules
 from sharpkern.distributed.sharding import fsdp_modules, is_distributed, is_sharded
 
 
@@ -61,15 +62,19 @@ class Lockstep:
         # Modules that were sharded together share their state and are gathered at once.
         self._sharded = {id(module._get_fsdp_state()): module for module in reversed(fsdp_modules(model))}
         # What is inside of a wrapper begins when the wrapper has communicated.
-        self._parts: list[Any] = [*(reducer for _, reducer in reducers), *reversed(self._sharded.values())]
+        self._flat = [FlatShards(module) for module in flat_modules(model)]
+        self._parts: list[Any] = [*(reducer for _, reducer in reducers), *reversed(self._sharded.values()), *self._flat]
         number_of = {id(part): number for number, part in enumerate(self._parts)}
         self._members: dict[int, tuple[int, Any]] = {
             id(module): (number, module) for number, (module, _) in enumerate(reducers)
         }
         for module in fsdp_modules(model):
             self._members[id(module)] = (number_of[id(self._sharded[id(module._get_fsdp_state())])], module)
+        for part in self._flat:
+            self._members[id(part.inside)] = (number_of[id(part)], part.inside)
         # Until a pass has shown it: modules run in the order in which they were made, the outermost stays gathered.
-        guess = _Order(list(range(len(self._parts))), {len(reducers)})
+        guess = _Order(list(range(len(self._parts))), {len(reducers)} if self._sharded else set())
+        guess.stay.update(number_of[id(part)] for part in self._flat if part.stays)
         self._order = _known.setdefault(model, guess) if self._parts else guess
         self._begun: list[int] = []
         # Of parts that are in their forward pass, the modules that have yet to end.
@@ -99,6 +104,8 @@ class Lockstep:
         if yet_to_end:
             return
         self._open.pop(number, None)
+        if isinstance(self._parts[number], FlatShards):
+            return
         parameter = next(_own_parameters(module), None)
         if parameter is None or is_sharded(parameter):
             self._order.stay.discard(number)
@@ -115,6 +122,8 @@ class Lockstep:
         """End a pass that failed: communicate as the other ranks do in the rest of it."""
         for module in self._sharded.values():
             _settle(module)
+        for part in self._flat:
+            part.settle()
         for number in self._order.begin[len(self._begun) :]:
             part = self._parts[number]
             if isinstance(part, DistributedDataParallel):
@@ -133,6 +142,8 @@ class Lockstep:
         self._begun, self._open = [], {}
         for module in self._sharded.values():
             module.reshard()
+        for part in self._flat:
+            part.reshard()
 
 
 def _unhook(module: nn.Module, hook: Callable[..., None]) -> None:

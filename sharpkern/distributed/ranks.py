@@ -1,9 +1,10 @@
 """How the ranks of a distributed run decide alike: one mean of the loss, and one failure for all."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +21,37 @@ _PATIENCE = timedelta(seconds=60)
 _NO_UPDATE, _UNSUPPORTED, _OUT_OF_MEMORY, _FAILED = KINDS = range(4)
 
 
-class Ranks(Protocol):
-    """What the ranks make of their losses."""
+class Verdict(NamedTuple):
+    """What the ranks make of one pass.
+
+    Attributes:
+        loss: the one that counts, nan where no rank has one.
+        asked: whether any rank asks for something.
+        random: whether the pass drew random numbers on any rank.
+        num: ranks that have a loss.
+    """
+
+    loss: float
+    asked: bool
+    random: bool
+    num: int
+
+
+class Peers(Protocol):
+    """The ranks that decide together.
+
+    Attributes:
+        alike: all run the same modules, so that what each finds out about its own holds for all.
+        splits: some hold parts of the model.
+    """
+
+    alike: bool
+    splits: bool
 
     def agree(
-        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
-    ) -> tuple[float, bool]:
-        """The loss that counts, and whether any rank asks for something; raises where any rank failed."""
+        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False, random: bool = False
+    ) -> Verdict:
+        """The loss that counts, and what any rank says of its pass; raises where any rank failed."""
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag whether it is true on any rank."""
@@ -44,25 +69,34 @@ class Ranks(Protocol):
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a tensor over the ranks."""
 
+    def note(self, pieces: Iterable[Tensor]) -> None:
+        """Look up which ranks hold the other parts of what these pieces belong to."""
+
+    def totals(self, pieces: Sequence[Tensor], rows: Sequence[Sequence[float]], width: int) -> list[float]:
+        """The sums of columns over all pieces of the whole model: there is a row of ``width`` for each piece."""
+
 
 class Alone:
     """A single process, or ranks that the caller has a function of his own for."""
+
+    alike = True
+    splits = False
 
     def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         self._reduce = reduce
 
     def agree(
-        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
-    ) -> tuple[float, bool]:
-        """The loss, reduced by the caller's function, and what was asked."""
+        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False, random: bool = False
+    ) -> Verdict:
+        """The loss, reduced by the caller's function, and what was said."""
         if failure is not None:
             try:
                 raise failure
             finally:
                 del failure
         if loss is None:
-            return 0.0, asks
-        return float(loss if self._reduce is None else self._reduce(loss)), asks
+            return Verdict(math.nan, asks, random, 0)
+        return Verdict(float(loss if self._reduce is None else self._reduce(loss)), asks, random, 1)
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """The flags themselves."""
@@ -85,13 +119,35 @@ class Alone:
         """The tensor itself."""
         return tensor
 
+    def note(self, pieces: Iterable[Tensor]) -> None:
+        """Nothing to look up."""
+
+    def totals(self, pieces: Sequence[Tensor], rows: Sequence[Sequence[float]], width: int) -> list[float]:
+        """The sums of columns."""
+        return column_sums(rows, width)
+
 
 class Together:
-    """The ranks of process groups, which take the mean of their losses."""
+    """The ranks of process groups, which take the mean of the losses that there are.
 
-    def __init__(self, groups: Sequence[Any], device: torch.device) -> None:
+    ``split`` gives for a piece of the model the group whose ranks hold its other parts, one of ``split_groups``, or
+    None where this rank holds all of it.
+    """
+
+    alike = True
+
+    def __init__(
+        self,
+        groups: Sequence[Any],
+        device: torch.device,
+        split: Callable[[Tensor], Any] | None = None,
+        split_groups: Sequence[Any] = (),
+    ) -> None:
         self._groups = groups
         self._device = device
+        self._split = split or (lambda _: None)
+        self._split_groups = split_groups
+        self.splits = bool(split_groups)
         self._size = 1
         for group in groups:
             self._size *= torch.distributed.get_world_size(group)
@@ -104,15 +160,15 @@ class Together:
         return total / self._size
 
     def agree(
-        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
-    ) -> tuple[float, bool]:
-        """The mean loss, and whether any rank asks; in one collective for each group, also on a rank that failed."""
-        told = torch.zeros(2 + len(KINDS), dtype=torch.float64, device=self._device)
+        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False, random: bool = False
+    ) -> Verdict:
+        """The mean of the losses, and what any rank says; one collective for each group, also on a rank that failed."""
+        told = torch.zeros(4 + len(KINDS), dtype=torch.float64, device=self._device)
         if loss is not None:
-            told[0] = loss
-        told[1] = asks
+            told[0], told[1] = loss, 1
+        told[2], told[3] = asks, random
         if failure is not None:
-            told[2 + device_kind(failure)] = 1
+            told[4 + device_kind(failure)] = 1
         try:
             for group in self._groups:
                 work = torch.distributed.all_reduce(told, group=group, async_op=True)
@@ -120,10 +176,10 @@ class Together:
                     work.wait()
                 else:
                     _wait_for_a_while(work, failure)
-            total, asked, *failures = told.tolist()
+            total, num, asked, drew, *failures = told.tolist()
             if any(failures):
                 raise_gravest(failure, failures, self._size)
-            return total / self._size, asked > 0
+            return Verdict(total / num if num else math.nan, asked > 0, drew > 0, int(num))
         finally:
             del failure
 
@@ -149,9 +205,30 @@ class Together:
         """Of this rank in its group."""
         return torch.distributed.get_rank(self._groups[0])
 
+    def note(self, pieces: Iterable[Tensor]) -> None:
+        """The groups are known."""
+
+    def totals(self, pieces: Sequence[Tensor], rows: Sequence[Sequence[float]], width: int) -> list[float]:
+        """The sums of columns over all pieces of the whole model; a collective for each group that splits it."""
+        groups = [self._split(piece) for piece in pieces]
+        own = [row for row, group in zip(rows, groups, strict=True) if group is None]
+        found = torch.tensor(column_sums(own, width), dtype=torch.float64, device=self._device)
+        for group in self._split_groups:
+            mine = [row for row, other in zip(rows, groups, strict=True) if other is group]
+            part = torch.tensor(column_sums(mine, width), dtype=torch.float64, device=self._device)
+            torch.distributed.all_reduce(part, group=group)
+            found += part
+        totals: list[float] = found.tolist()
+        return totals
+
+
+def column_sums(rows: Sequence[Sequence[float]], width: int) -> list[float]:
+    """Sums of the columns of rows of one width."""
+    return [math.fsum(column) for column in zip(*rows, strict=True)] if rows else [0.0] * width
+
 
 @contextmanager
-def as_one(ranks: Ranks) -> Iterator[None]:
+def as_one(ranks: Peers) -> Iterator[None]:
     """Run a block without collectives of its own; if it fails on one rank, it fails on all."""
     failure = None
     try:

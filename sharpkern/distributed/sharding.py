@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkern.distributed.flat import FlatShards, flat_modules
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -91,10 +93,12 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what ``fully_shard`` gathered, so that the model's parameters are the shards that the optimizer holds.
+    """Free what FSDP has gathered, so that the model's parameters are the shards that the optimizer holds.
 
     After a forward pass without gradients the outermost module stays gathered, and what is written to a shard then is
     not what the next pass reads. Nothing is communicated, and no value changes.
     """
     for module in fsdp_modules(model):
         module.reshard()
+    for module in flat_modules(model):
+        FlatShards(module).reshard()

@@ -5,7 +5,7 @@ For what the virtual engine cannot see into: compiled models, CUDA graphs, scrip
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal
@@ -34,8 +34,10 @@ class InPlaceEngine:
         closure: Closure,
         around: AbstractContextManager[object],
         backup: Backup = "auto",
+        publish: Callable[[], object] = lambda: None,
     ) -> None:
         self._pairs = pairs
+        self._publish = publish
         self._closure = closure
         self._around = around
         copies = None if backup == "host" else _on_device(pairs, may_fail=backup == "auto")
@@ -99,6 +101,8 @@ class InPlaceEngine:
                 [move.delta for _, move in writes],
                 step_tensor,
             )
+        # What was written is the model's from here on.
+        self._publish()
         # An enclosing autocast may hold casts of the former weights.
         torch.clear_autocast_cache()
         self._alpha = alpha

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._undo import Trace, alone, undone
+from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import Lockstep
-from sharpkern.distributed.ranks import Alone, Ranks, as_one
-from sharpkern.distributed.sharding import is_sharded
+from sharpkern.distributed.ranks import Alone, Peers, as_one
 from sharpkern.engines.batched.engine import BatchedEngine
 from sharpkern.engines.evaluation.closure import Closure, LossFn
 from sharpkern.engines.evaluation.compiled import Eagerly, FromGraphs
@@ -34,7 +34,7 @@ from sharpkern.engines.tracked import TrackedParam, track
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.engines.virtual.mode import VirtualParameters
-from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
+from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, NoUpdateError, warn
 from sharpkern.ops.update import ParamUpdate
 
 Result = TypeVar("Result")
@@ -98,6 +98,9 @@ class Moving(Protocol):
 
     def moves(self) -> Iterable[tuple[Tensor, ParamUpdate]]:
         """Every parameter that moves, with its move."""
+
+    def shares(self) -> list[tuple[Tensor, float, float]]:
+        """Every parameter with its share of the slope and of |Δθ|², as far as this rank knows them."""
 
 
 @dataclass
@@ -175,6 +178,7 @@ class Session:
         base_loss: L(θ) that was handed in, the mean over the ranks; None where it was not.
         guard: of everything else.
         outer: the model, or the data-parallel wrapper that the closures call it through.
+        layout: of the model's weights on this rank.
         settled_by: the closure that was evaluated to find out about the ranks, until that is counted; or None.
     """
 
@@ -183,14 +187,16 @@ class Session:
         model: nn.Module,
         direction: Any,
         pairs: Sequence[TrackedParam],
-        ranks: Ranks,
+        ranks: Peers,
         guard: Guard,
         lockstep: Lockstep,
         base_loss: float | None,
         outer: nn.Module,
+        layout: Layout,
     ) -> None:
         self.model, self.direction, self.pairs, self.ranks, self.base_loss = model, direction, pairs, ranks, base_loss
         self.guard, self._lockstep, self.outer = guard, lockstep, outer
+        self.layout = layout
         self.settled_by: LossFn | None = None
         self._begun: list[KnownFacts] = []
 
@@ -251,8 +257,8 @@ class Session:
         self, target: Target, use: Callable[[Engine], Result], *, engine: str = "auto", quickest: str = "virtual"
     ) -> Result:
         """Call ``use`` with an engine, and with the next one in its place if it turns out unable and none was named."""
-        chosen = self.choose(target, engine, quickest)
-        name = "swapped" if self._may_swap(target, engine, chosen) else chosen
+        chosen, may_swap_memory = self._chosen(target, engine, quickest)
+        name = "swapped" if may_swap_memory else chosen
         found: dict[str, str] = {}
         while True:
             # One step size at a time takes less memory.
@@ -273,29 +279,38 @@ class Session:
                 target.checks.unsupported |= found
                 return result
 
-    def choose(self, target: Target, engine: str, quickest: str = "virtual") -> str:
-        """Name of the engine that ``engine`` stands for."""
+    def choose(self, target: Target, engine: str) -> str:
+        """Name of the engine that ``engine`` stands for, the same on all ranks."""
+        return self._chosen(target, engine)[0]
+
+    def _chosen(self, target: Target, engine: str, quickest: str = "virtual") -> tuple[str, bool]:
+        """Name of an engine, and whether one that swaps memory may take its place: what all ranks are able to."""
+        with as_one(self.ranks):
+            name = self._own_choice(target, engine, quickest)
+            swaps = self._may_swap(target, engine, name)
+        writes, stays = self.ranks.any_of([name == "inplace", not swaps])
+        return "inplace" if writes else name, not stays
+
+    def _own_choice(self, target: Target, engine: str, quickest: str) -> str:
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules())
         if engine in ("virtual", "batched") and scripted:
             raise EngineUnsupportedError(
                 "the model is scripted: its reads of parameters cannot be seen; use engine='auto'"
             )
-        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
-        if engine in ("virtual", "batched") and sharded:
-            raise EngineUnsupportedError(
-                "the model's parameters are DTensors, of which the forward pass reads gathered copies; use "
-                "engine='auto', which writes and restores this rank's shards"
-            )
+        copied = self.layout.copied
+        if engine in ("virtual", "batched") and copied:
+            raise EngineUnsupportedError(f"{copied}; use engine='auto', which writes and restores this rank's shards")
         if engine != "auto":
             return engine
-        name = "inplace" if sharded or target.compiled else quickest
+        name = "inplace" if copied or target.compiled else quickest
         while name in target.checks.unsupported:
             name, _ = _NEXT[name]
         return name
 
     def _may_swap(self, target: Target, engine: str, chosen: str) -> bool:
         """Whether the engine that swaps memory may take the place of the one that was chosen, and is quicker."""
-        if chosen == "batched" or engine == "virtual" or target.compiled or "swapped" in target.checks.unsupported:
+        unable = target.compiled or self.layout.copied or "swapped" in target.checks.unsupported
+        if chosen == "batched" or engine == "virtual" or unable:
             return False
         is_large = sum(pair.weight.nbytes for pair in self.pairs) > _SWAPPED_BYTES
         return not (chosen == "virtual" and is_large) and may_swap(self.model, self.pairs, self.guard)
@@ -303,26 +318,28 @@ class Session:
     @contextmanager
     def open(self, target: Target, name: str, *, kept: Kept | None = None, backup: Backup = "auto") -> Iterator[Engine]:
         """Make an engine, and close it whatever happens: at the end of the session at the latest."""
-        engine: Engine
-        closure, trace = target.closure, self.guard.trace
-        if name == "virtual":
-            engine = VirtualEngine(self.pairs, closure, kept=kept)
-        elif name == "swapped":
-            engine = SwappedEngine(self.model, self.pairs, closure)
-        elif name == "batched":
-            engine = BatchedEngine(self.pairs, closure, kept)
-        else:
-            # Without pairs the mode only takes losses to float32 and notes the products' precision.
-            watching = VirtualParameters((), closure.precision, closure.guard)
-            around = FromGraphs() if target.compiled else Eagerly(watching)
-            with as_one(self.ranks):
-                engine = InPlaceEngine(self.pairs, closure, around, backup)
+        trace = self.guard.trace
+        with as_one(self.ranks):
+            engine = self._made(target, name, kept, backup)
         trace.add(engine.close)
         try:
             yield engine
         finally:
             engine.close()
             trace.drop(engine.close)
+
+    def _made(self, target: Target, name: str, kept: Kept | None, backup: Backup) -> Engine:
+        closure = target.closure
+        if name == "virtual":
+            return VirtualEngine(self.pairs, closure, kept=kept)
+        if name == "swapped":
+            return SwappedEngine(self.model, self.pairs, closure)
+        if name == "batched":
+            return BatchedEngine(self.pairs, closure, kept)
+        # Without pairs the mode only takes losses to float32 and notes the products' precision.
+        watching = VirtualParameters((), closure.precision, closure.guard, may_repoint=self.layout.repoints)
+        around = FromGraphs() if target.compiled else Eagerly(watching)
+        return InPlaceEngine(self.pairs, closure, around, backup, self.layout.publish)
 
 
 def in_session(
@@ -384,6 +401,7 @@ def _begin(
     if evaluating:
         raise RuntimeError("loss_fn must only return the loss, got one that measures; measure before or after it")
     outer = outermost(model, loss_fns)
+    layout = layout_of(outer)
     ranks = ranks_for(model, reduce, outer)
     if isinstance(ranks, Unsettled) and compared is None and not ranks.were_together:
         ranks = named_ranks(outer) or Alone(reduce)
@@ -392,6 +410,8 @@ def _begin(
         if direction is not None:
             direction = direction.bind(model)
             pairs = track(direction.moves())
+        ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
+        trace.add(layout.prepare())
         lockstep = Lockstep(outer)
         # Before the guard, which notes the modules' hooks.
         lockstep.watch(trace)
@@ -403,7 +423,7 @@ def _begin(
     torch.set_grad_enabled(grad)
     # All that Python remembers of warnings already given stays as it is, unlike with catch_warnings.
     warnings.filters.insert(0, _FALSE_ALARM)  # type: ignore[attr-defined]
-    session = Session(model, direction, pairs, ranks, guard, lockstep, base_loss, outer)
+    session = Session(model, direction, pairs, ranks, guard, lockstep, base_loss, outer, layout)
     if isinstance(ranks, Unsettled):
         session.settle(ranks, None if ranks.were_together else compared, plan)
     if direction is not None:
@@ -411,24 +431,39 @@ def _begin(
     return session
 
 
-def _agreed(ranks: Ranks, direction: Any, known_base: float | None) -> tuple[Any, float | None]:
+def _agreed(ranks: Peers, direction: Any, known_base: float | None) -> tuple[Any, float | None]:
     """What steers the search, the same on every rank to the last bit."""
-    own = [direction.slope, direction.norm_sq, direction.lr, known_base]
+    slope, norm_sq = direction.slope, direction.norm_sq
+    if ranks.splits:
+        slope, norm_sq = _totals(ranks, direction)
+    own = [slope, norm_sq, direction.lr, known_base]
     missing = [float(number is None) for number in own]
     means = ranks.means([0.0 if number is None else number for number in own] + missing)
     slope, _, lr, _ = (None if number is None else mean for number, mean in zip(own, means, strict=False))
-    norm_sq = means[1]
-    unlike = means[len(own) :] != missing or not math.isclose(direction.norm_sq, norm_sq, rel_tol=1e-3)
+    mean_sq = means[1]
+    unlike = means[len(own) :] != missing or not math.isclose(norm_sq, mean_sq, rel_tol=1e-3)
     if any(ranks.any_of([unlike])):
         raise ValueError(
-            f"direction must be the same on every rank, got |Δθ|² = {direction.norm_sq:.6g} here and {norm_sq:.6g} on "
+            f"direction must be the same on every rank, got |Δθ|² = {norm_sq:.6g} here and {mean_sq:.6g} on "
             "average; measure where the gradients of all ranks have been averaged: not inside of no_sync(), and with "
             "the same arguments on every rank"
         )
     # By the way that losses take, which may be the caller's own.
     device = direction.parameters[0].device
     base = None if known_base is None else ranks.agree(torch.tensor(known_base, dtype=torch.float64, device=device))[0]
-    return replace(direction, slope=slope, norm_sq=norm_sq, lr=lr), base
+    return replace(direction, slope=slope, norm_sq=mean_sq, lr=lr), base
+
+
+def _totals(ranks: Peers, direction: Any) -> tuple[float | None, float]:
+    """Slope and |Δθ|² of all pieces of the model, of which this rank's direction knows its own."""
+    shares = direction.shares()
+    rows = [(slope, norm_sq) for _, slope, norm_sq in shares]
+    # A piece that does not move leaves the slope to the others.
+    unknown = direction.slope is None and bool(shares)
+    slope, norm_sq = ranks.totals([piece for piece, *_ in shares], rows, 2)
+    if not norm_sq:
+        raise NoUpdateError("direction must move some parameter on some rank, got all zeros; check the gradients")
+    return None if ranks.any_of([unknown])[0] else slope, norm_sq
 
 
 def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:

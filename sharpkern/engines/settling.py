@@ -22,7 +22,6 @@ A caller's own ``reduce=`` says that ranks decide alike. Those whose losses it m
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,9 +33,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharpkern.distributed.lockstep import reducers_of, replicate_state
-from sharpkern.distributed.ranks import KINDS, Alone, Ranks, Together, device_kind, raise_gravest
-from sharpkern.distributed.sharding import is_distributed, is_sharded, local, local_as, over_shards, reshard
+from sharpkern.distributed.flat import is_flat_module
+from sharpkern.distributed.layout import layout_of
+from sharpkern.distributed.lockstep import replicate_state
+from sharpkern.distributed.ranks import KINDS, Alone, Peers, Together, Verdict, device_kind, raise_gravest
+from sharpkern.distributed.sharding import is_distributed, local, local_as, over_shards, reshard
 from sharpkern.engines.evaluation.reach import Reached
 from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.ops.reductions import inner_product, to_host
@@ -84,10 +85,10 @@ def outermost(model: nn.Module, loss_fns: Iterable[Callable[..., object]]) -> nn
     return model
 
 
-def ranks_for(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None, outer: nn.Module) -> Ranks:
+def ranks_for(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None, outer: nn.Module) -> Peers:
     """The ranks that decide alike, as far as it is known."""
     reshard(model)
-    _refuse_shards(outer)
+    refuse_engines(outer)
     # What is around the model may be for training alone, while one rank evaluates the model inside.
     told, found = named_ranks(model), _known(model)
     if num_ranks() > 1 and not (found.reduced if reduce else told or found.together is False):
@@ -123,27 +124,15 @@ def _is_deepspeed(module: nn.Module) -> bool:
     return any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__)
 
 
-def _is_flat(module: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-
-
 def _is_wrapper(module: nn.Module) -> bool:
     """Whether a module says which ranks there are, or that it cannot be measured."""
     averages = isinstance(module, DistributedDataParallel) or replicate_state(module) is not None
-    return averages or _is_deepspeed(module) or _is_flat(module)
+    return averages or _is_deepspeed(module) or is_flat_module(module)
 
 
-def _refuse_shards(model: nn.Module) -> None:
-    # Without the wrapper in sight, the parameters say it.
-    modules = list(model.modules())
-    inside = any(getattr(p, "_fsdp_flattened", False) for module in modules for p in module._parameters.values())
-    if inside or any(map(_is_flat, modules)):
-        raise TypeError(
-            "model must be sharded by torch.distributed.fsdp.fully_shard (FSDP2), got FullyShardedDataParallel; "
-            "its flat parameters cannot be told apart"
-        )
-    for engine in filter(_is_deepspeed, modules):
+def refuse_engines(model: nn.Module) -> None:
+    """Refuse engines whose parameters cannot be moved."""
+    for engine in filter(_is_deepspeed, model.modules()):
         _refuse_split(engine)
 
 
@@ -151,16 +140,11 @@ def named_ranks(model: nn.Module) -> Together | None:
     """The ranks that a model's wrappers or its DTensors name."""
     if not is_distributed():
         return None
-    groups: list[Any] = [engine.data_parallel_group for engine in model.modules() if _is_deepspeed(engine)]
-    groups += [reducer.process_group for _, reducer in reducers_of(model)]
-    if groups:
-        return Together(groups[:1], next(model.parameters()).device)
-    meshes = dict.fromkeys(parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter))  # type: ignore[attr-defined]
-    if not meshes:
-        return None
-    # Where groups overlap, the mean of one is the same number again in the other.
-    groups_of_meshes = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups())
-    return Together(list(groups_of_meshes), torch.device(next(iter(meshes)).device_type))
+    engines = (module for module in model.modules() if _is_deepspeed(module))
+    engine: Any = next(engines, None)
+    if engine is not None:
+        return Together([engine.data_parallel_group], next(model.parameters()).device)
+    return layout_of(model).ranks()
 
 
 def _refuse_split(engine: Any) -> None:
@@ -278,16 +262,16 @@ class Unsettled(Alone):
         self.were_together = reduce is None and _known(model).together is True
 
     def agree(
-        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False
-    ) -> tuple[float, bool]:
+        self, loss: Tensor | None, failure: BaseException | None = None, *, asks: bool = False, random: bool = False
+    ) -> Verdict:
         """As alone, having told others of a failure; with a function of the caller's own they wait in that."""
         try:
             if self._reduce is None and isinstance(failure, Exception):
                 _meet({"failure": device_kind(failure)})
             with self.listening:
-                value, asks = super().agree(loss, failure, asks=asks)
-            self.listening.heard |= loss is not None and self._reduce is not None and value != float(loss)
-            return value, asks
+                verdict = super().agree(loss, failure, asks=asks, random=random)
+            self.listening.heard |= loss is not None and self._reduce is not None and verdict.loss != float(loss)
+            return verdict
         finally:
             del failure
 
@@ -300,7 +284,7 @@ class Unsettled(Alone):
             _known(self._model).together = False
         return "ready" in verdict
 
-    def settled(self, facts: Facts) -> Ranks:
+    def settled(self, facts: Facts) -> Peers:
         """Compare with the other ranks."""
         found = _known(self._model)
         talks, reduces = self.listening.heard, self._reduce is not None

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from sharpkern.directions.direction import Direction
-from sharpkern.distributed.ranks import Ranks
+from sharpkern.distributed.ranks import Peers
 from sharpkern.distributed.sharding import whole
 from sharpkern.engines.session import Engine, Session, in_session
 from sharpkern.engines.timing import EngineTimes, may_batch
@@ -200,7 +200,7 @@ def measure(
     return run.measurement(result, time.perf_counter() - started), result.memory
 
 
-def common(memory: SearchMemory | None, ranks: Ranks) -> SearchMemory | None:
+def common(memory: SearchMemory | None, ranks: Peers) -> SearchMemory | None:
     """What the last search left, unless a rank has searched by itself since: all have to begin alike."""
     own = [number or 0.0 for number in (memory or SearchMemory()).to_dict().values()]
     unlike = [not math.isclose(*pair, rel_tol=1e-12) for pair in zip(own, ranks.means(own), strict=True)]

@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from sharpkern._support.progress import progress_bar
 from sharpkern.directions.direction import Direction
-from sharpkern.distributed.ranks import Ranks, Together, as_one
+from sharpkern.distributed.ranks import Peers, Together, as_one
 from sharpkern.engines.evaluation.closure import check_loss
 from sharpkern.engines.evaluation.guard import Guard
 from sharpkern.engines.session import Session, in_session
@@ -315,7 +315,7 @@ def _described(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
-def _file_of(path: str | os.PathLike[str] | None, ranks: Ranks) -> Path | None:
+def _file_of(path: str | os.PathLike[str] | None, ranks: Peers) -> Path | None:
     """Return the file of this rank: the one that was named, or beside it where others measure along."""
     if path is None:
         return None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -595,11 +595,6 @@ def refusals(rank: int) -> list[str]:
         sharpkern.Direction.from_tensors({"norm.weight": torch.ones(20).double()}, model)
     with refused(ValueError, told):
         sharpkern.Direction.between({"w": torch.ones(4)}, {"w": distribute_tensor(torch.ones(4), mesh)}, lr=1.0)
-    flat = FullyShardedDataParallel(MLP(), device_id=torch.device("cpu"))
-    with refused(TypeError, told):
-        x = torch.randn(4, 16)
-        measured = sharpkern.Direction.from_tensors({p: torch.ones_like(p) for p in flat.parameters()}, flat)
-        sharpkern.critical_sharpness(flat, lambda: flat(x).square().mean(), measured)
     sums = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
     sums.grad = torch.ones_like(sums)
     with refused(TypeError, told):
@@ -769,7 +764,6 @@ def test_what_cannot_be_had_is_refused_by_name(two) -> None:
         "direction for 'norm.weight' must be a DTensor where the parameter is one, got Tensor for DTensor; use "
         "torch.distributed.tensor.distribute_tensor",
         "'w' must be a DTensor before and after or on neither side, got Tensor and DTensor",
-        "model must be sharded by torch.distributed.fsdp.fully_shard (FSDP2), got FullyShardedDataParallel",
         "parameter 0 of group 0 (shape [2]) must be sharded or replicated, got a DTensor placed as P",
     ]
     assert len(told) == len(said), told

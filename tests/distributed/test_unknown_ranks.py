@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.distributed._composable.replicate import replicate
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import sharpkern
@@ -411,29 +410,6 @@ def pipeline(rank: int) -> list[str]:
     ]
 
 
-def flat_shards(rank: int) -> list[str]:
-    """FSDP1 wherever it stands; how often the loss was evaluated comes last."""
-    said, calls = [], []
-    for use_orig_params in (True, False):
-        flat = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
-        half(flat, rank).backward()
-        optimizer = torch.optim.SGD(flat.parameters(), lr=0.1)
-        direction = sharpkern.Direction.from_optimizer(optimizer)
-
-        def loss_fn(flat: nn.Module = flat) -> Tensor:
-            calls.append(1)
-            return half(flat, rank)
-
-        for model in (flat, flat.module, nn.Sequential(flat)):
-            said += [
-                told(partial(sharpkern.critical_sharpness, model, loss_fn, direction, reduce=reduce))
-                for reduce in (None, mean)
-            ]
-        said.append(told(partial(sharpkern.Monitor(flat, optimizer, reduce=mean), loss_fn)))
-        said.append(told(partial(sharpkern.directional_sharpness, flat, loss_fn, direction, method="hvp")))
-    return [*said, f"{len(calls)} evaluations"]
-
-
 def zero(rank: int) -> list[str]:
     engine = DeepSpeedEngine(mlp(), stage=2)
     loss_fn = partial(half, engine, rank)
@@ -455,7 +431,6 @@ ERRORS = {
     "tensor parallel": (partial(by_parts, make=Part, loss_of=whole), SPLIT),
     "experts": (experts, SPLIT),
     "pipeline": (pipeline, SPLIT),
-    "flat shards": (flat_shards, "TypeError: model must be sharded by torch.distributed.fsdp.fully_shard (FSDP2), got"),
     "ZeRO": (zero, "TypeError: model must be a DeepSpeed engine that only averages gradients (ZeRO stage 0), got one"),
 }
 
@@ -599,8 +574,6 @@ def test_what_ranks_cannot_measure_is_refused_on_all_of_them(two, name) -> None:
     found = [rank[f"errors: {name}"] for rank in two]
     assert isinstance(found[0], list), found[0]
     for said in found:
-        if name == "flat shards":
-            assert said.pop() == "0 evaluations"
         for message in said:
             assert message.startswith((ERRORS[name][1], NOT_REDUCED))
             assert not message.endswith("(late)")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpkern.distributed.lockstep import Lockstep
-from sharpkern.distributed.ranks import Alone, Ranks
+from sharpkern.distributed.ranks import Alone, Peers
 from sharpkern.distributed.sharding import whole
 from sharpkern.engines.evaluation.guard import Guard, evaluating
 from sharpkern.engines.evaluation.precision import LossPrecision, is_low
@@ -28,7 +28,7 @@ class Closure:
         loss_fn: what is called; of a step's micro-batches, one after the other.
         own: the last loss as this rank alone has it.
         calls: evaluations so far.
-        random: whether the last call drew random numbers.
+        random: whether the last call drew random numbers, on any rank.
         redone: whether a call was made again, as another thread drew from them meanwhile; so it may have before.
         other_masks: seed of other random numbers than those at entry, 0 for these; to be set, and set back.
         asked: whether ``ask`` of the last call was true on any rank.
@@ -42,12 +42,12 @@ class Closure:
         loss_fn: LossFn,
         guard: Guard,
         precision: LossPrecision,
-        ranks: Ranks | None = None,
+        ranks: Peers | None = None,
         lockstep: Lockstep | None = None,
     ) -> None:
         self.loss_fn = loss_fn
         self.guard = guard
-        self.ranks: Ranks = ranks or Alone()
+        self.ranks: Peers = ranks or Alone()
         self._lockstep = lockstep
         self.precision = precision
         self.own = 0.0
@@ -155,7 +155,7 @@ class Closure:
 
     def _agreed(self, loss: Tensor | None, failure: BaseException | None, *, asks: bool) -> tuple[float, bool]:
         try:
-            value, asked = self.ranks.agree(loss, failure, asks=asks)
+            value, asked, self.random, _ = self.ranks.agree(loss, failure, asks=asks, random=self.random)
         finally:
             del failure
         self.own = value if loss is None or isinstance(self.ranks, Alone) else float(loss)

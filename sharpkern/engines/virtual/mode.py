@@ -44,8 +44,11 @@ class VirtualParameters(TorchFunctionMode):
         guard: Guard | None = None,
         num_steps: int = 1,
         kept: Kept | None = None,
+        may_repoint: bool = False,
     ) -> None:
         super().__init__()
+        # Hooks of the model's own give parameters other memory, which is no write to them.
+        self._may_repoint = may_repoint
         # Quantised layers hand integers to and fro between their weight and its copies, and keep their values.
         watched = guard.parameters if guard is not None else []
         self._watched = {id(parameter): parameter for parameter in watched if parameter.is_floating_point()}
@@ -95,7 +98,7 @@ class VirtualParameters(TorchFunctionMode):
         if self.alpha.is_several and not torch.is_grad_enabled():
             self._watch_statistics(name, args, kwargs)
             func = REPLACEMENTS.get(func, func)
-        if calls.writes(name) and args:
+        if calls.writes(name) and args and not (self._may_repoint and name == "set.data"):
             self._refuse_write(name, args[0])
             self._before_write(args[0])
         if "out" in kwargs:
