@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
+from sharpkern.distributed.deepspeed import Wrapped, wrapped
+
 Optimizers = Optimizer | Sequence[Optimizer]
 """What stands for one step: an optimizer, a container of several, or a list of them."""
 
@@ -94,6 +96,11 @@ class Part:
     optimizer: Optimizer
     holders: tuple[Any, ...] = ()
 
+    @property
+    def wrapped(self) -> Wrapped | None:
+        """What is known of DeepSpeed's wrapper around it, if there is one."""
+        return next((holder for holder in self.holders if isinstance(holder, Wrapped)), None)
+
     def places(self) -> Iterator[Place]:
         """Yield every parameter, in the order of the groups.
 
@@ -164,6 +171,10 @@ def _parts(optimizers: object, holders: tuple[Any, ...]) -> Iterator[Part]:
     if members is not None:
         for member in members:
             yield from _parts(member, (*holders, optimizers))
+        return
+    known = wrapped(optimizers)
+    if known is not None:
+        yield from _parts(known.inner, (*holders, known))
         return
     if not isinstance(optimizers, Optimizer):
         _refuse_several_gradients(optimizers)

@@ -279,7 +279,7 @@ def step_gradients(known: Wrapped) -> Iterator[float]:
     """
     pieces, groups = known.pieces(), known.inner.param_groups
     gradients = [_flat(known.gradient(number), piece.master) for number, piece in enumerate(pieces)]
-    scale = float(known.wrapper.loss_scale)
+    scale = _scale(known.wrapper)
     clip = _clip(known, gradients, scale)
     for gradient in gradients:
         gradient.mul_(clip / scale)
@@ -329,16 +329,21 @@ def _clip(known: Wrapped, gradients: Sequence[Tensor], scale: float) -> float:
     return clip / max(1.0, (norm * clip + 1e-6) / limit) if limit > 0 else clip
 
 
+def _scale(wrapper: Any) -> float:
+    """The loss scale."""
+    return float(getattr(wrapper, "loss_scale", None) or 1.0)
+
+
 def _next_scale(wrapper: Any) -> float:
     """The loss scale that the step will divide by."""
     name = next((name for name in ("loss_scaler", "loss_scale_config") if hasattr(wrapper, name)), None)
-    if name is None:
-        return float(wrapper.loss_scale)
+    if name is None or _scale(wrapper) == 1:
+        return _scale(wrapper)
     kept = getattr(wrapper, name)
     setattr(wrapper, name, copy.copy(kept))
     try:
         wrapper._update_scale(False)
-        return float(wrapper.loss_scale)
+        return _scale(wrapper)
     finally:
         setattr(wrapper, name, kept)
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharpkern._undo import Trace
 from sharpkern.distributed.flat import FlatShards, flat_modules
 from sharpkern.distributed.sharding import fsdp_modules, is_distributed, is_sharded
+from sharpkern.distributed.zero_passes import zero_pass_of
 
 
 @dataclass
@@ -76,12 +77,15 @@ class Lockstep:
         guess = _Order(list(range(len(self._parts))), {len(reducers)} if self._sharded else set())
         guess.stay.update(number_of[id(part)] for part in self._flat if part.stays)
         self._order = _known.setdefault(model, guess) if self._parts else guess
+        self._zero = zero_pass_of(model)
         self._begun: list[int] = []
         # Of parts that are in their forward pass, the modules that have yet to end.
         self._open: dict[int, set[int]] = {}
 
     def watch(self, trace: Trace) -> None:
         """Note which module begins and what it leaves gathered, until the trace is put back."""
+        if self._zero is not None:
+            self._zero.watch(trace, _unhook)
         for _, module in self._members.values():
             # After FSDP's own hooks, so that the gather is under way, or what was gathered is freed.
             for register, hook in (
@@ -116,10 +120,14 @@ class Lockstep:
         """End a pass that went well."""
         if self._begun:
             self._order.begin = self._begun
+        if self._zero is not None:
+            self._zero.finish()
         self._free()
 
     def keep_up(self) -> None:
         """End a pass that failed: communicate as the other ranks do in the rest of it."""
+        if self._zero is not None:
+            self._zero.keep_up()
         for module in self._sharded.values():
             _settle(module)
         for part in self._flat:

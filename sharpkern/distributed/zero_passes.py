@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from sharpkern._undo import Trace
-from sharpkern.distributed.deepspeed import engine_in, gathers
+from sharpkern.distributed.deepspeed import engine_in, wrapped
 
 # A module, and whether it begins; it ends otherwise.
 _Event = tuple["ref[nn.Module]", bool]
@@ -24,7 +24,8 @@ _known: WeakKeyDictionary[nn.Module, list[_Event]] = WeakKeyDictionary()
 def zero_pass_of(model: nn.Module) -> "ZeroPass | None":
     """What keeps the passes of a model in step that ZeRO-3 gathers; None of any other."""
     engine = engine_in(model)
-    return ZeroPass(engine.optimizer.parameter_offload) if engine is not None and gathers(engine.optimizer) else None
+    known = None if engine is None else wrapped(engine.optimizer)
+    return ZeroPass(known.wrapper.parameter_offload) if known is not None and known.gathers else None
 
 
 class ZeroPass:
@@ -40,15 +41,14 @@ class ZeroPass:
 
     def watch(self, trace: Trace, unhook: Callable[[nn.Module, Callable[..., None]], None]) -> None:
         """Note what begins and ends, until the trace is put back."""
-        for module in self._root.modules():
+        # Modules inside of those that are gathered as one have no number of their own.
+        for module in (one for one in self._root.modules() if hasattr(one, "ds_id")):
             self._refs[id(module)] = ref(module)
             # After DeepSpeed's own hooks, so that what is gathered is there, or let go.
-            for register, hook in (
-                (module.register_forward_pre_hook, self._begins),
-                (module.register_forward_hook, self._ends),
-            ):
-                trace.add(partial(unhook, module, hook))
-                register(hook)
+            trace.add(partial(unhook, module, self._begins))
+            module.register_forward_pre_hook(self._begins)
+            trace.add(partial(unhook, module, self._ends))
+            module.register_forward_hook(self._ends)
 
     def _begins(self, module: nn.Module, _args: Any) -> None:
         self._events.append((self._refs[id(module)], True))

@@ -32,7 +32,8 @@ def retained_share(
         length = kept = scale * displacement.square().sum()
         if pair.owner in rounded:
             formed = (part.move.base.double() + displacement).to(part.weight.dtype)
-            moved = formed.double() - part.weight.double()
+            # Of a master, θ is the rounding: the weight itself may hold the last step size.
+            moved = formed.double() - part.move.base.to(part.weight.dtype).double()
             kept = scale * (moved * displacement).sum()
         sums.append(torch.stack([kept, length]))
     sums = over_shards([pair.parameter for pair in pairs], sums)

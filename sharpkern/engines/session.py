@@ -409,6 +409,7 @@ def _begin(
     with as_one(ranks):
         if direction is not None:
             direction = direction.bind(model)
+            _check_pieces(direction, layout_of(model))
             pairs = track(direction.moves())
         ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
         trace.add(layout.prepare())
@@ -429,6 +430,17 @@ def _begin(
     if direction is not None:
         session.direction, session.base_loss = _agreed(session.ranks, direction, base_loss)
     return session
+
+
+def _check_pieces(direction: Any, layout: Layout) -> None:
+    """Refuse a direction of tensors that are not what moves this model."""
+    if getattr(direction, "_of_pieces", False):
+        own = set(map(id, layout.pieces or ()))
+        if not all(id(piece) in own for piece in direction.parameters):
+            raise TypeError(
+                "model must be the DeepSpeed engine whose optimizer the direction is of, got another module, or the "
+                "one inside of it; pass the engine"
+            )
 
 
 def _agreed(ranks: Peers, direction: Any, known_base: float | None) -> tuple[Any, float | None]:

@@ -8,11 +8,22 @@ import torch
 
 import sharpkern
 from tests.helpers.processes import on_ranks
-from tests.helpers.zero import adamw, closures, engine_of, gpt, groups, loss_of, mean_of, started, tensors_of, tokens, train
+from tests.helpers.zero import (
+    adamw,
+    engine_of,
+    gpt,
+    groups,
+    loss_of,
+    mean_of,
+    started,
+    tensors_of,
+    tokens,
+    train,
+)
 
 pytest.importorskip("deepspeed", reason="needs deepspeed")
 
-MEASURED, FURTHER = 3, 2
+MEASURED, FURTHER, RTOL = 3, 2, 1e-4
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 8}}
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
 SMALL_GROUPS = {"sub_group_size": 3000, "stage3_param_persistence_threshold": 50}
@@ -36,7 +47,7 @@ def run(measured: bool, groups_: bool = False, **setup: Any) -> tuple[list[Any],
     """What is measured in some steps, and everything after some more."""
     model = gpt()
     engine = engine_of(model, parameters=groups(model) if groups_ else None, **setup)
-    monitor = sharpkern.Monitor(engine, engine.optimizer) if measured else None
+    monitor = sharpkern.Monitor(engine, engine.optimizer, rtol=RTOL) if measured else None
     accumulate = setup.get("accumulate", 1)
     train(engine, MEASURED, monitor and (lambda parts: monitor(partial(mean_of, parts))), accumulate)
     train(engine, FURTHER, None, accumulate, start=MEASURED)
@@ -57,7 +68,7 @@ def alone(setup: dict[str, Any]) -> list[sharpkern.Measurement]:
     """The same in one process, by torch alone in float32."""
     model = gpt()
     optimizer = setup.get("optimizer", adamw)(groups(model) if setup.get("groups") else model.parameters())
-    monitor = sharpkern.Monitor(model, optimizer, engine="inplace")
+    monitor = sharpkern.Monitor(model, optimizer, engine="inplace", rtol=RTOL)
     for step in range(MEASURED):
         optimizer.zero_grad()
         loss_fn = partial(loss_of, model, tokens(step))

@@ -22,10 +22,10 @@ def started() -> Any:
     # Its own, of which there are many; ours are errors as in every test.
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", sharpkern.SharpkernWarning)
-    import deepspeed  # noqa: PLC0415
-    from deepspeed.accelerator import set_accelerator  # noqa: PLC0415
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: PLC0415
-    from deepspeed.utils import logger  # noqa: PLC0415
+    import deepspeed
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.utils import logger
 
     class Half(CPU_Accelerator):
         """torch computes in float16 on any CPU; DeepSpeed asks for one that is quick at it."""
@@ -57,7 +57,10 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
 def gpt(dropout: float = 0.0) -> GPT:
     torch.manual_seed(0)
     # Two ranks divide hardly any parameter evenly.
-    return GPT(vocabulary=130, width=20, layers=2, dropout=dropout)
+    model = GPT(vocabulary=130, width=20, layers=2, dropout=dropout)
+    with torch.no_grad():
+        model.tokens.weight.mul_(0.2)
+    return model
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -69,7 +72,8 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def adamw(parameters: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01)
+    # Where a gradient is of the size of its rounding, ε keeps its sign from being the step.
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01, eps=1e-4)
 
 
 def engine_of(
@@ -83,7 +87,7 @@ def engine_of(
     **config: Any,
 ) -> Any:
     """The engine of a model; ``config`` goes beside what every run needs."""
-    import deepspeed  # noqa: PLC0415
+    import deepspeed
 
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -103,7 +107,7 @@ def engine_of(
 
 def tensors_of(engine: Any) -> Iterator[Tensor]:
     """Weights, masters and optimizer state."""
-    import deepspeed  # noqa: PLC0415
+    import deepspeed
 
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
