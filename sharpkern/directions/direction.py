@@ -137,9 +137,13 @@ class Direction:
         resident: bool | None = None,
         *,
         is_share: bool = False,
+        clip: float | None = None,
     ) -> "Direction":
-        """Return the update, which may move nothing on a rank that holds a share of the model."""
-        step = optimizer_update(optimizer, masters, scaler, resident, is_share)
+        """Return the update, which may move nothing on a rank that holds a share of the model.
+
+        ``clip`` is what the step will multiply the gradients by, as clipping inside of it does.
+        """
+        step = optimizer_update(optimizer, masters, scaler, resident, is_share, clip)
         slopes = [update.slope for update in step.updates if update.slope is not None]
         # Where some climb what others descend, no loss is known to fall.
         has_slope = len(slopes) == len(step.updates) and len({update.slot.climbs for update in step.updates}) <= 1

@@ -70,12 +70,14 @@ def optimizer_update(
     scaler: GradScaler | None,
     resident: bool | None,
     is_share: bool = False,
+    clip: float | None = None,
 ) -> NextStep:
-    """Return the update that the next step would make."""
+    """Return the update that the next step would make of gradients that it will multiply by ``clip``."""
     parts = parts_of(optimizer)
     known = next((part.wrapped for part in parts if part.wrapped is not None), None)
     if known is None:
-        return _update_of(parts, masters, scaler, resident, is_share)
+        found = _update_of(parts, masters, scaler, resident, is_share, 1.0 if clip is None else clip)
+        return dataclasses.replace(found, clip=clip)
     if len(parts) > 1 or masters or scaler is not None:
         raise TypeError(
             "optimizer must be that of a DeepSpeed engine alone, got others beside it, masters or a scaler; pass "
@@ -92,10 +94,14 @@ def _update_of(
     scaler: GradScaler | None,
     resident: bool | None,
     is_share: bool,
+    clip: float = 1.0,
 ) -> NextStep:
-    """Return the update of gradients that the parameters hold."""
+    """Return the update of gradients that the parameters hold, once they are multiplied by ``clip``."""
     check_steps(parts)
-    slots_of = read_slots(parts, masters, scaler)
+    slots_of = [
+        slots if clip == 1 else [dataclasses.replace(slot, scale=slot.scale / clip) for slot in slots]
+        for slots in read_slots(parts, masters, scaler)
+    ]
     slots = [slot for each in slots_of for slot in each]
     is_share = is_share or any(is_flat(slot.held) for slot in slots)
     if is_share and not any(slot.held.grad is not None for slot in slots):

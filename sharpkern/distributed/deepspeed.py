@@ -278,11 +278,7 @@ def step_gradients(known: Wrapped) -> Iterator[float]:
     Yields what clipping multiplies the gradient by. The gradients outlive the context where they are held.
     """
     pieces, groups = known.pieces(), known.inner.param_groups
-    gradients = [_flat(known.gradient(number), piece.master) for number, piece in enumerate(pieces)]
-    scale = _scale(known.wrapper)
-    clip = _clip(known, gradients, scale)
-    for gradient in gradients:
-        gradient.mul_(clip / scale)
+    gradients, clip = _gradients(known, pieces)
     kept = [(piece.master, piece.master.grad) for piece in pieces]
     members = [list(group["params"]) for group in groups]
     try:
@@ -312,21 +308,52 @@ def _flat(parts: Sequence[Tensor], master: Tensor) -> Tensor:
     return torch.cat([flat, padding]).view_as(master) if padding.numel() else flat.view_as(master)
 
 
-def _clip(known: Wrapped, gradients: Sequence[Tensor], scale: float) -> float:
-    """What the step will multiply unscaled gradients by; raises alike on all ranks where one is not finite."""
-    squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients]
-    square = torch.stack(squares).sum()
+def _gradients(known: Wrapped, pieces: Sequence[Piece]) -> tuple[list[Tensor], float]:
+    """The gradients that the step will see, and what clipping makes of them; a collective, also where a rank fails."""
+    gradients: list[Tensor] = []
+    failure = None
+    square = torch.full((), math.nan, dtype=torch.float64, device=pieces[0].master.device)
+    try:
+        gradients = [_flat(known.gradient(number), piece.master) for number, piece in enumerate(pieces)]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        square = torch.stack(norms).square().sum()
+    except Exception as raised:
+        # The others hear of it by what is no number.
+        failure = raised
     if known.group() is not None:
         torch.distributed.all_reduce(square, group=known.group())
-    norm = math.sqrt(square.item()) / scale if square >= 0 else math.nan
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure
+    scale = _scale(known.wrapper)
+    # A loss scale that grows in this step does so before it is divided by.
+    factor = 1 / _next_scale(known.wrapper)
+    factor *= _coefficient(square, float(known.wrapper.clip_grad), factor)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return gradients, factor * scale
+
+
+def _coefficient(square: Tensor, limit: float, factor: float) -> float:
+    """What clipping to a norm multiplies gradients by whose squared norm is given, and which a factor is taken of."""
+    norm = math.sqrt(square.item()) * factor if square >= 0 else math.nan
     if not math.isfinite(norm):
         raise NoUpdateError(
             "the gradient must be finite, got nan or inf on some rank; skip this measurement: DeepSpeed skips the step"
         )
-    # A loss scale that grows in this step does so before it is divided by.
-    clip = scale / _next_scale(known.wrapper)
-    limit = float(known.wrapper.clip_grad)
-    return clip / max(1.0, (norm * clip + 1e-6) / limit) if limit > 0 else clip
+    return 1 / max(1.0, (norm + 1e-6) / limit) if limit > 0 else 1.0
+
+
+def clip_of(model: nn.Module) -> float | None:
+    """What an engine at stage 0 will multiply the parameters' own gradients by; None where it leaves them alone."""
+    engine = engine_in(model)
+    limit = 0.0 if engine is None or is_wrapper(engine.optimizer) else float(engine.gradient_clipping())
+    if engine is None or limit == 0:
+        return None
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in model.parameters() if p.grad is not None]
+    return _coefficient(torch.stack(norms).square().sum(), limit, 1.0) if norms else None
 
 
 def _scale(wrapper: Any) -> float:

@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from sharpkern._support.files import append_line
 from sharpkern.directions.direction import Direction
 from sharpkern.directions.parts import parts_of
+from sharpkern.distributed.deepspeed import clip_of
 from sharpkern.distributed.ranks import as_one
 from sharpkern.distributed.sharding import local, reshard
 from sharpkern.engines.settling import outermost, ranks_for
@@ -273,9 +274,12 @@ class Monitor(Reports):
     ) -> Direction | None:
         """The direction of a step, or None on all ranks where one has none."""
         try:
-            with as_one(ranks_for(self._model, self._options.reduce, outermost(self._model, loss_fns))):
+            outer = outermost(self._model, loss_fns)
+            with as_one(ranks_for(self._model, self._options.reduce, outer)):
                 if direction is None:
-                    direction = Direction.from_optimizer(self._optimizer, masters=self._masters, scaler=self._scaler)
+                    direction = Direction._from_optimizer(
+                        self._optimizer, self._masters, self._scaler, clip=clip_of(outer)
+                    )
                     self._tell_unmoved()
                 return direction if isinstance(direction, Direction) else direction()
         except NoUpdateError as error:
