@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sharpkern import ops as ops
     from sharpkern.directions.direction import Direction as Direction
+    from sharpkern.distributed.declared import Ranks as Ranks
     from sharpkern.errors import EngineFallbackWarning as EngineFallbackWarning
     from sharpkern.errors import EngineUnsupportedError as EngineUnsupportedError
     from sharpkern.errors import HeadroomWarning as HeadroomWarning
@@ -58,6 +59,7 @@ _HOME = {
     "blockwise_critical_sharpness": "measures.blockwise",
     "critical_sharpness": "measures.critical",
     "Direction": "directions.direction",
+    "Ranks": "distributed.declared",
     "DirectionalSharpness": "measures.directional",
     "directional_sharpness": "measures.directional",
     "EngineFallbackWarning": "errors",

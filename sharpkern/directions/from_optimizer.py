@@ -104,9 +104,10 @@ def _update_of(
     ]
     slots = [slot for each in slots_of for slot in each]
     is_share = is_share or any(is_flat(slot.held) for slot in slots)
-    if is_share and not any(slot.held.grad is not None for slot in slots):
+    stepped = [slot for slot in slots if slot.held.grad is not None or (is_share and slot.held.requires_grad)]
+    if is_share and not stepped:
         return NextStep((), None, True)
-    lr = _reference_lr(slots)
+    lr = _reference_lr(stepped, len(slots))
     rules = [rule_of(part.optimizer) for part in parts]
 
     def steps() -> list[Moving]:
@@ -222,12 +223,12 @@ def _with_sums(moving: Sequence[Moving]) -> list[Update]:
     ]
 
 
-def _reference_lr(slots: Sequence[ParamState]) -> float:
-    """Return the learning rate of the first group that has a positive one and a gradient."""
-    rates = [slot.lr for slot in slots if slot.held.grad is not None]
+def _reference_lr(stepped: Sequence[ParamState], num_slots: int) -> float:
+    """Return the learning rate of the first group that has a positive one and a gradient, perhaps on another rank."""
+    rates = [slot.lr for slot in stepped]
     if not rates:
         raise ValueError(
-            f"optimizer must hold a gradient, got none in {len(slots)} parameters; call Direction.from_optimizer after "
+            f"optimizer must hold a gradient, got none in {num_slots} parameters; call Direction.from_optimizer after "
             "loss.backward() and before zero_grad(), and not inside of a loss_fn (where it holds masters: after the "
             "gradients were copied to them; where hooks step inside of backward(): use Direction.between around it)"
         )

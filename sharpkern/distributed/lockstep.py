@@ -7,6 +7,7 @@ then all can be told.
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharpkern._undo import Trace
 from sharpkern.distributed.flat import FlatShards, flat_modules
+from sharpkern.distributed.replay import Replay
 from sharpkern.distributed.sharding import fsdp_modules, is_distributed, is_sharded
 from sharpkern.distributed.zero_passes import zero_pass_of
 
@@ -58,7 +60,8 @@ _known: WeakKeyDictionary[nn.Module, _Order] = WeakKeyDictionary()
 class Lockstep:
     """The order in which modules communicate in a pass, noted in one and kept up in those that fail."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, replays: bool = False) -> None:
+        self._replay = Replay(model) if replays else None
         reducers = list(reducers_of(model))
         # Modules that were sharded together share their state and are gathered at once.
         self._sharded = {id(module._get_fsdp_state()): module for module in reversed(fsdp_modules(model))}
@@ -95,6 +98,10 @@ class Lockstep:
                 trace.add(partial(_unhook, module, hook))
                 register(hook)
 
+    def noting(self) -> AbstractContextManager[None]:
+        """A context for a pass whose closure may communicate by itself."""
+        return nullcontext() if self._replay is None else self._replay.noting()
+
     def _begins(self, module: nn.Module, _args: Any) -> None:
         number, _ = self._members[id(module)]
         if number not in self._open:
@@ -122,6 +129,8 @@ class Lockstep:
             self._order.begin = self._begun
         if self._zero is not None:
             self._zero.finish()
+        if self._replay is not None:
+            self._replay.finish()
         self._free()
 
     def keep_up(self) -> None:
@@ -143,6 +152,8 @@ class Lockstep:
                 part.unshard()
                 if number not in self._order.stay:
                     part.reshard()
+        if self._replay is not None:
+            self._replay.keep_up()
         self._free()
 
     def _free(self) -> None:

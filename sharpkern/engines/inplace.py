@@ -74,7 +74,16 @@ class InPlaceEngine:
             return
         # Unknown until the last parameter is written: a write that is interrupted half-way is restored too.
         self._alpha = math.nan
-        step = Step(alpha)
+        try:
+            self._write_weights(Step(alpha))
+        finally:
+            # What was written is the model's from here on. Other ranks do so too, also where it fails on this one.
+            self._publish()
+        # An enclosing autocast may hold casts of the former weights.
+        torch.clear_autocast_cache()
+        self._alpha = alpha
+
+    def _write_weights(self, step: Step) -> None:
         stored: dict[Tensor, list[tuple[Tensor, StoredUpdate]]] = {}
         num_sharing = Counter(pair.memory for pair in self._pairs)
         for pair, copy in zip(self._pairs, self._copies, strict=True):
@@ -101,11 +110,6 @@ class InPlaceEngine:
                 [move.delta for _, move in writes],
                 step_tensor,
             )
-        # What was written is the model's from here on.
-        self._publish()
-        # An enclosing autocast may hold casts of the former weights.
-        torch.clear_autocast_cache()
-        self._alpha = alpha
 
 
 def _on_device(pairs: Sequence[TrackedParam], *, may_fail: bool) -> list[Tensor | None] | None:

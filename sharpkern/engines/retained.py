@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from sharpkern.distributed.ranks import Alone, Peers
 from sharpkern.distributed.sharding import is_sharded, over_shards
 from sharpkern.engines.evaluation.precision import is_low
 from sharpkern.engines.tracked import TrackedParam
-from sharpkern.ops.reductions import total
+from sharpkern.ops.reductions import to_host, total
 
 # A difference of the share that nobody sees.
 _LITTLE = 1e-4
@@ -18,10 +19,16 @@ _SAMPLE = 1 << 12
 
 
 def retained_share(
-    pairs: Sequence[TrackedParam], rounded: Collection[int], alpha: float, norm_sq: float = 0.0
+    pairs: Sequence[TrackedParam],
+    rounded: Collection[int],
+    alpha: float,
+    norm_sq: float = 0.0,
+    ranks: Peers | None = None,
 ) -> float:
     """⟨dW, αΔθ⟩/|αΔθ|² over all pairs, dW being the change of the rounded weights and ``norm_sq`` |Δθ|²."""
-    if _rounds_little(pairs, abs(alpha) * math.sqrt(norm_sq)):
+    ranks = ranks or Alone()
+    much = not _rounds_little(pairs, abs(alpha) * math.sqrt(norm_sq))
+    if not (ranks.any_of([much])[0] if ranks.splits else much):
         return 1.0
     # Collected on the device, and read once at the end.
     sums: list[Tensor] = []
@@ -36,15 +43,19 @@ def retained_share(
             moved = formed.double() - part.move.base.to(part.weight.dtype).double()
             kept = scale * (moved * displacement).sum()
         sums.append(torch.stack([kept, length]))
-    sums = over_shards([pair.parameter for pair in pairs], sums)
-    all_length = total(one[1] for one in sums)
-    return total(one[0] for one in sums) / all_length if all_length > 0 else 1.0
+    parameters = [pair.parameter for pair in pairs]
+    sums = over_shards(parameters, sums)
+    columns = [to_host([one[k] for one in sums]) for k in range(2)]
+    kept_length, all_length = ranks.totals(parameters, list(zip(*columns, strict=True)), 2)
+    return kept_length / all_length if all_length > 0 else 1.0
 
 
 @torch.no_grad()
 def _rounds_little(pairs: Sequence[TrackedParam], length: float) -> bool:
     """Whether the rounding of all weights together is too short to count beside a displacement of a length."""
     weights = [pair.weight for pair in pairs]
+    if not weights:
+        return True
     if any(is_low(weight.dtype) or is_sharded(pair.parameter) for weight, pair in zip(weights, pairs, strict=True)):
         return False
     roundoff = max(torch.finfo(weight.dtype).eps for weight in weights)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._undo import Trace, alone, undone
+from sharpkern.distributed.declared import Ranks
 from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import Lockstep
 from sharpkern.distributed.ranks import Alone, Peers, as_one
@@ -245,7 +246,8 @@ class Session:
         if loss_fn is self.settled_by:
             closure.calls, self.settled_by = 1, None
         checks = checks_of(self.model, loss_fn, alone=isinstance(self.ranks, Alone))
-        return Target(loss_fn, closure, checks, is_compiled(self.model, loss_fn))
+        closure.is_compiled = is_compiled(self.model, loss_fn)
+        return Target(loss_fn, closure, checks, closure.is_compiled)
 
     def begin(self, checks: KnownFacts) -> None:
         """Count a measurement, once for all closures of the same code, which check for one another."""
@@ -292,6 +294,10 @@ class Session:
         return "inplace" if writes else name, not stays
 
     def _own_choice(self, target: Target, engine: str, quickest: str) -> str:
+        if engine == "batched" and not self.ranks.alike:
+            raise EngineUnsupportedError(
+                "ranks that run other modules than others take one step size at a time; use engine='auto'"
+            )
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules())
         if engine in ("virtual", "batched") and scripted:
             raise EngineUnsupportedError(
@@ -349,6 +355,7 @@ def in_session(
     loss_fns: Iterable[LossFn],
     *,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    ranks: Ranks | str | None = None,
     base_loss: float | None = None,
     grad: bool = False,
     plan: object = None,
@@ -363,6 +370,7 @@ def in_session(
         direction,
         loss_fns,
         reduce=reduce,
+        told=ranks,
         base_loss=base_loss,
         grad=grad,
         plan=plan,
@@ -392,6 +400,7 @@ def _begin(
     trace: Trace,
     *,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    told: Ranks | str | None = None,
     base_loss: float | None = None,
     grad: bool = False,
     plan: str = "",
@@ -402,7 +411,7 @@ def _begin(
         raise RuntimeError("loss_fn must only return the loss, got one that measures; measure before or after it")
     outer = outermost(model, loss_fns)
     layout = layout_of(outer)
-    ranks = ranks_for(model, reduce, outer)
+    ranks = ranks_for(model, reduce, outer, told)
     if isinstance(ranks, Unsettled) and compared is None and not ranks.were_together:
         ranks = named_ranks(outer) or Alone(reduce)
     pairs: Sequence[TrackedParam] = ()
@@ -413,7 +422,7 @@ def _begin(
             pairs = track(direction.moves())
         ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
         trace.add(layout.prepare())
-        lockstep = Lockstep(outer)
+        lockstep = Lockstep(outer, replays=not ranks.alike)
         # Before the guard, which notes the modules' hooks.
         lockstep.watch(trace)
         trace.add(evaluating.clear)
@@ -450,20 +459,33 @@ def _agreed(ranks: Peers, direction: Any, known_base: float | None) -> tuple[Any
         slope, norm_sq = _totals(ranks, direction)
     own = [slope, norm_sq, direction.lr, known_base]
     missing = [float(number is None) for number in own]
-    means = ranks.means([0.0 if number is None else number for number in own] + missing)
-    slope, _, lr, _ = (None if number is None else mean for number, mean in zip(own, means, strict=False))
-    mean_sq = means[1]
-    unlike = means[len(own) :] != missing or not math.isclose(norm_sq, mean_sq, rel_tol=1e-3)
+    sums = ranks.means([0.0 if number is None else number for number in own] + missing)
+    lacking = sums[len(own) :]
+    # Of the ranks that know it: a stage without a loss has no base loss, one that does not move has no learning rate.
+    slope, mean_sq, lr, base = (None if no == 1 else one / (1 - no) for one, no in zip(sums, lacking, strict=False))
+    assert mean_sq is not None
+    unlike = (ranks.alike and lacking != missing) or not math.isclose(norm_sq, mean_sq, rel_tol=1e-3)
     if any(ranks.any_of([unlike])):
         raise ValueError(
             f"direction must be the same on every rank, got |Δθ|² = {norm_sq:.6g} here and {mean_sq:.6g} on "
             "average; measure where the gradients of all ranks have been averaged: not inside of no_sync(), and with "
             "the same arguments on every rank"
         )
-    # By the way that losses take, which may be the caller's own.
-    device = direction.parameters[0].device
-    base = None if known_base is None else ranks.agree(torch.tensor(known_base, dtype=torch.float64, device=device))[0]
-    return replace(direction, slope=slope, norm_sq=mean_sq, lr=lr), base
+    if (
+        ranks.splits
+        and ranks.any_of([direction.lr is not None and not math.isclose(direction.lr, lr or 0.0, rel_tol=1e-6)])[0]
+    ):
+        raise ValueError(
+            f"direction must be per unit of the same learning rate on every rank, got {direction.lr} here; give the "
+            "first group of each rank's optimizer the same rate"
+        )
+    if base is not None:
+        # By the way that losses take, which may be the caller's own.
+        device = next((parameter.device for parameter in direction.parameters), torch.device("cpu"))
+        loss = None if known_base is None else torch.tensor(known_base, dtype=torch.float64, device=device)
+        base = ranks.agree(loss).loss
+    share = {"_is_share": True} if ranks.splits else {}
+    return replace(direction, slope=slope, norm_sq=mean_sq, lr=lr, **share), base
 
 
 def _totals(ranks: Peers, direction: Any) -> tuple[float | None, float]:

@@ -33,9 +33,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sharpkern.distributed.declared import Declared, Ranks, device_of
 from sharpkern.distributed.deepspeed import is_engine
 from sharpkern.distributed.flat import is_flat_module
-from sharpkern.distributed.layout import layout_of
+from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import replicate_state
 from sharpkern.distributed.ranks import KINDS, Alone, Peers, Together, Verdict, device_kind, raise_gravest
 from sharpkern.distributed.sharding import is_distributed, local, local_as, over_shards, reshard
@@ -86,16 +87,34 @@ def outermost(model: nn.Module, loss_fns: Iterable[Callable[..., object]]) -> nn
     return model
 
 
-def ranks_for(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None, outer: nn.Module) -> Peers:
+def ranks_for(
+    model: nn.Module,
+    reduce: Callable[[Tensor], Tensor] | None,
+    outer: nn.Module,
+    ranks: Ranks | str | None = None,
+) -> Peers:
     """The ranks that decide alike, as far as it is known."""
     reshard(model)
     # An engine that cannot be measured is refused before anything is.
-    named_ranks(outer)
+    layout = layout_of(outer)
+    if ranks is not None and is_distributed():
+        return _as_told(ranks, model, layout)
     # What is around the model may be for training alone, while one rank evaluates the model inside.
     told, found = named_ranks(model), _known(model)
     if num_ranks() > 1 and not (found.reduced if reduce else told or found.together is False):
         return Unsettled(model, reduce)
     return Alone(reduce) if reduce else told or Alone()
+
+
+def _as_told(ranks: Ranks | str, model: nn.Module, layout: Layout) -> Peers:
+    """The ranks as the caller has named them."""
+    if isinstance(ranks, Ranks):
+        return Declared(ranks, layout, device_of(model, ranks))
+    if layout.copied:
+        raise ValueError(
+            f"ranks must not be 'alone' where {layout.copied}, which all ranks gather together; leave ranks out"
+        )
+    return Alone()
 
 
 @dataclass
@@ -200,8 +219,10 @@ def _near(a: float, b: float, rel: float = _SAME, within: float = 0.0) -> bool:
 
 
 @torch.no_grad()
-def size_of(moves: Iterable[tuple[Tensor, Tensor | Callable[[], Tensor] | None]]) -> tuple[float, float, float]:
-    """|θ|², θᵀΔθ and |Δθ|²."""
+def size_of(
+    moves: Iterable[tuple[Tensor, Tensor | Callable[[], Tensor] | None]], ranks: Peers | None = None
+) -> tuple[float, float, float]:
+    """|θ|², θᵀΔθ and |Δθ|² of all of the model, as far as this is known."""
     parameters, sums = [], []
     for parameter, update in moves:
         theta = local(parameter.detach())
@@ -210,7 +231,8 @@ def size_of(moves: Iterable[tuple[Tensor, Tensor | Callable[[], Tensor] | None]]
         parameters.append(parameter)
         sums.append(torch.stack([inner_product(a, b) for a, b in ((theta, theta), (theta, delta), (delta, delta))]))
     totals = over_shards(parameters, sums)
-    theta_sq, along, norm_sq = (sum(to_host([one[k] for one in totals]), 0.0) for k in range(3))
+    rows = list(zip(*(to_host([one[k] for one in totals]) for k in range(3)), strict=True))
+    theta_sq, along, norm_sq = (ranks or Alone()).totals(parameters, rows, 3)
     return theta_sq, along, norm_sq
 
 
@@ -362,8 +384,8 @@ def judged(said: Sequence[Mapping[str, Any]], size: int) -> Mapping[str, Any]:
         if len(groups) > 1:
             return {
                 "error": f"model must say which ranks it is trained on, got {len(group)} of {len(ranks)} ranks with "
-                "the same weights and update; measure the DistributedDataParallel around it, or pass reduce=, a "
-                "function that returns the mean loss of these ranks"
+                "the same weights and update; measure the DistributedDataParallel around it, or pass "
+                "ranks=sharpkern.Ranks(group) with the process group of these ranks"
             }
         return _decided(together=True, mean=True)
     if len(groups) > 1:
@@ -415,17 +437,16 @@ def _missed(num_here: int, size: int) -> dict[str, Any]:
 def _unlike(ranks: Sequence[Facts]) -> str:
     return (
         f"direction must be the same on every rank, got |Δθ|² = {_span([one.norm_sq for one in ranks])} for the same "
-        "weights; measure where the gradients of all ranks have been averaged, or pass reduce=lambda loss: loss where "
-        "each rank trains a model of its own"
+        "weights; measure where the gradients of all ranks have been averaged, or pass ranks='alone' where each rank "
+        "trains a model of its own"
     )
 
 
 def _split(ranks: Sequence[Facts]) -> str:
     return (
         f"model must be whole on every rank, got |θ|² = {_span([one.theta_sq for one in ranks])} on ranks whose losses "
-        "depend on each other: slope and norm of a model that is split (pipeline, tensor or expert parallelism by "
-        "hand) are not summed, and reduce= does not sum them either; measure a whole copy of it, or split it by "
-        "DTensors or fully_shard"
+        "depend on each other; where it is split over them (pipeline, tensor or expert parallelism by hand), pass "
+        "ranks=sharpkern.Ranks(split=group), or split=a function of the parameter, so that slopes and norms are summed"
     )
 
 

@@ -12,11 +12,12 @@ from typing_extensions import Unpack
 
 from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
+from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.integrations.deepspeed import before_steps_of
 from sharpkern.measures.micro_batches import Clip, Losses, coefficient
 from sharpkern.measures.result import Measurement
 from sharpkern.monitoring.lr_cap import CapOptions, cap_of, load_cap, with_cap
-from sharpkern.monitoring.monitor import LossFn, Monitor, MonitorOptions
+from sharpkern.monitoring.monitor import Monitor, MonitorOptions
 
 # They keep gradients of their own.
 _REFUSED = ("MEGATRON_LM", "XLA")

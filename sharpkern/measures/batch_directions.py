@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sharpkern.directions.direction import Direction
 from sharpkern.directions.placement import checked_module
 from sharpkern.directions.shared_memory import summed
+from sharpkern.distributed.declared import Ranks, check_ranks
 from sharpkern.distributed.sharding import fsdp_modules, is_sharded, reshard
 from sharpkern.engines.evaluation.parametrizations import empty_cache
 from sharpkern.engines.session import Session, in_session
@@ -19,13 +20,15 @@ from sharpkern.measures.hvp import check_differentiable, no_reducers
 LossFn = Callable[[], Tensor]
 
 
-def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
+def gradient_direction(model: nn.Module, losses: Iterable[LossFn], *, ranks: Ranks | str | None = None) -> Direction:
     """Return the mean gradient of some batches, the update of plain gradient descent; the model stays as it is.
 
     Args:
         model: whose parameters with ``requires_grad`` move.
         losses: one closure per batch, each returning the scalar loss of the model's current parameters with its graph.
             They are called once, in order, from the random state at entry on.
+        ranks: as for `critical_sharpness`, for the mean over ranks that nothing tells of; not for ranks that split the
+            model.
 
     Returns:
         The direction, with |g|² as its slope, which is Δθᵀg of the mean loss of all batches.
@@ -60,7 +63,9 @@ def gradient_direction(model: nn.Module, losses: Iterable[LossFn]) -> Direction:
                 sums[parameter] = sums[parameter].add_(wide) if parameter in sums else wide
         return {parameter: total.div_(num_batches) for parameter, total in sums.items()}
 
-    direction = _direction(in_session(mean, checked_module(model), None, _known(losses), grad=True), model)
+    given = checked_module(model)
+    check_ranks(ranks)
+    direction = _direction(in_session(mean, given, None, _known(losses), ranks=ranks, grad=True), model)
     return direction.as_gradient()
 
 
@@ -71,6 +76,7 @@ def adamw_direction(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    ranks: Ranks | str | None = None,
 ) -> Direction:
     """Return AdamW's update with moments accumulated over some batches while the model stays as it is.
 
@@ -83,6 +89,7 @@ def adamw_direction(
         betas: decay of the first and the second moment; the defaults are those of language model training.
         eps: added to the root of the second moment.
         weight_decay: γ, decoupled.
+        ranks: as for `gradient_direction`.
 
     Returns:
         The direction, per unit learning rate. It has no slope, since no single batch's gradient belongs to it.
@@ -121,7 +128,9 @@ def adamw_direction(
         with torch.no_grad():
             return {p: one.update(beta1, beta2, eps).add_(p, alpha=weight_decay) for p, one in moments.items()}
 
-    return _direction(in_session(updates, checked_module(model), None, _known(losses), grad=True), model)
+    given = checked_module(model)
+    check_ranks(ranks)
+    return _direction(in_session(updates, given, None, _known(losses), ranks=ranks, grad=True), model)
 
 
 def _direction(updates: dict[nn.Parameter, Tensor], model: nn.Module) -> Direction:
@@ -161,6 +170,11 @@ def _known(losses: Iterable[LossFn]) -> Sequence[LossFn]:
 def _gradients(session: Session, losses: Iterable[LossFn]) -> Iterator[dict[nn.Parameter, Tensor]]:
     """Yield the gradients of one loss after the other, of parameters that have one, and leave no ``.grad`` behind."""
     model, ranks = session.model, session.ranks
+    if ranks.splits:
+        raise TypeError(
+            "model must be whole on every rank, or sharded by fully_shard, for gradients of its own losses, got one "
+            "that is split over ranks or wrapped in FSDP1; make the direction by Direction.from_optimizer"
+        )
     hooked = next((p for p in model.parameters() if p._post_accumulate_grad_hooks), None)
     if hooked is not None:
         raise ValueError(

@@ -1,16 +1,16 @@
 """Critical sharpness of one block at a time: which layer limits the step."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from sharpkern.directions.blocks import default_blocks, items_of, selected
 from sharpkern.directions.direction import Direction
 from sharpkern.distributed.sharding import reshard
+from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.session import Engine, Session, in_session
 from sharpkern.errors import NoUpdateError
 from sharpkern.measures.critical import check_arguments, common
@@ -26,7 +26,7 @@ _EXACT = 1e-6
 
 def blockwise_critical_sharpness(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    loss_fn: LossFn,
     direction: Direction,
     blocks: Blocks | None = None,
     **options: Unpack[MeasureOptions],
@@ -94,7 +94,7 @@ def blocks_of(model: nn.Module, blocks: Any) -> dict[str, list[nn.Parameter]]:
 
 def measure_blocks(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    loss_fn: LossFn,
     direction: Direction,
     blocks: Mapping[str, list[nn.Parameter]],
     options: Options,
@@ -136,5 +136,5 @@ def measure_blocks(
             closure.calls = 0
         return found
 
-    plan = (tuple(blocks), replace(options, reduce=None))
-    return in_session(measured, model, direction, [loss_fn], reduce=options.reduce, plan=plan)
+    plan = (tuple(blocks), options.plan)
+    return in_session(measured, model, direction, [loss_fn], reduce=options.reduce, ranks=options.ranks, plan=plan)

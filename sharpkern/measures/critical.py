@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from sharpkern.directions.direction import Direction
+from sharpkern.distributed.declared import Ranks
 from sharpkern.distributed.ranks import Peers
 from sharpkern.distributed.sharding import whole
 from sharpkern.engines.session import Engine, Session, in_session
@@ -37,6 +37,7 @@ def critical_sharpness(
     noise: float | None = None,
     max_forwards: int = 40,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    ranks: Ranks | str | None = None,
     sample: float | str | None = None,
     weights: Sequence[float] | None = None,
     clip: Clip = None,
@@ -77,6 +78,8 @@ def critical_sharpness(
             default the mean over the ranks of a `DistributedDataParallel` model or of the mesh of DTensor parameters
             (FSDP2, tensor parallelism), or over all ranks where they are found to hold the same weights and update at
             the first measurement, by one more evaluation; ranks then also fail alike, where one of them fails.
+        ranks: a `sharpkern.Ranks`, which says who decides together and what splits the model, for pipelines, layers
+            that are split by hand and ranks that nothing tells of; or "alone": this rank by itself, whatever others do.
         sample: of the micro-batches of all ranks, which ones are evaluated. None: all. "auto": as many as ``rtol``
             needs. A share, or a number of them: these alone, and ``error`` says how exact that is. Drawn anew in each
             measurement, not from the run's random streams. Where it would save nothing (less than 12 micro-batches), or
@@ -115,7 +118,7 @@ def critical_sharpness(
         >>> m.status, abs(m.sharpness - 2 / m.critical_lr) < 1e-12
         ('converged', True)
     """
-    options = Options(initial_lr, rtol, method, engine, certify, noise, max_forwards, reduce, sample)
+    options = Options(initial_lr, rtol, method, engine, certify, noise, max_forwards, reduce, ranks, sample)
     measurement, _ = measure(model, loss_fn, direction, options, base_loss=base_loss, weights=weights, clip=clip)
     return measurement
 
@@ -191,8 +194,9 @@ def measure(
             direction,
             loss_fns,
             reduce=options.reduce,
+            ranks=options.ranks,
             base_loss=known_base,
-            plan=replace(options, reduce=None),
+            plan=options.plan,
         )
     except ConstantLossError as constant:
         if pace is None:

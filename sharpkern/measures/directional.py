@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern.directions.direction import Direction
-from sharpkern.distributed.sharding import local, over_shards
+from sharpkern.distributed.declared import Ranks, check_ranks
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.session import Engine, Session, Target, in_session
+from sharpkern.engines.settling import size_of
 from sharpkern.errors import RetainedWarning, warn
 from sharpkern.measures.critical import check_arguments
 from sharpkern.measures.hvp import GradientGraph, check_differentiable, check_symmetry, no_reducers, refuse_shards
@@ -67,6 +68,7 @@ def directional_sharpness(
     *,
     method: str = "forward",
     step_size: float | None = None,
+    ranks: Ranks | str | None = None,
 ) -> DirectionalSharpness:
     """Measure the curvature of the loss along an update direction, without touching the run.
 
@@ -81,6 +83,7 @@ def directional_sharpness(
             fused kernels.
         step_size: h of the points ±h, a learning rate, for "forward" and "gradient"; by default one at which truncation
             and rounding balance. For "forward" two more losses, at ±h/2, tell the error, or four where they are coarse.
+        ranks: as for `critical_sharpness`; of ranks that split the model, for "forward" alone.
 
     Returns:
         λ_dir in 1/learning-rate: negative where the curvature is, nan where the loss does not resolve it
@@ -112,12 +115,13 @@ def directional_sharpness(
             f"method must be one of 'forward', 'gradient', 'hvp', got {method!r}; leave it out for 'forward'"
         )
     _check_step_size(step_size, method)
+    check_ranks(ranks)
     check_arguments(model, loss_fn, direction)
     if method == "hvp":
-        return _by_product(model, loss_fn, direction)
+        return _by_product(model, loss_fn, direction, ranks)
     if method == "gradient":
-        return _by_gradients(model, loss_fn, direction, step_size)
-    return _by_differences(model, loss_fn, direction, step_size)
+        return _by_gradients(model, loss_fn, direction, step_size, ranks)
+    return _by_differences(model, loss_fn, direction, step_size, ranks)
 
 
 def _check_step_size(step_size: object, method: str) -> None:
@@ -134,7 +138,9 @@ def _check_step_size(step_size: object, method: str) -> None:
         raise ValueError(f"step_size must be left out with method='hvp', which takes no step, got {step_size}")
 
 
-def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction) -> DirectionalSharpness:
+def _by_product(
+    model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction, ranks: Ranks | str | None
+) -> DirectionalSharpness:
     """Return ΔθᵀHΔθ / Δθᵀg by an exact Hessian-vector product, slope and curvature from one graph."""
     generator = torch.Generator().manual_seed(0)
 
@@ -165,18 +171,22 @@ def _by_product(model: nn.Module, loss_fn: Callable[[], Tensor], direction: Dire
         shares = size * length / abs(curvature) + size * graph.length / abs(slope) if curvature else math.inf
         return DirectionalSharpness(curvature / slope, _ROUNDINGS * graph.rounding * shares, forwards=forwards)
 
-    return in_session(measured, model, direction, [loss_fn], grad=True, plan=())
+    return in_session(measured, model, direction, [loss_fn], ranks=ranks, grad=True, plan=())
 
 
 def _by_gradients(
-    model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction, step_size: float | None
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor],
+    direction: Direction,
+    step_size: float | None,
+    ranks: Ranks | str | None,
 ) -> DirectionalSharpness:
     """Return λ_dir from the slopes of the loss at ±h, each from one gradient."""
 
     def measured(session: Session) -> DirectionalSharpness:
         direction = session.direction
         parameters = [pair.parameter for pair in session.pairs]
-        refuse_shards(parameters)
+        refuse_shards(session, parameters)
         deltas = [pair.move.update() for pair in session.pairs]
         lengths = [0.0]
 
@@ -197,7 +207,7 @@ def _by_gradients(
         target = session.target(slope_fn)
 
         def measure(engine: Engine) -> DirectionalSharpness:
-            h, change = step_size or 0.05 * (direction.lr or 0.0) or small_step(direction), math.nan
+            h, change = step_size or 0.05 * (direction.lr or 0.0) or small_step(session), math.nan
             for _ in range(1 if step_size else _GRADIENT_PAIRS):
                 if not math.isnan(change):
                     h *= min(max(_CHANGE / change if change else math.inf, 1e-3), 1e3)
@@ -216,13 +226,13 @@ def _by_gradients(
             confirm(engine, target.checks, slope, [(h, ahead)], rounding)
             # Of the second derivative a central difference leaves out about the square of what the slope changes by.
             error = change**2 + (rounding / change if change else math.inf)
-            error += abs(1 - retained_share(session.pairs, engine.rounded, h, direction.norm_sq))
+            error += abs(1 - retained_share(session.pairs, engine.rounded, h, direction.norm_sq, session.ranks))
             value = curvature / slope if error < _UNRESOLVED else math.nan
             return DirectionalSharpness(value, error, step_size=h, forwards=target.closure.calls)
 
         return session.run(target, measure)
 
-    return in_session(measured, model, direction, [loss_fn], grad=True, plan=(step_size, "gradient"))
+    return in_session(measured, model, direction, [loss_fn], ranks=ranks, grad=True, plan=(step_size, "gradient"))
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -231,7 +241,11 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def _by_differences(
-    model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction, step_size: float | None
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor],
+    direction: Direction,
+    step_size: float | None,
+    ranks: Ranks | str | None,
 ) -> DirectionalSharpness:
     """Return λ_dir from losses at ±h."""
 
@@ -239,13 +253,13 @@ def _by_differences(
         target = session.target(loss_fn)
 
         def measure(engine: Engine) -> tuple[Estimate, float]:
-            estimate, last = _by_engine(engine, target, step_size, session.direction)
-            kept = retained_share(session.pairs, engine.rounded, last, session.direction.norm_sq)
+            estimate, last = _by_engine(engine, target, step_size, session)
+            kept = retained_share(session.pairs, engine.rounded, last, session.direction.norm_sq, session.ranks)
             return estimate, kept
 
         return *session.run(target, measure), target.closure.calls
 
-    estimate, kept, forwards = in_session(measured, model, direction, [loss_fn], plan=(step_size,))
+    estimate, kept, forwards = in_session(measured, model, direction, [loss_fn], ranks=ranks, plan=(step_size,))
     if kept < RETAINED_FLOOR:
         warn(
             f"only {kept:.2f} of the displacement by ±{estimate.step:.2g}·Δθ survives rounding to the weights' "
@@ -257,9 +271,9 @@ def _by_differences(
     return DirectionalSharpness(estimate.value, error, step_size=estimate.step, forwards=forwards)
 
 
-def _by_engine(engine: Engine, target: Target, step_size: float | None, direction: Direction) -> tuple[Estimate, float]:
+def _by_engine(engine: Engine, target: Target, step_size: float | None, session: Session) -> tuple[Estimate, float]:
     """Return the estimate, checked for what this engine may get wrong, and the last step it evaluated."""
-    checks, noise_of = target.checks, target.closure.precision.noise
+    checks, noise_of = target.checks, target.closure.noise
     (base,) = engine.losses([0.0])
     noise = noise_of()
     if not checks.repeatable and math.isfinite(base):
@@ -273,15 +287,14 @@ def _by_engine(engine: Engine, target: Target, step_size: float | None, directio
         return values
 
     if step_size is None:
-        estimate = three_point(losses, base, first_step=direction.lr or small_step(direction), noise=noise)
+        estimate = three_point(losses, base, first_step=session.direction.lr or small_step(session), noise=noise)
     else:
         estimate = at_step(losses, base, step=float(step_size), noise=noise)
     confirm(engine, checks, base, probes, noise)
     return estimate, probes[-1][0]
 
 
-def small_step(direction: Direction) -> float:
+def small_step(session: Session) -> float:
     """Return the step that moves the parameters by a thousandth of their norm."""
-    shards = [local(parameter.detach()) for parameter in direction.parameters]
-    norms_sq = [inner_product(shard, shard) for shard in shards]
-    return 1e-3 * math.sqrt(total(over_shards(direction.parameters, norms_sq)) / direction.norm_sq) or 1e-3
+    theta_sq, *_ = size_of([(parameter, None) for parameter in session.direction.parameters], session.ranks)
+    return 1e-3 * math.sqrt(theta_sq / session.direction.norm_sq) or 1e-3

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sharpkern._support.optional import missing
 from sharpkern.directions.preconditioner import inverse_preconditioner
+from sharpkern.distributed.declared import Ranks, check_ranks
 from sharpkern.distributed.sharding import local
 from sharpkern.engines.session import Session, in_session
 from sharpkern.measures.hvp import GradientGraph, check_symmetry
@@ -52,6 +53,7 @@ def hessian_sharpness(
     tol: float = 1e-2,
     max_iter: int = 100,
     v0: Tensor | None = None,
+    ranks: Ranks | str | None = None,
 ) -> HessianResult:
     """Measure λ_max(H), or λ_max(P^-1/2 H P^-1/2) with Adam's preconditioner P; the run it interrupts is not touched.
 
@@ -68,6 +70,7 @@ def hessian_sharpness(
         max_iter: Most Hessian-vector products to compute.
         v0: Where to start: the ``vector`` of an earlier measurement of the same parameters. Random if left out,
             the same in every call.
+        ranks: As for `critical_sharpness`; not for ranks that split the model.
 
     Returns:
         The eigenvalue, its residual, the number of products and whether it converged.
@@ -90,6 +93,7 @@ def hessian_sharpness(
         >>> round(result.value, 4), result.converged
         (6.0, True)
     """
+    check_ranks(ranks)
     if not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise ValueError(f"tol must be a number in (0, 1), got {tol}; leave it out for 0.01")
     if not isinstance(max_iter, int) or isinstance(max_iter, bool) or max_iter < 1:
@@ -127,7 +131,7 @@ def hessian_sharpness(
         graph.tell_unchecked()
         return result
 
-    return in_session(measured, model, None, [loss_fn], grad=True, plan=(tol, max_iter))
+    return in_session(measured, model, None, [loss_fn], ranks=ranks, grad=True, plan=(tol, max_iter))
 
 
 def _refuse_shared_memory(model: nn.Module, parameters: tuple[nn.Parameter, ...]) -> None:

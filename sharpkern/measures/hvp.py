@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sharpkern.distributed.flat import is_flat
 from sharpkern.distributed.lockstep import reducers_of, replicate_state
 from sharpkern.distributed.sharding import is_sharded
 from sharpkern.engines.evaluation.closure import check_loss
@@ -51,7 +52,7 @@ class GradientGraph:
 
     def __init__(self, session: Session, loss_fn: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         self._parameters = tuple(parameters)
-        refuse_shards(self._parameters)
+        refuse_shards(session, self._parameters)
         self._session = session
         with session.in_step():
             # The fused attention kernels have no second derivative; plain matrix products do.
@@ -166,13 +167,15 @@ def check_symmetry(forth: float, back: float, scale: float) -> None:
         )
 
 
-def refuse_shards(parameters: Sequence[Tensor]) -> None:
+def refuse_shards(session: Session, parameters: Sequence[Tensor]) -> None:
     """Refuse parameters whose gradients this rank has no more than its shards of."""
-    if any(is_sharded(parameter) for parameter in parameters):
+    got = "a model that is split over ranks" if session.ranks.splits else ""
+    got = "shards of FSDP1" if any(map(is_flat, parameters)) else got
+    got = "DTensors (FSDP2 or tensor parallelism)" if any(map(is_sharded, parameters)) else got
+    if got:
         raise TypeError(
-            "parameters must be plain tensors for Hessian-vector products, got DTensors (FSDP2 or tensor "
-            "parallelism); use critical_sharpness, or directional_sharpness(method='forward'), which need forward "
-            "passes only"
+            f"parameters must be plain tensors for Hessian-vector products, got {got}; use critical_sharpness, or "
+            "directional_sharpness(method='forward'), which need forward passes only"
         )
 
 

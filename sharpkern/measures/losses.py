@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern.directions.direction import Direction
+from sharpkern.distributed.declared import Ranks
+from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.session import Engine, Session, Target, in_session
 from sharpkern.engines.timing import may_batch
@@ -21,12 +23,13 @@ from sharpkern.measures.self_checks import check_repeatable, confirm
 
 def losses_along(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    loss_fn: LossFn,
     direction: Direction,
     step_sizes: Sequence[float] | Tensor,
     *,
     engine: str = "auto",
     reduce: Callable[[Tensor], Tensor] | None = None,
+    ranks: Ranks | str | None = None,
 ) -> Tensor:
     """Return L(θ − ηΔθ) for every step size η: the loss curve along an update, without touching the run.
 
@@ -38,6 +41,7 @@ def losses_along(
         engine: as for `critical_sharpness`. "batched" takes 8 step sizes in one call of ``loss_fn``, fewer where memory
             is short. "auto" begins with it on a GPU of a single process, and with one step size at a time elsewhere.
         reduce: as for `critical_sharpness`; without it the mean over the ranks that train one model.
+        ranks: as for `critical_sharpness`.
 
     Returns:
         Tensor: losses, [K] float64 on the CPU, in the order of ``step_sizes``; inf or nan where the loss is.
@@ -65,7 +69,7 @@ def losses_along(
         tensor([1., 0., 1.], dtype=torch.float64)
     """
     check_arguments(model, loss_fn, direction)
-    options, etas = Options(engine=engine, reduce=reduce), _numbers(step_sizes)
+    options, etas = Options(engine=engine, reduce=reduce, ranks=ranks), _numbers(step_sizes)
 
     def measured(session: Session) -> tuple[list[float], float]:
         own = [float(len(etas)), sum(etas), sum(eta * eta for eta in etas)]
@@ -81,9 +85,9 @@ def losses_along(
         def evaluate(opened: Engine) -> tuple[list[float], float]:
             losses, constant = _by_engine(opened, target, etas, is_known=is_known)
             furthest = max(etas, key=abs)
-            kept = retained_share(session.pairs, opened.rounded, -furthest, session.direction.norm_sq)
+            kept = retained_share(session.pairs, opened.rounded, -furthest, session.direction.norm_sq, session.ranks)
             # A step may well be too short to be seen.
-            seen = kept >= RETAINED_FLOOR and abs(furthest) >= (session.direction.lr or small_step(session.direction))
+            seen = kept >= RETAINED_FLOOR and abs(furthest) >= (session.direction.lr or small_step(session))
             if constant is not None and seen:
                 # Perhaps the parameters are read where no mode can see it.
                 raise (
@@ -93,7 +97,7 @@ def losses_along(
 
         return session.run(target, evaluate, engine=options.engine, quickest=quickest)
 
-    losses, kept = in_session(measured, model, direction, [loss_fn], reduce=reduce, plan=(etas, engine))
+    losses, kept = in_session(measured, model, direction, [loss_fn], reduce=reduce, ranks=ranks, plan=(etas, engine))
     if kept < RETAINED_FLOOR:
         warn(
             f"only {kept:.2f} of the longest displacement survives rounding to the weights' dtype; pass the "
@@ -114,7 +118,7 @@ def _by_engine(
     base, *losses = engine.losses([0.0, *etas])
     if not math.isfinite(base):
         return losses, None
-    noise = target.closure.precision.noise()
+    noise = target.closure.noise()
     if not checks.repeatable:
         check_repeatable(base, engine.losses([0.0])[0], noise)
         checks.repeatable = True

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -48,7 +48,7 @@ class MicroBatch:
         True
     """
 
-    def __init__(self, loss_fn: LossFn) -> None:
+    def __init__(self, loss_fn: Callable[[], Tensor]) -> None:
         if not callable(loss_fn):
             raise TypeError(
                 f"loss_fn must be callable without arguments, got {type(loss_fn).__name__}; pass lambda: loss_of(batch)"
@@ -159,12 +159,15 @@ class WholeBatch:
         # Tells closures of this code from others.
         self.first = parts[0]
 
-    def __call__(self) -> Tensor:
-        """Evaluate them all."""
-        loss = self.parts[0]() * (self.weights[0] / self.total)
-        for part, weight in zip(self.parts[1:], self.weights[1:], strict=True):
-            loss = loss + part() * (weight / self.total)
-        return loss
+    def __call__(self) -> Tensor | None:
+        """Evaluate them all; None where a rank has no loss of them."""
+        total = None
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            loss = part()
+            if loss is not None:
+                scaled = loss * (weight / self.total)
+                total = scaled if total is None else total + scaled
+        return total
 
 
 @dataclass(frozen=True)

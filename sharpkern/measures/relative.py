@@ -2,12 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from sharpkern.directions.direction import Direction
@@ -24,7 +24,7 @@ _ROOM_ON_CPU = 2**30
 
 
 def relative_critical_sharpness(
-    model: nn.Module, tasks: Mapping[str, Callable[[], Tensor]], direction: Direction, **options: Unpack[MeasureOptions]
+    model: nn.Module, tasks: Mapping[str, LossFn], direction: Direction, **options: Unpack[MeasureOptions]
 ) -> dict[str, Measurement]:
     """Measure λ_c^{task→direction} = 2/η_c of every task's loss along one update.
 
@@ -104,8 +104,8 @@ def _together(
                     task.advance()
             return {task.name: task.measurement for task in searches if task.measurement is not None}
 
-    plan = replace(options, reduce=None)
-    return in_session(measured, model, direction, tasks.values(), reduce=options.reduce, plan=plan)
+    reduce, ranks, plan = options.reduce, options.ranks, options.plan
+    return in_session(measured, model, direction, tasks.values(), reduce=reduce, ranks=ranks, plan=plan)
 
 
 class _Task:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from inspect import signature
 from typing import Any, TypedDict
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sharpkern._support.figures import draw_alone
 from sharpkern._support.html import table_html
+from sharpkern.distributed.declared import Ranks, check_ranks
 from sharpkern.engines.session import ENGINES
 from sharpkern.search.line_search import Status
 
@@ -145,6 +146,7 @@ class MeasureOptions(TypedDict, total=False):
     noise: float | None
     max_forwards: int
     reduce: Callable[[Tensor], Tensor] | None
+    ranks: Ranks | str | None
     sample: float | str | None
 
 
@@ -160,7 +162,13 @@ class Options:
     noise: float | None = None
     max_forwards: int = 40
     reduce: Callable[[Tensor], Tensor] | None = None
+    ranks: Ranks | str | None = None
     sample: float | str | None = None
+
+    @property
+    def plan(self) -> "Options":
+        """What has to be the same on all ranks."""
+        return replace(self, reduce=None, ranks=None)
 
     @property
     def tolerance(self) -> float:
@@ -205,6 +213,9 @@ class Options:
                 f"reduce must be callable on the loss tensor, got {type(self.reduce).__name__}; pass a function that "
                 "all-reduces the loss, or leave it out"
             )
+        check_ranks(self.ranks)
+        if self.reduce is not None and self.ranks is not None:
+            raise ValueError("reduce cannot be combined with ranks=, by which losses are averaged; leave reduce out")
         if self.sample is not None:
             self._check_sample()
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from sharpkern.distributed.ranks import Alone
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.engines.evaluation.precision import is_low
 from sharpkern.engines.retained import retained_share
@@ -140,7 +141,8 @@ class Run:
         if self._trained is None:
             return
         # The engine computes in float32 what training rounded.
-        tolerance = max(SAME_ARITHMETIC, 20 * self._noise(), 4 * self._closure.precision.widened_roundoff)
+        widened = self._closure.largest(self._closure.precision.widened_roundoff)
+        tolerance = max(SAME_ARITHMETIC, 20 * self._noise(), 4 * widened)
         if self._must_agree and not random and not self._is_near(tolerance):
             raise ValueError(
                 f"base_loss must be what loss_fn returns at the current parameters, got {self._trained} and loss_fn "
@@ -221,11 +223,15 @@ class Run:
 
     def _draws_random_numbers(self) -> bool:
         """Whether the closure did in its last call on any rank, by the way that losses take."""
+        ranks = self._closure.ranks
+        if not isinstance(ranks, Alone):
+            return self._closure.random
         flag = torch.tensor(float(self._closure.random), device=self._pairs[0].weight.device)
-        return self._closure.ranks.agree(flag)[0] > 0
+        return ranks.agree(flag).loss > 0
 
     def _kept(self, eta: float) -> float:
-        return retained_share(self._pairs, self.engine.rounded, -eta, self._direction.norm_sq)
+        rounded, norm_sq = self.engine.rounded, self._direction.norm_sq
+        return retained_share(self._pairs, rounded, -eta, norm_sq, self._closure.ranks)
 
     def _spare_forwards(self) -> int:
         return self._options.max_forwards - self._closure.calls
@@ -236,7 +242,7 @@ class Run:
         low = any(
             is_low(pair.weight.dtype) or torch.is_autocast_enabled(pair.weight.device.type) for pair in self._pairs
         )
-        return self._closure.precision.noise(low_and_unseen=low)
+        return self._closure.noise(low_and_unseen=low)
 
     def _verify(self, result: SearchResult) -> None:
         """Compare the engine with the oracle, and the slope with the gradient's, now and then."""

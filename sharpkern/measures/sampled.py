@@ -77,6 +77,8 @@ class SampledRun(Run):
 
     def __init__(self, session: Session, target: Target, engine: Engine, options: Options, step: Step) -> None:
         super().__init__(session, target, engine, options)
+        if session.ranks.splits and not session.ranks.alike:
+            raise NoSampleError("ranks that split a model hold the same micro-batches")
         self._session, self._target, self._step = session, target, step
         self._micro = Micro(session, step)
         self._found: SampledResult | None = None
@@ -147,7 +149,9 @@ class SampledRun(Run):
         given = self._micro.base
         assert given is not None
         off = [abs(given[i] - loss) / max(abs(loss), 1e-300) for i, loss in zip(numbers, losses, strict=True)]
-        tolerance = max(SAME_ARITHMETIC, 20 * self._noise(), 4 * self._closure.precision.widened_roundoff)
+        tolerance = max(
+            SAME_ARITHMETIC, 20 * self._noise(), 4 * self._closure.largest(self._closure.precision.widened_roundoff)
+        )
         same = max(off) <= min(SAME_LOSS, 2 * self._noise())
         trained, own = (sum(one) / len(numbers) for one in ([given[i] for i in numbers], losses))
         self._checks.trained_loss.note(trained, own, own, tolerance, max(abs(trained), abs(own)), same=same)
@@ -188,7 +192,7 @@ class SampledRun(Run):
         """Whether the gradient's norm is a number that people clip to."""
         gradient_of = self._session.guard.gradient_of
         given = [(p, g) for p in self._session.guard.parameters if (g := gradient_of(p)) is not None]
-        norm = math.sqrt(size_of(given)[2])
+        norm = math.sqrt(size_of(given, self._session.ranks)[2])
         low = any(gradient.dtype.itemsize < 4 for _, gradient in given)
         near = float(f"{norm:.1e}")
         (mean,) = self._session.ranks.means(

@@ -19,6 +19,7 @@ from sharpkern.directions.parts import parts_of
 from sharpkern.distributed.deepspeed import clip_of
 from sharpkern.distributed.ranks import as_one
 from sharpkern.distributed.sharding import local, reshard
+from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.settling import outermost, ranks_for
 from sharpkern.engines.timing import EngineTimes
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
@@ -30,8 +31,6 @@ from sharpkern.measures.run import constant_loss
 from sharpkern.monitoring.logs import sender
 from sharpkern.monitoring.reports import Reports
 from sharpkern.search.line_search import SearchMemory
-
-LossFn = Callable[[], Tensor]
 
 # Measured steps that the median of η_c is taken of, for an alarm, a suggested learning rate and a cap; and the share of
 # it that a learning rate may be.
@@ -275,10 +274,11 @@ class Monitor(Reports):
         """The direction of a step, or None on all ranks where one has none."""
         try:
             outer = outermost(self._model, loss_fns)
-            with as_one(ranks_for(self._model, self._options.reduce, outer)):
+            ranks = ranks_for(self._model, self._options.reduce, outer, self._options.ranks)
+            with as_one(ranks):
                 if direction is None:
                     direction = Direction._from_optimizer(
-                        self._optimizer, self._masters, self._scaler, clip=clip_of(outer)
+                        self._optimizer, self._masters, self._scaler, is_share=ranks.splits, clip=clip_of(outer)
                     )
                     self._tell_unmoved()
                 return direction if isinstance(direction, Direction) else direction()

@@ -3,7 +3,8 @@
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from sharpkern.distributed.sharding import whole
 from sharpkern.engines.evaluation.guard import Guard, evaluating
 from sharpkern.engines.evaluation.precision import LossPrecision, is_low
 
-LossFn = Callable[[], Tensor]
+LossFn = Callable[[], Tensor | None]
+Evaluated = TypeVar("Evaluated")
 
 # How often a call is made again that another thread has disturbed.
 _REPEATS = 3
@@ -32,6 +34,7 @@ class Closure:
         redone: whether a call was made again, as another thread drew from them meanwhile; so it may have before.
         other_masks: seed of other random numbers than those at entry, 0 for these; to be set, and set back.
         asked: whether ``ask`` of the last call was true on any rank.
+        is_compiled: what it calls was compiled, so that no mode may look on.
         precision: as given.
         guard: as given.
         ranks: as given.
@@ -56,6 +59,7 @@ class Closure:
         self.redone = False
         self.other_masks = 0
         self.asked = False
+        self.is_compiled = False
         self._ends: list[object] = []
 
     def __call__(
@@ -71,7 +75,7 @@ class Closure:
         try:
             loss = self._undisturbed(lambda: self._pass(around, prepare))
             asks = ask is not None and ask()
-            loss = self._wide(loss)[0]
+            loss = None if loss is None else self._wide(loss)[0]
         except BaseException as raised:
             loss, failure = None, self.guard.trace.interrupt_in(raised) or raised
         evaluating.clear()
@@ -83,16 +87,29 @@ class Closure:
             # What was raised holds this frame, which must not hold it; see ranks.py.
             del failure
 
-    def _pass(self, around: AbstractContextManager[object], prepare: Callable[[], object] | None) -> Tensor:
+    def _pass(self, around: AbstractContextManager[object], prepare: Callable[[], object] | None) -> Tensor | None:
         self.calls += 1
-        if prepare is not None:
-            prepare()
-        with around:
+        with around, self._noting():
+            if prepare is not None:
+                prepare()
             loss = self._called()
-        check_loss(loss)
+        # Ranks that run other modules than others may have none.
+        if loss is not None or self.ranks.alike:
+            check_loss(loss)
         return loss
 
-    def _undisturbed(self, evaluate: Callable[[], Tensor]) -> Tensor:
+    def _noting(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._lockstep is None or self.is_compiled else self._lockstep.noting()
+
+    def noise(self, *, low_and_unseen: bool = False) -> float:
+        """The relative rounding of a loss, where ranks see other parts of it the largest."""
+        return self.largest(self.precision.noise(low_and_unseen=low_and_unseen))
+
+    def largest(self, number: float) -> float:
+        """The largest of what the ranks have found, each in its own modules; itself where these are alike."""
+        return number if self.ranks.alike else max(one for (one,) in self.ranks.gather([number]))
+
+    def _undisturbed(self, evaluate: Callable[[], Evaluated]) -> Evaluated:
         """Evaluate from the state at entry, and again where another thread drew random numbers meanwhile."""
         for _ in range(1 + _REPEATS):
             self.guard.rewind()
@@ -127,6 +144,7 @@ class Closure:
                 # That it differentiates is no mistake before it is found to be one for a single value.
                 loss = self.loss_fn()
             check_loss(loss)
+            assert loss is not None
             return loss
 
         def at_once() -> Tensor:
@@ -155,9 +173,14 @@ class Closure:
 
     def _agreed(self, loss: Tensor | None, failure: BaseException | None, *, asks: bool) -> tuple[float, bool]:
         try:
-            value, asked, self.random, _ = self.ranks.agree(loss, failure, asks=asks, random=self.random)
+            value, asked, self.random, num = self.ranks.agree(loss, failure, asks=asks, random=self.random)
         finally:
             del failure
+        if num == 0:
+            raise ValueError(
+                "loss_fn must return the loss on one rank at least, got None on all of them; return it on the last "
+                "stage of a pipeline"
+            )
         self.own = value if loss is None or isinstance(self.ranks, Alone) else float(loss)
         return value, asked
 
@@ -183,7 +206,7 @@ class Closure:
             return failure or late
         return failure
 
-    def _called(self) -> Tensor:
+    def _called(self) -> Tensor | None:
         try:
             return self.loss_fn()
         except RuntimeError as error:

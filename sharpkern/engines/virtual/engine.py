@@ -74,7 +74,7 @@ class VirtualEngine:
                     raise
                 raise EngineUnsupportedError("scripted code, which no mode can look into, reads parameters") from error
             hidden = self._hidden(watch) | self._read_by_nobody()
-            if self._closure.asked or hidden:
+            if self._closure.asked or self._closure.ranks.any_of([bool(hidden)])[0]:
                 raise EngineUnsupportedError(
                     f"{len(hidden) or 'some'} of {len(self._pairs)} parameters are read where torch's "
                     "Python calls do not show it (scripted code, other threads, extensions, or aliases of weights made "
@@ -98,7 +98,8 @@ class VirtualEngine:
         unread, had_gradient = self._unread(), self._closure.guard.had_gradient
         owners = [pair.owner for pair in self._pairs]
         flags = [owner not in unread for owner in owners] + [had_gradient(pair.weight) for pair in self._pairs]
-        flags = self._closure.ranks.any_of(flags)
+        if self._closure.ranks.alike:
+            flags = self._closure.ranks.any_of(flags)
         read, with_gradient = flags[: len(owners)], flags[len(owners) :]
         return {owner for owner, seen, has in zip(owners, read, with_gradient, strict=True) if has and not seen}
 
