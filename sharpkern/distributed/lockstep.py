@@ -88,7 +88,7 @@ class Lockstep:
     def watch(self, trace: Trace) -> None:
         """Note which module begins and what it leaves gathered, until the trace is put back."""
         if self._zero is not None:
-            self._zero.watch(trace, _unhook)
+            self._zero.watch(trace)
         for _, module in self._members.values():
             # After FSDP's own hooks, so that the gather is under way, or what was gathered is freed.
             for register, hook in (

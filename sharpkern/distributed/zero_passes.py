@@ -18,6 +18,7 @@ from sharpkern.distributed.deepspeed import engine_in, wrapped
 
 # A module, and whether it begins; it ends otherwise.
 _Event = tuple["ref[nn.Module]", bool]
+_STEPS = (("pre_sub_module_forward_function", True), ("post_sub_module_forward_function", False))
 _known: WeakKeyDictionary[nn.Module, list[_Event]] = WeakKeyDictionary()
 
 
@@ -35,26 +36,22 @@ class ZeroPass:
         self._offload = offload
         self._root: nn.Module = offload.module
         self._events: list[_Event] = []
-        self._refs: dict[int, ref[nn.Module]] = {}
-        stack = _stack()
-        self._depth = len(stack)
+        self._depth = len(_stack())
 
-    def watch(self, trace: Trace, unhook: Callable[[nn.Module, Callable[..., None]], None]) -> None:
+    def watch(self, trace: Trace) -> None:
         """Note what begins and ends, until the trace is put back."""
-        # Modules inside of those that are gathered as one have no number of their own.
-        for module in (one for one in self._root.modules() if hasattr(one, "ds_id")):
-            self._refs[id(module)] = ref(module)
-            # After DeepSpeed's own hooks, so that what is gathered is there, or let go.
-            trace.add(partial(unhook, module, self._begins))
-            module.register_forward_pre_hook(self._begins)
-            trace.add(partial(unhook, module, self._ends))
-            module.register_forward_hook(self._ends)
+        # DeepSpeed's hooks look them up on the object: so they are noted when the gathers are done, whoever else has
+        # hooks on the modules, which may raise.
+        for name, begins in _STEPS:
+            trace.add(partial(vars(self._offload).pop, name, None))
+            setattr(self._offload, name, self._noting(getattr(self._offload, name), begins))
 
-    def _begins(self, module: nn.Module, _args: Any) -> None:
-        self._events.append((self._refs[id(module)], True))
+    def _noting(self, step: Callable[[nn.Module], None], begins: bool) -> Callable[[nn.Module], None]:
+        def noting(module: nn.Module) -> None:
+            step(module)
+            self._events.append((ref(module), begins))
 
-    def _ends(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        self._events.append((self._refs[id(module)], False))
+        return noting
 
     def finish(self) -> None:
         """End a pass that went well."""
@@ -64,10 +61,9 @@ class ZeroPass:
 
     def keep_up(self) -> None:
         """End a pass that failed: gather as the other ranks do in the rest of it."""
-        done, self._events = len(self._events), []
+        done = len(self._events)
         stack = _stack()
-        events = _known.get(self._root) or list(self._traced())
-        for module_ref, begins in events[done:]:
+        for module_ref, begins in (_known.get(self._root) or list(self._traced()))[done:]:
             module = module_ref()
             if module is None:
                 continue
@@ -79,6 +75,11 @@ class ZeroPass:
                 self._offload.post_sub_module_forward_function(module)
         # Modules that have begun stand in it, and the failed ones have not ended.
         del stack[self._depth :]
+        self._events = []
+        for module in self._root.modules():
+            # Otherwise whoever looks at a parameter gathers it.
+            if hasattr(module._parameters, "_in_forward"):
+                module._parameters._in_forward = False
 
     def _traced(self) -> Iterator[_Event]:
         """The begins and ends of a forward pass as DeepSpeed has seen it, which only notes what begins."""
