@@ -262,6 +262,8 @@ def _unknown_of(optimizer: Any) -> list[str]:
             and (getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)),
             "states that offload_states() took away": is_outer and bool(getattr(optimizer, "offloaded_states", None)),
             "float16 by torch_autocast": getattr(optimizer, "torch_autocast_gradscaler", None) is not None,
+            # DeepSpeed divides the gradients by a loss scale there that it has not multiplied the loss by.
+            "float16 at stage 0": getattr(getattr(optimizer, "loss_scale_config", None), "use_grad_scaling", False),
             "a fused step of its own": getattr(optimizer, "fused_adam_legacy", False)
             or getattr(optimizer, "fused_lamb_legacy", False),
             # Muon orthogonalises gradients ahead of its step, 1-bit optimizers average them inside of it.
@@ -363,16 +365,15 @@ def _scale(wrapper: Any) -> float:
 
 def _next_scale(wrapper: Any) -> float:
     """The loss scale that the step will divide by."""
-    name = next((name for name in ("loss_scaler", "loss_scale_config") if hasattr(wrapper, name)), None)
-    if name is None or _scale(wrapper) == 1:
+    kept = getattr(wrapper, "loss_scaler", None)
+    if kept is None:
         return _scale(wrapper)
-    kept = getattr(wrapper, name)
-    setattr(wrapper, name, copy.copy(kept))
+    wrapper.loss_scaler = copy.copy(kept)
     try:
         wrapper._update_scale(False)
         return _scale(wrapper)
     finally:
-        setattr(wrapper, name, kept)
+        wrapper.loss_scaler = kept
 
 
 def keep_state(known: Wrapped) -> Callable[[], None]:

@@ -289,9 +289,11 @@ class Monitor(Reports):
 
     def _tell_unmoved(self) -> None:
         """Warn once of parameters whose gradients belong to a step that another optimizer takes."""
-        if self._has_told_unmoved:
+        parts = parts_of(self._optimizer)
+        # DeepSpeed's optimizers hold tensors of their own for all of the model.
+        if self._has_told_unmoved or any(part.wrapped is not None for part in parts):
             return
-        known = {id(place.parameter) for part in parts_of(self._optimizer) for place in part.places()}
+        known = {id(place.parameter) for part in parts for place in part.places()}
         known.update(id(p) for p, master in (self._masters or {}).items() if id(master) in known)
         reshard(self._model)
         unmoved = [

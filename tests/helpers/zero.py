@@ -80,25 +80,27 @@ def engine_of(
     model: nn.Module,
     stage: int,
     *,
-    optimizer: Callable[[Any], torch.optim.Optimizer] | None = adamw,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | dict[str, Any] = adamw,
     parameters: Any = None,
     zero: dict[str, Any] | None = None,
     accumulate: int = 1,
     **config: Any,
 ) -> Any:
-    """The engine of a model; ``config`` goes beside what every run needs."""
+    """The engine of a model; ``config`` goes beside what every run needs, and an optimizer may be one of its."""
     import deepspeed
 
+    given_optimizer = callable(optimizer)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=None if optimizer else parameters or model.parameters(),
-        optimizer=optimizer and optimizer(parameters or model.parameters()),
+        model_parameters=None if given_optimizer else parameters or model.parameters(),
+        optimizer=optimizer(parameters or model.parameters()) if given_optimizer else None,
         config={
             "train_micro_batch_size_per_gpu": ROWS // distributed.get_world_size() // accumulate,
             "gradient_accumulation_steps": accumulate,
             "zero_optimization": {"stage": stage, **(zero or {})},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            **({} if given_optimizer else {"optimizer": optimizer}),
             **config,
         },
     )
@@ -143,3 +145,9 @@ def train(
             if measure is not None and engine.is_gradient_accumulation_boundary():
                 measure(parts)
             engine.step()
+
+
+def given(rank: dict[str, Any], name: str) -> Any:
+    """What a job gave on a rank."""
+    assert not isinstance(rank[name], str), rank[name]
+    return rank[name]
