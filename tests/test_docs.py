@@ -46,8 +46,8 @@ EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 RUN_HERE = [page for page in GUIDES if EXAMPLE.search(TEXTS[page])]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "docs" / "examples").glob("*.py"))}
-# This one is run by several processes.
-OF_RANKS = EXAMPLES.pop("fsdp2")
+# These are run by several processes.
+OF_RANKS = {name: EXAMPLES.pop(name) for name in ("fsdp2", "pipeline")}
 # What Lightning recommends for larger data.
 LIGHTNING = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.* is deprecated",
@@ -275,8 +275,9 @@ def test_one_version() -> None:
 
 
 @pytest.mark.long
-def test_the_example_of_several_ranks_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(OF_RANKS)]
+@pytest.mark.parametrize("name", OF_RANKS)
+def test_an_example_of_several_ranks_runs(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(OF_RANKS[name])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120

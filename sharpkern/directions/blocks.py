@@ -65,15 +65,18 @@ def items_of(which: Any) -> list[Any]:
     return items
 
 
-def selected(items: Sequence[Any], model: nn.Module) -> list[nn.Parameter]:
-    """Return the model's parameters that are meant; the name of a module stands for all that it holds."""
+def selected(items: Sequence[Any], model: nn.Module, *, may_lack: bool = False) -> list[nn.Parameter]:
+    """Return the model's parameters that are meant; the name of a module stands for all that it holds.
+
+    A model of which other ranks hold parts may lack what is named.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     own = {id(parameter) for parameter in named.values()}
     found: dict[int, nn.Parameter] = {}
     for item in items:
         if isinstance(item, str):
             hits = [p for name, p in named.items() if _matches(name, item) or _matches(bare_name(name), item)]
-            if not hits:
+            if not hits and not may_lack:
                 close = NameTable(named).close_to(item)
                 raise ValueError(
                     f"patterns must match parameters of the model, got {item!r}, which matches none; near it: {close}"

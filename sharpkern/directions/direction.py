@@ -18,6 +18,7 @@ from sharpkern.directions.optimizer_state import check_gradient, check_parameter
 from sharpkern.directions.placement import check_fit, checked_module, placed
 from sharpkern.directions.preconditioner import inverse_preconditioner
 from sharpkern.directions.shared_memory import also_moved, norm_once, summed
+from sharpkern.distributed.declared import Ranks, splits
 from sharpkern.distributed.flat import is_flat
 from sharpkern.distributed.sharding import local, local_as, over_shards, reshard
 from sharpkern.errors import NoUpdateError
@@ -44,8 +45,9 @@ class Direction:
             may be wider than its own; or the optimizer step that Δθ is worked out of whenever it is needed.
         masters: for each the higher-precision copy that it is the rounding of, or None.
         slope: Δθᵀg, accumulated in float64, in units of loss/learning-rate; None where no gradient belongs to Δθ. Where
-            an optimizer maximizes, g is the gradient of what falls: minus the loss.
-        norm_sq: |Δθ|², accumulated in float64.
+            an optimizer maximizes, g is the gradient of what falls: minus the loss. Under FSDP1, and where ``ranks=``
+            split the model, it is of this rank's part, and a measurement adds up the parts.
+        norm_sq: |Δθ|², accumulated in float64; of this rank's part as the slope is.
         lr: learning rate of the reference group, whose unit Δθ is per; None where it comes from no optimizer.
 
     Source:
@@ -86,6 +88,7 @@ class Direction:
         masters: Mapping[nn.Parameter, Tensor] | None = None,
         scaler: GradScaler | None = None,
         resident: bool | None = None,
+        ranks: Ranks | str | None = None,
     ) -> "Direction":
         """Return the update that the next ``optimizer.step()`` would make.
 
@@ -105,6 +108,8 @@ class Direction:
             resident: True keeps Δθ in memory, where it is fastest and outlives the step. False works it out of the
                 gradients and the optimizer's state, where there is a closed form, whenever a weight is needed: no
                 memory, but to be measured before they change. By default False on CUDA and HIP devices, True elsewhere.
+            ranks: the `sharpkern.Ranks` of the measurement, where they split the model: this rank's part of it may have
+                nothing to move.
 
         Returns:
             The direction per unit learning rate of the reference group, which is the first with a positive rate and a
@@ -125,7 +130,7 @@ class Direction:
             One tensor of each parameter's size; none where it is not resident. While an optimizer other than SGD,
             Adam and AdamW is copied, also its state and the gradients.
         """
-        return cls._from_optimizer(optimizer, masters, scaler, resident)
+        return cls._from_optimizer(optimizer, masters, scaler, resident, is_share=splits(ranks))
 
     @classmethod
     @torch.no_grad()
@@ -168,6 +173,7 @@ class Direction:
         cls,
         model: nn.Module,
         preconditioner: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        ranks: Ranks | str | None = None,
     ) -> "Direction":
         """Return the gradient g itself, the update of plain gradient descent, or P⁻¹g with Adam's preconditioner P.
 
@@ -178,6 +184,7 @@ class Direction:
             model: a module whose parameters hold their gradients; those without do not move.
             preconditioner: the Adam or AdamW that trains the model, or a list of several, after at least one step,
                 whose P is taken; parameters that it never moved do not move.
+            ranks: as for `from_optimizer`.
 
         Returns:
             The direction, with |g|² as its slope and no learning rate; or with gᵀP⁻¹g, per unit learning rate of the
@@ -194,7 +201,7 @@ class Direction:
         """
         reshard(checked_module(model))
         named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-        is_share = any(map(is_flat, model.parameters()))
+        is_share = splits(ranks) or any(map(is_flat, model.parameters()))
         if not named and not is_share:
             raise ValueError(
                 "model must hold a gradient in some parameter, got none; call loss.backward() before "
@@ -203,7 +210,7 @@ class Direction:
         inverse, lr = (None, None) if preconditioner is None else inverse_preconditioner(preconditioner)
         if inverse is not None:
             named = [(name, parameter) for name, parameter in named if parameter in inverse]
-            if not named:
+            if not named and not is_share:
                 raise ValueError(
                     f"preconditioner must have moved parameters of the model that hold gradients, got {len(inverse)} "
                     "others; pass the optimizer of this model's own parameters"
@@ -345,7 +352,11 @@ class Direction:
         reshard(checked_module(model))
         if self._part is not None:
             everything, items = self._part
-            return everything.bind(model)._restricted(selected(items, model))._with_all_that_move(model)
+            return (
+                everything.bind(model)
+                ._restricted(selected(items, model, may_lack=everything._is_share))
+                ._with_all_that_move(model)
+            )
         if self._of_pieces:
             self._refuse_what_has_changed()
             return self

@@ -61,6 +61,12 @@ def check_ranks(ranks: object) -> None:
         )
 
 
+def splits(ranks: Ranks | str | None) -> bool:
+    """Whether ranks hold parts of a model."""
+    check_ranks(ranks)
+    return isinstance(ranks, Ranks) and ranks.split is not None
+
+
 class Declared(Together):
     """Ranks as the caller has named them, each of which may run other modules than the others."""
 
@@ -79,6 +85,10 @@ class Declared(Together):
         for piece in pieces:
             self._members(piece)
 
+    def union(self, names: Sequence[str]) -> list[str]:
+        """The names that any rank has, in the order of the ranks."""
+        return list(dict.fromkeys(name for one in self._told(list(names)) for name in one))
+
     def totals(self, pieces: Sequence[Tensor], rows: Sequence[Sequence[float]], width: int) -> list[float]:
         """The sums of columns over all pieces of the whole model.
 
@@ -92,8 +102,7 @@ class Declared(Together):
             members: super(Declared, self).totals([pieces[i] for i in mine], [rows[i] for i in mine], width)
             for members, mine in own.items()
         }
-        heard: list[Any] = [None] * self._size
-        torch.distributed.all_gather_object(heard, said, group=self._groups[0])
+        heard = self._told(said)
         me = torch.distributed.get_rank()
         everything = sorted({members for one in heard for members in one if me in members})
         ranks = torch.distributed.get_process_group_ranks(self._groups[0])
@@ -104,6 +113,12 @@ class Declared(Together):
             if rank in members and members in one
         ]
         return column_sums(parts, width)
+
+    def _told(self, said: object) -> list[Any]:
+        """What each rank says, in their order."""
+        heard: list[Any] = [None] * self._size
+        torch.distributed.all_gather_object(heard, said, group=self._groups[0])
+        return heard
 
     def _members(self, piece: Tensor) -> tuple[int, ...]:
         """The ranks that hold the parts of what a piece belongs to, by their numbers in the run."""

@@ -249,8 +249,8 @@ def _offloads(zero: Any, name: str) -> bool:
 
 def _unknown_of(optimizer: Any) -> list[str]:
     """Names of what does not step as the optimizers that are known, of a wrapper and what is inside of it."""
-    if optimizer is None or type(optimizer).__name__ == "DeepSpeedZeRoOffload":
-        return ["no optimizer"]
+    if type(optimizer).__name__ == "DeepSpeedZeRoOffload":
+        return ["sharded weights and no optimizer"]
     is_outer = is_wrapper(optimizer)
     inner = type(getattr(optimizer, "optimizer", None) if is_outer else optimizer)
     own = inner.__module__.startswith("deepspeed.")

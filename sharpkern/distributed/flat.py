@@ -6,10 +6,12 @@ has no public name.
 """
 
 import sys
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
+
+from sharpkern._undo import Trace
 
 # Sharding strategies that leave gathered what a pass has gathered.
 _STAY = ("SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2", "NO_SHARD")
@@ -44,29 +46,32 @@ def flat_groups(model: nn.Module) -> list[Any]:
 
 
 def splits_of(model: nn.Module) -> dict[int, Any]:
-    """Return the group that shards each parameter, by the parameter's identity; those that are whole are left out."""
-    found = {}
+    """Return the group that shards each flat parameter, by the parameter's identity; None for those that are whole."""
+    found: dict[int, Any] = {}
     for module in flat_modules(model):
         handle = module._handle
-        if handle is not None and handle.uses_sharded_strategy:
+        if handle is not None:
             flat = handle.flat_param
+            group = handle.process_group if handle.uses_sharded_strategy else None
             pieces = [flat, *(flat._params or ()), *(flat._shared_params or ())]
-            found.update({id(piece): handle.process_group for piece in pieces})
+            found.update({id(piece): group for piece in pieces})
     return found
 
 
-def keep_pieces(model: nn.Module) -> Callable[[], None]:
+def is_inside(model: nn.Module) -> bool:
+    """Whether a model's flat parameters belong to wrappers that are around it, or are not known to be within it."""
+    modules = flat_modules(model)
+    if modules:
+        return all(module._is_root is False for module in modules)
+    return any(map(is_flat, model.parameters()))
+
+
+def keep_pieces(model: nn.Module, trace: Trace) -> None:
     """Have passes take for granted that no parameter was replaced, of which a hidden gradient would be a sign."""
     handles = [module._handle for module in flat_modules(model) if module._handle is not None]
-    before = [(handle, handle._skip_writeback_check) for handle in handles]
-
-    def put_back() -> None:
-        for handle, value in before:
-            handle._skip_writeback_check = value
-
+    trace.add(*(partial(setattr, one, "_skip_writeback_check", one._skip_writeback_check) for one in handles))
     for handle in handles:
         handle._skip_writeback_check = True
-    return put_back
 
 
 class FlatShards:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpkern._undo import Trace
 from sharpkern.distributed import deepspeed, flat
 from sharpkern.distributed.lockstep import reducers_of
 from sharpkern.distributed.ranks import Together
@@ -34,7 +35,9 @@ class Layout:
         copied: why only pieces that are written move the model: its passes read copies of them. Empty where they read
             the pieces.
         repoints: passes give parameters other memory by ``.data``, which is no write to them.
-        prepare: makes the model ready to be measured, and returns what puts it back.
+        replays: passes or ``publish`` communicate in ways that no hook tells of, so that a rank which fails has to go
+            through what it noted in the last pass; see `sharpkern.distributed.replay`.
+        prepare: makes the model ready to be measured, having entered what puts it back.
     """
 
     groups: tuple[Any, ...] = ()
@@ -45,7 +48,8 @@ class Layout:
     split_groups: tuple[Any, ...] = ()
     copied: str = ""
     repoints: bool = False
-    prepare: Callable[[], Callable[[], object]] = lambda: lambda: None
+    replays: bool = False
+    prepare: Callable[[Trace], object] = lambda _: None
 
     def ranks(self) -> Together | None:
         """The ranks that decide together; None where nothing tells of any."""
@@ -81,22 +85,27 @@ def _engine(model: nn.Module) -> Layout | None:
         split_groups=() if group is None else (group,),
         copied="DeepSpeed's optimizer moves tensors of its own, of which the model's parameters are made",
         repoints=known.gathers,
-        prepare=partial(deepspeed.keep_state, known),
+        prepare=lambda trace: trace.add(deepspeed.keep_state(known)),
     )
 
 
 def _flat(model: nn.Module) -> Layout | None:
     """FSDP1."""
+    splits = flat.splits_of(model)
+    if any(flat.is_flat(parameter) and id(parameter) not in splits for parameter in model.parameters()):
+        raise TypeError(
+            "model must be the FullyShardedDataParallel wrapper around all of it, got what is inside of it and a "
+            "loss_fn that does not call the wrapper; pass the wrapper"
+        )
     modules = flat.flat_modules(model)
     if not modules:
         return None
-    splits = flat.splits_of(model)
     return Layout(
         groups=tuple(flat.flat_groups(model)),
         device=modules[0].compute_device,
         publish=partial(reshard, model),
         split=lambda piece: splits.get(id(piece)),
-        split_groups=tuple(dict.fromkeys(splits.values())),
+        split_groups=tuple(group for group in dict.fromkeys(splits.values()) if group is not None),
         copied="the model's parameters lie in flat tensors, of which the forward pass reads gathered copies",
         repoints=True,
         prepare=partial(flat.keep_pieces, model),

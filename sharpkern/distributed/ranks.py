@@ -69,6 +69,9 @@ class Peers(Protocol):
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a tensor over the ranks."""
 
+    def union(self, names: Sequence[str]) -> list[str]:
+        """The names that any rank has, in the same order on all of them."""
+
     def note(self, pieces: Iterable[Tensor]) -> None:
         """Look up which ranks hold the other parts of what these pieces belong to."""
 
@@ -118,6 +121,10 @@ class Alone:
     def mean(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
         return tensor
+
+    def union(self, names: Sequence[str]) -> list[str]:
+        """The names themselves."""
+        return list(names)
 
     def note(self, pieces: Iterable[Tensor]) -> None:
         """Nothing to look up."""
@@ -204,6 +211,10 @@ class Together:
     def number(self) -> int:
         """Of this rank in its group."""
         return torch.distributed.get_rank(self._groups[0])
+
+    def union(self, names: Sequence[str]) -> list[str]:
+        """The names, which all ranks have."""
+        return list(names)
 
     def note(self, pieces: Iterable[Tensor]) -> None:
         """The groups are known."""

@@ -1,16 +1,13 @@
 """The one way to losses along a direction: bind it, agree on it between ranks, choose an engine, open it, fall back."""
 
-import math
 import re
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +17,23 @@ from sharpkern.distributed.declared import Ranks
 from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import Lockstep
 from sharpkern.distributed.ranks import Alone, Peers, as_one
+from sharpkern.engines.agreement import agreed
 from sharpkern.engines.batched.engine import BatchedEngine
 from sharpkern.engines.evaluation.closure import Closure, LossFn
 from sharpkern.engines.evaluation.compiled import Eagerly, FromGraphs
 from sharpkern.engines.evaluation.guard import Guard, evaluating
 from sharpkern.engines.evaluation.parametrizations import empty_cache
 from sharpkern.engines.evaluation.precision import LossPrecision
-from sharpkern.engines.evaluation.reach import fingerprint
-from sharpkern.engines.evidence import Slopes, TrainedLoss, is_power
 from sharpkern.engines.inplace import Backup, InPlaceEngine
-from sharpkern.engines.settling import Facts, Unsettled, named_ranks, outermost, ranks_for, size_of
+from sharpkern.engines.judging import Facts
+from sharpkern.engines.known import KnownFacts, checks_of
+from sharpkern.engines.settling import Unsettled, named_ranks, outermost, ranks_for, size_of
 from sharpkern.engines.swapped import SwappedEngine, may_swap
 from sharpkern.engines.tracked import TrackedParam, track
 from sharpkern.engines.virtual.engine import VirtualEngine
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.engines.virtual.mode import VirtualParameters
-from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, NoUpdateError, warn
+from sharpkern.errors import EngineFallbackWarning, EngineUnsupportedError, warn
 from sharpkern.ops.update import ParamUpdate
 
 Result = TypeVar("Result")
@@ -102,53 +100,6 @@ class Moving(Protocol):
 
     def shares(self) -> list[tuple[Tensor, float, float]]:
         """Every parameter with its share of the slope and of |Δθ|², as far as this rank knows them."""
-
-
-@dataclass
-class KnownFacts:
-    """What has been found out about one model and the code of one closure.
-
-    Attributes:
-        repeatable: the closure gives the same loss twice at θ; not to be checked now.
-        agrees: engines whose loss was confirmed by the storage oracle; not to be checked now.
-        unchecked: engines that the storage oracle has no memory for.
-        unsupported: why an engine cannot be used, by its name.
-        num_measurements: measurements begun so far.
-        noise: relative standard error of one loss, as it was seen last.
-        trained_loss: how the loss that was trained compares with the closure's.
-        slopes: how the loss falls, beside what the gradient says.
-        excesses: by how many standard errors samples of micro-batches were steeper than the whole batch.
-        told_whole: the user was warned that the whole batch is measured in place of a sample.
-    """
-
-    repeatable: bool = False
-    agrees: set[str] = field(default_factory=set)
-    unchecked: set[str] = field(default_factory=set)
-    unsupported: dict[str, str] = field(default_factory=dict)
-    num_measurements: int = 0
-    noise: float = 0.0
-    trained_loss: TrainedLoss = field(default_factory=TrainedLoss)
-    slopes: Slopes = field(default_factory=Slopes)
-    excesses: deque[float] = field(default_factory=lambda: deque(maxlen=16))
-    told_whole: bool = False
-
-    def begin(self) -> None:
-        """Count a measurement; the 2nd, 4th, 8th and so on check again what was checked before."""
-        self.num_measurements += 1
-        if is_power(self.num_measurements):
-            self.repeatable = False
-            self.agrees.clear()
-
-
-_known: WeakKeyDictionary[nn.Module, dict[Any, KnownFacts]] = WeakKeyDictionary()
-
-
-def checks_of(model: nn.Module, loss_fn: LossFn, *, alone: bool) -> KnownFacts:
-    """The findings about ``model`` and what ``loss_fn`` calls; a new closure over the next batch shares them.
-
-    Ranks check in step: what one has found out by itself is kept apart.
-    """
-    return _known.setdefault(model, {}).setdefault((fingerprint(loss_fn), model.training, alone), KnownFacts())
 
 
 @dataclass(frozen=True)
@@ -231,13 +182,13 @@ class Session:
                 raise
             self._lockstep.finish()
 
-    def part(self, direction: Any) -> "Session":
+    def part(self, make: Callable[[], Any]) -> "Session":
         """The same session along a part of its direction, while all other parameters rest."""
         part = copy(self)
         with as_one(self.ranks):
-            part.direction = direction.bind(self.model)
+            part.direction = make().bind(self.model)
             part.pairs = track(part.direction.moves())
-        part.direction, part.base_loss = _agreed(self.ranks, part.direction, None)
+        part.direction, part.base_loss = agreed(self.ranks, part.direction, None, is_part=True)
         return part
 
     def target(self, loss_fn: LossFn) -> Target:
@@ -418,11 +369,11 @@ def _begin(
     with as_one(ranks):
         if direction is not None:
             direction = direction.bind(model)
-            _check_pieces(direction, layout_of(model))
+            _check_pieces(direction, layout if outer is model else layout_of(model))
             pairs = track(direction.moves())
         ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
-        trace.add(layout.prepare())
-        lockstep = Lockstep(outer, replays=not ranks.alike)
+        layout.prepare(trace)
+        lockstep = Lockstep(outer, replays=layout.replays or not ranks.alike)
         # Before the guard, which notes the modules' hooks.
         lockstep.watch(trace)
         trace.add(evaluating.clear)
@@ -437,7 +388,7 @@ def _begin(
     if isinstance(ranks, Unsettled):
         session.settle(ranks, None if ranks.were_together else compared, plan)
     if direction is not None:
-        session.direction, session.base_loss = _agreed(session.ranks, direction, base_loss)
+        session.direction, session.base_loss = agreed(session.ranks, direction, base_loss)
     return session
 
 
@@ -450,54 +401,6 @@ def _check_pieces(direction: Any, layout: Layout) -> None:
                 "model must be the DeepSpeed engine whose optimizer the direction is of, got another module, or the "
                 "one inside of it; pass the engine"
             )
-
-
-def _agreed(ranks: Peers, direction: Any, known_base: float | None) -> tuple[Any, float | None]:
-    """What steers the search, the same on every rank to the last bit."""
-    slope, norm_sq = direction.slope, direction.norm_sq
-    if ranks.splits:
-        slope, norm_sq = _totals(ranks, direction)
-    own = [slope, norm_sq, direction.lr, known_base]
-    missing = [float(number is None) for number in own]
-    sums = ranks.means([0.0 if number is None else number for number in own] + missing)
-    lacking = sums[len(own) :]
-    # Of the ranks that know it: a stage without a loss has no base loss, one that does not move has no learning rate.
-    slope, mean_sq, lr, base = (None if no == 1 else one / (1 - no) for one, no in zip(sums, lacking, strict=False))
-    assert mean_sq is not None
-    unlike = (ranks.alike and lacking != missing) or not math.isclose(norm_sq, mean_sq, rel_tol=1e-3)
-    if any(ranks.any_of([unlike])):
-        raise ValueError(
-            f"direction must be the same on every rank, got |Δθ|² = {norm_sq:.6g} here and {mean_sq:.6g} on "
-            "average; measure where the gradients of all ranks have been averaged: not inside of no_sync(), and with "
-            "the same arguments on every rank"
-        )
-    if (
-        ranks.splits
-        and ranks.any_of([direction.lr is not None and not math.isclose(direction.lr, lr or 0.0, rel_tol=1e-6)])[0]
-    ):
-        raise ValueError(
-            f"direction must be per unit of the same learning rate on every rank, got {direction.lr} here; give the "
-            "first group of each rank's optimizer the same rate"
-        )
-    if base is not None:
-        # By the way that losses take, which may be the caller's own.
-        device = next((parameter.device for parameter in direction.parameters), torch.device("cpu"))
-        loss = None if known_base is None else torch.tensor(known_base, dtype=torch.float64, device=device)
-        base = ranks.agree(loss).loss
-    share = {"_is_share": True} if ranks.splits else {}
-    return replace(direction, slope=slope, norm_sq=mean_sq, lr=lr, **share), base
-
-
-def _totals(ranks: Peers, direction: Any) -> tuple[float | None, float]:
-    """Slope and |Δθ|² of all pieces of the model, of which this rank's direction knows its own."""
-    shares = direction.shares()
-    rows = [(slope, norm_sq) for _, slope, norm_sq in shares]
-    # A piece that does not move leaves the slope to the others.
-    unknown = direction.slope is None and bool(shares)
-    slope, norm_sq = ranks.totals([piece for piece, *_ in shares], rows, 2)
-    if not norm_sq:
-        raise NoUpdateError("direction must move some parameter on some rank, got all zeros; check the gradients")
-    return None if ranks.any_of([unknown])[0] else slope, norm_sq
 
 
 def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:

@@ -12,18 +12,18 @@ measurement, without one: perhaps only some of them come.
 |---------------------------------------------------------|----------------------------------------------------------|
 | the same weights, update and learning rate; other losses | one model on several batches: the mean over all ranks    |
 | the same weights; other updates and losses              | error: gradients are not averaged                        |
-| other weights; closures that talk to other ranks        | error: a model that is split over the ranks              |
+| other weights; closures that talk to other ranks        | error: a model that is split over ranks needs `ranks=`   |
 | other weights                                           | each alone: replicas, sweeps, adversaries, actors        |
 | all the same                                            | the mean, which is each one's own; compared again later  |
 | not all come                                            | each alone, with a warning                               |
 
-A caller's own ``reduce=`` says that ranks decide alike. Those whose losses it makes the same must then move alike.
+A caller who passes ``ranks=`` has said it all. A caller's own ``reduce=`` says that ranks decide alike. Those whose
+losses it makes the same must then move alike.
 """
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -35,12 +35,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.distributed.declared import Declared, Ranks, device_of
 from sharpkern.distributed.deepspeed import is_engine
-from sharpkern.distributed.flat import is_flat_module
+from sharpkern.distributed.flat import is_flat_module, is_inside
 from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import replicate_state
-from sharpkern.distributed.ranks import KINDS, Alone, Peers, Together, Verdict, device_kind, raise_gravest
+from sharpkern.distributed.ranks import Alone, Peers, Together, Verdict, device_kind, raise_gravest
 from sharpkern.distributed.sharding import is_distributed, local, local_as, over_shards, reshard
 from sharpkern.engines.evaluation.reach import Reached
+from sharpkern.engines.judging import Facts, decided, judged, missed
 from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.ops.reductions import inner_product, to_host
 
@@ -49,17 +50,6 @@ _PATIENCE = 5.0
 _LITTLE_PATIENCE = 0.5
 # Measurements after which ranks that nothing told apart are left to themselves.
 _ATTEMPTS = 10
-_GRADIENTS = (
-    "the ranks hold the same weights, and no gradients tell whether they train one model: each takes its own loss; "
-    "measure after the backward pass, where the gradients of all ranks have been averaged, for the mean over ranks"
-)
-_OTHER_PLANS = (
-    "ranks that train one model must measure alike, got other quantities, options or learning rates; call the same "
-    "function with the same arguments on all ranks"
-)
-# Weights of data-parallel ranks are equal to the bit; those of others may differ by very little at first.
-_SAME_WEIGHTS = 1e-8
-_SAME = 1e-6
 
 
 def num_ranks() -> int:
@@ -71,7 +61,7 @@ def num_ranks() -> int:
 
 def outermost(model: nn.Module, loss_fns: Iterable[Callable[..., object]]) -> nn.Module:
     """The wrapper that communicates in the passes of closures which call the model through one; else the model."""
-    if num_ranks() == 1 or any(map(_is_wrapper, model.modules())):
+    if num_ranks() == 1 or (any(map(_is_wrapper, model.modules())) and not is_inside(model)):
         return model
     known = _around.get(model)
     around = None if known is None else known()
@@ -94,13 +84,13 @@ def ranks_for(
     ranks: Ranks | str | None = None,
 ) -> Peers:
     """The ranks that decide alike, as far as it is known."""
-    reshard(model)
+    reshard(outer)
     # An engine that cannot be measured is refused before anything is.
     layout = layout_of(outer)
     if ranks is not None and is_distributed():
         return _as_told(ranks, model, layout)
-    # What is around the model may be for training alone, while one rank evaluates the model inside.
-    told, found = named_ranks(model), _known(model)
+    # What is around a whole model may be for training alone, while one rank evaluates the model inside.
+    told, found = layout.ranks() if layout.copied else named_ranks(model), _known(model)
     if num_ranks() > 1 and not (found.reduced if reduce else told or found.together is False):
         return Unsettled(model, reduce)
     return Alone(reduce) if reduce else told or Alone()
@@ -172,52 +162,6 @@ class Listening(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a rank says of itself.
-
-    Attributes:
-        theta_sq: |θ|² of what moves.
-        along: θᵀΔθ.
-        norm_sq: |Δθ|².
-        loss: L(θ), reduced where there is a function for it; None where ranks were found to train one model before.
-        plan: what is measured and how, the learning rate included.
-        is_update: Δθ is one, and not the gradient that happens to be there.
-        talks: its closure talks to other ranks, or that function does, or changes the loss.
-        reduces: there is one.
-    """
-
-    theta_sq: float
-    along: float
-    norm_sq: float
-    loss: float | None
-    plan: str
-    is_update: bool = True
-    talks: bool = False
-    reduces: bool = False
-
-    def holds_as(self, other: "Facts") -> bool:
-        """Whether both hold the same weights."""
-        return _near(self.theta_sq, other.theta_sq, _SAME_WEIGHTS)
-
-    def plans_as(self, other: "Facts") -> bool:
-        """Whether both measure the same, with the same learning rate."""
-        return self.plan == other.plan
-
-    def moves_as(self, other: "Facts") -> bool:
-        """Whether both would make the same update: Adam's first ones are all of one length."""
-        reach = math.sqrt(self.theta_sq * self.norm_sq)
-        return _near(self.norm_sq, other.norm_sq) and _near(self.along, other.along, within=_SAME * reach)
-
-    def loses_as(self, other: "Facts") -> bool:
-        """Whether both are known to have the same loss."""
-        return self is other or (self.loss is not None and other.loss is not None and _near(self.loss, other.loss))
-
-
-def _near(a: float, b: float, rel: float = _SAME, within: float = 0.0) -> bool:
-    return math.isclose(a, b, rel_tol=rel, abs_tol=within) or (math.isnan(a) and math.isnan(b))
-
-
 @torch.no_grad()
 def size_of(
     moves: Iterable[tuple[Tensor, Tensor | Callable[[], Tensor] | None]], ranks: Peers | None = None
@@ -278,7 +222,7 @@ class Unsettled(Alone):
         found = _known(self._model)
         talks, reduces = self.listening.heard, self._reduce is not None
         # A function that concerns this rank alone has nobody to compare with.
-        verdict: Mapping[str, Any] = _decided(None)
+        verdict: Mapping[str, Any] = decided(None)
         if talks or not reduces:
             verdict = self._heeded(_meet(asdict(replace(facts, talks=talks, reduces=reduces))))
         if reduces:
@@ -309,7 +253,7 @@ def _meet(said: Mapping[str, Any]) -> Mapping[str, Any]:
     c10d: Any = distributed.distributed_c10d
     default = c10d._get_default_store()
     if default is None:
-        return _missed(1, num_ranks())
+        return missed(1, num_ranks())
     try:
         store = c10d.PrefixStore("sharpkern", default)
         patience = _LITTLE_PATIENCE if store.add("missed", 0) else _PATIENCE
@@ -323,7 +267,7 @@ def _meet(said: Mapping[str, Any]) -> Mapping[str, Any]:
             late = time.monotonic() - end
             if late > patience:
                 # Whoever was to judge is gone.
-                return _missed(1, num_ranks())
+                return missed(1, num_ranks())
             if late > 0:
                 _close(store, number)
             time.sleep(pause)
@@ -331,7 +275,7 @@ def _meet(said: Mapping[str, Any]) -> Mapping[str, Any]:
         verdict: Mapping[str, Any] = json.loads(store.get(f"{number}/verdict"))
     except RuntimeError:
         # The rank that keeps the store has ended.
-        return _missed(1, num_ranks())
+        return missed(1, num_ranks())
     return verdict
 
 
@@ -347,108 +291,3 @@ def _close(store: Any, number: int) -> None:
     # Whoever reads the verdict may meet again at once.
     store.add("round", 1)
     store.set(f"{number}/verdict", json.dumps(verdict))
-
-
-def judged(said: Sequence[Mapping[str, Any]], size: int) -> Mapping[str, Any]:
-    """Judge what the ranks have said; see the table above."""
-    failures = [sum(one.get("failure") == kind for one in said) for kind in KINDS]
-    if any(failures[1:]):
-        return {"failures": failures}
-    if all("ready" in one for one in said) and len(said) == size:
-        return {"ready": True} | _decided(None)
-    ranks = [Facts(**one) for one in said if "loss" in one]
-    if any(one.reduces for one in ranks):
-        return _judged_by_loss([one for one in ranks if one.talks])
-    if len(ranks) < size:
-        # Those that were together may be so again, and those without an update have one the next time.
-        missed = _missed(len(said) - failures[0], size)
-        if any(one.loss is None for one in ranks):
-            return missed | _decided(None)
-        return _decided(None) if failures[0] else missed
-    groups = _grouped(ranks, Facts.holds_as)
-    if len(groups) > 1 and any(one.talks for one in ranks):
-        return {"error": _split(ranks)}
-    for group in groups:
-        first = group[0]
-        if all(map(first.loses_as, group)):
-            continue
-        if not all(map(first.plans_as, group)):
-            if first.loss is None:
-                return {"error": _OTHER_PLANS}
-            continue
-        alike = all(map(first.moves_as, group))
-        if not first.is_update and not (alike and first.norm_sq):
-            return {**_decided(None), "warning": _GRADIENTS}
-        if not alike:
-            return {"error": _unlike(group)}
-        if len(groups) > 1:
-            return {
-                "error": f"model must say which ranks it is trained on, got {len(group)} of {len(ranks)} ranks with "
-                "the same weights and update; measure the DistributedDataParallel around it, or pass "
-                "ranks=sharpkern.Ranks(group) with the process group of these ranks"
-            }
-        return _decided(together=True, mean=True)
-    if len(groups) > 1:
-        return _decided(together=False)
-    # At their first step ranks may be the same, or have the same loss by the way their weights are drawn.
-    first = ranks[0]
-    return _decided(None, mean=all(first.moves_as(one) and first.plans_as(one) for one in ranks))
-
-
-def _judged_by_loss(ranks: Sequence[Facts]) -> Mapping[str, Any]:
-    """Judge ranks whose losses are reduced."""
-    groups = _grouped(ranks, Facts.loses_as)
-    for group in groups:
-        first = group[0]
-        if not all(first.moves_as(one) and first.plans_as(one) for one in group):
-            return {"error": _unlike(group) if all(map(first.holds_as, group)) else _split(group)}
-    if len(groups) > 1 and any(len(group) == 1 for group in groups):
-        losses = [one.loss for one in ranks if one.loss is not None]
-        return {
-            "error": f"reduce must return the same loss on all ranks that work together, got {_span(losses)}; return "
-            "what all of them see, such as an all-reduce does"
-        }
-    return _decided(None)
-
-
-def _grouped(ranks: Sequence[Facts], alike: Callable[[Facts, Facts], bool]) -> list[list[Facts]]:
-    groups: list[list[Facts]] = []
-    for one in ranks:
-        group = next((group for group in groups if alike(group[0], one)), None)
-        if group is None:
-            groups.append([one])
-        else:
-            group.append(one)
-    return groups
-
-
-def _decided(together: bool | None, *, mean: bool = False) -> dict[str, Any]:
-    return {"together": together, "mean": mean}
-
-
-def _missed(num_here: int, size: int) -> dict[str, Any]:
-    return {
-        **_decided(together=False),
-        "warning": f"{num_here} of {size} ranks measure, so that the ranks could not be compared: each takes "
-        "its own loss; let all ranks measure where they train one model together",
-    }
-
-
-def _unlike(ranks: Sequence[Facts]) -> str:
-    return (
-        f"direction must be the same on every rank, got |Δθ|² = {_span([one.norm_sq for one in ranks])} for the same "
-        "weights; measure where the gradients of all ranks have been averaged, or pass ranks='alone' where each rank "
-        "trains a model of its own"
-    )
-
-
-def _split(ranks: Sequence[Facts]) -> str:
-    return (
-        f"model must be whole on every rank, got |θ|² = {_span([one.theta_sq for one in ranks])} on ranks whose losses "
-        "depend on each other; where it is split over them (pipeline, tensor or expert parallelism by hand), pass "
-        "ranks=sharpkern.Ranks(split=group), or split=a function of the parameter, so that slopes and norms are summed"
-    )
-
-
-def _span(values: Sequence[float]) -> str:
-    return f"{min(values):.6g} to {max(values):.6g}"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from typing_extensions import Unpack
 
 from sharpkern.directions.blocks import default_blocks, items_of, selected
 from sharpkern.directions.direction import Direction
+from sharpkern.distributed.declared import Ranks
 from sharpkern.distributed.sharding import reshard
 from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.session import Engine, Session, in_session
@@ -43,7 +45,8 @@ def blockwise_critical_sharpness(
         blocks: {name: what moves}: patterns of parameters' names ("h.0.*"), modules or parameters, or several of them.
             By default the repeated layers, which stand in a ModuleList or Sequential, and each module beside them, such
             as embedding, last norm and head; a tied weight belongs to the first block that has it.
-        **options: of `critical_sharpness`, ``base_loss`` excepted.
+        **options: of `critical_sharpness`, ``base_loss`` excepted. Where ``ranks`` split the model, a block is what
+            all ranks hold under its name, and a rank may hold nothing of it.
 
     Returns:
         dict: name of the block → its measurement, in the order of ``blocks``; sharpness in 1/learning-rate, ``slope``
@@ -74,13 +77,13 @@ def blockwise_critical_sharpness(
     if chosen.sample is not None:
         raise TypeError("sample must be left out, got one: blocks are measured on all of what loss_fn returns")
     check_arguments(model, loss_fn, direction)
-    found = measure_blocks(model, loss_fn, direction, blocks_of(model, blocks), chosen, {})
+    found = measure_blocks(model, loss_fn, direction, blocks_of(model, blocks, chosen.ranks), chosen, {})
     if not found:
         raise NoUpdateError("direction must move some parameter of the blocks, got none; name other blocks")
     return found
 
 
-def blocks_of(model: nn.Module, blocks: Any) -> dict[str, list[nn.Parameter]]:
+def blocks_of(model: nn.Module, blocks: Any, ranks: Ranks | str | None) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of every block."""
     reshard(model)
     if blocks is None:
@@ -89,7 +92,8 @@ def blocks_of(model: nn.Module, blocks: Any) -> dict[str, list[nn.Parameter]]:
         raise TypeError(f"blocks must map names to what moves, got {type(blocks).__name__}; pass {{'head': 'head.*'}}")
     if not blocks:
         raise ValueError("blocks must hold at least one block, got none; leave it out for the model's layers")
-    return {str(name): selected(items_of(which), model) for name, which in blocks.items()}
+    may_lack = isinstance(ranks, Ranks)
+    return {str(name): selected(items_of(which), model, may_lack=may_lack) for name, which in blocks.items()}
 
 
 def measure_blocks(
@@ -108,9 +112,9 @@ def measure_blocks(
         session.begin(checks)
         agrees = set(checks.agrees)
         found = {}
-        for name, parameters in blocks.items():
+        for name in session.ranks.union(list(blocks)):
             try:
-                part = session.part(session.direction.only(parameters))
+                part = session.part(partial(session.direction.only, blocks.get(name, [])))
             except NoUpdateError:
                 continue
             started = time.perf_counter()
@@ -136,5 +140,5 @@ def measure_blocks(
             closure.calls = 0
         return found
 
-    plan = (tuple(blocks), options.plan)
+    plan = (tuple(blocks) if options.ranks is None else (), options.plan)
     return in_session(measured, model, direction, [loss_fn], reduce=options.reduce, ranks=options.ranks, plan=plan)

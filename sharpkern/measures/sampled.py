@@ -7,7 +7,8 @@ from dataclasses import replace
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpkern.distributed.sharding import fsdp_modules, is_sharded
-from sharpkern.engines.session import Engine, KnownFacts, Session, Target
+from sharpkern.engines.known import KnownFacts
+from sharpkern.engines.session import Engine, Session, Target
 from sharpkern.engines.settling import size_of
 from sharpkern.errors import SampleWarning, warn
 from sharpkern.measures.micro_batches import Step

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sharpkern.engines.evidence import LEAST_CERTAIN_RATIO
-from sharpkern.engines.session import Engine, KnownFacts
+from sharpkern.engines.known import KnownFacts
+from sharpkern.engines.session import Engine
 from sharpkern.errors import EngineUnsupportedError, UncheckedWarning, warn
 from sharpkern.search.line_search import SearchResult
 

@@ -90,7 +90,7 @@ def mixture_sweep(
         progress: show a progress bar on the error stream, where that is a terminal.
         **options: of `critical_sharpness`, ``base_loss`` excepted. Without ``initial_lr`` a search starts from the
             smallest η_c of the measurement before; give a small one where losses are rough, and a later crossing might
-            be taken for the first.
+            be taken for the first. Hand ``ranks`` to ``make_direction`` too, by ``functools.partial``.
 
     Returns:
         MixtureSweep: every measurement, with ``table``, ``sweet_spot``, ``to_csv``, ``to_pandas`` and ``plot``.
@@ -138,7 +138,7 @@ def mixture_sweep(
             "batch_size": mixer.batch_size,
             "num_batches": num_batches,
             "seed": seed,
-            "options": {name: _described(value) for name, value in options.items()},
+            "options": {name: _described(value) for name, value in options.items() if name != "ranks"},
         }
 
     def swept(session: Session) -> tuple[ResumableLog, list[str]]:
@@ -181,7 +181,7 @@ def mixture_sweep(
 
     groups = [group.values() for group in (tasks, mix) if isinstance(group, Mapping)]
     closures = [one for one in (batch_loss, *chain.from_iterable(groups)) if callable(one)]
-    journal, names = in_session(swept, model, None, closures, grad=True)
+    journal, names = in_session(swept, model, None, closures, ranks=options.get("ranks"), grad=True)
     # The last row of a cell counts, should two processes have written the file.
     rows = {_cell(row): row for row in journal.rows}
     measured = tuple(point for cell in cells for point in _points(mixer.sources, names, rows[cell]))

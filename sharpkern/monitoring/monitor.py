@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from sharpkern._support.files import append_line
 from sharpkern.directions.direction import Direction
 from sharpkern.directions.parts import parts_of
+from sharpkern.distributed.declared import splits
 from sharpkern.distributed.deepspeed import clip_of
 from sharpkern.distributed.ranks import as_one
 from sharpkern.distributed.sharding import local, reshard
@@ -189,14 +190,14 @@ class Monitor(Reports):
         self._every = every
         self._send_to = None if log is None or is_path else sender(log)
         self._file = log if is_path else None
-        self._blocks = blocks if isinstance(blocks, bool) else blocks_of(model, blocks)
+        self._options = Options.of(Monitor, options)
+        self._blocks = blocks if isinstance(blocks, bool) else blocks_of(model, blocks, self._options.ranks)
         self._block_memories: dict[str, SearchMemory] = {}
         self._masters = masters
         self._scaler = scaler
         self._warn_below = warn_below
         self._is_below = False
         self._has_told_unmoved = False
-        self._options = Options.of(Monitor, options)
         self.step = 0
         self._memory: SearchMemory | None = None
         self._heldout_memory: SearchMemory | None = None
@@ -228,18 +229,23 @@ class Monitor(Reports):
         if made is None:
             return None
         direction, other = made, None
-        measurement, self._memory = measure(
-            self._model,
-            loss_fn,
-            direction,
-            self._options,
-            trained_loss=loss,
-            memory=self._memory,
-            pace=self._pace,
-            weights=weights,
-            clip=clip,
-            draw=step,
-        )
+        try:
+            measurement, self._memory = measure(
+                self._model,
+                loss_fn,
+                direction,
+                self._options,
+                trained_loss=loss,
+                memory=self._memory,
+                pace=self._pace,
+                weights=weights,
+                clip=clip,
+                draw=step,
+            )
+        except NoUpdateError as error:
+            # Shares of a direction may each be zero, and only all of them together say that there is none.
+            self.skipped.append((step, str(error)))
+            return None
         reason = constant_loss(measurement.base_loss, measurement.probes)
         if reason is not None:
             # By design, perhaps, as a loss of ratios to itself is; on all ranks alike.
@@ -258,7 +264,7 @@ class Monitor(Reports):
             )
         parts: Mapping[str, Measurement] = {}
         if self._blocks:
-            blocks = blocks_of(self._model, None) if self._blocks is True else self._blocks
+            blocks = blocks_of(self._model, None, self._options.ranks) if self._blocks is True else self._blocks
             whole = loss_fn if callable(loss_fn) else Step.of(loss_fn, weights, None, None, "loss").closure
             every = replace(self._options, sample=None)
             parts = measure_blocks(self._model, whole, direction, blocks, every, self._block_memories)
@@ -278,7 +284,11 @@ class Monitor(Reports):
             with as_one(ranks):
                 if direction is None:
                     direction = Direction._from_optimizer(
-                        self._optimizer, self._masters, self._scaler, is_share=ranks.splits, clip=clip_of(outer)
+                        self._optimizer,
+                        self._masters,
+                        self._scaler,
+                        is_share=splits(self._options.ranks),
+                        clip=clip_of(outer),
                     )
                     self._tell_unmoved()
                 return direction if isinstance(direction, Direction) else direction()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,10 +60,13 @@ def trained(
 def measured(rank: int, kind: str, **options: Any) -> list[Any]:
     """What a rank finds by a sample."""
     model: nn.Module = layers()
+    if kind == "FSDP1":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     model = fully_shard(model) if kind == "FSDP2" else DistributedDataParallel(model) if kind == "DDP" else model
     numbers = range(rank * EACH, (rank + 1) * EACH)
     # Data parallelism takes the mean over the ranks.
-    optimizer, parts = trained(model, numbers, NUM_RANKS, averages=kind == "by hand")
+    optimizer, parts = trained(model, numbers, NUM_RANKS, averages=kind in ("by hand", "named"))
+    options |= {"ranks": sharpkern.Ranks()} if kind == "named" else {}
     weights = WEIGHTS[numbers.start : numbers.stop]
     monitor = sharpkern.Monitor(model, optimizer, sample="auto", engine="auto", **options)
     found = []
@@ -97,7 +100,7 @@ def unlike(rank: int) -> tuple[int | None, list[str]]:
     return m.sample_size, [str(one.message) for one in caught]
 
 
-KINDS = ("DDP", "FSDP2", "by hand")
+KINDS = ("DDP", "FSDP1", "FSDP2", "by hand", "named")
 
 
 @pytest.fixture(scope="module")

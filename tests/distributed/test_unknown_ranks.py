@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sharpkern
 from sharpkern.distributed.ranks import KINDS
 from sharpkern.engines import settling
-from sharpkern.engines.settling import Facts, judged
+from sharpkern.engines.judging import Facts, judged
 from tests.helpers.processes import on_ranks
 
 Loss = Callable[[], Tensor]
@@ -163,15 +163,12 @@ def out_of_sight(model: nn.Module) -> nn.Module:
 class DeepSpeedEngine(nn.Module):
     """What is read of DeepSpeed's own."""
 
-    def __init__(self, module: nn.Module, stage: int = 0) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self.stage, self.data_parallel_group = module, stage, distributed.group.WORLD
+        self.module, self.data_parallel_group = module, distributed.group.WORLD
 
     def forward(self, x: Tensor) -> Tensor:
         return self.module(x)
-
-    def zero_optimization_stage(self) -> int:
-        return self.stage
 
 
 VALUES = {
@@ -227,6 +224,38 @@ def adversaries(rank: int) -> tuple[Any, Any, int]:
     return found[0], found[1], missed()
 
 
+def two_networks(rank: int, by_hand: bool) -> tuple[Any, Any, int]:
+    """A GAN whose two networks have a monitor each: one on both ranks, averaged by hand, or one GAN for each rank."""
+    found = []
+    for alone in (False, True):
+        seed = 0 if by_hand else 10 * rank
+        torch.manual_seed(seed)
+        makes, judges = nn.Linear(6, 6).double(), mlp(1 + seed)
+        rows = X if alone and by_hand else X[16 * rank : 16 * rank + 16]
+        options = {"ranks": "alone"} if alone else {}
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (makes, judges)]
+        monitors = [
+            sharpkern.Monitor(model, optimizer, **options)
+            for model, optimizer in zip((makes, judges), optimizers, strict=True)
+        ]
+        score = lambda x, judges=judges: judges(x)[:, 0].mean()
+        for _ in range(2):
+            made = makes(rows).detach()
+            losses = [
+                lambda rows=rows, makes=makes, score=score: -score(torch.tanh(makes(rows))),
+                lambda rows=rows, made=made, score=score: score(torch.tanh(made)) - score(torch.tanh(rows)),
+            ]
+            for loss_fn, model, optimizer, monitor in zip(losses, (makes, judges), optimizers, monitors, strict=True):
+                optimizer.zero_grad()
+                loss_fn().backward()
+                if by_hand and not alone:
+                    averaged(model)
+                monitor(loss_fn)
+                optimizer.step()
+        found.append([record.measurement.critical_lr for monitor in monitors for record in monitor.history])
+    return found[0], found[1], missed()
+
+
 def no_update_on_one(rank: int) -> tuple[Any, Any, int]:
     """Steps that are measured, and those expected, where one rank's run begins with a learning rate of 0."""
     model = mlp(rank)
@@ -249,6 +278,7 @@ OWN = {
     "other steps": partial(own_runs, seed=1, rarer=1),
     "the same at other steps": partial(own_runs, rarer=1),
     "adversaries": adversaries,
+    "a GAN each": partial(two_networks, by_hand=False),
     "no update on one": no_update_on_one,
 }
 
@@ -271,6 +301,20 @@ def one_measures(rank: int) -> tuple[list[float], list[type], list[str], int]:
                 waited.append(time.monotonic() - started)
     distributed.barrier()
     return waited, [one.category for one in caught], [str(one.message) for one in caught], missed()
+
+
+def told_to_be_alone(rank: int) -> tuple[list[float], list[str], int]:
+    """Half of one model's data, measured by the first of two ranks, which is told to be by itself."""
+    before, found = missed(), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for options in ({"ranks": "alone"}, {"reduce": itself}) if rank == 0 else ():
+            model = mlp()
+            half(model, rank).backward()
+            measured = sharpkern.critical_sharpness(model, partial(half, model, rank), update(model), **options)
+            found.append(measured.sharpness)
+    distributed.barrier()
+    return found, [str(one.message) for one in caught], missed() - before
 
 
 def once_together(rank: int) -> tuple[list[float], list[str], str]:
@@ -410,18 +454,6 @@ def pipeline(rank: int) -> list[str]:
     ]
 
 
-def zero(rank: int) -> list[str]:
-    engine = DeepSpeedEngine(mlp(), stage=2)
-    loss_fn = partial(half, engine, rank)
-    loss_fn().backward()
-    direction = update(engine)
-    return [
-        told(partial(sharpkern.critical_sharpness, model, loss_fn, direction, reduce=reduce))
-        for model in (engine, engine.module)
-        for reduce in (None, mean)
-    ]
-
-
 SPLIT = "ValueError: model must be whole on every rank, got |θ|² = "
 NOT_REDUCED = "ValueError: reduce must return the same loss on all ranks that work together, got"
 UNLIKE = "ValueError: direction must be the same on every rank, got |Δθ|² = "
@@ -431,7 +463,6 @@ ERRORS = {
     "tensor parallel": (partial(by_parts, make=Part, loss_of=whole), SPLIT),
     "experts": (experts, SPLIT),
     "pipeline": (pipeline, SPLIT),
-    "ZeRO": (zero, "TypeError: model must be a DeepSpeed engine that only averages gradients (ZeRO stage 0), got one"),
 }
 
 
@@ -489,6 +520,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "loops": loops,
         "own mean": own_mean,
         "no gradients": no_gradients,
+        "a GAN by hand": partial(two_networks, by_hand=True),
+        "told to be alone": told_to_be_alone,
         **{f"values: {name}": job for name, job in VALUES.items()},
         **{f"own: {name}": job for name, job in OWN.items()},
         **{f"errors: {name}": job for name, (job, _) in ERRORS.items()},
@@ -517,6 +550,22 @@ def test_ranks_of_one_model_give_what_one_process_gives(two, name) -> None:
     for measure, (here, alone) in found[0].items():
         assert here == pytest.approx(alone, rel=1e-4), measure
     assert [here for here, _ in found[0].values()] == [here for here, _ in found[1].values()]
+
+
+def test_both_networks_of_a_gan_are_measured_on_all_rows(two) -> None:
+    found = [rank["a GAN by hand"] for rank in two]
+    assert isinstance(found[0], tuple), found[0]
+    assert len(found[0][0]) == 4
+    assert found[0][0] == pytest.approx(found[0][1], rel=1e-5)
+    assert found[0][0] == found[1][0]
+
+
+def test_a_rank_that_is_told_to_be_alone_waits_for_nobody(two) -> None:
+    found = two[0]["told to be alone"]
+    assert isinstance(found, tuple), found
+    (told, reduced), messages, num_missed = found
+    assert told == reduced
+    assert (messages, num_missed) == ([], 0)
 
 
 def test_a_mean_of_the_callers_own_is_taken(two) -> None:
@@ -576,6 +625,8 @@ def test_what_ranks_cannot_measure_is_refused_on_all_of_them(two, name) -> None:
     for said in found:
         for message in said:
             assert message.startswith((ERRORS[name][1], NOT_REDUCED))
+            assert not message.startswith(SPLIT) or "pass ranks=sharpkern.Ranks(split=group)" in message
+            assert not message.startswith(UNLIKE) or "pass ranks='alone' where each rank" in message
             assert not message.endswith("(late)")
 
 
@@ -613,6 +664,7 @@ def test_a_part_of_the_ranks_that_trains_one_model_is_told_to_say_so() -> None:
     one, other = {"theta_sq": 4.0}, {"theta_sq": 5.0}
     found = verdict(one, one | {"loss": 2.0}, other, other | {"loss": 3.0})
     assert found["error"].startswith("model must say which ranks it is trained on, got 2 of 4 ranks with the same")
+    assert "pass ranks=sharpkern.Ranks(group)" in found["error"]
     # Groups that reduce the loss among themselves.
     own = {"reduces": True, "talks": True}
     assert "error" not in verdict(one | own, one | own, other | own | {"loss": 3.0}, other | own | {"loss": 3.0})
