@@ -412,7 +412,7 @@ class Direction:
         if self._of_pieces:
             raise TypeError(
                 "a part of a direction must be of a model's parameters, got DeepSpeed's tensors, which hold many of "
-                "them or parts of one; measure the whole direction, or blocks by torch alone"
+                "them or parts of one; measure the whole direction, or blocks in a run without DeepSpeed"
             )
         self._refuse_what_has_changed()
         wanted = set(map(id, parameters))

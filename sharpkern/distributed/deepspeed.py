@@ -215,7 +215,7 @@ def refuse_unknown(engine: Any) -> None:
         what
         for what, there in {
             "PipelineEngine": any(kind.__name__ == "PipelineEngine" for kind in type(engine).__mro__),
-            "model parallelism": getattr(engine, "mp_world_size", 1) > 1,
+            "model parallelism": getattr(engine, "mp_world_size", 1) > 1 or getattr(engine, "autotp_size", int)() > 1,
             "sequence parallelism": getattr(engine, "sequence_parallel_size", 1) > 1,
             "MoE layers": getattr(engine, "has_moe_layers", False),
             "ZenFlow": getattr(engine, "zenflow", False),

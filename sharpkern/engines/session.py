@@ -401,6 +401,11 @@ def _check_pieces(direction: Any, layout: Layout) -> None:
                 "model must be the DeepSpeed engine whose optimizer the direction is of, got another module, or the "
                 "one inside of it; pass the engine"
             )
+    elif layout.pieces is not None and layout.repoints:
+        raise TypeError(
+            "direction must be of the engine's optimizer where ZeRO-3 holds no parameter as a whole, got one of "
+            "parameters; make it by Direction.from_optimizer(engine.optimizer)"
+        )
 
 
 def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:

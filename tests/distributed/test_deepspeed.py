@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO stages: every rank moves its shards, all give the whole batch's answer, and the run is the same."""
 
+import shutil
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,15 @@ SUMMED = {"data_types": {"grad_accum_dtype": "fp32"}, "accumulate": 2, "gradient
 LOW |= {f"ZeRO-{stage}, bf16, summed in fp32": {"stage": stage, **BF16, **SUMMED} for stage in (1, 2)}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 LOW |= {f"ZeRO-{stage}, autocast": {"stage": stage, **AUTOCAST} for stage in (0, 2, 3)}
+# DeepSpeed's own optimizer, the default of its configurations, is compiled by the first run on a machine.
+FUSED: dict[str, dict[str, Any]] = {
+    name: {**setup, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4}}, "gradient_clipping": 0.5}
+    for name, setup in {
+        "stage 0, bf16": {"stage": 0, **BF16},
+        "stage 1": {"stage": 1, "groups": True},
+        "stage 3, bf16": {"stage": 3, **BF16, "zero": SMALL_GROUPS},
+    }.items()
+}
 ALONE = ("ZeRO-1", "ZeRO-3", "ZeRO-2, clip", "ZeRO-3, accumulated")
 DROPOUT = {f"ZeRO-{stage}, dropout": {"stage": stage, "dropout": 0.1, "accumulate": 2} for stage in (1, 3)}
 
@@ -197,3 +207,23 @@ def test_the_direction_is_the_very_step(ranks: list[dict[str, Any]], name: str) 
         error, share = given(rank, f"step, {name}")
         assert error < 3e-5
         assert share < 0.9 or "gradient_clipping" not in STEPS[name]
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    jobs = {name: partial(job, setup=setup) for name, setup in FUSED.items()}
+    jobs |= {f"step, {name}": partial(very_step, setup=setup) for name, setup in FUSED.items()}
+    return on_ranks(jobs, 2, tmp_path_factory.mktemp("fused"), seconds=400)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_optimizer_is_foreseen_by_a_copy(fused: list[dict[str, Any]], name: str) -> None:
+    for rank in fused:
+        found, same = given(rank, name)
+        assert same
+        assert [m.status for m in found] == ["converged"] * MEASURED
+        error, share = given(rank, f"step, {name}")
+        assert error < 1e-5
+        assert share < 0.9

@@ -144,10 +144,13 @@ def others(rank: int, stage: int) -> dict[str, float]:
     for model, inner, rows in ((engine, engine.optimizer, mine(tokens(0))), (whole, optimizer, tokens(0))):
         loss_fn = partial(loss_of, model, rows)
         engine.backward(loss_fn()) if model is engine else loss_fn().backward()
-        direction = sharpkern.Direction.from_optimizer(inner)
         alone = {} if model is engine else {"ranks": "alone"}
+        direction = sharpkern.Direction.from_optimizer(inner)
         tasks = {"twice": lambda loss_fn=loss_fn: 2 * loss_fn()}
-        found[model is engine] = {
+        if model is engine and stage == 0:
+            # Whole parameters may be measured without the engine around them.
+            model = engine.module
+        found[inner is engine.optimizer] = {
             "λ_c": sharpkern.critical_sharpness(model, loss_fn, direction, rtol=1e-4, **alone).sharpness,
             "relative": sharpkern.relative_critical_sharpness(model, tasks, direction, **alone)["twice"].sharpness,
             "along": float(sharpkern.losses_along(model, loss_fn, direction, [0.1], **alone)[0]),
@@ -211,6 +214,12 @@ def misused(rank: int) -> dict[str, str]:
         lambda: sharpkern.Direction.from_optimizer([engine.optimizer, adamw([nn.Parameter(torch.ones(1))])])
     )
     said["it goes on"] = monitor(loss_fn).status
+    sharded = engine_of(gpt(), 3)
+    # Small enough to stay gathered.
+    of_norm = sharpkern.Direction.from_tensors({"module.norm.weight": torch.ones(20)}, sharded)
+    said["parameters that are nowhere whole"] = told(
+        lambda: sharpkern.critical_sharpness(sharded, partial(loss_of, sharded, mine(tokens(0))), of_norm)
+    )
     return said
 
 
@@ -252,7 +261,7 @@ OTHERS: dict[str, Any] = {
     "misused": misused,
     "refused": refused,
     **{f"sampled, {stage}": partial(sampled, stage=stage) for stage in (0, 1, 3)},
-    **{f"others, {stage}": partial(others, stage=stage) for stage in (1, 3)},
+    **{f"others, {stage}": partial(others, stage=stage) for stage in (0, 1, 3)},
 }
 
 
@@ -292,7 +301,7 @@ def test_a_sample_knows_how_the_step_clips(ranks: list[dict[str, Any]], stage: i
             assert difference < max(error, 0.01)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_other_quantities_along_the_step(ranks: list[dict[str, Any]], stage: int) -> None:
     for rank in ranks:
         assert given(rank, f"others, {stage}") == pytest.approx({"λ_c": 0, "relative": 0, "along": 0}, abs=1e-5)
@@ -315,6 +324,8 @@ def test_what_would_give_another_number_is_refused(ranks: list[dict[str, Any]]) 
             assert said.pop(name).startswith("TypeError: model must be the DeepSpeed engine whose optimizer")
         assert said.pop("a part").startswith("TypeError: a part of a direction must be of a model's parameters")
         assert said.pop("a list").startswith("TypeError: optimizer must be that of a DeepSpeed engine alone")
+        nowhere = said.pop("parameters that are nowhere whole")
+        assert nowhere.startswith("TypeError: direction must be of the engine's optimizer where ZeRO-3 holds no")
         assert not said
 
 

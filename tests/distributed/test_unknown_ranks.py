@@ -160,24 +160,11 @@ def out_of_sight(model: nn.Module) -> nn.Module:
     return model
 
 
-class DeepSpeedEngine(nn.Module):
-    """What is read of DeepSpeed's own."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module, self.data_parallel_group = module, distributed.group.WORLD
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-
 VALUES = {
     "by hand": partial(values, wrap=nn.Sequential),
     "the same loss at first": partial(values, wrap=nn.Sequential, zeros=True),
     "inside of a wrapper": partial(values, wrap=DistributedDataParallel, inner=True, by_hand=False),
     "replicate": partial(values, wrap=replicate, by_hand=False),
-    "engine": partial(values, wrap=DeepSpeedEngine),
-    "inside of an engine": partial(values, wrap=DeepSpeedEngine, inner=True),
     "a wrapper out of sight": partial(values, wrap=out_of_sight),
 }
 
