@@ -346,6 +346,47 @@ FAILURES |= {
 }
 
 
+class In16Bits(nn.Module):
+    """A part that computes in bf16."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.part(x).float()
+
+
+def unlike_stages(rank: int, kind: str) -> list[tuple[str, float, list[float]]]:
+    """Engine, λ_c and step sizes where one stage alone is compiled, or computes in 16 bits; and in one process."""
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+
+    def changed(part: nn.Module) -> nn.Module:
+        if kind == "16 bits":
+            return In16Bits(part)
+        part.compile(backend="aot_eager")
+        return part
+
+    found = []
+    for alone in (False, True):
+        pipe = Pipeline("GPipe", distributed.group.WORLD, wrap=changed if rank == 0 else lambda part: part)
+        whole = layers()
+        model = nn.Sequential(changed(whole[:2]), whole[2:]) if alone else pipe.model
+        loss_fn = partial(loss_of, model, batch(0)) if alone else partial(pipe.evaluate, batch(0))
+        if alone:
+            loss_fn().backward()
+        else:
+            pipe.step(batch(0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        ranks: Any = "alone" if alone else sharpkern.Ranks(split=distributed.group.WORLD)
+        m = sharpkern.critical_sharpness(
+            model, loss_fn, sharpkern.Direction.from_optimizer(optimizer), ranks=ranks, engine="auto"
+        )
+        found.append((m.engine, m.sharpness, [eta for eta, _ in m.probes]))
+    return found
+
+
 def refused(rank: int) -> list[str]:
     """What is said of what cannot be had."""
     pipe = Pipeline("GPipe", distributed.group.WORLD)
@@ -417,6 +458,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "frozen": one_frozen,
         "measures": every_measure,
         "refused": refused,
+        "compiled": partial(unlike_stages, kind="compiled"),
+        "16 bits": partial(unlike_stages, kind="16 bits"),
         "sampled": sampled,
         **{f"failures: {name}": job for name, job in FAILURES.items()},
     }
@@ -506,6 +549,16 @@ def test_what_cannot_be_had_is_refused_by_name(two) -> None:
         assert len(told) == len(SAID)
         for message, start in zip(told, [*SAID[:-1], last], strict=True):
             assert message.startswith(start), message
+
+
+@pytest.mark.parametrize(("kind", "rel"), [("compiled", 1e-4), ("16 bits", 0.03)])
+def test_stages_that_are_unlike_take_one_engine_and_the_same_steps(two, kind, rel) -> None:
+    found = [rank[kind] for rank in two]
+    assert isinstance(found[0], list), found[0]
+    (engine, sharpness, steps), (_, alone, _) = found[0]
+    assert (engine, steps) == (found[1][0][0], found[1][0][2])
+    assert sharpness == found[1][0][1] == pytest.approx(alone, rel=rel)
+    assert kind == "16 bits" or engine == "inplace"
 
 
 def test_ranks_that_split_a_model_are_not_sampled(two) -> None:
