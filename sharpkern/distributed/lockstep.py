@@ -60,8 +60,8 @@ _known: WeakKeyDictionary[nn.Module, _Order] = WeakKeyDictionary()
 class Lockstep:
     """The order in which modules communicate in a pass, noted in one and kept up in those that fail."""
 
-    def __init__(self, model: nn.Module, *, replays: bool = False) -> None:
-        self._replay = Replay(model) if replays else None
+    def __init__(self, model: nn.Module, replay: Replay | None = None) -> None:
+        self._replay = replay
         reducers = list(reducers_of(model))
         # Modules that were sharded together share their state and are gathered at once.
         self._sharded = {id(module._get_fsdp_state()): module for module in reversed(fsdp_modules(model))}
@@ -133,8 +133,13 @@ class Lockstep:
             self._replay.finish()
         self._free()
 
-    def keep_up(self) -> None:
-        """End a pass that failed: communicate as the other ranks do in the rest of it."""
+    def settle(self) -> None:
+        """All ranks have ended a pass that went well."""
+        if self._replay is not None:
+            self._replay.settle()
+
+    def keep_up(self) -> bool:
+        """End a pass that failed: communicate as the other ranks do in the rest; whether another had failed before."""
         if self._zero is not None:
             self._zero.keep_up()
         for module in self._sharded.values():
@@ -152,9 +157,9 @@ class Lockstep:
                 part.unshard()
                 if number not in self._order.stay:
                     part.reshard()
-        if self._replay is not None:
-            self._replay.keep_up()
+        follows = self._replay is not None and self._replay.keep_up()
         self._free()
+        return follows
 
     def _free(self) -> None:
         """Leave the shards as the next pass needs them: what stays gathered would hide the next write."""

@@ -17,6 +17,7 @@ from sharpkern.distributed.declared import Ranks
 from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import Lockstep
 from sharpkern.distributed.ranks import Alone, Peers, as_one
+from sharpkern.distributed.replay import Replay, is_known
 from sharpkern.engines.agreement import agreed
 from sharpkern.engines.batched.engine import BatchedEngine
 from sharpkern.engines.evaluation.closure import Closure, LossFn
@@ -366,6 +367,11 @@ def _begin(
     if isinstance(ranks, Unsettled) and compared is None and not ranks.were_together:
         ranks = named_ranks(outer) or Alone(reduce)
     pairs: Sequence[TrackedParam] = ()
+    replay = None
+    if layout.replays or not ranks.alike:
+        # Unless all ranks know what a pass communicates, they tell each other.
+        unknown = ranks.any_of([not is_known(outer)])[0]
+        replay = Replay(outer, ranks.announced() if unknown else None)
     with as_one(ranks):
         if direction is not None:
             direction = direction.bind(model)
@@ -373,7 +379,7 @@ def _begin(
             pairs = track(direction.moves())
         ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
         layout.prepare(trace)
-        lockstep = Lockstep(outer, replays=layout.replays or not ranks.alike)
+        lockstep = Lockstep(outer, replay)
         # Before the guard, which notes the modules' hooks.
         lockstep.watch(trace)
         trace.add(evaluating.clear)
