@@ -77,6 +77,8 @@ class Direction:
     _is_share: bool = field(default=False, repr=False)
     # Its parameters are no model's, but what is moved in their place; see `sharpkern.distributed.layout`.
     _of_pieces: bool = field(default=False, repr=False)
+    # What clipping will multiply the gradient by, where the direction knows it.
+    _clip: float | None = field(default=None, repr=False)
 
     @classmethod
     @torch.no_grad()
@@ -131,21 +133,41 @@ class Direction:
             One tensor of each parameter's size; none where it is not resident. While an optimizer other than torch's is
             copied, also its state and the gradients.
         """
-        updates, lr, is_share = optimizer_update(optimizer, masters, scaler, resident, splits(ranks))
-        slopes = [update.slope for update in updates if update.slope is not None]
+        return cls._from_optimizer(optimizer, masters, scaler, resident, is_share=splits(ranks))
+
+    @classmethod
+    @torch.no_grad()
+    def _from_optimizer(
+        cls,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        masters: Mapping[nn.Parameter, Tensor] | None = None,
+        scaler: GradScaler | None = None,
+        resident: bool | None = None,
+        *,
+        is_share: bool = False,
+        clip: float | None = None,
+    ) -> "Direction":
+        """Return the update, which may move nothing on a rank that holds a share of the model.
+
+        ``clip`` is what the step will multiply the gradients by, as clipping inside of it does.
+        """
+        step = optimizer_update(optimizer, masters, scaler, resident, is_share, clip)
+        slopes = [update.slope for update in step.updates if update.slope is not None]
         # Where some climb what others descend, no loss is known to fall.
-        has_slope = len(slopes) == len(updates) and len({update.slot.climbs for update in updates}) <= 1
+        has_slope = len(slopes) == len(step.updates) and len({update.slot.climbs for update in step.updates}) <= 1
         return cls._checked(
-            [update.source for update in updates],
-            labels=[update.slot.label for update in updates],
+            [update.source for update in step.updates],
+            labels=[update.slot.label for update in step.updates],
             if_zero="the gradients are not zero, but this step moves nothing: some optimizers rest in their first "
             "steps, so measure a later one",
-            parameters=[update.slot.parameter for update in updates],
-            masters=[update.slot.master for update in updates],
-            norms_sq=[update.norm_sq for update in updates],
+            parameters=[update.slot.parameter for update in step.updates],
+            masters=[update.slot.master for update in step.updates],
+            norms_sq=[update.norm_sq for update in step.updates],
             slopes=slopes if has_slope else (),
-            lr=lr,
-            is_share=is_share,
+            lr=step.lr,
+            is_share=step.is_share,
+            of_pieces=step.of_pieces,
+            clip=step.clip,
         )
 
     @classmethod
@@ -390,6 +412,11 @@ class Direction:
     @torch.no_grad()
     def _restricted(self, parameters: Sequence[nn.Parameter]) -> "Direction":
         """Return the part that moves these parameters."""
+        if self._of_pieces:
+            raise TypeError(
+                "a part of a direction must be of a model's parameters, got DeepSpeed's tensors, which hold many of "
+                "them or parts of one; measure the whole direction, or blocks in a run without DeepSpeed"
+            )
         self._refuse_what_has_changed()
         wanted = set(map(id, parameters))
         kept = [i for i, p in enumerate(self.parameters) if id(p) in wanted and self._norms_sq[i] > 0]
@@ -601,6 +628,7 @@ class Direction:
         lr: float | None = None,
         is_share: bool = False,
         of_pieces: bool = False,
+        clip: float | None = None,
     ) -> "Direction":
         """Return the direction if it is finite and moves something; ``if_zero`` is the remedy when it does not."""
         if not names:
@@ -635,6 +663,7 @@ class Direction:
             _versions=_state_of(sources),
             _is_share=is_share,
             _of_pieces=of_pieces,
+            _clip=clip,
         )
 
 

@@ -1,5 +1,6 @@
 """What the next ``optimizer.step()`` would do to each parameter, per unit learning rate."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from torch.amp.grad_scaler import GradScaler
 
 from sharpkern import ops
 from sharpkern.directions.optimizer_state import ParamState, read_slots
-from sharpkern.directions.parts import Optimizers, check_steps, parts_of
+from sharpkern.directions.parts import Optimizers, Part, check_steps, parts_of
 from sharpkern.directions.shadow_step import shadow_step, undisturbed
 from sharpkern.directions.shared_memory import summed
+from sharpkern.distributed.deepspeed import step_gradients
 from sharpkern.distributed.flat import is_flat
 from sharpkern.distributed.sharding import local, local_as, over_shards, whole
 from sharpkern.errors import NoUpdateError
@@ -44,25 +46,68 @@ class Update:
 Moving = tuple[ParamState, Tensor | LazyUpdate, Tensor | None]
 
 
+@dataclass(frozen=True, eq=False)
+class NextStep:
+    """The update that the next step would make, per unit learning rate of the reference group.
+
+    Attributes:
+        updates: of each parameter that may move.
+        lr: that learning rate, None where there is nothing to move.
+        is_share: it is this rank's share of an update, as of FSDP1's parameters: then there may be nothing to move.
+        of_pieces: what moves are no parameters of a model, but tensors that DeepSpeed makes them of.
+        clip: what clipping will multiply the gradient by, None where it has or nobody knows of it.
+    """
+
+    updates: Sequence[Update]
+    lr: float | None
+    is_share: bool
+    of_pieces: bool = False
+    clip: float | None = None
+
+
 def optimizer_update(
     optimizer: Optimizers,
     masters: Mapping[nn.Parameter, Tensor] | None,
     scaler: GradScaler | None,
     resident: bool | None,
     is_share: bool = False,
-) -> tuple[list[Update], float | None, bool]:
-    """Return the update that the next step would make, per unit learning rate of the reference group, and that.
-
-    Also whether it is this rank's share of one, as it is of FSDP1's parameters: then there may be nothing to move.
-    """
+    clip: float | None = None,
+) -> NextStep:
+    """Return the update that the next step would make of gradients that it will multiply by ``clip``."""
     parts = parts_of(optimizer)
+    known = next((part.wrapped for part in parts if part.wrapped is not None), None)
+    if known is None:
+        found = _update_of(parts, masters, scaler, resident, is_share, 1.0 if clip is None else clip)
+        return dataclasses.replace(found, clip=clip)
+    if len(parts) > 1 or masters or scaler is not None:
+        raise TypeError(
+            "optimizer must be that of a DeepSpeed engine alone, got others beside it, masters or a scaler; pass "
+            "engine.optimizer, which knows of its masters and its loss scale"
+        )
+    with step_gradients(known) as clip:
+        found = _update_of(parts, None, None, resident, known.group() is not None)
+    return dataclasses.replace(found, of_pieces=True, clip=clip)
+
+
+def _update_of(
+    parts: Sequence[Part],
+    masters: Mapping[nn.Parameter, Tensor] | None,
+    scaler: GradScaler | None,
+    resident: bool | None,
+    is_share: bool,
+    clip: float = 1.0,
+) -> NextStep:
+    """Return the update of gradients that the parameters hold, once they are multiplied by ``clip``."""
     check_steps(parts)
-    slots_of = read_slots(parts, masters, scaler)
+    slots_of = [
+        slots if clip == 1 else [dataclasses.replace(slot, scale=slot.scale / clip) for slot in slots]
+        for slots in read_slots(parts, masters, scaler)
+    ]
     slots = [slot for each in slots_of for slot in each]
     is_share = is_share or any(is_flat(slot.held) for slot in slots)
     stepped = [slot for slot in slots if slot.held.grad is not None or (is_share and slot.held.requires_grad)]
     if is_share and not stepped:
-        return [], None, True
+        return NextStep((), None, True)
     lr = _reference_lr(stepped, len(slots))
     rules = [rule_of(part.optimizer) for part in parts]
 
@@ -83,7 +128,7 @@ def optimizer_update(
         _refuse_nonfinite_gradients(slots)
     elif not any(slopes) and not is_share:
         _refuse_zero_gradients(slots)
-    return updates, lr, is_share
+    return NextStep(updates, lr, is_share)
 
 
 def _by_rule(

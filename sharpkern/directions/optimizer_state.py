@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,7 @@ def _slots(
     """Yield a slot for each parameter, its master found by the mapping either way, or in the state."""
     scale = _loss_scale(part, scaler)
     parameter_of = {id(master): parameter for parameter, master in masters.items()}
+    pieces = {} if part.wrapped is None else {id(piece.master): piece for piece in part.wrapped.pieces()}
     seen: set[int] = set()
     parameter: nn.Parameter
     master: Tensor | None
@@ -120,7 +121,10 @@ def _slots(
         elif not held.is_floating_point():
             continue
         check_parameter(label, held)
-        if id(held) in parameter_of:
+        if id(held) in pieces:
+            piece = pieces[id(held)]
+            parameter, master = cast(nn.Parameter, piece.weight), held if piece.has_master else None
+        elif id(held) in parameter_of:
             parameter, master = parameter_of[id(held)], held
         else:
             # .get: the state is a defaultdict, and indexing it would create an entry.

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
+from sharpkern.distributed.deepspeed import Wrapped, wrapped
+
 Optimizers = Optimizer | Sequence[Optimizer]
 """What stands for one step: an optimizer, a container of several, or a list of them."""
 
@@ -29,6 +31,8 @@ AROUND_STEP = (
 # Wrappers whose step is that of the optimizer inside. Their packages are looked up where they are loaded already.
 _ADD_NOTHING = (
     ("accelerate.optimizer", "AcceleratedOptimizer"),
+    # Its own step does nothing: the engine has taken it.
+    ("accelerate.utils.deepspeed", "DeepSpeedOptimizerWrapper"),
     ("lightning.pytorch.core.optimizer", "LightningOptimizer"),
     ("pytorch_lightning.core.optimizer", "LightningOptimizer"),
     ("lightning.fabric.wrappers", "_FabricOptimizer"),
@@ -94,6 +98,11 @@ class Part:
 
     optimizer: Optimizer
     holders: tuple[Any, ...] = ()
+
+    @property
+    def wrapped(self) -> Wrapped | None:
+        """What is known of DeepSpeed's wrapper around it, if there is one."""
+        return next((holder for holder in self.holders if isinstance(holder, Wrapped)), None)
 
     def places(self) -> Iterator[Place]:
         """Yield every parameter, in the order of the groups.
@@ -172,6 +181,10 @@ def _parts(optimizers: object, holders: tuple[Any, ...]) -> Iterator[Part]:
     if members is not None:
         for member in members:
             yield from _parts(member, (*holders, optimizers))
+        return
+    known = wrapped(optimizers)
+    if known is not None:
+        yield from _parts(known.inner, (*holders, known))
         return
     if not isinstance(optimizers, Optimizer):
         _refuse_several_gradients(optimizers)

@@ -114,12 +114,6 @@ class Declared(Together):
         ]
         return column_sums(parts, width)
 
-    def _told(self, said: object) -> list[Any]:
-        """What each rank says, in their order."""
-        heard: list[Any] = [None] * self._size
-        torch.distributed.all_gather_object(heard, said, group=self._groups[0])
-        return heard
-
     def _members(self, piece: Tensor) -> tuple[int, ...]:
         """The ranks that hold the parts of what a piece belongs to, by their numbers in the run."""
         if id(piece) not in self._known:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkern._undo import Trace
-from sharpkern.distributed import flat
+from sharpkern.distributed import deepspeed, flat
 from sharpkern.distributed.lockstep import reducers_of
 from sharpkern.distributed.ranks import Together
 from sharpkern.distributed.sharding import is_distributed, is_sharded, reshard
@@ -64,6 +64,31 @@ def layout_of(model: nn.Module) -> Layout:
     return next((layout for layout in found if layout is not None), Layout())
 
 
+def _engine(model: nn.Module) -> Layout | None:
+    """DeepSpeed's, whose optimizers move tensors of its own, but for stage 0 in float32."""
+    engine = deepspeed.engine_in(model)
+    if engine is None:
+        return None
+    deepspeed.refuse_unknown(engine)
+    groups, device = (engine.data_parallel_group,), next(model.parameters()).device
+    known = deepspeed.wrapped(engine.optimizer)
+    if known is None:
+        return Layout(groups, device)
+    pieces, group = [piece.weight for piece in known.pieces()], known.group()
+    own = set(map(id, pieces))
+    return Layout(
+        groups,
+        device,
+        publish=known.publish,
+        pieces=pieces,
+        split=lambda piece: group if id(piece) in own else None,
+        split_groups=() if group is None else (group,),
+        copied="DeepSpeed's optimizer moves tensors of its own, of which the model's parameters are made",
+        repoints=known.gathers,
+        prepare=lambda trace: trace.add(deepspeed.keep_state(known)),
+    )
+
+
 def _flat(model: nn.Module) -> Layout | None:
     """FSDP1."""
     splits = flat.splits_of(model)
@@ -111,4 +136,4 @@ def _sharded(model: nn.Module) -> Layout | None:
 
 
 # The first that knows a model says how it lies.
-_KINDS: list[Callable[[nn.Module], Layout | None]] = [_flat, _averaged, _sharded]
+_KINDS: list[Callable[[nn.Module], Layout | None]] = [_engine, _flat, _averaged, _sharded]

@@ -21,6 +21,7 @@ from sharpkern._undo import Trace
 from sharpkern.distributed.flat import FlatShards, flat_modules
 from sharpkern.distributed.replay import Replay
 from sharpkern.distributed.sharding import fsdp_modules, is_distributed, is_sharded
+from sharpkern.distributed.zero_passes import zero_pass_of
 
 
 @dataclass
@@ -59,8 +60,8 @@ _known: WeakKeyDictionary[nn.Module, _Order] = WeakKeyDictionary()
 class Lockstep:
     """The order in which modules communicate in a pass, noted in one and kept up in those that fail."""
 
-    def __init__(self, model: nn.Module, *, replays: bool = False) -> None:
-        self._replay = Replay(model) if replays else None
+    def __init__(self, model: nn.Module, replay: Replay | None = None) -> None:
+        self._replay = replay
         reducers = list(reducers_of(model))
         # Modules that were sharded together share their state and are gathered at once.
         self._sharded = {id(module._get_fsdp_state()): module for module in reversed(fsdp_modules(model))}
@@ -79,12 +80,15 @@ class Lockstep:
         guess = _Order(list(range(len(self._parts))), {len(reducers)} if self._sharded else set())
         guess.stay.update(number_of[id(part)] for part in self._flat if part.stays)
         self._order = _known.setdefault(model, guess) if self._parts else guess
+        self._zero = zero_pass_of(model)
         self._begun: list[int] = []
         # Of parts that are in their forward pass, the modules that have yet to end.
         self._open: dict[int, set[int]] = {}
 
     def watch(self, trace: Trace) -> None:
         """Note which module begins and what it leaves gathered, until the trace is put back."""
+        if self._zero is not None:
+            self._zero.watch(trace)
         for _, module in self._members.values():
             # After FSDP's own hooks, so that the gather is under way, or what was gathered is freed.
             for register, hook in (
@@ -123,12 +127,21 @@ class Lockstep:
         """End a pass that went well."""
         if self._begun:
             self._order.begin = self._begun
+        if self._zero is not None:
+            self._zero.finish()
         if self._replay is not None:
             self._replay.finish()
         self._free()
 
-    def keep_up(self) -> None:
-        """End a pass that failed: communicate as the other ranks do in the rest of it."""
+    def settle(self) -> None:
+        """All ranks have ended a pass that went well."""
+        if self._replay is not None:
+            self._replay.settle()
+
+    def keep_up(self) -> bool:
+        """End a pass that failed: communicate as the other ranks do in the rest; whether another had failed before."""
+        if self._zero is not None:
+            self._zero.keep_up()
         for module in self._sharded.values():
             _settle(module)
         for part in self._flat:
@@ -144,9 +157,9 @@ class Lockstep:
                 part.unshard()
                 if number not in self._order.stay:
                     part.reshard()
-        if self._replay is not None:
-            self._replay.keep_up()
+        follows = self._replay is not None and self._replay.keep_up()
         self._free()
+        return follows
 
     def _free(self) -> None:
         """Leave the shards as the next pass needs them: what stays gathered would hide the next write."""

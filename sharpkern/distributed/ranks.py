@@ -1,6 +1,7 @@
 """How the ranks of a distributed run decide alike: one mean of the loss, and one failure for all."""
 
 import math
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sharpkern.distributed.announced import Announced
 from sharpkern.errors import EngineUnsupportedError, NoUpdateError, RankError
 
 # Where a failure is raised again, the frame lets go of it: it holds the frame, and a ring of the two would keep what
@@ -72,6 +74,9 @@ class Peers(Protocol):
     def union(self, names: Sequence[str]) -> list[str]:
         """The names that any rank has, in the same order on all of them."""
 
+    def announced(self) -> Announced | None:
+        """Where all of them tell what they communicate; None where there are no others."""
+
     def note(self, pieces: Iterable[Tensor]) -> None:
         """Look up which ranks hold the other parts of what these pieces belong to."""
 
@@ -125,6 +130,10 @@ class Alone:
     def union(self, names: Sequence[str]) -> list[str]:
         """The names themselves."""
         return list(names)
+
+    def announced(self) -> Announced | None:
+        """There is nobody to tell."""
+        return None
 
     def note(self, pieces: Iterable[Tensor]) -> None:
         """Nothing to look up."""
@@ -215,6 +224,17 @@ class Together:
     def union(self, names: Sequence[str]) -> list[str]:
         """The names, which all ranks have."""
         return list(names)
+
+    def announced(self) -> Announced:
+        """Where the ranks of the first group tell what they communicate."""
+        group = self._groups[0]
+        return Announced(torch.distributed.get_process_group_ranks(group), self._told(uuid.uuid4().hex)[0])
+
+    def _told(self, said: object) -> list[Any]:
+        """What each rank of the first group says, in their order."""
+        heard: list[Any] = [None] * torch.distributed.get_world_size(self._groups[0])
+        torch.distributed.all_gather_object(heard, said, group=self._groups[0])
+        return heard
 
     def note(self, pieces: Iterable[Tensor]) -> None:
         """The groups are known."""

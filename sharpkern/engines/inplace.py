@@ -84,7 +84,16 @@ class InPlaceEngine:
             return
         # Unknown until the last parameter is written: a write that is interrupted half-way is restored too.
         self._alpha = math.nan
-        step = Step(alpha)
+        try:
+            self._write_weights(Step(alpha))
+        finally:
+            # What was written is the model's from here on. Other ranks do so too, also where it fails on this one.
+            self._publish()
+        # An enclosing autocast may hold casts of the former weights.
+        torch.clear_autocast_cache()
+        self._alpha = alpha
+
+    def _write_weights(self, step: Step) -> None:
         self._find_weights()
         if self._from_host:
             self._write_from_host(step)
@@ -92,11 +101,6 @@ class InPlaceEngine:
             self._form(step)
         else:
             torch._foreach_copy_([weight for weight, _ in self._writes], [move.base for _, move in self._writes])
-        # What was written is the model's from here on.
-        self._publish()
-        # An enclosing autocast may hold casts of the former weights.
-        torch.clear_autocast_cache()
-        self._alpha = alpha
 
     def _find_weights(self) -> None:
         """Note where the weights lie: a closure may have given them other memory, as a flattened LSTM does."""

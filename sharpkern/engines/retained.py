@@ -42,7 +42,7 @@ def retained_share(
         length = kept = _weighed(displacement.square(), scale)
         if members[0].owner in rounded:
             formed = (move.base.double() + displacement).to(weight.dtype)
-            # The weight itself may hold the last step that was written.
+            # Of a master, θ is the rounding: the weight itself may hold the last step size.
             moved = formed.double() - move.base.to(weight.dtype).double()
             kept = _weighed(moved * displacement, scale)
         sums.append(torch.stack([kept, length]))

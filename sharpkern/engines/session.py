@@ -18,6 +18,7 @@ from sharpkern.distributed.declared import Ranks
 from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import Lockstep
 from sharpkern.distributed.ranks import Alone, Peers, as_one
+from sharpkern.distributed.replay import Replay, is_known
 from sharpkern.engines.agreement import agreed
 from sharpkern.engines.batched.engine import BatchedEngine
 from sharpkern.engines.evaluation.closure import Closure, LossFn
@@ -372,13 +373,19 @@ def _begin(
     if isinstance(ranks, Unsettled) and compared is None and not ranks.were_together:
         ranks = named_ranks(outer) or Alone(reduce)
     pairs: Sequence[TrackedParam] = ()
+    replay = None
+    if layout.replays or not ranks.alike:
+        # Unless all ranks know what a pass communicates, they tell each other.
+        unknown = ranks.any_of([not is_known(outer)])[0]
+        replay = Replay(outer, ranks.announced() if unknown else None)
     with as_one(ranks):
         if direction is not None:
             direction = direction.bind(model)
+            _check_pieces(direction, layout if outer is model else layout_of(model))
             pairs = track(direction.moves())
         ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
         layout.prepare(trace)
-        lockstep = Lockstep(outer, replays=layout.replays or not ranks.alike)
+        lockstep = Lockstep(outer, replay)
         # Before the guard, which notes the modules' hooks.
         lockstep.watch(trace)
         trace.add(evaluating.clear)
@@ -395,6 +402,22 @@ def _begin(
     if direction is not None:
         session.direction, session.base_loss = agreed(session.ranks, direction, base_loss)
     return session
+
+
+def _check_pieces(direction: Any, layout: Layout) -> None:
+    """Refuse a direction of tensors that are not what moves this model."""
+    if getattr(direction, "_of_pieces", False):
+        own = set(map(id, layout.pieces or ()))
+        if not all(id(piece) in own for piece in direction.parameters):
+            raise TypeError(
+                "model must be the DeepSpeed engine whose optimizer the direction is of, got another module, or the "
+                "one inside of it; pass the engine"
+            )
+    elif layout.pieces is not None and layout.repoints:
+        raise TypeError(
+            "direction must be of the engine's optimizer where ZeRO-3 holds no parameter as a whole, got one of "
+            "parameters; make it by Direction.from_optimizer(engine.optimizer)"
+        )
 
 
 def is_compiled(model: nn.Module, loss_fn: LossFn) -> bool:

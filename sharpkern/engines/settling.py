@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern.distributed.declared import Declared, Ranks, device_of
+from sharpkern.distributed.deepspeed import is_engine
 from sharpkern.distributed.flat import is_flat_module, is_inside
 from sharpkern.distributed.layout import Layout, layout_of
 from sharpkern.distributed.lockstep import replicate_state
@@ -84,7 +85,7 @@ def ranks_for(
 ) -> Peers:
     """The ranks that decide alike, as far as it is known."""
     reshard(outer)
-    refuse_engines(outer)
+    # An engine that cannot be measured is refused before anything is.
     layout = layout_of(outer)
     if ranks is not None and is_distributed():
         return _as_told(ranks, model, layout)
@@ -130,52 +131,17 @@ def _known(model: nn.Module) -> _Findings:
     return _findings.setdefault(model, _Findings())
 
 
-def _is_deepspeed(module: nn.Module) -> bool:
-    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__)
-
-
 def _is_wrapper(module: nn.Module) -> bool:
     """Whether a module says which ranks there are, or that it cannot be measured."""
     averages = isinstance(module, DistributedDataParallel) or replicate_state(module) is not None
-    return averages or _is_deepspeed(module) or is_flat_module(module)
-
-
-def refuse_engines(model: nn.Module) -> None:
-    """Refuse engines whose parameters cannot be moved."""
-    for engine in filter(_is_deepspeed, model.modules()):
-        _refuse_split(engine)
+    return averages or is_engine(module) or is_flat_module(module)
 
 
 def named_ranks(model: nn.Module) -> Together | None:
     """The ranks that a model's wrappers or its DTensors name."""
     if not is_distributed():
         return None
-    engines = (module for module in model.modules() if _is_deepspeed(module))
-    engine: Any = next(engines, None)
-    if engine is not None:
-        return Together([engine.data_parallel_group], next(model.parameters()).device)
     return layout_of(model).ranks()
-
-
-def _refuse_split(engine: Any) -> None:
-    """Refuse DeepSpeed's engine but for stage 0, where whole gradients lie in ``.grad``."""
-    stage = getattr(engine, "zero_optimization_stage", int)()
-    split = [
-        what
-        for what, there in {
-            f"ZeRO stage {stage}": stage > 0,
-            "a pipeline": any(kind.__name__ == "PipelineEngine" for kind in type(engine).__mro__),
-            "model parallelism": getattr(engine, "mp_world_size", 1) > 1,
-            "sequence parallelism": getattr(engine, "sequence_parallel_size", 1) > 1,
-            "experts": getattr(engine, "has_moe_layers", False),
-        }.items()
-        if there
-    ]
-    if split:
-        raise TypeError(
-            f"model must be a DeepSpeed engine that only averages gradients (ZeRO stage 0), got one with "
-            f"{', '.join(split)}; set zero_optimization.stage to 0, or shard by fully_shard"
-        )
 
 
 class Listening(TorchDispatchMode):

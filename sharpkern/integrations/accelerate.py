@@ -13,13 +13,14 @@ from typing_extensions import Unpack
 from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
 from sharpkern.engines.evaluation.closure import LossFn
+from sharpkern.integrations.deepspeed import before_steps_of
 from sharpkern.measures.micro_batches import Clip, Losses, coefficient
 from sharpkern.measures.result import Measurement
 from sharpkern.monitoring.lr_cap import CapOptions, cap_of, load_cap, with_cap
 from sharpkern.monitoring.monitor import Monitor, MonitorOptions
 
-# They keep gradients of their own, and some step inside the backward pass.
-_REFUSED = ("DEEPSPEED", "MEGATRON_LM", "XLA")
+# They keep gradients of their own.
+_REFUSED = ("MEGATRON_LM", "XLA")
 
 
 class SharpnessMonitor(Monitor):
@@ -28,6 +29,9 @@ class SharpnessMonitor(Monitor):
     Call it in every micro-batch, inside ``accelerator.accumulate(model)``, between ``accelerator.backward`` (and
     clipping) and ``optimizer.step()``. The loss is scaled as Accelerate scales it, also where the data ends before a
     step is full. Steps are counted as the optimizer takes them, and a skipped step counts.
+
+    Under DeepSpeed call it ahead of ``accelerator.backward``, which takes the step too: it measures on entry to that,
+    and returns None. What it found is in ``history``.
 
     Without accumulation the plain Monitor does all of this; it takes the prepared optimizer, the ``GradScaler`` inside
     and a prepared `DistributedDataParallel` model as they are::
@@ -49,8 +53,9 @@ class SharpnessMonitor(Monitor):
 
     Raises:
         ImportError: if accelerate, the extra ``accelerate``, is missing.
-        TypeError: if an argument is of the wrong kind.
-        ValueError: if an option is out of range, or the run is DeepSpeed's, Megatron-LM's or XLA's.
+        TypeError: if an argument is of the wrong kind, or DeepSpeed's engine of one that cannot be measured.
+        ValueError: if an option is out of range, or the run is Megatron-LM's or XLA's.
+        RuntimeError: under DeepSpeed, where it is called after ``accelerator.backward``, or not for every micro-batch.
 
     Memory: as the Monitor; in steps that are due, the micro-batches until the last of them.
 
@@ -114,6 +119,11 @@ class SharpnessMonitor(Monitor):
         self._losses: deque[Tensor] = deque(maxlen=2)
         # Norm before clipping and the largest one, of the step in progress.
         self._clipped: Clip = None
+        # Where the backward pass takes the step: what measures it, and how many passes were made for it.
+        self._waiting: Callable[[], Measurement | None] | None = None
+        self._num_passes = 0
+        watching = weakref.ref(self)
+        self._hook = before_steps_of(model, lambda: _before_step(watching))
         _watch_backward(accelerator, self)
 
     def __call__(  # type: ignore[override]
@@ -137,14 +147,43 @@ class SharpnessMonitor(Monitor):
         if accelerator.step % num_steps == 1 % num_steps:
             # The first of a step: what a step that the loop broke off has left is of no gradient.
             self._batches, self._trained = [], []
-        if loss is None and len(self._losses) == 1:
-            loss = self._losses[0]
-        self._losses.clear()
+        measure = partial(self._measure, loss_fn, heldout, direction, weights, clip)
+        if self._hook is None:
+            self._note(batch, self._last_loss() if loss is None else loss)
+            return measure() if accelerator.sync_gradients else None
+        self._complete()
+        self._note(batch, loss)
+        self._waiting = measure
+        return None
+
+    def _note(self, batch: tuple[Any, ...], loss: Any) -> None:
+        """Keep a micro-batch of a step that is due."""
         if self.is_due:
             self._batches.append(batch)
             self._trained.append(loss)
-        if not accelerator.sync_gradients:
-            return None
+
+    def _last_loss(self) -> Tensor | None:
+        """What ``backward`` was called on since this was asked, where that was one loss."""
+        loss = self._losses[0] if len(self._losses) == 1 else None
+        self._losses.clear()
+        return loss
+
+    def _complete(self) -> None:
+        """Note what the last micro-batch was trained on, where that is known by now."""
+        loss = self._last_loss()
+        if self._trained and self._trained[-1] is None:
+            self._trained[-1] = loss
+
+    def _measure(
+        self,
+        loss_fn: Callable[..., Tensor],
+        heldout: LossFn | None,
+        direction: Direction | Callable[[], Direction] | None,
+        weights: Sequence[float] | None,
+        clip: Clip,
+    ) -> Measurement | None:
+        """Measure the step whose micro-batches have been noted, if it is due."""
+        num_steps = self._accelerator.gradient_accumulation_steps
         batches, self._batches = self._batches, []
         trained, self._trained = self._trained, []
         known = [one for one in trained if one is not None]
@@ -190,9 +229,30 @@ def _watch_backward(accelerator: Any, monitor: SharpnessMonitor) -> None:
         monitor = watching()
         if monitor is not None:
             monitor._losses.append(loss.detach())
+            monitor._num_passes += 1
         return backward(loss, *args, **kwargs)
 
     accelerator.backward, accelerator.clip_grad_norm_ = noted, clipped
+
+
+def _before_step(watching: "weakref.ref[SharpnessMonitor]") -> None:
+    """Measure inside of the last backward pass of a step, where DeepSpeed takes it."""
+    monitor = watching()
+    if monitor is None:
+        return
+    waiting, monitor._waiting = monitor._waiting, None
+    num_passes, monitor._num_passes = monitor._num_passes, 0
+    if monitor.is_due and len(monitor._batches) != num_passes:
+        raise RuntimeError(
+            f"SharpnessMonitor must be called ahead of accelerator.backward in every micro-batch under DeepSpeed, got "
+            f"{num_passes} backward passes and {len(monitor._batches)} calls before them; call monitor(compute_loss, "
+            "batch) first, as the backward pass takes the step"
+        )
+    monitor._complete()
+    if waiting is None:
+        monitor.step += 1
+    else:
+        waiting()
 
 
 class _StepLoss:

@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from sharpkern._support.optional import missing
 from sharpkern.engines.session import is_compiled
+from sharpkern.integrations.deepspeed import BeforeStep, before_steps_of
 from sharpkern.measures.blockwise import Blocks
 from sharpkern.measures.micro_batches import Clip
 from sharpkern.measures.result import MeasureOptions, Options
@@ -41,7 +42,8 @@ class SharpnessCallback(TrainerCallback, ExportableState):
     It measures between clipping and the optimizer's step, on the very micro-batches of that step: the Trainer's own
     ``training_step`` is evaluated again without its backward pass, so that the loss is the one that is trained,
     whatever makes it: gradient accumulation, label smoothing, autocast, a ``compute_loss`` of one's own, dropout with
-    the masks that the gradient saw. The run is bit for bit what it would have been without, unless ``cap`` is given.
+    the masks that the gradient saw. Under DeepSpeed, which steps inside of the backward pass, it measures on entry to
+    that step. The run is bit for bit what it would have been without, unless ``cap`` is given.
 
     ``sharpness/lambda_c``, ``sharpness/critical_lr``, ``sharpness/headroom`` and the others of `sharpkern.Monitor` go
     wherever the Trainer logs to, with the number of steps that the measured weights have taken.
@@ -112,6 +114,7 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         self._cap: LRCap | None = None
         self._trainer: weakref.ref[Any] | None = None
         self._step: _Step | None = None
+        self._hook: BeforeStep | None = None
 
     @property
     def monitor(self) -> Monitor:
@@ -151,6 +154,9 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         trainer = _calling_trainer()
         _refuse_others(trainer)
         _refuse_strategy(trainer)
+        self._remove_hook()
+        # DeepSpeed steps inside of the backward pass, before the Trainer tells of it.
+        self._hook = before_steps_of(trainer.model_wrapped, self._before_step)
         self._trainer = weakref.ref(trainer)
         self._monitor = Monitor(trainer.model_wrapped, trainer.optimizer, log=self._log, **self._options)
         self._remove_cap()
@@ -185,6 +191,10 @@ class SharpnessCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Measure, if the step is due."""
+        if self._hook is None:
+            self._before_step()
+
+    def _before_step(self) -> None:
         step, self._step = self._step, None
         if step is not None:
             step.end()
@@ -199,7 +209,13 @@ class SharpnessCallback(TrainerCallback, ExportableState):
         """Let go of the Trainer."""
         self._forget()
         self._remove_cap()
+        self._remove_hook()
         self._trainer = None
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
     def _remove_cap(self) -> None:
         if self._cap is not None:
@@ -281,13 +297,14 @@ class _Step:
 
     @property
     def trained(self) -> Tensor | None:
-        """The loss that was trained on, None where there was none."""
-        return sum(self._losses[1:], self._losses[0]) if self._losses else None
+        """The loss that was trained on, None where it is not known: of a step inside of the last backward pass."""
+        return sum(self._losses[1:], self._losses[0]) if self.losses else None
 
     @property
     def losses(self) -> list[Tensor] | None:
-        """What micro-batches were trained on, each as large as the sum."""
-        return [len(self._losses) * loss for loss in self._losses] or None
+        """What micro-batches were trained on, each as large as the sum; None where one is not known."""
+        known = len(self._losses) == len(self._batches)
+        return [len(self._losses) * loss for loss in self._losses] or None if known else None
 
     @property
     def parts(self) -> list[Callable[[], Tensor]]:
@@ -385,10 +402,10 @@ def _refuse_strategy(trainer: Any) -> None:
         kind = f"nn.DataParallel on {trainer.args.n_gpu} GPUs"
     elif getattr(parallelism, "non_data_parallel_size", 1) > 1:
         kind = "a model or sequences split over ranks"
-    if kind not in {"NO", "FSDP2"} and not kind.startswith("MULTI_"):
+    if kind not in {"NO", "FSDP2", "DEEPSPEED"} and not kind.startswith("MULTI_"):
         raise ValueError(
-            f"Trainer must train in one process, by DistributedDataParallel or by FSDP2, got {kind}; start it by "
-            "torchrun and without that, or measure the run's checkpoints"
+            f"Trainer must train in one process, by DistributedDataParallel, FSDP2 or DeepSpeed, got {kind}; start it "
+            "by torchrun and without that, or measure the run's checkpoints"
         )
 
 

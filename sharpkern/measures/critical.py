@@ -140,6 +140,7 @@ def measure(
     """`critical_sharpness` with a warm start, and what a sample is drawn by."""
     started = time.perf_counter()
     name, given = ("base_loss", base_loss) if trained_loss is None else ("loss", trained_loss)
+    clip = getattr(direction, "_clip", None) if clip is None else clip
     step = Step.of(loss_fn, weights, given, clip, name) if is_sequence(loss_fn) else None
     if step is None and (options.sample is not None or weights is not None):
         raise TypeError(

@@ -16,6 +16,8 @@ from typing_extensions import Unpack
 from sharpkern._support.files import append_line
 from sharpkern.directions.direction import Direction
 from sharpkern.directions.parts import parts_of
+from sharpkern.distributed.declared import splits
+from sharpkern.distributed.deepspeed import clip_of
 from sharpkern.distributed.ranks import as_one
 from sharpkern.distributed.sharding import local, reshard
 from sharpkern.engines.evaluation.closure import LossFn
@@ -283,8 +285,12 @@ class Monitor(Reports):
             ranks = ranks_for(self._model, self._options.reduce, outer, self._options.ranks)
             with as_one(ranks):
                 if direction is None:
-                    direction = Direction.from_optimizer(
-                        self._optimizer, masters=self._masters, scaler=self._scaler, ranks=self._options.ranks
+                    direction = Direction._from_optimizer(
+                        self._optimizer,
+                        self._masters,
+                        self._scaler,
+                        is_share=splits(self._options.ranks),
+                        clip=clip_of(outer),
                     )
                     self._tell_unmoved()
                 return direction if isinstance(direction, Direction) else direction()
@@ -295,9 +301,11 @@ class Monitor(Reports):
 
     def _tell_unmoved(self) -> None:
         """Warn once of parameters whose gradients belong to a step that another optimizer takes."""
-        if self._has_told_unmoved:
+        parts = parts_of(self._optimizer)
+        # DeepSpeed's optimizers hold tensors of their own for all of the model.
+        if self._has_told_unmoved or any(part.wrapped is not None for part in parts):
             return
-        known = {id(place.parameter) for part in parts_of(self._optimizer) for place in part.places()}
+        known = {id(place.parameter) for part in parts for place in part.places()}
         known.update(id(p) for p, master in (self._masters or {}).items() if id(master) in known)
         reshard(self._model)
         unmoved = [

@@ -263,7 +263,9 @@ def every_measure(rank: int) -> list[tuple[str, float, float]]:
     return [(name, one[name], alone[name]) for one in split_up for name in alone]
 
 
-def one_fails(rank: int, kind: str, place: str, call: int = 3, who: int = 1) -> tuple[str, float, bool]:
+def one_fails(
+    rank: int, kind: str, place: str, call: int = 3, who: int = 1, before: bool = False
+) -> tuple[str, float, bool]:
     """What a rank is told where one fails, how long it takes, and whether the run then goes on as ever."""
     ends = []
     told, seconds = "", 0.0
@@ -294,6 +296,9 @@ def one_fails(rank: int, kind: str, place: str, call: int = 3, who: int = 1) -> 
         wire.calls = -1
         step(batch(0))
         direction = sharpkern.Direction.from_optimizer(optimizer)
+        if before:
+            wire.calls = -100
+            sharpkern.critical_sharpness(model, loss_fn, direction, ranks=ranks)
         wire.calls = 0
         started = time.monotonic()
         try:
@@ -311,10 +316,75 @@ def one_fails(rank: int, kind: str, place: str, call: int = 3, who: int = 1) -> 
 
 FAILURES = {
     f"{kind}, {place}": partial(one_fails, kind=kind, place=place)
-    for kind in ("GPipe", "1F1B", "interleaved", "tensors")
-    for place in ("before", "within", "after")
+    for kind, place in (
+        ("GPipe", "before"),
+        ("GPipe", "after"),
+        ("1F1B", "within"),
+        ("interleaved", "before"),
+        ("interleaved", "within"),
+        ("tensors", "within"),
+        ("tensors", "after"),
+    )
 }
 FAILURES |= {"the first stage": partial(one_fails, kind="1F1B", place="within", who=0)}
+FAILURES |= {
+    f"first pass, {kind}, {place}{' of the first' * (who == 0)}": partial(
+        one_fails, kind=kind, place=place, call=1, who=who
+    )
+    for kind, place, who in (
+        ("1F1B", "before", 1),
+        ("1F1B", "within", 0),
+        ("1F1B", "within", 1),
+        ("interleaved", "before", 1),
+        ("tensors", "before", 1),
+        ("tensors", "within", 0),
+    )
+}
+FAILURES |= {
+    f"second measurement, {kind}, {place}": partial(one_fails, kind=kind, place=place, call=1, before=True)
+    for kind, place in (("1F1B", "before"), ("interleaved", "within"))
+}
+
+
+class In16Bits(nn.Module):
+    """A part that computes in bf16."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.part(x).float()
+
+
+def unlike_stages(rank: int, kind: str) -> list[tuple[str, float, list[float]]]:
+    """Engine, λ_c and step sizes where one stage alone is compiled, or computes in 16 bits; and in one process."""
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+
+    def changed(part: nn.Module) -> nn.Module:
+        if kind == "16 bits":
+            return In16Bits(part)
+        part.compile(backend="aot_eager")
+        return part
+
+    found = []
+    for alone in (False, True):
+        pipe = Pipeline("GPipe", distributed.group.WORLD, wrap=changed if rank == 0 else lambda part: part)
+        whole = layers()
+        model = nn.Sequential(changed(whole[:2]), whole[2:]) if alone else pipe.model
+        loss_fn = partial(loss_of, model, batch(0)) if alone else partial(pipe.evaluate, batch(0))
+        if alone:
+            loss_fn().backward()
+        else:
+            pipe.step(batch(0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        ranks: Any = "alone" if alone else sharpkern.Ranks(split=distributed.group.WORLD)
+        m = sharpkern.critical_sharpness(
+            model, loss_fn, sharpkern.Direction.from_optimizer(optimizer), ranks=ranks, engine="auto"
+        )
+        found.append((m.engine, m.sharpness, [eta for eta, _ in m.probes]))
+    return found
 
 
 def refused(rank: int) -> list[str]:
@@ -388,6 +458,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "frozen": one_frozen,
         "measures": every_measure,
         "refused": refused,
+        "compiled": partial(unlike_stages, kind="compiled"),
+        "16 bits": partial(unlike_stages, kind="16 bits"),
         "sampled": sampled,
         **{f"failures: {name}": job for name, job in FAILURES.items()},
     }
@@ -458,7 +530,10 @@ def test_where_one_rank_fails_no_other_waits(two, name) -> None:
     found = [rank[f"failures: {name}"] for rank in two]
     assert isinstance(found[0], tuple), found[0]
     who = FAILURES[name].keywords.get("who", 1)
-    assert "RankError: the measurement failed on 1 of 2 ranks, not on this one" in found[1 - who][0]
+    # What it was sent made it fail too, where nothing was known of the sizes.
+    late = "RankError: the measurement failed on another rank before it did here"
+    assert found[1 - who][0].startswith(("RankError: the measurement failed on 1 of 2 ranks, not on this one", late))
+    assert name.startswith("first pass") or not found[1 - who][0].startswith(late)
     # A schedule says where it failed by an error of its own.
     assert found[who][0].startswith(("ValueError: tripped", "RuntimeError: ")), found[who][0]
     assert "[Stage" in found[who][0] or found[who][0] == "ValueError: tripped"
@@ -474,6 +549,16 @@ def test_what_cannot_be_had_is_refused_by_name(two) -> None:
         assert len(told) == len(SAID)
         for message, start in zip(told, [*SAID[:-1], last], strict=True):
             assert message.startswith(start), message
+
+
+@pytest.mark.parametrize(("kind", "rel"), [("compiled", 1e-4), ("16 bits", 0.03)])
+def test_stages_that_are_unlike_take_one_engine_and_the_same_steps(two, kind, rel) -> None:
+    found = [rank[kind] for rank in two]
+    assert isinstance(found[0], list), found[0]
+    (engine, sharpness, steps), (_, alone, _) = found[0]
+    assert (engine, steps) == (found[1][0][0], found[1][0][2])
+    assert sharpness == found[1][0][1] == pytest.approx(alone, rel=rel)
+    assert kind == "16 bits" or engine == "inplace"
 
 
 def test_ranks_that_split_a_model_are_not_sampled(two) -> None:

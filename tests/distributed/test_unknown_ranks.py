@@ -160,27 +160,11 @@ def out_of_sight(model: nn.Module) -> nn.Module:
     return model
 
 
-class DeepSpeedEngine(nn.Module):
-    """What is read of DeepSpeed's own."""
-
-    def __init__(self, module: nn.Module, stage: int = 0) -> None:
-        super().__init__()
-        self.module, self.stage, self.data_parallel_group = module, stage, distributed.group.WORLD
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-    def zero_optimization_stage(self) -> int:
-        return self.stage
-
-
 VALUES = {
     "by hand": partial(values, wrap=nn.Sequential),
     "the same loss at first": partial(values, wrap=nn.Sequential, zeros=True),
     "inside of a wrapper": partial(values, wrap=DistributedDataParallel, inner=True, by_hand=False),
     "replicate": partial(values, wrap=replicate, by_hand=False),
-    "engine": partial(values, wrap=DeepSpeedEngine),
-    "inside of an engine": partial(values, wrap=DeepSpeedEngine, inner=True),
     "a wrapper out of sight": partial(values, wrap=out_of_sight),
 }
 
@@ -457,18 +441,6 @@ def pipeline(rank: int) -> list[str]:
     ]
 
 
-def zero(rank: int) -> list[str]:
-    engine = DeepSpeedEngine(mlp(), stage=2)
-    loss_fn = partial(half, engine, rank)
-    loss_fn().backward()
-    direction = update(engine)
-    return [
-        told(partial(sharpkern.critical_sharpness, model, loss_fn, direction, reduce=reduce))
-        for model in (engine, engine.module)
-        for reduce in (None, mean)
-    ]
-
-
 SPLIT = "ValueError: model must be whole on every rank, got |θ|² = "
 NOT_REDUCED = "ValueError: reduce must return the same loss on all ranks that work together, got"
 UNLIKE = "ValueError: direction must be the same on every rank, got |Δθ|² = "
@@ -478,7 +450,6 @@ ERRORS = {
     "tensor parallel": (partial(by_parts, make=Part, loss_of=whole), SPLIT),
     "experts": (experts, SPLIT),
     "pipeline": (pipeline, SPLIT),
-    "ZeRO": (zero, "TypeError: model must be a DeepSpeed engine that only averages gradients (ZeRO stage 0), got one"),
 }
 
 

@@ -725,7 +725,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REFUSED = {
-    **{name: ("distributed_type", DistributedType[name]) for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")},
+    **{name: ("distributed_type", DistributedType[name]) for name in ("FSDP", "MEGATRON_LM", "XLA")},
     "a model or sequences split over ranks": ("parallelism_config", ParallelismConfig(tp_size=2)),
 }
 
@@ -738,7 +738,9 @@ def test_runs_that_cannot_be_measured_are_refused(tmp_path: Path, kind: str) -> 
 
     callbacks = [Prepared(), SharpnessCallback()]
     trainer = Trainer(gpt2(), arguments(tmp_path), train_dataset=rows(4), callbacks=callbacks)
-    with pytest.raises(ValueError, match=rf"by DistributedDataParallel or by FSDP2, got {kind}; start it by torchrun"):
+    with pytest.raises(
+        ValueError, match=rf"by DistributedDataParallel, FSDP2 or DeepSpeed, got {kind}; start it by torchrun"
+    ):
         trainer.train()
 
 

@@ -15,6 +15,7 @@ from sharpkern.distributed.ranks import Alone, Peers
 from sharpkern.distributed.sharding import whole
 from sharpkern.engines.evaluation.guard import Guard, evaluating
 from sharpkern.engines.evaluation.precision import LossPrecision, is_low
+from sharpkern.errors import RankError
 
 LossFn = Callable[[], Tensor | None]
 Evaluated = TypeVar("Evaluated")
@@ -176,6 +177,8 @@ class Closure:
             value, asked, self.random, num = self.ranks.agree(loss, failure, asks=asks, random=self.random)
         finally:
             del failure
+        if self._lockstep is not None:
+            self._lockstep.settle()
         if num == 0:
             raise ValueError(
                 "loss_fn must return the loss on one rank at least, got None on all of them; return it on the last "
@@ -201,7 +204,10 @@ class Closure:
                 if isinstance(failure, torch.OutOfMemoryError):
                     # The failed pass makes room for what the others have yet to communicate.
                     traceback.clear_frames(failure.__traceback__)
-                self._lockstep.keep_up()
+                follows = self._lockstep.keep_up()
+                if follows and isinstance(failure, Exception):
+                    # What it was sent by a rank that had failed made it fail, perhaps.
+                    return RankError(f"the measurement failed on another rank before it did here, with {failure!r}")
         except BaseException as late:
             return failure or late
         return failure

@@ -64,6 +64,8 @@ class Guard:
         # Lists that a hook fills are the model's, as its attributes are; what hooks count is as of closures.
         hooks = containers[num_attributes:num_hooks]
         self._own_containers = containers[:num_attributes] + [kept for kept in hooks if not isinstance(kept[0], dict)]
+        # One rank that fails must not leave its stages elsewhere than those of others.
+        self._own_containers += [(container, container.copy()) for container in reached.schedules]
         self._other_containers = [kept for kept in hooks if isinstance(kept[0], dict)] + containers[num_hooks:]
         self._cells = [(cell, contents_of(cell)) for cell in reached.cells]
         self._names = [(scope, name, scope[name]) for scope, name in reached.names]

@@ -57,6 +57,8 @@ class Reached:
         generators: of random numbers.
         cells: variables that functions have closed over.
         names: (globals, name) of the variables that functions name.
+        schedules: containers in which schedules of torch's pipelines and their stages hold what they do next, which
+            all ranks have to agree on.
     """
 
     def __init__(self, *roots: object) -> None:
@@ -66,6 +68,7 @@ class Reached:
         self.generators: list[object] = []
         self.cells: list[CellType] = []
         self.names: list[tuple[dict[str, Any], str]] = []
+        self.schedules: list[Any] = []
         # They are held, so that no other object takes the place of one that is gone.
         self._seen: dict[int, object] = {}
         self._functions: list[object] = []
@@ -122,6 +125,9 @@ class Reached:
             return ()
         if isinstance(thing, SimpleNamespace) or not _of_library(type(thing)):
             return self._attributes(thing)
+        if _is_schedule(thing):
+            for part in (thing, *getattr(thing, "_stages", [getattr(thing, "_stage", thing)])):
+                self.schedules += [vars(part), *(one for one in vars(part).values() if type(one) in CONTAINERS)]
         return ()
 
     def _attributes(self, thing: Any) -> Iterator[object]:
@@ -147,6 +153,11 @@ class Reached:
             if name in scope:
                 self.names.append((scope, name))
                 yield scope[name]
+
+
+def _is_schedule(thing: object) -> bool:
+    module = sys.modules.get("torch.distributed.pipelining.schedules")
+    return module is not None and isinstance(thing, module._PipelineSchedule)
 
 
 def contents_of(cell: CellType) -> tuple[Any, ...]:
