@@ -227,7 +227,7 @@ def opaque() -> Made:
     return model, lambda: model(x).square().mean() + float(model.weight.detach().numpy().std())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.\\w+. is deprecated")
 @pytest.mark.parametrize("make", [scripted, aliased, partly_aliased, opaque])
 def test_hidden_reads_lead_to_the_engine_that_writes(make: Callable) -> None:
     model, loss_fn = make()
