@@ -310,6 +310,22 @@ def test_the_share_that_rounding_swallows_is_reported(monkeypatch: pytest.Monkey
     assert measured.retained == shares["plain"]
 
 
+@pytest.mark.parametrize("engine", ["virtual", "inplace", "batched"])
+def test_masters_lose_nothing_to_rounding_in_any_engine(engine: str, no_swapping: None) -> None:
+    """In place the weights hold the last step that was written, and not the rounding of their masters."""
+    model = MLP(128)
+    masters = {p: p.detach().clone() for p in model.parameters()}
+    model.bfloat16()
+    x, y = torch.randn(64, 16, dtype=torch.bfloat16), torch.randint(0, 10, (64,))
+    loss_fn = lambda: F.cross_entropy(model(x).float(), y)
+    loss_fn().backward()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    direction = sharpkern.Direction.from_optimizer(optimizer, masters=masters)
+    measured = sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine)
+    assert measured.status == "converged"
+    assert measured.retained == pytest.approx(1, abs=0.02)
+
+
 def test_norm_weights_are_used_in_full_precision() -> None:
     """A bf16 weight near 1 cannot move by 1e-3, the norm's output can."""
     norm = nn.LayerNorm(64).bfloat16()
