@@ -177,7 +177,7 @@ def main(name: str, folder: str) -> None:
 def test_a_tracker_has_every_value_under_its_name_and_step(name: str, tmp_path: Path) -> None:
     # Trackers leave threads and processes, and change what is imported after them.
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; .ci/run installs the trackers")
+        pytest.skip(f"{name} is not installed; the extra 'trackers' has all but aim, whose pins are of their own")
     program = f"from tests.monitoring.test_trackers import main; main({name!r}, {str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
