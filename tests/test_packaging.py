@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
     assert modules <= set(names)
     assert "sharpkern/py.typed" in names
     assert not [name for name in names if name.startswith(("kernels", "tests", "bench"))]
+
+
+def test_a_source_distribution_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:
+    program = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    built = run(sys.executable, "-c", program, tmp_path, cwd=source)
+    assert built.returncode == 0, built.stderr
+    (packed,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    names = []
+    for number, folder in enumerate((source, unpacked)):
+        pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q")
+        built = run(*pip, "-w", tmp_path / str(number), folder, cwd=folder)
+        assert built.returncode == 0, built.stderr
+        (wheel,) = (tmp_path / str(number)).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names.append(sorted(archive.namelist()))
+            (metadata,) = [archive.read(name).decode() for name in names[-1] if name.endswith("/METADATA")]
+    assert names[0] == names[1]
+    assert any(name.endswith("licenses/LICENSE") for name in names[1])
+    assert "License-Expression: MIT" in metadata
+    assert "Project-URL: Paper, https://arxiv.org/abs/2601.16979" in metadata
 
 
 @pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.long), ("-e",)], ids=["plain", "editable"])

@@ -164,7 +164,7 @@ def compared():
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_peers_measure_the_same_steps_and_agree(compared):
     searches = {method: row for (quantity, method), row in compared.items() if quantity == "λ_c"}
     assert len(searches) == 6
@@ -186,7 +186,7 @@ def test_peers_measure_the_same_steps_and_agree(compared):
     assert compared["λ_max", "PyHessian, power iteration"]["status"] == "not installed"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_memory_of_peers_is_what_they_hold(compared):
     published = compared["λ_c", "published method"]
     theta, plain = published["parameter_bytes"], published["plain_peak_bytes"]

@@ -37,7 +37,7 @@ def test_hessian_eigenthings_agrees(peers: ModuleType) -> None:
     assert theirs.top(1e-2, "deflated_power_iteration").value == pytest.approx(top, rel=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_curvlinops_agrees(peers: ModuleType) -> None:
     pytest.importorskip("curvlinops", reason=f"curvlinops {MISSING}")
     training, loss_fn = peers.trained()

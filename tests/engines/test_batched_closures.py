@@ -308,7 +308,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("use", REFUSED, ids=ids)
 def test_closures_that_are_refused_and_handed_on(use: Use) -> None:
     model = network()

@@ -205,6 +205,18 @@ def test_sparse_buffers(layout: torch.layout, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_tensors_whose_memory_was_freed_are_left_alone(engine: str) -> None:
+    model = MLP()
+    model.cache = torch.randn(1000, 1000)
+    model.register_buffer("gathered", torch.randn(1000, 1000))
+    for tensor in (model.cache, model.gathered):
+        tensor.untyped_storage().resize_(0)
+    loss_fn = squared(model)
+    assert sharpkern.critical_sharpness(model, loss_fn, random_direction(model), engine=engine).forwards > 2
+    assert model.cache.untyped_storage().nbytes() == model.gathered.untyped_storage().nbytes() == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_generators_of_a_module_are_rewound(engine: str) -> None:
     class Dropping(nn.Sequential):
         def __init__(self) -> None:

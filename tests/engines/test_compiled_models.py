@@ -13,7 +13,7 @@ import sharpkern
 pytestmark = [
     # Dynamo looks for gradients of what flows through the model, inductor at scripted modules that it does not use.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
 ]
 
 Inputs = tuple[Tensor, Tensor]

@@ -227,7 +227,7 @@ def opaque() -> Made:
     return model, lambda: model(x).square().mean() + float(model.weight.detach().numpy().std())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.\\w+. is deprecated")
 @pytest.mark.parametrize("make", [scripted, aliased, partly_aliased, opaque])
 def test_hidden_reads_lead_to_the_engine_that_writes(make: Callable) -> None:
     model, loss_fn = make()
@@ -308,6 +308,22 @@ def test_the_share_that_rounding_swallows_is_reported(monkeypatch: pytest.Monkey
     with pytest.warns(sharpkern.RetainedWarning, match=rf"only {shares['plain']:.2f} .* masters"):
         measured = sharpkern.critical_sharpness(model, loss_fn, plain, noise=1e-3)
     assert measured.retained == shares["plain"]
+
+
+@pytest.mark.parametrize("engine", ["virtual", "inplace", "batched"])
+def test_masters_lose_nothing_to_rounding_in_any_engine(engine: str, no_swapping: None) -> None:
+    """In place the weights hold the last step that was written, and not the rounding of their masters."""
+    model = MLP(128)
+    masters = {p: p.detach().clone() for p in model.parameters()}
+    model.bfloat16()
+    x, y = torch.randn(64, 16, dtype=torch.bfloat16), torch.randint(0, 10, (64,))
+    loss_fn = lambda: F.cross_entropy(model(x).float(), y)
+    loss_fn().backward()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    direction = sharpkern.Direction.from_optimizer(optimizer, masters=masters)
+    measured = sharpkern.critical_sharpness(model, loss_fn, direction, engine=engine)
+    assert measured.status == "converged"
+    assert measured.retained == pytest.approx(1, abs=0.02)
 
 
 def test_norm_weights_are_used_in_full_precision() -> None:
