@@ -1,9 +1,9 @@
-"""What a probe of a 7B model should take on an H200, and whether the device or the host decides: arithmetic, not a timing.
+"""What a probe of Llama-7B should take on an H200, and whether device or host decides: arithmetic, not a timing.
 
     python bench/roofline.py [--quick] [--json PATH]
 
-Bytes and operations of Llama-7B over the device's bandwidth and arithmetic, beside the host's time: a plain forward's is
-assumed, and what measuring takes of it comes from the last record of bench/results/host.json.
+Bytes and operations over the device's bandwidth and arithmetic, beside the host's time. That of a plain forward pass is
+assumed, and what measuring takes of it is from the last record of bench/results/host.json.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
+from sharpkern import ops
 from sharpkern.memory.cards import MethodMemory
 from tests.helpers.cases import tokens
 from tests.helpers.models import GPT
@@ -201,6 +202,25 @@ def test_an_lstm_whose_weights_are_in_one_piece(device: str, engine: str, no_swa
     losses = engine_losses(engine, model, loss_fn, direction, (0.0, 0.01, 0.1))
     assert losses == pytest.approx(expected, rel=1e-5)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_formed_and_summed_together_is_what_is_formed_and_summed_alone(
+    device: str, dtype: torch.dtype
+) -> None:
+    numbers = (0.1, 1.0, 1.0, 0.1, 0.999, 0.001, 10.0, 0.0316, 1e-8)
+    sizes = (1, 63, 1000, 4097, (1 << 18) + 3)
+    thetas, grads = ([torch.randn(size, device=device).to(dtype) for size in sizes] for _ in range(2))
+    states = [part for size in sizes for part in (torch.randn(size).to(device), torch.rand(size).to(device), None)]
+    alpha = torch.full((1,), -0.3, device=device)
+    written = [torch.empty_like(theta) for theta in thetas]
+    ops.form_steps_("adam", written, thetas, grads, states, alpha, numbers, decoupled=True)
+    sums = ops.sum_steps("adam", thetas, grads, states, numbers, decoupled=True)
+    for i, (theta, grad) in enumerate(zip(thetas, grads, strict=True)):
+        one = ("adam", theta, grad, states[3 * i : 3 * i + 3])
+        assert torch.equal(written[i], ops.form_step(*one, alpha, numbers, decoupled=True)[0])
+        assert sums[i].tolist() == pytest.approx(ops.step_sums(*one, numbers, decoupled=True).tolist(), rel=1e-12)
 
 
 @on_gpu

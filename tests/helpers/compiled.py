@@ -29,6 +29,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+# The disassembler of this one does not know it.
+if triton.__version__.startswith("3.6."):
+    del TARGETS["sm_103"]
+
 # Bytes of shared memory that one program may have.
 SHARED_LIMIT = {
     "sm_80": 166912,
