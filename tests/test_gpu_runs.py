@@ -206,9 +206,7 @@ def test_an_lstm_whose_weights_are_in_one_piece(device: str, engine: str, no_swa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_is_formed_and_summed_together_is_what_is_formed_and_summed_alone(
-    device: str, dtype: torch.dtype
-) -> None:
+def test_what_is_formed_and_summed_together_is_what_is_formed_and_summed_alone(device: str, dtype: torch.dtype) -> None:
     numbers = (0.1, 1.0, 1.0, 0.1, 0.999, 0.001, 10.0, 0.0316, 1e-8)
     sizes = (1, 63, 1000, 4097, (1 << 18) + 3)
     thetas, grads = ([torch.randn(size, device=device).to(dtype) for size in sizes] for _ in range(2))

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 import triton
-from sharpkern.kernels import _launch
+from sharpkern.kernels import _launch, linear
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -104,6 +104,7 @@ def recorded(architecture: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(_launch, "INTERPRETED", True),
         mock.patch.object(_launch, "architecture", return_value=architecture),
+        mock.patch.object(linear, "architecture", return_value=architecture),
         mock.patch.object(JITFunction, "run", run),
     ):
         yield launches
