@@ -115,6 +115,24 @@ def kernels() -> list[str]:
     return table(f"case | kernel | {head} (sm_90)", line, rows)
 
 
+def host() -> list[str]:
+    """What measuring on a GPU takes of the host's time, before launches were made again and since, in two records."""
+    before, now = json.loads((RESULTS / "host.json").read_text(encoding="utf-8"))[-2:]
+    first = {row["case"]: row["plain_forwards"] for row in before["rows"]}
+    rows = [{**row, "before": first[row["case"]]} for row in now["rows"]]
+    loads = " and ".join(f"{record['environment']['load_average'][0]:.1f}" for record in (before, now))
+    return [
+        *table(
+            "part | plain forward passes | before | launches",
+            "{case} | {plain_forwards:.2f} | {before:.2f} | {launches}",
+            rows,
+        ),
+        "",
+        f"The model has the {now['tensors']} tensors of Llama-7B, and narrow layers. The machine was busy with other "
+        f"work, with load averages of {loads} on two cores.",
+    ]
+
+
 def overhead() -> list[str]:
     """What a monitor adds to training time, by how often it measures, and in whole windows of steps."""
     record = latest("overhead")
@@ -406,6 +424,7 @@ TABLES = {
     "line search": line_search,
     "cost": cost,
     "kernels": kernels,
+    "host": host,
     "overhead": overhead,
     "sample": sampled,
     "small": small_models,

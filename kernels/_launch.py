@@ -16,6 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# The oldest that the kernels are tested with.
+_OLDEST_TRITON = (3, 6)
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
+    raise ImportError(
+        f"sharpkern.kernels needs Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer, got {triton.__version__}; "
+        "install a newer one, which may need a newer torch, or let plain torch do it by SHARPKERN_BACKEND=torch"
+    )
+
 _NOWHERE_ELSE = nullcontext()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accepts import check_alpha, check_dtype, check_floats, check_rows
-from ._launch import STREAMING, Case, Launcher, choose, grid, is_hopper, on_device, options
+from ._launch import STREAMING, Case, Launcher, architecture, choose, grid, is_hopper, on_device, options
 
 # Up to here a program reads its weights once for several step sizes.
 FEW_TOKENS = 64
@@ -35,6 +35,10 @@ _BLOCKS = 8
 
 # Columns of a tile's row that are worth a program of their own.
 _MIN_COLUMNS = 256
+
+
+# GPUs on which tiles are spilled to memory: Turing, whose matrix instructions are of another kind, and RDNA.
+_WITHOUT_REGISTERS = ("sm_7", "gfx10", "gfx11", "gfx12")
 
 
 class Tile(NamedTuple):
@@ -64,7 +68,7 @@ class Tile(NamedTuple):
 _FEW = (
     *(
         Case(arch, None, None, Tile(64, _BLOCK, depth=32, stages=4, programs=512, threads=256, registers=128))
-        for arch in ("sm_80", "sm_90", "sm_100")
+        for arch in ("sm_80", "sm_90", "sm_100", "sm_103")
     ),
     Case(None, None, None, Tile(64, _BLOCK, depth=32, stages=2, programs=512, threads=256)),
 )
@@ -74,7 +78,7 @@ _MANY = (
     Case("sm_90", 2, None, Tile(128, 256, depth=64, stages=3, programs=128, threads=256)),
     *(
         Case(arch, None, None, Tile(128, 128, depth=64, stages=3, programs=128, threads=256))
-        for arch in ("sm_80", "sm_90", "sm_100")
+        for arch in ("sm_80", "sm_90", "sm_100", "sm_103")
     ),
     Case(None, None, None, Tile(64, 128, depth=32, stages=2, programs=128, threads=256)),
 )
@@ -83,7 +87,7 @@ _FEW_FP32 = Tile(64, _BLOCK, depth=16, stages=2, programs=512, threads=256)
 _MANY_FP32 = Tile(64, 128, depth=16, stages=2, programs=128, threads=256)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps", "num_tokens", "num_parts"])
 def _few_tokens_kernel(
     out,
     out_stride,
@@ -159,7 +163,7 @@ def _few_tokens_kernel(
             tl.store(out + offsets, sums[k * BLOCKS + block].to(out.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps", "num_tokens", "num_parts"])
 def _many_tokens_kernel(
     out,
     out_stride,
@@ -287,6 +291,11 @@ def _check(x: Tensor, W: Tensor, D: Tensor, alpha: Tensor) -> int:
     """Refuse operands that do not fit and return K."""
     check_floats(x=x, W=W, D=D)
     check_rows(W=W, D=D)
+    arch = architecture(x.device)
+    if arch.startswith(_WITHOUT_REGISTERS):
+        raise ValueError(
+            f"linear must run on a GPU whose registers its tiles fit, got {arch}; use the torch implementation"
+        )
     num_steps = check_alpha(alpha, x)
     if x.dim() != 3 or x.shape[0] not in {1, num_steps} or x.shape[2] != W.shape[1]:
         raise ValueError(

@@ -309,6 +309,7 @@ def _outcomes(record: Record, sections: Iterable[Section]) -> Iterator[str]:
         reason = f": {entry['error']}" if entry.get("error") else ""
         yield f"{section.name}: {entry['status']}{counted}{reason}"
         for name, case in cases.items():
+            yield from (f"  {name}: WARNED: {said}" for said in case.get("warnings", []))
             if case["status"] != DONE:
                 yield f"  {name}: {case['status'].upper()}{': ' + case['error'] if case.get('error') else ''}"
                 for row in case.get("rows", []):

@@ -52,7 +52,7 @@ def command(
         say(str(error))
         raise typer.Exit(1) from error
     if record.environment["gpu"] is None:
-        say("No GPU: small sizes by plain torch, and the sections that need a GPU are left out.")
+        say("NO GPU: small sizes by plain torch. Nothing of this sitting is of a kernel; what needs a GPU is left out.")
     try:
         run(record, sections, quick=quick, budget=budget - (time.monotonic() - started), tell=say)
     except KeyboardInterrupt:

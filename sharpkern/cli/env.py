@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -54,8 +56,23 @@ def report() -> Iterator[tuple[str, str]]:
         yield package, _version_of(package) or "not installed"
     yield "torch built for", _backend()
     yield VARIABLE, os.environ.get(VARIABLE) or "not set"
+    # Triton builds what launches its kernels when they are first called.
+    yield "C compiler", _compiler() or "not found, without which Triton launches nothing; set CC, or install gcc"
+    yield "Python.h", "found" if _has_headers() else "not found, without which Triton launches nothing"
     yield "CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
     yield from _devices()
+
+
+def _compiler() -> str | None:
+    """Return the name of the C compiler that Triton would take, without its folder."""
+    named = os.environ.get("CC")
+    found = shutil.which(named) if named else next(filter(None, map(shutil.which, ("clang", "gcc", "cc"))), None)
+    return None if found is None else os.path.basename(found)
+
+
+def _has_headers() -> bool:
+    """Whether the header files of Python are there."""
+    return os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
 
 
 def _version_of(package: str) -> str | None:

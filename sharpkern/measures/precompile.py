@@ -212,17 +212,20 @@ def _launches_of_layers(model: nn.Module, device: torch.device, dtypes: set[torc
         alpha = torch.zeros(steps, dtype=torch.float32, device=device)
         height = VOCABULARY_CHUNK // steps
         for width in {height} | {vocabulary % height or height for vocabulary in vocabularies if vocabulary > height}:
-            statistics = [torch.zeros(4, device=device) for _ in range(3)]
+            maximum, total, target = (torch.zeros(4, device=device) for _ in range(3))
             logits = torch.zeros(4, height, device=device)[:, :width]
-            ops.online_cross_entropy_(*statistics, logits, torch.zeros(4, dtype=torch.int64, device=device), 0)
+            labels = torch.zeros(4, dtype=torch.int64, device=device)
+            ops.online_cross_entropy_(maximum, total, target, logits, labels, 0)
             yield
         for kind, length, eps, has_bias in norms:
             for dtype in dtypes:
                 x = torch.zeros(steps, 4, length, dtype=dtype, device=device)
                 w, d = torch.ones(length, dtype=dtype, device=device), torch.ones(length, device=device)
+                if eps is None:
+                    continue
                 if kind is nn.LayerNorm:
                     ops.layer_norm(x, w, d, w if has_bias else None, d if has_bias else None, alpha, eps=eps)
-                elif eps is not None:
+                else:
                     ops.rms_norm(x, w, d, alpha, eps=eps)
                 yield
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,27 @@ def test_a_section_runs_behind_the_check_that_it_waits_for(one_sitting):
     assert floor == {8}
 
 
+def test_what_a_case_falls_back_from_is_written_down(tmp_path, monkeypatch):
+    (tmp_path / "falling.py").write_text(
+        "import sharpkern\n"
+        "from sharpkern.errors import warn\n"
+        "def cases(bench):\n"
+        "    def fall():\n"
+        "        warn('plain torch took over', sharpkern.KernelWarning)\n"
+        "        yield {'variant': 'x'}\n"
+        "    return {'fall': fall}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cases = {}
+    job = {"module": "falling", "quick": True, "passed": [], "share": [0, 1], "skip": []}
+    sitting.work(cases, lambda: None, **job)
+    assert cases["fall"]["status"] == "done"
+    assert cases["fall"]["warnings"] == ["plain torch took over"]
+    record = SimpleNamespace(sections={"model": {"status": "done", "cases": cases}})
+    (model,) = with_gate(SECTIONS, ["model"])[1:]
+    assert "  fall: WARNED: plain torch took over" in list(report._outcomes(record, [model]))
+
+
 def test_the_output_ends_with_the_table_and_what_was_left_out(one_sitting):
     _, result = one_sitting
     assert re.search(
@@ -79,7 +101,7 @@ def test_the_output_ends_with_the_table_and_what_was_left_out(one_sitting):
     )
     assert re.search(r"\n8 +8 +0\.|\n8 +8 +1\.", result.output)
     assert "compiled: left out: needs a GPU" in result.output
-    assert "No GPU: small sizes by plain torch" in result.output
+    assert "NO GPU: small sizes by plain torch" in result.output
     said = " ".join(result.output.split())
     names = "linear K=1, linear K=4, linear K=8, axpy_, form"
     assert re.search(rf"Correctness against float64: \d+ calls of {names}, .*; largest error 0\.", said)
@@ -125,7 +147,7 @@ def known_machine(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--section", "lineal"], "section must be one of ceilings, correctness, .* got 'lineal'"),
+        (["--section", "lineal"], "section must be one of correctness, model, ceilings, .* got 'lineal'"),
         (["--budget", 0], "should be greater than or equal to 1|is not in the range"),
         (["--output", "."], "output must be a file, got the folder \\.; name one in it: bench.json"),
         (
@@ -171,7 +193,7 @@ def test_the_limits_fit_into_ten_minutes():
 
 def test_sections_run_in_the_order_of_the_plan_with_the_gate_before_them():
     names = [section.name for section in with_gate(SECTIONS, ["linear", "ceilings"])]
-    assert names == ["ceilings", "correctness", "linear"]
+    assert names == ["correctness", "ceilings", "linear"]
     assert [section.name for section in with_gate(SECTIONS, ["ceilings"])] == ["ceilings"]
     assert with_gate(SECTIONS, []) == list(SECTIONS)
 

@@ -224,6 +224,17 @@ def test_env_lists_devices(monkeypatch):
     assert "- torch built for: CUDA 13.0" in lines
 
 
+def test_env_says_whether_triton_can_build_what_launches_its_kernels(monkeypatch):
+    monkeypatch.setenv("CC", "sh")
+    assert "- C compiler: sh\n" in invoke("env").output
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("sharpkern.cli.env.shutil.which", lambda name: None)
+    monkeypatch.setattr("sharpkern.cli.env.sysconfig.get_paths", lambda: {"include": "/nowhere"})
+    said = invoke("env").output
+    assert "- C compiler: not found, without which Triton launches nothing; set CC" in said
+    assert "- Python.h: not found" in said
+
+
 def test_env_says_what_is_not_installed(monkeypatch):
     monkeypatch.setattr("sharpkern.cli.env._PACKAGES", ("no-such-package",))
     assert "- no-such-package: not installed" in invoke("env").output

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 import triton
-from sharpkern.kernels import _launch
+from sharpkern.kernels import _launch, linear
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -24,11 +24,24 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_103": GPUTarget("cuda", 103, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+# The disassembler of this one does not know it.
+if triton.__version__.startswith("3.6."):
+    del TARGETS["sm_103"]
+
 # Bytes of shared memory that one program may have.
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_LIMIT = {
+    "sm_80": 166912,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_103": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
 
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
@@ -91,6 +104,7 @@ def recorded(architecture: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(_launch, "INTERPRETED", True),
         mock.patch.object(_launch, "architecture", return_value=architecture),
+        mock.patch.object(linear, "architecture", return_value=architecture),
         mock.patch.object(JITFunction, "run", run),
     ):
         yield launches

@@ -140,10 +140,12 @@ def _reduce(*dtypes: torch.dtype) -> Callable[[], object]:
 
 # Matrix instructions of one warp in one round of the loop: 8 sums of [16, 64], depth 32, and one of [128, 128 or 256],
 # depth 64. Tiles of rows at any address are [64, 128], depth 32; float32 has matrix instructions on CDNA alone.
-_FEW = dict.fromkeys(("sm_80", "sm_90", "sm_100"), ("HMMA", 16)) | {"gfx942": ("v_mfma", 16)}
+_FEW = dict.fromkeys(("sm_80", "sm_90", "sm_100", "sm_103", "sm_120"), ("HMMA", 16)) | {"gfx942": ("v_mfma", 16)}
 _FEW_FP32 = {"gfx942": ("v_mfma", 32)}
-_MANY = {"sm_80": ("HMMA", 64), "sm_90": ("HGMMA", 4), "sm_100": ("UTCHMMA", 4), "gfx942": ("v_mfma", 8)}
-_MANY_UNALIGNED = {"sm_80": ("HMMA", 16), "sm_90": ("HGMMA", 2), "sm_100": ("UTCHMMA", 2), "gfx942": ("v_mfma", 8)}
+_MANY = {"sm_80": ("HMMA", 64), "sm_90": ("HGMMA", 4), "sm_120": ("HMMA", 16), "gfx942": ("v_mfma", 8)}
+_MANY |= dict.fromkeys(("sm_100", "sm_103"), ("UTCHMMA", 4))
+_MANY_UNALIGNED = {"sm_80": ("HMMA", 16), "sm_90": ("HGMMA", 2), "sm_120": ("HMMA", 16), "gfx942": ("v_mfma", 8)}
+_MANY_UNALIGNED |= dict.fromkeys(("sm_100", "sm_103"), ("UTCHMMA", 2))
 _MANY_FP32 = {"gfx942": ("v_mfma", 16)}
 
 _Matrix = dict[str, tuple[str, int]]

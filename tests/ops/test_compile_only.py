@@ -17,7 +17,7 @@ from tests.helpers.compiled import SHARED_LIMIT, TARGETS, compile_launch, finger
 from tests.helpers.launches import ALWAYS, CASES, RULES, SMALLEST, case_facts, committed_facts, form_state  # noqa: E402
 
 # Three programs of 256 threads fit the registers of a multiprocessor, four waves those of a CDNA SIMD.
-MAX_REGISTERS = {"sm_80": 80, "sm_90": 80, "sm_100": 80, "gfx942": 128}
+MAX_REGISTERS = {**dict.fromkeys(TARGETS, 80), "gfx942": 128}
 
 # A kernel that does not fit an architecture can compile without an error to a few instructions that trap.
 MIN_INSTRUCTIONS = 40

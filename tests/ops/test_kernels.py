@@ -44,6 +44,28 @@ def test_cpu_tensors_are_refused_with_the_remedy():
         form(weight, weight, torch.zeros(1))
 
 
+def test_an_older_triton_is_refused_at_import():
+    program = """
+import triton
+triton.__version__ = "3.5.1"
+import sharpkern.kernels.form
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "ImportError: sharpkern.kernels needs Triton 3.6 or newer, got 3.5.1; install a newer one" in done.stderr
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "gfx1100"])
+def test_a_linear_layer_is_refused_where_its_tiles_do_not_fit_the_registers(architecture):
+    from sharpkern.kernels.linear import linear
+
+    from tests.helpers.compiled import launches_of
+
+    x, W = torch.zeros(1, 2, 32), torch.zeros(16, 32)
+    with pytest.raises(ValueError, match=rf"linear must run on a GPU whose .* fit, got {architecture}"):
+        launches_of(lambda: linear(x, W, W, torch.zeros(1)), architecture)
+
+
 def calls(path: Path) -> list[ast.Call]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton", reason="triton is a Linux package")
 
 
-@pytest.mark.parametrize("file", ["test_launchers", "test_engines_launched", "test_counts"])
+@pytest.mark.long
+@pytest.mark.parametrize("file", ["test_launchers", "test_engines_launched", "test_counts", "test_precompile"])
 def test_launches(file: str) -> None:
     from tests.helpers.fake_gpu import missing
 
