@@ -21,7 +21,7 @@ from torch import nn
 from workloads import GPT, gpt_adamw, ramps, sentences, trained
 
 import sharpkern
-from sharpkern._support.figures import COLORS, GREY, columns, legend_below, light_grid, new_figure
+from sharpkern._support.figures import COLORS, GREY, columns, light_grid, new_figure
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Variant:
 
 
 BASE = Variant()
+# λ_c has fallen where the last quarter of a warm-up is lower than this share of the highest one.
+_FALLEN = 0.8
 FACTORS: dict[str, tuple[str, tuple[float, ...]]] = {
     "standard deviation of the initial weights": ("std", (0.02, 0.1, 0.2)),
     "width": ("width", (32, 64, 128)),
@@ -109,51 +111,53 @@ def pieces(setting: Setting, work: Path, data: None) -> Mapping[str, Piece]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw one panel for each thing that was changed: λ_c by the share of the warm-up, a line for each seed."""
+    """Draw one panel for each thing that was changed: the seeds' median λ_c by the share of the warm-up."""
     runs = {run[0]["run"]: run for run in by_run(rows)}
-    figure = new_figure(13, 6.5)
+    figure = new_figure(11, 5.6)
     panels = figure.subplots(2, 4, sharey=True).flatten()
     for axes, (words, (field, values)) in zip(panels, FACTORS.items(), strict=False):
         for value, color in zip(values, COLORS, strict=False):
-            name = "as in figure 3" if getattr(BASE, field) == value else f"{words} {value:g}"
-            for seed in {row["seed"] for row in runs.get(name, ())}:
-                own = [row for row in runs[name] if row["seed"] == seed and row["status"] == "converged"]
-                points = [(row["share"], row["lambda_c"]) for row in own]
-                axes.plot(*columns(points), ".-", color=color, linewidth=1, markersize=3)
-            axes.plot([], [], color=color, label=f"{words} {value:g}")
+            run = runs.get("as in figure 3" if getattr(BASE, field) == value else f"{words} {value:g}", ())
+            shares = sorted({row["share"] for row in run})
+            middles = [(share, median(row["lambda_c"] for row in run if row["share"] == share)) for share in shares]
+            axes.plot(*columns(middles), color=color, linewidth=1.3, label=f"{value:g}")
         own = sorted({(row["share"], 2 / row["lr"]) for row in runs["as in figure 3"]})
-        axes.plot(*columns(own), "--", color=GREY, linewidth=1, label="2/η of the run as in figure 3")
+        axes.plot(*columns(own), "--", color=GREY, linewidth=1)
         axes.set_yscale("log")
-        axes.set_title(words, fontsize="medium")
-        axes.set_xlabel("share of the warm-up")
+        axes.set_title(words, fontsize="small")
+        axes.legend(fontsize="x-small", frameon=False, loc="lower right")
         light_grid(axes)
-    panels[-1].remove()
-    panels[0].set_ylabel(r"$\lambda_c$ (1/learning rate)")
-    legend_below(figure, panels[:-1])
+    panels[-1].axis("off")
+    panels[-1].text(0, 0.5, "medians of the seeds\ndashed: 2/η of the run\nas in figure 3", fontsize="small")
+    for axes in panels[3:7]:
+        axes.set_xlabel("share of the warm-up")
+    for axes in panels[::4]:
+        axes.set_ylabel(r"$\lambda_c$ (1/learning rate)")
     figure.savefig(path)
 
 
 def numbers(rows: list[Row]) -> dict[str, str]:
-    """Return what the README has in its table: medians over the first and the last quarter of the warm-up."""
+    """Return what the README has in its table: medians of the four quarters of the warm-up."""
     found = {}
     for run in by_run(rows):
-        ends = [median(_ends(run, "lambda_c", seed)[k] for seed in _seeds(run)) for k in (0, 1)]
-        rises = sum(end > start for start, end in (_ends(run, "lambda_c", seed) for seed in _seeds(run)))
-        found[run[0]["run"]] = f"{number(ends[0])} to {number(ends[1])}, rises with {rises} of {len(_seeds(run))} seeds"
+        seeds = [_quarters(run, "lambda_c", seed) for seed in sorted({row["seed"] for row in run})]
+        fell = sum(quarters[3] < _FALLEN * max(quarters) for quarters in seeds)
+        middles = " / ".join(number(median(column)) for column in zip(*seeds, strict=True))
+        found[run[0]["run"]] = f"{middles}, has fallen at the end with {fell} of {len(seeds)} seeds"
     base = next(run for run in by_run(rows) if run[0]["run"] == "as in figure 3")
-    ends = [median(_ends(base, "uncorrected", seed)[k] for seed in _seeds(base)) for k in (0, 1)]
-    return {**found, "Δθ without bias correction": f"{number(ends[0])} to {number(ends[1])}"}
+    seeds = [_quarters(base, "uncorrected", seed) for seed in sorted({row["seed"] for row in base})]
+    return {
+        **found,
+        "as in figure 3, Δθ without bias correction": " / ".join(
+            number(median(column)) for column in zip(*seeds, strict=True)
+        ),
+    }
 
 
-def _seeds(run: list[Row]) -> list[int]:
-    return sorted({row["seed"] for row in run})
-
-
-def _ends(run: list[Row], column: str, seed: int) -> tuple[float, float]:
-    """Return the medians of a column in the first and in the last quarter of a run."""
+def _quarters(run: list[Row], column: str, seed: int) -> list[float]:
+    """Return the medians of a column in the four quarters of a run."""
     own = [row for row in run if row["seed"] == seed and row["status"] == "converged"]
-    first, last = ([row[column] for row in own if low <= row["share"] < low + 0.25] for low in (0.0, 0.75))
-    return median(first), median(last)
+    return [median(row[column] for row in own if k <= 4 * row["share"] < k + 1) for k in range(4)]
 
 
 SETTINGS = (Setting(20, 3, variants()), Setting(4, 1, {"as in figure 3": replace(BASE, warm_up=8, rows=2)}))
