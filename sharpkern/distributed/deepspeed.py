@@ -184,7 +184,7 @@ def is_engine(module: object) -> bool:
 
 def engine_in(model: nn.Module) -> Any | None:
     """The engine that a model is or holds."""
-    return next(filter(is_engine, model.modules()), None)
+    return next(filter(is_engine, model.modules()), None) if "deepspeed" in sys.modules else None
 
 
 def is_wrapper(optimizer: object) -> bool:

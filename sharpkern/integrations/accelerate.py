@@ -3,6 +3,7 @@
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, update_wrapper, wraps
 from typing import Any
 
@@ -12,6 +13,7 @@ from typing_extensions import Unpack
 
 from sharpkern._support.optional import missing
 from sharpkern.directions.direction import Direction
+from sharpkern.distributed.deepspeed import clip_of
 from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.integrations.deepspeed import before_steps_of
 from sharpkern.measures.micro_batches import Clip, Losses, coefficient
@@ -193,15 +195,23 @@ class SharpnessMonitor(Monitor):
             total = sum(known) / num_steps if len(known) == len(batches) else None
             measurement = call(_StepLoss(loss_fn, batches, num_steps), loss=total)
         else:
-            if 0 < len(batches) < num_steps:
+            share = len(batches) / num_steps
+            if 0 < share < 1 and (self._hook is None or clipped is not None):
                 # Where the data ends the gradient is a share of the mean's.
-                clipped = (coefficient(clipped) or 1.0) * len(batches) / num_steps
+                clipped = (coefficient(clipped) or 1.0) * share
+            elif 0 < share < 1 and direction is None:
+                call = partial(call, direction=partial(self._share_of_step, share))
             losses: Losses = known if len(known) == len(batches) else None
             parts = [partial(loss_fn, *one) for one in batches]
             measurement = call(parts, loss=losses, weights=weights, clip=clipped)
         if self.cap is not None:
             self.cap.step()
         return measurement
+
+    def _share_of_step(self, share: float) -> Direction:
+        """The direction of DeepSpeed's step, whose gradient is a share of the mean's."""
+        direction = Direction._from_optimizer(self._optimizer, clip=clip_of(self._model))
+        return replace(direction, _clip=(direction._clip or 1.0) * share)
 
     def state_dict(self) -> dict[str, Any]:
         """The Monitor's, and that of the cap."""
@@ -220,7 +230,8 @@ def _watch_backward(accelerator: Any, monitor: SharpnessMonitor) -> None:
     @wraps(clip)
     def clipped(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm, monitor = clip(parameters, max_norm, *args, **kwargs), watching()
-        if monitor is not None and norm is not None and accelerator.sync_gradients:
+        # DeepSpeed clips inside of its step, which has been taken by then; directions know of that.
+        if monitor is not None and monitor._hook is None and norm is not None and accelerator.sync_gradients:
             monitor._clipped = norm, max_norm
         return norm
 

@@ -31,7 +31,13 @@ pytestmark = pytest.mark.long
 MEASURED, FURTHER, RTOL = 3, 2, 1e-4
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 8}}
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
-SMALL_GROUPS = {"sub_group_size": 3000, "stage3_param_persistence_threshold": 50}
+# Little is gathered at a time, and let go of soon.
+SMALL_GROUPS = {
+    "sub_group_size": 3000,
+    "stage3_param_persistence_threshold": 50,
+    "stage3_prefetch_bucket_size": 1000,
+    "stage3_max_reuse_distance": 0,
+}
 SETUPS: dict[str, dict[str, Any]] = {
     "ZeRO-0": {"stage": 0},
     "ZeRO-1": {"stage": 1},

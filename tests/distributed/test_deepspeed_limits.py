@@ -32,7 +32,13 @@ from tests.helpers.zero import (
 pytest.importorskip("deepspeed", reason="needs deepspeed")
 pytestmark = pytest.mark.long
 
-SMALL_GROUPS = {"sub_group_size": 3000, "stage3_param_persistence_threshold": 50}
+# Little is gathered at a time, and let go of soon.
+SMALL_GROUPS = {
+    "sub_group_size": 3000,
+    "stage3_param_persistence_threshold": 50,
+    "stage3_prefetch_bucket_size": 1000,
+    "stage3_max_reuse_distance": 0,
+}
 
 # Failures
 
@@ -215,6 +221,7 @@ def misused(rank: int) -> dict[str, str]:
     )
     said["it goes on"] = monitor(loss_fn).status
     sharded = engine_of(gpt(), 3)
+    train(sharded, 1, None)
     # Small enough to stay gathered.
     of_norm = sharpkern.Direction.from_tensors({"module.norm.weight": torch.ones(20)}, sharded)
     said["parameters that are nowhere whole"] = told(

@@ -110,7 +110,7 @@ def by_trainer(
 class Loop:
     """A loop of Accelerate that calls the monitor where DeepSpeed's has to, or where all others do."""
 
-    def __init__(self, rank: int, stage: int | None, lr: float = 1e-2) -> None:
+    def __init__(self, rank: int, stage: int | None, accumulate: int = ACCUMULATE, rows: int = ROWS) -> None:
         prepare(rank)
         self.ahead = stage is not None
         kind: dict[str, Any] = {"cpu": True}
@@ -118,8 +118,8 @@ class Loop:
             from accelerate.utils import DeepSpeedPlugin
 
             config = {
-                "train_micro_batch_size_per_gpu": ROWS // NUM_RANKS // ACCUMULATE,
-                "gradient_accumulation_steps": ACCUMULATE,
+                "train_micro_batch_size_per_gpu": rows // NUM_RANKS // accumulate,
+                "gradient_accumulation_steps": accumulate,
                 "gradient_clipping": CLIP,
                 "zero_optimization": {"stage": stage},
                 "zero_allow_untested_optimizer": True,
@@ -127,14 +127,13 @@ class Loop:
             }
             # Accelerate takes cpu=True for a run without DeepSpeed.
             kind = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
-        self.accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE, **kind)
+        self.accelerator = Accelerator(gradient_accumulation_steps=accumulate, **kind)
         model = gpt()
         optimizer = adamw(model.parameters())
-        optimizer.param_groups[0]["lr"] = lr
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         # Without a GPU Accelerate takes each process of DeepSpeed's for a run of its own, and spreads no data.
-        rows = (tokens(step) if stage is None else mine(tokens(step)) for step in range(STEPS))
-        self.batches = [batch for of_step in rows for batch in of_step.chunk(ACCUMULATE)]
+        each = (tokens(step, rows) if stage is None else mine(tokens(step, rows)) for step in range(STEPS))
+        self.batches = [batch for of_step in each for batch in of_step.chunk(accumulate)]
 
     def loss(self, rows: Tensor) -> Tensor:
         return loss_of(self.model, rows)
@@ -166,6 +165,19 @@ def by_accelerate(rank: int, stage: int | None, **options: Any) -> tuple[Found, 
     return numbers(monitor), same, [one.lr for one in monitor.cap.history] if monitor.cap else []
 
 
+def sampled(rank: int, stage: int) -> list[tuple[float, float, int | None]]:
+    """How far η_c of a sample is from that of all micro-batches, its error, and the size of the sample."""
+    started()
+    found = []
+    for sample in (None, "auto"):
+        loop = Loop(rank, stage, accumulate=32, rows=64)
+        monitor = SharpnessMonitor(loop.accelerator, loop.model, loop.optimizer, sample=sample)
+        loop.run(monitor)
+        found.append([one.measurement for one in monitor.history])
+    pairs = zip(*found, strict=True)
+    return [(abs(m.critical_lr / w.critical_lr - 1), m.error / w.critical_lr, m.sample_size) for w, m in pairs]
+
+
 def in_the_wrong_order(rank: int) -> str:
     """What is said where the monitor is called when the step has been taken."""
     started()
@@ -186,6 +198,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for stage in range(4):
         jobs[f"Trainer, {stage}"] = partial(by_trainer, stage=stage, folder=folder)
         jobs[f"Accelerate, {stage}"] = partial(by_accelerate, stage=stage)
+    jobs |= {f"sampled, {stage}": partial(sampled, stage=stage) for stage in (0, 2)}
     jobs["Trainer, capped"] = partial(by_trainer, stage=2, folder=folder, lr=CAP["peak"], cap=CAP)
     return on_ranks(jobs, NUM_RANKS, tmp_path_factory.mktemp("ranks"), seconds=300)
 
@@ -231,6 +244,18 @@ def test_a_cap_holds_the_rate_inside_of_the_engines_step(ranks: list[dict[str, A
     assert min(capped) < CAP["peak"] / 2
     assert [one[2] for one in found] == pytest.approx([one[2] for one in expected], rel=1e-2)
     assert not any(math.isnan(one[3]) for one in found)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_sample_knows_how_the_step_clips(ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in ranks:
+        found = rank[f"sampled, {stage}"]
+        assert len(found) == STEPS
+        for difference, error, size in found:
+            assert size is not None
+            assert difference < max(error, 0.01)
+        # Of 64 on both ranks.
+        assert min(size for *_, size in found) < 32
 
 
 def test_a_call_after_the_step_is_told_of(ranks: list[dict[str, Any]]) -> None:
