@@ -542,7 +542,8 @@ def test_where_one_rank_fails_no_other_waits(failing, name) -> None:
     assert found[who][0].startswith(("ValueError: tripped", "RuntimeError: ")), found[who][0]
     assert "[Stage" in found[who][0] or found[who][0] == "ValueError: tripped"
     for _, seconds, same in found:
-        assert seconds < 15
+        # The groups themselves give up after 30.
+        assert seconds < 25
         assert same
 
 
