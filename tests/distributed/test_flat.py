@@ -382,7 +382,7 @@ def test_where_one_rank_fails_all_are_told_and_the_run_goes_on(running, name) ->
 def test_no_rank_holds_more_than_its_pieces_and_a_pass(two) -> None:
     found = two[0]["memory"]
     assert isinstance(found, dict), found
-    # Δθ and the backup of θ, of this rank's pieces.
+    # Δθ and the backup of θ, of this rank's pieces; a thread of gloo may let go of a gathered layer late.
     assert found["measured"] <= found["plain"] + 2 * found["shards"] + 1.2 * found["layer"]
     assert found["shards"] == 4 * found["layer"]
 
