@@ -99,13 +99,17 @@ def left_out(torch: str) -> dict[str, list[str]]:
     return {reason: tests for below, table in LEFT_OUT.items() if version < below for reason, tests in table.items()}
 
 
-def run(torch: str, python: str, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
-    """Make the environment, run the core, and return what came of it."""
-    environment, report = folder / "environment", folder / "report.xml"
+def made(torch: str, python: str, environment: Path) -> Path:
+    """Make an environment, and return it."""
     subprocess.run([python, "-m", "venv", environment], check=True)
+    install = ["-m", "pip", "install", "-q", "--no-cache-dir", f"torch=={torch}", *PACKAGES]
+    subprocess.run([environment / "bin" / "python", *install], check=True)
+    return environment
+
+
+def run(torch: str, environment: Path, report: Path, extra: Sequence[str]) -> dict[str, Any]:
+    """Run the core, and return what came of it."""
     inside = environment / "bin" / "python"
-    install = [inside, "-m", "pip", "install", "-q", "--no-cache-dir", f"torch=={torch}", *PACKAGES]
-    subprocess.run(install, check=True)
     reasons = left_out(torch)
     without = [f"--deselect={test}" for tests in reasons.values() for test in tests]
     # As .ci/run has it, but for the versions.
@@ -133,11 +137,13 @@ def main() -> None:
     parser.add_argument("--torch", required=True, help="a version of torch, such as 2.6.0")
     parser.add_argument("--python", default=sys.executable, help="an interpreter")
     parser.add_argument("--folder", type=Path, help="where the environment is made; several GB are needed")
+    parser.add_argument("--environment", type=Path, help="one that is there already, in place of making one")
     parser.add_argument("--json", type=Path, help="add the record to this file")
     arguments, extra = parser.parse_known_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        record = run(arguments.torch, arguments.python, folder, extra)
+        environment = arguments.environment or made(arguments.torch, arguments.python, folder / "environment")
+        record = run(arguments.torch, environment, folder / "report.xml", extra)
     finally:
         shutil.rmtree(folder)
     print(json.dumps(record, indent=1))
