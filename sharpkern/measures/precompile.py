@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -43,7 +44,7 @@ class _Kind:
     """
 
     parameters: Sequence[Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     group: Mapping[str, Any]
 
 
@@ -82,9 +83,7 @@ def precompile(
     num_launches = 0
     with torch.no_grad(), progress_bar(len(kinds) + 1, shown=progress and bool(kinds), words="compiling") as advance:
         for kind in kinds:
-            num_launches += undisturbed(
-                [kind.parameters[0].device], lambda kind=kind: _count(_launches_of(kind, model))
-            )  # type: ignore[misc]
+            num_launches += undisturbed([kind.parameters[0].device], partial(_count_of_kind, kind, model))
             advance("compiling kernels of the optimizer")
         for device, dtypes in _devices(kinds).items():
             num_launches += _count(_launches_of_layers(model, device, dtypes))
@@ -100,6 +99,10 @@ def told_of_compiling(model: nn.Module) -> Iterator[None]:
     words = "first measurement: compiling kernels, which sharpkern.precompile does before training"
     with progress_bar(1, shown=is_first, words=words):
         yield
+
+
+def _count_of_kind(kind: _Kind, model: nn.Module) -> int:
+    return _count(_launches_of(kind, model))
 
 
 def _count(launches: Iterator[None]) -> int:
@@ -141,8 +144,8 @@ def _launches_after(num_steps: int, kind: _Kind, model: nn.Module) -> Iterator[N
     whole = _stand_in(num_steps, kind, _LARGE_MODEL if size >= _LARGE_MODEL else _FEW)
     # Sums, and weights that are written in place.
     if isinstance(whole, LazyUpdate):
-        options = {"decoupled": whole.decoupled, "flag": whole.flag}
-        ops.sum_steps(whole.rule, [whole.base], [whole.grad], whole.state, whole.numbers, **options)
+        operands = (whole.rule, [whole.base], [whole.grad], whole.state, whole.numbers)
+        ops.sum_steps(*operands, decoupled=whole.decoupled, flag=whole.flag)
     else:
         ops.reduce([whole.update()], [whole.update()], [whole.base])
     yield
