@@ -381,6 +381,7 @@ def test_warm_ups_are_summed_up_by_their_quarters():
     assert [row["share"] for row in rows] == [k / 8 for k in range(8)]
     # At the first step m is a tenth of the gradient, and √v √0.05 of it.
     assert rows[0]["uncorrected"] == pytest.approx(rows[0]["lambda_c"] * 0.1 / 0.05**0.5)
-    planted = [{**row, "lambda_c": value, "status": "converged"} for row, value in zip(rows, [1, 1, 8, 8, 4, 4, 2, 2])]
+    values = [1, 1, 8, 8, 4, 4, 2, 2]
+    planted = [{**row, "lambda_c": one, "status": "converged"} for row, one in zip(rows, values, strict=True)]
     numbers = warm_up.numbers(planted)
     assert numbers["as in figure 3"] == "1 / 8 / 4 / 2, has fallen at the end with 1 of 1 seeds"
