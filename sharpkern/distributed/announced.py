@@ -10,15 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# How long a rank that failed goes on answering, and how long it waits for one answer to be taken.
-_PATIENCE = 30.0
-_NO_REDUCTION = "__torch__.torch.classes.c10d.ProcessGroup"
+# Seconds without news of the others after which a rank that failed gives up answering them.
+_PATIENCE = 300.0
+_GROUP = "__torch__.torch.classes.c10d.ProcessGroup"
 
 
 class Announced:
@@ -81,8 +80,11 @@ class Announced:
                 ended = self._store.check([self._key(rank, "all")])
                 if ended and int(self._store.get(self._key(rank, "all"))) == number[rank]:
                     del number[rank]
-            pause = 1e-3 if news else min(1.5 * pause, 0.02)
-            time.sleep(0 if news else pause)
+            if news:
+                end, pause = time.monotonic() + _PATIENCE, 1e-3
+            else:
+                time.sleep(pause)
+                pause = min(1.5 * pause, 0.02)
         for work in waiting:
             with suppress(RuntimeError):
                 finish(work)
@@ -92,20 +94,20 @@ class Announced:
 
 
 def finish(result: Any) -> None:
-    """Wait for what an operation has begun, but not for ever."""
+    """Wait for what an operation has begun, no longer than its group waits for anything."""
     for one in torch.utils._pytree.tree_iter(result):
         if isinstance(one, torch.ScriptObject):
             one = torch._C._distributed_c10d.Work.unbox(one)
         if isinstance(one, Tensor):
             torch.ops._c10d_functional.wait_tensor(one)
         elif hasattr(one, "wait"):
-            one.wait(timedelta(seconds=_PATIENCE))
+            one.wait()
 
 
 def _group_of(func: Any, args: Any) -> str | None:
     """The name of the group that an operation is one of; None where it communicates nothing."""
     for one, spec in zip(args, func._schema.arguments, strict=False):
-        if isinstance(one, torch.ScriptObject) and one._type().qualified_name() == _NO_REDUCTION:
+        if isinstance(one, torch.ScriptObject) and one._type().qualified_name() == _GROUP:
             return str(torch._C._distributed_c10d.ProcessGroup.unbox(one).group_name)
         if spec.name == "group_name":
             return str(one)
@@ -125,7 +127,7 @@ def _encoded(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"size": list(value.shape), "dtype": str(value.dtype).split(".")[1], "device": value.device.type}
     if isinstance(value, torch.ScriptObject):
-        return {"group": value._type().qualified_name() == _NO_REDUCTION}
+        return {"group": value._type().qualified_name() == _GROUP}
     if isinstance(value, dict):
         return {"names": {name: _encoded(one) for name, one in value.items()}}
     return [_encoded(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -98,7 +98,7 @@ class Lockstep:
                 trace.add(partial(_unhook, module, hook))
                 register(hook)
 
-    def noting(self) -> AbstractContextManager[None]:
+    def noting(self) -> AbstractContextManager[object]:
         """A context for a pass whose closure may communicate by itself."""
         return nullcontext() if self._replay is None else self._replay.noting()
 

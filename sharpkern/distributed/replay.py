@@ -6,8 +6,7 @@ this order. It takes part in the rest of them with zeros, so that nobody waits, 
 has gone well, ranks announce what they do; see `sharpkern.distributed.announced`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -45,20 +44,21 @@ class Replay:
     def __init__(self, model: nn.Module, announced: Announced | None = None) -> None:
         self._model = model
         self._announced = announced
-        self._now: list[_Operation] = []
+        # Of the pass that goes on; None where that is not noted.
+        self._now: list[_Operation] | None = None
 
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Note what a pass communicates."""
+    def noting(self) -> AbstractContextManager[object]:
+        """Begin a pass, and return a context that notes what it communicates."""
         self._now = []
         if self._announced is not None:
             self._announced.begin()
-        with _Noting(self._now, self._announced):
-            yield
+        return _Noting(self._now, self._announced)
 
     def finish(self) -> None:
         """End a pass that went well."""
-        _known[self._model], self._now = self._now, []
+        if self._now is None:
+            return
+        _known[self._model], self._now = self._now, None
         if self._announced is not None:
             self._announced.end()
 
@@ -69,12 +69,14 @@ class Replay:
     @torch.no_grad()
     def keep_up(self) -> bool:
         """End a pass that failed: do the rest of what the others wait for; whether another rank's had failed before."""
+        now, self._now = self._now, None
+        if now is None:
+            return False
         if self._announced is not None:
             is_first = self._announced.fail()
             self._announced.answer()
             return not is_first
-        rest = _known.get(self._model, [])[len(self._now) :]
-        self._now = []
+        rest = _known.get(self._model, [])[len(now) :]
         # All are begun before one is waited for, as ranks that send to each other begin both.
         results = [func(*_filled(args), **_filled(kwargs)) for func, args, kwargs in rest]
         for result in results:

@@ -233,11 +233,11 @@ class Session:
                 target.checks.unsupported |= found
                 return result
 
-    def choose(self, target: Target, engine: str) -> str:
+    def choose(self, target: Target, engine: str, quickest: str = "virtual") -> str:
         """Name of the engine that ``engine`` stands for, the same on all ranks."""
-        return self._chosen(target, engine)[0]
+        return self._chosen(target, engine, quickest)[0]
 
-    def _chosen(self, target: Target, engine: str, quickest: str = "virtual") -> tuple[str, bool]:
+    def _chosen(self, target: Target, engine: str, quickest: str) -> tuple[str, bool]:
         """Name of an engine, and whether one that swaps memory may take its place: what all ranks are able to."""
         with as_one(self.ranks):
             name = self._own_choice(target, engine, quickest)

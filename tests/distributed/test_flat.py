@@ -172,6 +172,48 @@ RUNS = {
         untouched, prepare=partial(flat, mixed_precision=BF16, strategy="NO_SHARD"), steps=3, every=1
     ),
 }
+
+
+def accumulated(rank: int, **options: Any) -> bool:
+    """Whether gradients of two passes add up as ever where the first is measured before the second."""
+    ends = []
+    for measured in (True, False):
+        model = flat(gpt(dtype=torch.float32), **options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        first, second = (partial(loss_of, model, mine(tokens())[k::2]) for k in (0, 1))
+        first().backward()
+        if measured:
+            direction = sharpkern.Direction.from_optimizer(optimizer)
+            assert sharpkern.critical_sharpness(model, first, direction).status == "converged"
+        second().backward()
+        ends.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+        ends[-1] += [p.detach().clone() for p in model.parameters()]
+    return all(map(torch.equal, *ends))
+
+
+def a_part_alone(rank: int) -> bool:
+    """Whether gradients stay where a pass is of a wrapper within, which does not make ready for it as the root does."""
+    model = flat(gpt(dtype=torch.float32))
+    loss_of(model, mine(tokens())).backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    x = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(rank))
+    direction = sharpkern.Direction.from_gradients(model).only("blocks.0")
+    sharpkern.losses_along(model, lambda: model.module.blocks[0](x).square().mean(), direction, [0.1, 0.2])
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    return len(before) == len(after) and all(map(torch.equal, before, after))
+
+
+RUNS["a part alone"] = a_part_alone
+RUNS |= {
+    f"accumulated, {name}": partial(accumulated, **options)
+    for name, options in {
+        "original": {},
+        "flat": {"use_orig_params": False},
+        "kept gathered": {"strategy": "SHARD_GRAD_OP"},
+        "whole": {"strategy": "NO_SHARD"},
+    }.items()
+}
 FLAT = partial(flat, use_orig_params=False)
 KEPT = partial(flat, strategy="SHARD_GRAD_OP")
 FAILURES = {
@@ -267,13 +309,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs = {
         **{f"values: {name}": job for name, job in VALUES.items()},
         "values: groups": groups_of_their_own_rates,
-        **{f"runs: {name}": job for name, job in RUNS.items()},
         "bf16": in_bf16,
         "memory": memory,
         "refusals": refusals,
-        **{f"failures: {name}": job for name, job in FAILURES.items()},
     }
     return on_ranks(jobs, 2, tmp_path_factory.mktemp("two"), seconds=300)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    jobs = {f"runs: {name}": job for name, job in RUNS.items()}
+    jobs |= {f"failures: {name}": job for name, job in FAILURES.items()}
+    return on_ranks(jobs, 2, tmp_path_factory.mktemp("running"), seconds=300)
 
 
 @pytest.fixture(scope="module")
@@ -312,13 +359,13 @@ def test_pieces_move_in_full_precision_where_passes_round_them(two) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_run_is_bit_for_bit_what_it_would_have_been(two, name) -> None:
-    assert [rank[f"runs: {name}"] for rank in two] == [True, True], two[0][f"runs: {name}"]
+def test_the_run_is_bit_for_bit_what_it_would_have_been(running, name) -> None:
+    assert [rank[f"runs: {name}"] for rank in running] == [True, True], running[0][f"runs: {name}"]
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_where_one_rank_fails_all_are_told_and_the_run_goes_on(two, name) -> None:
-    found = [rank[f"failures: {name}"] for rank in two]
+def test_where_one_rank_fails_all_are_told_and_the_run_goes_on(running, name) -> None:
+    found = [rank[f"failures: {name}"] for rank in running]
     assert isinstance(found[0], tuple), found[0]
     (told, collectives, same), (own, other_collectives, other_same) = found
     kind = FAILURES[name].keywords.get("kind", "ValueError")
@@ -335,7 +382,7 @@ def test_where_one_rank_fails_all_are_told_and_the_run_goes_on(two, name) -> Non
 def test_no_rank_holds_more_than_its_pieces_and_a_pass(two) -> None:
     found = two[0]["memory"]
     assert isinstance(found, dict), found
-    # Δθ and the backup of θ, of this rank's pieces.
+    # Δθ and the backup of θ, of this rank's pieces; a thread of gloo may let go of a gathered layer late.
     assert found["measured"] <= found["plain"] + 2 * found["shards"] + 1.2 * found["layer"]
     assert found["shards"] == 4 * found["layer"]
 

@@ -461,9 +461,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "compiled": partial(unlike_stages, kind="compiled"),
         "16 bits": partial(unlike_stages, kind="16 bits"),
         "sampled": sampled,
-        **{f"failures: {name}": job for name, job in FAILURES.items()},
     }
     return on_ranks(jobs, 2, tmp_path_factory.mktemp("two"), seconds=300)
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(FAILURES, 2, tmp_path_factory.mktemp("failing"), seconds=300)
 
 
 @pytest.fixture(scope="module")
@@ -526,8 +530,8 @@ def test_every_measure_takes_ranks(two) -> None:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_where_one_rank_fails_no_other_waits(two, name) -> None:
-    found = [rank[f"failures: {name}"] for rank in two]
+def test_where_one_rank_fails_no_other_waits(failing, name) -> None:
+    found = [rank[name] for rank in failing]
     assert isinstance(found[0], tuple), found[0]
     who = FAILURES[name].keywords.get("who", 1)
     # What it was sent made it fail too, where nothing was known of the sizes.
@@ -538,7 +542,8 @@ def test_where_one_rank_fails_no_other_waits(two, name) -> None:
     assert found[who][0].startswith(("ValueError: tripped", "RuntimeError: ")), found[who][0]
     assert "[Stage" in found[who][0] or found[who][0] == "ValueError: tripped"
     for _, seconds, same in found:
-        assert seconds < 15
+        # The groups themselves give up after 30.
+        assert seconds < 25
         assert same
 
 
