@@ -300,11 +300,6 @@ def step_gradients(known: Wrapped) -> Iterator[float]:
 
 def _flat(parts: Sequence[Tensor], master: Tensor) -> Tensor:
     """A gradient as its master lies, padded with zeros: a copy."""
-    if not parts:
-        raise ValueError(
-            "the engine must be about to step, got one whose gradients are not averaged yet; measure between "
-            "engine.backward() and engine.step(), where engine.is_gradient_accumulation_boundary()"
-        )
     flat = torch.cat([part.detach().reshape(-1).to(master.dtype) for part in parts])
     padding = flat.new_zeros(master.numel() - flat.numel())
     return torch.cat([flat, padding]).view_as(master) if padding.numel() else flat.view_as(master)
@@ -316,7 +311,14 @@ def _gradients(known: Wrapped, pieces: Sequence[Piece]) -> tuple[list[Tensor], f
     failure = None
     square = torch.full((), math.nan, dtype=torch.float64, device=pieces[0].master.device)
     try:
-        gradients = [_flat(known.gradient(number), piece.master) for number, piece in enumerate(pieces)]
+        each = [known.gradient(number) for number in range(len(pieces))]
+        # ZeRO-3 keeps what has been summed so far.
+        if not all(each) or not getattr(known.wrapper, "is_gradient_accumulation_boundary", lambda: True)():
+            raise ValueError(
+                "the engine must be about to step, got one whose gradients are not averaged yet; measure between "
+                "engine.backward() and engine.step(), where engine.is_gradient_accumulation_boundary()"
+            )
+        gradients = [_flat(parts, piece.master) for parts, piece in zip(each, pieces, strict=True)]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
         square = torch.stack(norms).square().sum()
     except Exception as raised:
@@ -339,7 +341,7 @@ def _gradients(known: Wrapped, pieces: Sequence[Piece]) -> tuple[list[Tensor], f
 
 
 def _coefficient(square: Tensor, limit: float, factor: float) -> float:
-    """What clipping to a norm multiplies gradients by whose squared norm is given, and which a factor is taken of."""
+    """What clipping to a norm multiplies gradients by: those of a squared norm, once they are taken times a factor."""
     norm = math.sqrt(square.item()) * factor if square >= 0 else math.nan
     if not math.isfinite(norm):
         raise NoUpdateError(

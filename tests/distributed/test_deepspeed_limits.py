@@ -220,8 +220,10 @@ def misused(rank: int) -> dict[str, str]:
         lambda: sharpkern.Direction.from_optimizer([engine.optimizer, adamw([nn.Parameter(torch.ones(1))])])
     )
     said["it goes on"] = monitor(loss_fn).status
-    sharded = engine_of(gpt(), 3)
-    train(sharded, 1, None)
+    sharded = engine_of(gpt(), 3, accumulate=2)
+    train(sharded, 1, None, accumulate=2)
+    sharded.backward(closures(sharded, 1, 2)[0]())
+    said["between boundaries of stage 3"] = told(lambda: sharpkern.Direction.from_optimizer(sharded.optimizer))
     # Small enough to stay gathered.
     of_norm = sharpkern.Direction.from_tensors({"module.norm.weight": torch.ones(20)}, sharded)
     said["parameters that are nowhere whole"] = told(
@@ -326,7 +328,8 @@ def test_what_would_give_another_number_is_refused(ranks: list[dict[str, Any]]) 
     for rank in ranks:
         said = given(rank, "misused")
         assert said.pop("it goes on") == "converged"
-        assert "where engine.is_gradient_accumulation_boundary()" in said.pop("between boundaries")
+        for name in ("between boundaries", "between boundaries of stage 3"):
+            assert "where engine.is_gradient_accumulation_boundary()" in said.pop(name)
         for name in ("the module inside", "another engine"):
             assert said.pop(name).startswith("TypeError: model must be the DeepSpeed engine whose optimizer")
         assert said.pop("a part").startswith("TypeError: a part of a direction must be of a model's parameters")
