@@ -29,7 +29,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# The disassembler of this one does not know sm_103, and on sm_120 it spills 4 registers of form with stochastic rounding.
+# Its disassembler does not know sm_103, and on sm_120 it spills 4 registers of form with stochastic rounding.
 if triton.__version__.startswith("3.6."):
     del TARGETS["sm_103"], TARGETS["sm_120"]
 
