@@ -119,7 +119,7 @@ def host() -> list[str]:
     """What measuring on a GPU takes of the host's time, before launches were made again and since, in two records."""
     before, now = json.loads((RESULTS / "host.json").read_text(encoding="utf-8"))[-2:]
     first = {row["case"]: row["plain_forwards"] for row in before["rows"]}
-    rows = [{**row, "before": first[row["case"]]} for row in now["rows"]]
+    rows = [{**row, "before": first[row["case"]], "launches": sum(row["launches"].values())} for row in now["rows"]]
     loads = " and ".join(f"{record['environment']['load_average'][0]:.1f}" for record in (before, now))
     return [
         *table(
