@@ -112,7 +112,6 @@ def run(torch: str, environment: Path, report: Path, extra: Sequence[str]) -> di
     inside = environment / "bin" / "python"
     reasons = left_out(torch)
     without = [f"--deselect={test}" for tests in reasons.values() for test in tests]
-    # As .ci/run has it, but for the versions.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [inside, "-m", "pytest", "-q", f"--junitxml={report}", *without, *extra, *CORE]
     done = subprocess.run(command, cwd=ROOT, env=variables, check=False)
