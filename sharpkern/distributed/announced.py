@@ -162,7 +162,7 @@ def _answer_to(entry: dict[str, Any]) -> Any:
     """What this rank has to do for an operation of another one; None where it is not meant."""
     try:
         own = _rank_in(entry["group"])
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, LookupError):
         return None
     name, (args, _) = _name_of(entry), entry["args"]
     if own < 0:
