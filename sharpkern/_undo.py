@@ -6,12 +6,14 @@ to put it back to a `Trace`, and only then changes it, all inside of one call of
 """
 
 import gc
+import os
 import sys
 import sysconfig
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from traceback import walk_tb
 from typing import Any, TypeVar
 
@@ -28,12 +30,23 @@ _eval_frame: Any = torch._C._dynamo.eval_frame
 _DISPATCH_FLAGS = [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
-_LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+_LIBRARIES = (
+    *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")),
+    os.path.dirname(torch.__file__),
+)
+# Folders of libraries that are none of this environment's own: the user's, or another one's that a path leads to.
+_PACKAGES = ("site-packages", "dist-packages")
 # How often a step is tried that fails, and how often one that is interrupted.
 _TRIES, _INTERRUPTS = 3, 100
 
 # What is noted, changed and put back belongs to the process: one thread at a time.
 alone = threading.RLock()
+
+
+@lru_cache(maxsize=4096)
+def is_library_file(path: str) -> bool:
+    """Whether code is a library's, and not the user's."""
+    return path.startswith((*_LIBRARIES, "<frozen")) or any(name in path.split(os.sep) for name in _PACKAGES)
 
 
 def undone(body: Callable[[], Result], trace: "Trace") -> Result:
@@ -123,7 +136,7 @@ class Trace:
         context: BaseException | None = error
         while context is not None and context is not self._handled:
             for frame, _ in walk_tb(context.__traceback__):
-                if frame.f_code.co_filename.startswith(_LIBRARIES):
+                if is_library_file(frame.f_code.co_filename):
                     # Those still running are not to be cleared.
                     with suppress(RuntimeError):
                         frame.clear()

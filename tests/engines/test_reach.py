@@ -1,6 +1,7 @@
 """State outside of the model that a closure reaches is put back; what it counts for itself stays."""
 
 import itertools
+import os
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sharpkern
+from sharpkern._undo import is_library_file
 from sharpkern.engines.evaluation import guard as guards
 from sharpkern.engines.evaluation.reach import Reached, fingerprint
 
@@ -338,3 +340,19 @@ def test_the_reach_of_a_closure_is_bounded_by_libraries() -> None:
     reached.follow()
     assert model in reached.modules
     assert not any(container is optimizer.state for container in reached.containers)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_library"),
+    [
+        (torch.__file__, True),
+        (os.path.join("anywhere", "lib", "site-packages", "some_package", "file.py"), True),
+        (os.path.join("anywhere", "dist-packages", "some_package", "file.py"), True),
+        ("<frozen importlib._bootstrap>", True),
+        (os.path.join("anywhere", "train.py"), False),
+        (os.path.join("anywhere", "my-site-packages.py"), False),
+        (__file__, False),
+    ],
+)
+def test_code_of_packages_is_a_librarys_wherever_these_lie(path: str, is_library: bool) -> None:
+    assert is_library_file(path) == is_library

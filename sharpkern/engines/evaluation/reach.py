@@ -9,7 +9,6 @@ generators, or arrays of NumPy.
 import os
 import random
 import sys
-import sysconfig
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import sharpkern
+from sharpkern._undo import is_library_file
 
 # They may be changed in place; a tuple may hold what can be.
 CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
@@ -37,10 +37,7 @@ _RECORDS = (type(None), bool, int, float, complex, str, bytes, np.generic)
 _PLAIN = (*_RECORDS, type, ModuleType, BuiltinFunctionType, BuiltinMethodType)
 # How far the globals that functions name are followed to tell closures apart.
 _DEEP = 3
-_LIBRARIES = (
-    *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")),
-    os.path.dirname(sharpkern.__file__),
-)
+_OWN = os.path.dirname(sharpkern.__file__)
 # A longer list is a data set: its members are noted, and not looked into.
 _LONG = 4096
 # So much is looked at: what holds more than this is no state of a loss.
@@ -231,9 +228,8 @@ def _names_in(code: CodeType) -> tuple[str, ...]:
     return tuple(names)
 
 
-@lru_cache(maxsize=4096)
 def _is_library_file(path: str) -> bool:
-    return path.startswith(_LIBRARIES) or path.startswith("<frozen")
+    return is_library_file(path) or path.startswith(_OWN)
 
 
 def _of_library(kind: type) -> bool:
