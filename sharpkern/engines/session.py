@@ -381,7 +381,7 @@ def _begin(
     with as_one(ranks):
         if direction is not None:
             direction = direction.bind(model)
-            _check_pieces(direction, layout if outer is model else layout_of(model))
+            _check_pieces(direction, layout if outer is model or layout.pieces is None else layout_of(model))
             pairs = track(direction.moves())
         ranks.note(model.parameters() if layout.pieces is None else layout.pieces)
         layout.prepare(trace)

@@ -40,6 +40,11 @@ def statistics() -> tuple[Tensor, Tensor, Tensor]:
     return torch.full((4,), -math.inf), torch.zeros(4), torch.full((4,), math.nan)
 
 
+def states() -> list[Tensor | None]:
+    """Of two parameters, moments and no largest second one."""
+    return [*five()[:2], None, *five()[2:4], None]
+
+
 # Name of the overload → its arguments.
 CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "axpy_.default": lambda: ((lists(), lists(), lists(), ALPHA[:1]), {}),
@@ -53,6 +58,11 @@ CASES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ("sgd", *five()[:2], [None], None, (0.1, 1.0, 2.0, 0.9, 1.0)),
         {"flag": True, "out": torch.empty(1, 5, 7)},
     ),
+    "form_steps_.default": lambda: (
+        ("adam", [torch.empty(5, 7), torch.empty(5, 7)], five()[:2], five()[2:4], states(), ALPHA[:1], ADAM_NUMBERS),
+        {"decoupled": True},
+    ),
+    "sum_steps.default": lambda: (("adam", five()[:2], five()[2:4], states(), ADAM_NUMBERS), {"decoupled": True}),
     "step_sums.default": lambda: (("adam", *five()[:2], [*five()[2:4], None], ADAM_NUMBERS), {"decoupled": True}),
     "reduce.default": lambda: ((lists(), lists(), lists()), {}),
     "linear.default": lambda: (
