@@ -59,7 +59,11 @@ def test_the_wheel_holds_one_top_level_package(source: Path, tmp_path: Path) -> 
     assert not [name for name in names if name.startswith(("kernels", "tests", "bench"))]
 
 
-def test_a_source_distribution_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:
+def test_a_source_distribution_is_whole_and_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:
+    for name in ("tests", "docs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    for name in ("MANIFEST.in", "CHANGELOG.md", "constraints.txt"):
+        shutil.copy(ROOT / name, source)
     program = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     built = run(sys.executable, "-c", program, tmp_path, cwd=source)
     assert built.returncode == 0, built.stderr
@@ -67,6 +71,14 @@ def test_a_source_distribution_builds_the_same_wheel(source: Path, tmp_path: Pat
     with tarfile.open(packed) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
+    expected = (
+        "tests/conftest.py",
+        "tests/helpers/stub_cuda.c",
+        "docs/mkdocs.yml",
+        "kernels/form.py",
+        "constraints.txt",
+    )
+    assert not [name for name in expected if not (unpacked / name).exists()]
     names = []
     for number, folder in enumerate((source, unpacked)):
         pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q")
