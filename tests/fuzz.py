@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sharpkern
 from sharpkern.errors import EngineUnsupportedError, NoUpdateError, RetainedWarning, SharpkernWarning
+from sharpkern.tensors.storage import share_memory
 from tests.helpers.random_runs import LossFn, RandomRun, context_of
 
 Measured = sharpkern.Measurement | str
@@ -243,10 +244,6 @@ def measured(seed: int) -> tuple[RandomRun, Measured, str]:
     return run, result, "; ".join(str(one.message) for one in told if one.category is not RetainedWarning)
 
 
-def memory_of(parameter: torch.Tensor) -> int:
-    return parameter.untyped_storage().data_ptr()
-
-
 class Moved:
     """Losses of copies of a run whose parameters were really moved.
 
@@ -268,9 +265,9 @@ class Moved:
         parameters = list(self.run.model.parameters())
         groups = [group for optimizer in self.run.optimizers for group in optimizer.param_groups]
         known = [one for one in self.run.optimizers if type(one) in BY_FORMULA]
-        # A parameter moves with the one whose memory it shares.
-        held = {memory_of(p) for optimizer in known for group in optimizer.param_groups for p in group["params"]}
-        self.by_formula = [memory_of(parameter) in held for parameter in parameters]
+        # A parameter moves with the one whose memory it shares, which is more than to lie in one buffer with it.
+        held = [p for optimizer in known for group in optimizer.param_groups for p in group["params"]]
+        self.by_formula = [any(share_memory(parameter, one) for one in held) for parameter in parameters]
         moving = [group["lr"] for group in groups if any(parameter.grad is not None for parameter in group["params"])]
         self.lr = next((float(lr) for lr in moving if lr > 0), 0.0)
         self.theta = [parameter.detach().double().clone() for parameter in parameters]
