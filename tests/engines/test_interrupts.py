@@ -93,6 +93,8 @@ def fault_at(number: int, error: type[BaseException]) -> Callable[[FrameType, st
 
 def traced(trace: Any, run: Callable[[], object]) -> None:
     before = sys.gettrace()
+    # Python 3.12 asks when it begins to trace whether any frame wants its instructions.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         run()
