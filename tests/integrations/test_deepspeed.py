@@ -35,6 +35,7 @@ def prepare(rank: int) -> None:
     """As a launcher leaves a process, and without what a run before has left."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(distributed.get_world_size()))
+    os.environ["OMP_NUM_THREADS"] = "1"
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     torch.manual_seed(0)
