@@ -128,10 +128,6 @@ def first_grid(guess: float, width: float, num: int) -> tuple[float, ...]:
     return tuple(math.exp(y) for y in [*watch, *_spaced(center - width, center + width, num - len(watch))])
 
 
-# So many rises are believed where the slope promises a fall that would be seen.
-_AGAINST = 3
-
-
 def bisection(curve: Curve, width: float = 1 / 16) -> Steps:
     """Double or halve the guess until the crossing is enclosed, then bisect and report the midpoint."""
     eta = curve.guess
@@ -189,21 +185,13 @@ def _dead_end(curve: Curve) -> Outcome | None:
         if lo == 0 and curve.probes[-1].eta > _FLAT * curve.probes[0].eta:
             return Outcome("unresolved")
     elif lo == 0:
-        if hi <= 1.5 * _floor(curve) and curve.rises_at_once() and not _may_fall_before(curve):
+        if hi <= 1.5 * _floor(curve) and curve.rises_at_once():
             # Noise that hides all but such a rise, as that of losses far out is, hides how the loss starts.
             starts = _first_rise(curve).rise < _LOCAL * abs(curve.base_loss) or curve.given_slope is None
             return Outcome("ascent" if starts else "unresolved")
         if _at_bottom(curve) and not _needs_company(curve):
             return Outcome("unresolved")
     return None
-
-
-def _may_fall_before(curve: Curve) -> bool:
-    """Return whether the slope promises a visible fall before the lowest rise, and few rises speak against it."""
-    rise = _first_rise(curve)
-    rises = [probe for probe in curve.probes if curve.sign(probe) > 0]
-    promised = (curve.given_slope or 0.0) * rise.eta
-    return len(rises) < _AGAINST and promised > max(rise.rise, FIRM * curve.noise_level)
 
 
 def _limit(curve: Curve) -> float:
