@@ -102,9 +102,12 @@ class _Grids:
         lo, hi = self._curve.bracket()
         if lo > 0 and hi < math.inf:
             span = math.log(hi / lo)
+            grids = [(math.log(lo * hi) / 2, span / 2 * (self._num - 1) / (self._num + 1))]
             if estimate is not None and lo < math.exp(estimate.y) < hi and 3.0 * estimate.error < span:
-                return _grid(self._curve, estimate.y, max(1.5 * estimate.error, 0.02), self._num)
-            return _grid(self._curve, math.log(lo * hi) / 2, span / 2 * (self._num - 1) / (self._num + 1), self._num)
+                grids.insert(0, (estimate.y, max(1.5 * estimate.error, 0.02)))
+            # Where all losses of a grid are lost in noise, the next one would be the same: nothing is left to ask.
+            asked = (_grid(self._curve, *grid, self._num) for grid in grids)
+            return next((grid for grid in asked if not _is_known(self._curve, grid)), ())
         # A narrow grid, as steady runs leave behind, must not use up all evaluations on its way.
         self._width = max(1.5 * self._width, min(3.0 * self._width, _DECADE))
         eta = _propose(self._curve, estimate, self._rtol, self._passes)
@@ -119,6 +122,11 @@ class _Grids:
         # Where two grids have found no rise, there may be none at all.
         endless = hi == math.inf and (self._passes > 1 or _was_unbounded(self._curve))
         return (*grid[:-1], _limit(self._curve)) if endless else grid
+
+
+def _is_known(curve: Curve, grid: tuple[float, ...]) -> bool:
+    """Return whether all of these step sizes have been evaluated."""
+    return all(any(math.isclose(eta, probe.eta, rel_tol=1e-6) for probe in curve.probes) for eta in grid)
 
 
 def first_grid(guess: float, width: float, num: int) -> tuple[float, ...]:

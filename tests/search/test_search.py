@@ -869,3 +869,15 @@ def test_imports_no_torch() -> None:
         "assert abs(find(lambda x: 1 - x + x * x).critical_lr - 1) < 0.01"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("num_parallel", [2, 4, 8])
+def test_losses_that_are_lost_in_noise_are_not_asked_for_again(num_parallel: int) -> None:
+    loss = lambda eta: 1 - 1e-3 * eta + 1.25e-4 * eta**4
+    search = LineSearch(1.0, slope=1e-3 * 10**1.125, initial_lr=1.0, noise=1e-4, num_parallel=num_parallel)
+    asked: list[float] = []
+    while step_sizes := search.ask():
+        assert not set(step_sizes) <= set(asked)
+        asked += step_sizes
+        search.tell([loss(eta) for eta in step_sizes])
+    assert search.result().passes < 15
