@@ -116,20 +116,15 @@ def kernels() -> list[str]:
 
 
 def host() -> list[str]:
-    """What measuring on a GPU takes of the host's time, before launches were made again and since, in two records."""
-    before, now = json.loads((RESULTS / "host.json").read_text(encoding="utf-8"))[-2:]
-    first = {row["case"]: row["plain_forwards"] for row in before["rows"]}
-    rows = [{**row, "before": first[row["case"]], "launches": sum(row["launches"].values())} for row in now["rows"]]
-    loads = " and ".join(f"{record['environment']['load_average'][0]:.1f}" for record in (before, now))
+    """What measuring on a GPU takes of the host's time."""
+    record = latest("host")
+    rows = [{**row, "launches": sum(row["launches"].values())} for row in record["rows"]]
+    before, after = record["environment"]["load_average"]
     return [
-        *table(
-            "part | plain forward passes | before | launches",
-            "{case} | {plain_forwards:.2f} | {before:.2f} | {launches}",
-            rows,
-        ),
+        *table("part | plain forward passes | launches", "{case} | {plain_forwards:.2f} | {launches}", rows),
         "",
-        f"The model has the {now['tensors']} tensors of Llama-7B, and narrow layers. The machine was busy with other "
-        f"work, with load averages of {loads} on two cores.",
+        f"The model has the {record['tensors']} tensors of Llama-7B, and narrow layers. Load average {before:.1f} "
+        f"before, {after:.1f} after.",
     ]
 
 
