@@ -20,9 +20,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import sharpkern
-from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.helpers.models import Block
-from tests.helpers.parallel import OPTIMIZERS, gpt, loss_of, mine, one_rank_fails, tokens, train, untouched
+from tests.helpers.parallel import OPTIMIZERS, gpt, loss_of, mine, one_rank_fails, peaks, tokens, train, untouched
 from tests.helpers.processes import on_ranks
 
 BF16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -238,26 +237,7 @@ def memory(rank: int) -> dict[str, int]:
         device_id=torch.device("cpu"),
         use_orig_params=True,
     )
-    x = torch.randn(2, 256)
-    loss_fn = lambda: model(x).square().mean()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    train(model, optimizer, loss_fn, steps=1)
-
-    def plain() -> None:
-        with torch.no_grad():
-            loss_fn()
-
-    def measure() -> None:
-        direction = sharpkern.Direction.from_optimizer(optimizer)
-        assert sharpkern.critical_sharpness(model, loss_fn, direction).status == "converged"
-
-    plain()
-    return {
-        "plain": peak_bytes(plain),
-        "measured": peak_bytes(measure),
-        "shards": bytes_of(model.parameters()),
-        "layer": 256 * 256 * 4,
-    }
+    return peaks(model)
 
 
 def refusals(rank: int) -> list[str]:

@@ -19,7 +19,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import sharpkern
 from sharpkern.distributed.lockstep import Lockstep
 from sharpkern.engines import session
-from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.helpers.models import MLP, Block
 from tests.helpers.parallel import (
     check_values,
@@ -29,6 +28,7 @@ from tests.helpers.parallel import (
     mine,
     numbers,
     one_rank_fails,
+    peaks,
     tokens,
     train,
     untouched,
@@ -367,26 +367,7 @@ def memory(rank: int) -> dict[str, int]:
     for layer in model:
         fully_shard(layer, reshard_after_forward=True)
     fully_shard(model)
-    x = torch.randn(2, 256)
-    loss_fn = lambda: model(x).square().mean()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    train(model, optimizer, loss_fn, steps=1)
-
-    def plain() -> None:
-        with torch.no_grad():
-            loss_fn()
-
-    def measure() -> None:
-        direction = sharpkern.Direction.from_optimizer(optimizer)
-        assert sharpkern.critical_sharpness(model, loss_fn, direction).status == "converged"
-
-    plain()
-    return {
-        "plain": peak_bytes(plain),
-        "measured": peak_bytes(measure),
-        "shards": bytes_of(parameter.to_local() for parameter in model.parameters()),
-        "layer": 256 * 256 * 4,
-    }
+    return peaks(model)
 
 
 @contextmanager

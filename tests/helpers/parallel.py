@@ -12,6 +12,8 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 
 import sharpkern
+from sharpkern.distributed.sharding import local
+from sharpkern.memory.counter import bytes_of, peak_bytes
 from tests.helpers.models import GPT, Block
 
 OPTIMIZERS = {
@@ -206,6 +208,30 @@ def one_rank_fails(
         train(model, optimizer, partial(loss_of, model, rows), steps=3)
         ends.append(state_of(model, optimizer)[2:])
     return told, collectives, all(map(torch.equal, *ends))
+
+
+def peaks(model: nn.Module) -> dict[str, int]:
+    """Peak bytes of a pass and of a whole measurement of layers of 256 x 256, and what this rank holds of them."""
+    x = torch.randn(2, 256)
+    loss_fn = lambda: model(x).square().mean()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, loss_fn, steps=1)
+
+    def plain() -> None:
+        with torch.no_grad():
+            loss_fn()
+
+    def measure() -> None:
+        direction = sharpkern.Direction.from_optimizer(optimizer)
+        assert sharpkern.critical_sharpness(model, loss_fn, direction).status == "converged"
+
+    plain()
+    return {
+        "plain": peak_bytes(plain),
+        "measured": peak_bytes(measure),
+        "shards": bytes_of(local(parameter) for parameter in model.parameters()),
+        "layer": 256 * 256 * 4,
+    }
 
 
 def check_values(ranks: list[Any], rel: float = 1e-5) -> None:
