@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
 from decisions import trials
 from ledger import RESULTS, ROOT, latest, table
+from verdicts import proofs
 
 from sharpkern.memory import report
 from sharpkern.memory.plan import MemoryPlan
 
-_GUIDES = ("numbers", "decisions", "curves-and-blocks", "large-batches")
+_GUIDES = ("kernels", "numbers", "decisions", "curves-and-blocks", "large-batches")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _GUIDES))
 PLOT = RESULTS / "growth.png"
 METHODS = {"auto": "default", "auto, 8 at a time": "default, 8 at a time", "bisection": "doubling and bisection"}
@@ -419,6 +420,7 @@ TABLES = {
     "line search": line_search,
     "cost": cost,
     "kernels": kernels,
+    "proofs": proofs,
     "host": host,
     "overhead": overhead,
     "sample": sampled,
