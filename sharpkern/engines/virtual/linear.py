@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sharpkern import ops
+from sharpkern.engines.tracked import formed
 from sharpkern.ops.matmul import accumulates_in_fp32, accumulator_dtype, matmul_operand, mixed_matmul
 from sharpkern.ops.update import ParamUpdate
 from sharpkern.tensors.fake import device_kind
@@ -126,8 +127,7 @@ def _formed(x: Tensor, weight: Tensor, move: ParamUpdate, alpha: Tensor, bias: T
     memory = scratch(x, at_once * height * width)
     for first, step in product(range(0, num_rows, height), range(0, num_steps, at_once)):
         rows, steps = slice(first, min(first + height, num_rows)), slice(step, min(step + at_once, num_steps))
-        part = move.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
         shape = (steps.stop - step, rows.stop - first, width)
-        weights = part.form(alpha[steps], dtype=x.dtype, out=memory[: math.prod(shape)].view(shape))
+        weights = formed(move.rows(rows), alpha[steps], x.dtype, memory[: math.prod(shape)].view(shape))
         with_weights(x[steps], weights, None if bias is None else bias[steps, rows], y[steps, :, rows])
     return y
