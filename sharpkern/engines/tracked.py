@@ -46,9 +46,10 @@ class Step:
             # The way of `ops.form` without an operation's checks, of which small tensors take longer than of the sum.
             return add_step(move.base, move.delta, self._number(dtype), out)
         if out is not None and not self.is_several and move.wide == torch.float32:
-            launch = _prepared(move, self.on(move.base.device), dtype, into=True)
+            alpha = self.on(out.device)
+            launch = _prepared(move, alpha, dtype, into=True)
             if launch is not None:
-                return launch(alpha=self.on(out.device), out=out)
+                return launch(alpha=alpha, out=out)
         return move.form(self.of(move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
 
     def _number(self, dtype: torch.dtype) -> float:
@@ -86,7 +87,7 @@ def _prepared(move: ParamUpdate, alpha: Tensor, dtype: torch.dtype, *, into: boo
     device = move.base.device
     if not ops.has_kernels(device):
         return None
-    key = (dtype, len(alpha), into, stream_of(device))
+    key = (dtype, alpha.shape[0], into, stream_of(device))
     if key not in move.launches:
         move.launches[key] = move.prepared(alpha, dtype)
     return move.launches[key]

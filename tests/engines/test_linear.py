@@ -85,6 +85,16 @@ def test_a_plan_counts_as_many_formed_rows_as_any_gpu_holds() -> None:
     assert at_once * height * 8192 * 2 == 2**30
 
 
+@pytest.mark.parametrize(
+    ("tokens", "width", "rows"), [(512, 1024, 4096), (513, 1024, None), (8, 2**15, None)], ids=["few", "many", "wide"]
+)
+def test_few_tokens_take_as_many_rows_of_a_head_as_one_step_size(tokens: int, width: int, rows: int | None) -> None:
+    hidden = torch.empty(8, tokens, width, dtype=torch.bfloat16, device="meta")
+    with pretend_device("cuda"):
+        assert linear.rows_of_head(hidden) == rows
+    assert linear.rows_of_head(hidden) is None
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_directions_from_an_optimizers_state(way: str) -> None:
     (W, D), x, alpha = weights(37, 24, torch.float32), randn(4, 7, 24, seed=2), torch.tensor(ALPHA)

@@ -90,7 +90,8 @@ def head_loss(pair: TrackedParam, step: Step, dtype: torch.dtype, scratch: Scrat
                 return formed(pair.move.rows(chosen), alpha, dtype)
 
             hidden = hidden.expand(len(alpha), -1, -1)
-            return cross_entropy_of_rows(hidden, vocabulary, rows, labels, **options)  # type: ignore[arg-type]
+            height = linear.rows_of_head(hidden)
+            return cross_entropy_of_rows(hidden, vocabulary, rows, labels, height=height, **options)  # type: ignore[arg-type]
 
         return _on_steps(of_all, pair, step, hidden)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sharpkern import ops
 from sharpkern.engines.tracked import formed
+from sharpkern.ops.linear_cross_entropy import VOCABULARY_CHUNK
 from sharpkern.ops.matmul import accumulates_in_fp32, accumulator_dtype, matmul_operand, mixed_matmul
 from sharpkern.ops.update import ParamUpdate
 from sharpkern.tensors.fake import device_kind
@@ -99,6 +100,18 @@ def _block(x: Tensor, num_rows: int, width: int, num_steps: int) -> tuple[int, i
         return num_steps, min(num_rows, max(1, _scratch_bytes(x.device) // (num_steps * num_bytes)))
     height = min(num_rows, max(1, CACHE_BYTES // num_bytes))
     return min(num_steps, max(1, CACHE_BYTES // (height * num_bytes))), height
+
+
+def rows_of_head(hidden: Tensor) -> int | None:
+    """Return how many rows of a head are formed at a time for hidden states [K, T, C]; None for what is usual.
+
+    Each chunk is three launches of a GPU: those of few tokens are as high as for one step size, where there is memory.
+    """
+    on_gpu = ops.has_kernels(hidden.device) or device_kind(hidden.device) == "cuda"
+    num_steps, num_tokens, width = hidden.shape
+    num_bytes = num_steps * VOCABULARY_CHUNK * width * hidden.element_size()
+    is_small = num_steps * num_tokens <= VOCABULARY_CHUNK and num_bytes <= _scratch_bytes(hidden.device)
+    return VOCABULARY_CHUNK if on_gpu and is_small else None
 
 
 def _scratch_bytes(device: torch.device) -> int:
