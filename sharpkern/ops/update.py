@@ -169,9 +169,9 @@ class LazyUpdate(ParamUpdate):
         numbers, options = self.numbers, {"decoupled": self.decoupled, "flag": self.flag, "dtype": dtype}
         return registry.prepared("form_step", self.rule, self.base, self.grad, self.state, alpha, numbers, **options)
 
-    def update(self, backend: Backend = "auto") -> Tensor:
-        """Return Δθ, a new tensor in the widest dtype of parameter and state."""
-        return self.form(None, dtype=self.dtype, backend=backend)[0]
+    def update(self, backend: Backend = "auto", dtype: torch.dtype | None = None) -> Tensor:
+        """Return Δθ, a new tensor; by default in the widest dtype of parameter and state."""
+        return self.form(None, dtype=dtype or self.dtype, backend=backend)[0]
 
     @property
     def dtype(self) -> torch.dtype:
