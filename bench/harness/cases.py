@@ -259,7 +259,7 @@ def olmo2_1b(scale: int = 1) -> list[Shape]:
 def timed_on_model(bench: Bench) -> dict[str, Timed]:
     """Return by name what is timed on all parameters of a model, by one launch each or by one for all."""
     make = Make(bench.machine)
-    fits = bench.machine.memory > 24 << 30
+    fits = bench.machine.memory > 28 << 30
     shapes = olmo2_1b(bench.pick(gpu=1 if fits else 2, cpu=8, quick=16))
 
     def each(one: Callable[..., Call], *dtypes: torch.dtype) -> list[Call]:
