@@ -28,6 +28,7 @@ from decisions import trials
 from ledger import table
 
 import sharpkern
+from sharpkern.monitoring.monitor import Record
 
 FILE, PICTURE = Path(__file__).parent / "alarms.jsonl", Path(__file__).parent / "alarms.png"
 GOOD, RAMP = (1 / 3, 1), "ramp"
@@ -79,7 +80,7 @@ def train(task: str, optimizer: str, peak: float, kind: float | str, seed: int) 
     }
 
 
-def _headroom(record: sharpkern.monitoring.Record) -> float:
+def _headroom(record: Record) -> float:
     """η_c over the learning rate: nothing where the loss rises from the start, much where no rise was found."""
     m, lr = record.measurement, record.lr
     return 0.0 if m.status == "ascent" or not lr else min(m.critical_lr / lr, 1e4) if m.critical_lr else 1e4
