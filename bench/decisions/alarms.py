@@ -216,18 +216,18 @@ def alarm_table(found: Sequence[Row] | None = None) -> list[str]:
 
 def draw(path: Path = PICTURE) -> None:
     """Draw the curves of all runs together."""
-    from sharpkern._support.figures import COLORS, light_grid, new_figure, save_figure
+    from sharpkern._support.figures import COLORS, legend_below, light_grid, new_figure, save_figure
 
     rows = load()
-    figure = new_figure(5.0, 4.0)
+    figure = new_figure(7.0, 4.0)
     axes = figure.subplots()
     for signal, color in zip(SIGNALS, COLORS, strict=False):
-        axes.step(*zip(*roc(rows, signal), strict=True), where="post", color=color, label=signal)
+        axes.step(*zip(*roc(rows, signal), strict=True), where="post", color=color, label=signal.partition(" /")[0])
     axes.plot((0, 1), (0, 1), color="black", linewidth=0.8, linestyle="--")
     axes.set_xlabel("good runs in which it rings")
     axes.set_ylabel("failing runs in which it rings before")
-    axes.legend(fontsize="small")
     light_grid(axes)
+    legend_below(figure, [axes])
     save_figure(figure, path)
 
 
