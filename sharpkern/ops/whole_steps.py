@@ -57,9 +57,8 @@ def _together(steps: Sequence[LazyUpdate]) -> list[tuple[Tensor, Tensor]]:
     sums: list[Tensor] = []
     for block in _blocks(steps):
         i, start, pieces = block[0]
-        parts = iter(
-            pieces if len(block) == 1 else [torch.cat(role) for role in zip(*(p for *_, p in block), strict=True)]
-        )
+        roles = zip(*(pieces for *_, pieces in block), strict=True)
+        parts = iter(pieces if len(block) == 1 else [torch.cat(role) for role in roles])
         operands = [None if tensor is None else next(parts) for tensor in (first.base, first.grad, *first.state)]
         grad = operands[1]
         assert grad is not None

@@ -54,7 +54,7 @@ class Guard:
         num_tensors, num_hooks = len(reached.tensors), len(reached.containers)
         reached.add(*closures)
         reached.follow()
-        others = [p for module in reached.modules for p in module.parameters(recurse=False)]
+        others = [p for module in reached.modules for p in module._parameters.values() if p is not None]
         self.parameters = list({id(p): p for p in (*model.parameters(), *parameters, *others)}.values())
         self._gradients = {id(p): p.grad for p in self.parameters}
         self._tensors = self._kept_tensors(reached.tensors, num_tensors)
