@@ -45,23 +45,11 @@ class Step:
         if not self.is_several and is_plain_sum(move, dtype):
             # The way of `ops.form` without an operation's checks, of which small tensors take longer than of the sum.
             return add_step(move.base, move.delta, self.number(dtype), out)
-        if out is not None and ops.has_kernels(out.device) and self._launched(move, dtype, out):
-            return out
+        if out is not None and not self.is_several and move.wide == torch.float32:
+            launch = _prepared(move, self.on(move.base.device), dtype, into=True)
+            if launch is not None:
+                return launch(alpha=self.on(out.device), out=out)
         return move.form(self.of(move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
-
-    def _launched(self, move: ParamUpdate, dtype: torch.dtype, out: Tensor) -> bool:
-        """Write θ + αΔθ by a launch that was prepared for the first step; whether there is one."""
-        if move.wide != torch.float32 or self.is_several:
-            return False
-        alpha = self.on(out.device)
-        key = (dtype, stream_of(out.device))
-        if key not in move.launches:
-            move.launches[key] = move.prepared(alpha, dtype)
-        launch = move.launches[key]
-        if launch is None:
-            return False
-        launch(alpha=alpha, out=out)
-        return True
 
     def number(self, dtype: torch.dtype) -> float:
         """α as an operation reads it off its tensor."""
@@ -79,6 +67,29 @@ class Step:
                 tensor = torch.full((1,), self._alpha, dtype=dtype, device=device)
             self._tensors[key] = tensor
         return self._tensors[key]
+
+
+def formed(move: ParamUpdate, alpha: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """θ + α_k Δθ, [K, *shape], as `ParamUpdate.form` gives it; ``out`` is contiguous."""
+    if move.base.is_contiguous() and alpha.dtype == torch.float32:
+        launch = _prepared(move, alpha, dtype, into=out is not None)
+        if launch is not None:
+            return launch(alpha=alpha, out=out)
+    return move.form(alpha, dtype=dtype, out=out)
+
+
+def _prepared(move: ParamUpdate, alpha: Tensor, dtype: torch.dtype, *, into: bool) -> Callable[..., Tensor] | None:
+    """What launches θ + α_k Δθ, prepared for the first step sizes of that number, or None.
+
+    Into memory that is given results follow each other more closely than in new memory.
+    """
+    device = move.base.device
+    if not ops.has_kernels(device):
+        return None
+    key = (dtype, len(alpha), into, stream_of(device))
+    if key not in move.launches:
+        move.launches[key] = move.prepared(alpha, dtype)
+    return move.launches[key]
 
 
 def is_plain_sum(move: ParamUpdate, dtype: torch.dtype) -> TypeGuard[StoredUpdate]:

@@ -280,6 +280,14 @@ def test_a_model_of_ones_own_is_planned_for_and_left_alone(device: str) -> None:
     assert plan["deep"].peak_bytes < plan["clone"].peak_bytes
 
 
+@pytest.mark.parametrize(("width", "most"), [(1024, 8 * 4096 * 1024 * 4), (16384, 2**30)], ids=["a matrix", "a part"])
+def test_formed_rows_of_several_step_sizes_are_counted_as_on_a_card_with_room(width: int, most: int) -> None:
+    with torch.device("meta"):
+        model = nn.Linear(width, 4096, bias=False)
+    plan = sharpkern.memory_plan(model, lambda model: model(torch.zeros(512, width)).square().mean(), progress=False)
+    assert plan["batched", "state"].parts["formed"] == pytest.approx(most, rel=0.02)
+
+
 def test_tied_weights_are_counted_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

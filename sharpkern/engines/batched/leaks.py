@@ -35,9 +35,7 @@ def refuse_leaked_tensors(put_back: Callable[[], object]) -> Iterator[None]:
 
 def _batched_tensors(*generations: int) -> set[int]:
     """The tensors of torch.func.vmap in some of the collector's generations, by identity."""
-    return {
-        id(thing)
-        for generation in generations
-        for thing in gc.get_objects(generation)
-        if issubclass(type(thing), Tensor) and torch._C._functorch.is_batchedtensor(thing)
-    }
+    things = [thing for generation in generations for thing in gc.get_objects(generation)]
+    # There are some thousand of them, of few kinds.
+    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, Tensor)}
+    return {id(thing) for thing in things if type(thing) in kinds and torch._C._functorch.is_batchedtensor(thing)}

@@ -271,6 +271,7 @@ class VirtualParameters(TorchFunctionMode):
         """Any other call: form the weights it takes. Products consume theirs at once: one scratch serves them all."""
         # A closure that differentiates by its inputs keeps the weights: then each is formed in memory of its own.
         free = [name in calls.PRODUCTS and not torch.is_grad_enabled() and not self.alpha.is_several]
+        at_once = (name in calls.NORMS or name in calls.ELEMENTWISE) and not torch.is_grad_enabled()
 
         def formed(value: Any) -> Any:
             pair = self._pair(value)
@@ -278,8 +279,9 @@ class VirtualParameters(TorchFunctionMode):
                 return value
             if self.alpha and free[0] and value.dim() > 1:
                 free[0] = False
-                return self._form(pair, self._scratch.take(pair.weight, pair.weight.dtype))
-            return self._form(pair)
+                dtype = _taken_as(pair.weight) if name in calls.AUTOCAST_PRODUCTS else pair.weight.dtype
+                return self._form(pair, self._scratch.take(pair.weight, dtype))
+            return self._vector(value) if at_once else self._form(pair)
 
         with warnings.catch_warnings() if name in calls.RECURRENT else nullcontext():
             if name in calls.RECURRENT:
@@ -313,9 +315,10 @@ class VirtualParameters(TorchFunctionMode):
         self.rounded.add(pair.owner)
         weight = pair.weight
         if self.alpha:
-            kept = self._kept.weights(pair, self.alpha, weight.dtype)
-            out = self._scratch.take(weight, weight.dtype) if kept is None else None
-            weight = pair.form(self.alpha, out=out) if kept is None else kept[0]
+            dtype = _taken_as(weight)
+            kept = self._kept.weights(pair, self.alpha, dtype)
+            out = self._scratch.take(weight, dtype) if kept is None else None
+            weight = pair.form(self.alpha, dtype=dtype, out=out) if kept is None else kept[0]
         product: Tensor = func(x, weight) if bias is None else func(x, weight, self._vector(bias))
         return product
 
@@ -458,7 +461,9 @@ class VirtualParameters(TorchFunctionMode):
     def _form(self, pair: TrackedParam, out: Tensor | None = None) -> Tensor:
         self.read.add(pair.owner)
         self.rounded.add(pair.owner)
-        return pair.form(self.alpha, out=out) if self.alpha else pair.weight
+        if not self.alpha:
+            return pair.weight
+        return pair.form(self.alpha, dtype=None if out is None else out.dtype, out=out)
 
     def _pair(self, value: Any) -> TrackedParam | None:
         return self._table.get(id(value)) if isinstance(value, Tensor) else None
@@ -484,3 +489,8 @@ class VirtualParameters(TorchFunctionMode):
             ):
                 return True
         return False
+
+
+def _taken_as(weight: Tensor) -> torch.dtype:
+    """The dtype that a product takes a formed weight in: autocast would round a float32 one in another pass."""
+    return product_dtype(weight) if weight.dtype == torch.float32 else weight.dtype
