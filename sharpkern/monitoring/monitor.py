@@ -26,8 +26,8 @@ from sharpkern.engines.settling import outermost, ranks_for
 from sharpkern.engines.timing import EngineTimes
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
 from sharpkern.measures.blockwise import Blocks, blocks_of, measure_blocks
-from sharpkern.measures.critical import measure
-from sharpkern.measures.micro_batches import Clip, Losses, Several, Step
+from sharpkern.measures.critical import measure, step_of
+from sharpkern.measures.micro_batches import Clip, Losses, Several
 from sharpkern.measures.precompile import told_of_compiling
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import constant_loss
@@ -268,9 +268,11 @@ class Monitor(Reports):
         parts: Mapping[str, Measurement] = {}
         if self._blocks:
             blocks = blocks_of(self._model, None, self._options.ranks) if self._blocks is True else self._blocks
-            whole = loss_fn if callable(loss_fn) else Step.of(loss_fn, weights, None, None, "loss").closure
-            every = replace(self._options, sample=None)
-            parts = measure_blocks(self._model, whole, direction, blocks, every, self._block_memories)
+            options, known = self._options, None if callable(loss_fn) else loss
+            of_step = step_of(
+                self._model, loss_fn, direction, options, weights=weights, losses=known, clip=clip, name="loss"
+            )
+            parts = measure_blocks(self._model, of_step, direction, blocks, options, self._block_memories, step)
         record = Record(step, direction.lr, measurement, other, parts)
         self.history.append(record)
         self._send(record)
