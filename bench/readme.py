@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
-from decisions import trials
+from decisions import alarms, trials
 from ledger import RESULTS, ROOT, latest, table
 
 from sharpkern.memory import report
@@ -431,6 +431,7 @@ TABLES = {
     "cap by task": trials.task_table,
     "find_lr": trials.find_table,
     "cost of the cap": trials.costs,
+    "alarms": alarms.alarm_table,
 }
 
 
@@ -448,3 +449,4 @@ if __name__ == "__main__":
     report.draw(plans()[1], RESULTS / "memory.png")
     draw_growth(latest("peers"), PLOT)
     trials.draw()
+    alarms.draw()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,9 @@ class Step:
 
     def form(self, move: ParamUpdate, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ for this one α; the caller has gradients off."""
-        if isinstance(move, StoredUpdate) and not self.is_several and _is_plain_sum(move, dtype):
+        if not self.is_several and is_plain_sum(move, dtype):
             # The way of `ops.form` without an operation's checks, of which small tensors take longer than of the sum.
-            return add_step(move.base, move.delta, self._number(dtype), out)
+            return add_step(move.base, move.delta, self.number(dtype), out)
         if out is not None and not self.is_several and move.wide == torch.float32:
             alpha = self.on(out.device)
             launch = _prepared(move, alpha, dtype, into=True)
@@ -52,7 +52,7 @@ class Step:
                 return launch(alpha=alpha, out=out)
         return move.form(self.of(move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
 
-    def _number(self, dtype: torch.dtype) -> float:
+    def number(self, dtype: torch.dtype) -> float:
         """α as an operation reads it off its tensor."""
         if dtype not in self._numbers:
             self._numbers[dtype] = self.on(torch.device("cpu"), dtype).item()
@@ -93,8 +93,10 @@ def _prepared(move: ParamUpdate, alpha: Tensor, dtype: torch.dtype, *, into: boo
     return move.launches[key]
 
 
-def _is_plain_sum(move: StoredUpdate, dtype: torch.dtype) -> bool:
-    """Whether θ + αΔθ is one call of torch on the CPU: one dtype, in which it is computed."""
+def is_plain_sum(move: ParamUpdate, dtype: torch.dtype) -> TypeGuard[StoredUpdate]:
+    """Whether θ + αΔθ is one call of torch on the CPU: Δθ in memory, and one dtype, in which the sum is computed."""
+    if not isinstance(move, StoredUpdate):
+        return False
     base, delta = move.base, move.delta
     return (
         type(base) in (Tensor, nn.Parameter)
