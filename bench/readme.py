@@ -128,6 +128,17 @@ def host() -> list[str]:
     ]
 
 
+def rounding() -> list[str]:
+    """What rounding Δθ to bf16 does."""
+    record = latest("rounding")
+    head = "optimizer | step | η_c | moved | Δθ in float32: off by | reported | Δθ in bf16: off by | reported"
+    line = (
+        "{optimizer} | {step} | {eta_c:.3g} | {moved:.3%} | {measured_fp32_off:.2%} | {measured_fp32_said:.2%} | "
+        "{measured_bf16_off:.2%} | {measured_bf16_said:.2%}"
+    )
+    return [*table(head, line, record["rows"]), "", f"{record['tokens']} tokens of text in each batch."]
+
+
 def overhead() -> list[str]:
     """What a monitor adds to training time, by how often it measures, and in whole windows of steps."""
     record = latest("overhead")
@@ -420,6 +431,7 @@ TABLES = {
     "cost": cost,
     "kernels": kernels,
     "host": host,
+    "rounding": rounding,
     "overhead": overhead,
     "sample": sampled,
     "small": small_models,

@@ -1,7 +1,10 @@
 """The engines on a GPU that computes nothing but what plain torch fills in: losses are those of plain torch."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkern import Direction
 from sharpkern.directions import from_optimizer, residence
@@ -94,6 +97,36 @@ def test_vectors_of_norms_are_formed_together_under_autocast(gpu):
     # The embedding is the head as well.
     matrices = sum(p.dim() > 1 for p in model.parameters()) + 1
     assert counts.launches == {"_form_step_kernel": matrices, "_form_steps_kernel": 1}
+
+
+class Called(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name().removeprefix("aten::").split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_norms_that_are_written_out_move_no_activation_once_more(gpu, monkeypatch):
+    pytest.importorskip("transformers", reason="the model is of transformers")
+    monkeypatch.setattr(lm_head, "HEAD_THRESHOLD", 2**16)
+    llama = TrainedLlama(2)
+    direction = Direction.from_optimizer(llama.optimizer, resident=False)
+    with engine_on("virtual", llama.model, llama.loss, direction) as (opened, _):
+        opened.losses([0.0, 1e-3])
+        # What plain torch fills in is no part of a pass.
+        monkeypatch.setattr(gpu, "leaves_out_forms", True)
+        with Called() as still:
+            opened.losses([0.0])
+        with Called() as moved:
+            opened.losses([2e-3])
+    for name in ("mul", "_to_copy", "copy_", "add", "rsqrt", "mean", "pow"):
+        assert moved.counts[name] == still.counts[name], name
+    assert still.counts["mul"] > 2 * 5
 
 
 @pytest.mark.parametrize("resident", [False, True], ids=["from state", "in memory"])
