@@ -109,7 +109,9 @@ class Direction:
             scaler: the GradScaler of fp16 training, to divide by its scale if ``unscale_`` has not yet been called.
             resident: True keeps Δθ in memory, where it is fastest and outlives the step. False works it out of the
                 gradients and the optimizer's state, where there is a closed form, whenever a weight is needed: no
-                memory, but to be measured before they change. By default False on CUDA and HIP devices, True elsewhere.
+                memory, but to be measured before they change. By default False on CUDA and HIP devices, True elsewhere;
+                but there Δθ of bf16 weights is kept in bf16, in a process by itself, where it takes a third of the free
+                memory at most.
             ranks: the `sharpkern.Ranks` of the measurement, where they split the model: this rank's part of it may have
                 nothing to move.
 

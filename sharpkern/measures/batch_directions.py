@@ -191,9 +191,7 @@ def _gradients(session: Session, losses: Iterable[LossFn]) -> Iterator[dict[nn.P
         # A data-parallel reducer would write the buckets that the run's own gradients may be views of.
         with step(), no_reducers(session.outer):
             empty_cache()
-            loss = loss_fn()
-            check_differentiable(loss)
-            loss.backward()
+            check_differentiable(loss_fn()).backward()
         gradients = {parameter: parameter.grad for parameter in parameters}
         for parameter in parameters:
             parameter.grad = None

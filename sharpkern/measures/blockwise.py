@@ -1,8 +1,9 @@
 """Critical sharpness of one block at a time: which layer limits the step."""
 
 import time
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
+from statistics import mean
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,13 @@ from sharpkern.directions.blocks import default_blocks, items_of, selected
 from sharpkern.directions.direction import Direction
 from sharpkern.distributed.declared import Ranks
 from sharpkern.distributed.sharding import reshard
-from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.session import Engine, Session, in_session
 from sharpkern.errors import NoUpdateError
-from sharpkern.measures.critical import check_arguments, common
+from sharpkern.measures.critical import check_arguments, common, step_of
+from sharpkern.measures.micro_batches import Clip, Several, Step
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import ConstantLossError, Run, finish
+from sharpkern.measures.sampled import by_sample
 from sharpkern.search.line_search import SearchMemory, SearchResult
 
 Which = str | nn.Parameter | nn.Module | Iterable[str | nn.Parameter | nn.Module]
@@ -28,9 +30,12 @@ _EXACT = 1e-6
 
 def blockwise_critical_sharpness(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Several,
     direction: Direction,
     blocks: Blocks | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    clip: Clip = None,
     **options: Unpack[MeasureOptions],
 ) -> dict[str, Measurement]:
     """Measure λ_c = 2/η_c of every block, η_c being how far it can move alone before the loss rises.
@@ -40,18 +45,22 @@ def blockwise_critical_sharpness(
 
     Args:
         model: evaluated by ``loss_fn``.
-        loss_fn: as for `critical_sharpness`.
+        loss_fn: as for `critical_sharpness`, one closure or the micro-batches of one step.
         direction: Δθ of the whole model.
         blocks: {name: what moves}: patterns of parameters' names ("h.0.*"), modules or parameters, or several of them.
             By default the repeated layers, which stand in a ModuleList or Sequential, and each module beside them, such
             as embedding, last norm and head; a tied weight belongs to the first block that has it.
-        **options: of `critical_sharpness`, ``base_loss`` excepted. Where ``ranks`` split the model, a block is what
-            all ranks hold under its name, and a rank may hold nothing of it.
+        weights: of the micro-batches, as for `critical_sharpness`.
+        clip: as for `critical_sharpness`, where there is a sample.
+        **options: of `critical_sharpness`, ``base_loss`` excepted. With ``sample`` the same micro-batches are drawn for
+            all blocks, and each takes as many more as it needs. Where ``ranks`` split the model, a block is what all
+            ranks hold under its name, and a rank may hold nothing of it.
 
     Returns:
         dict: name of the block → its measurement, in the order of ``blocks``; sharpness in 1/learning-rate, ``slope``
         the block's own share of Δθᵀg. Blocks that the direction does not move are left out. The base loss is evaluated
-        once and counts among the first block's ``forwards``; in 16-bit arithmetic once for each block.
+        once and counts among the first block's ``forwards``; in 16-bit arithmetic, and of a sample that no
+        `MicroBatch` knows the losses of, once for each block.
 
     Raises:
         NoUpdateError: the direction moves no block.
@@ -74,10 +83,9 @@ def blockwise_critical_sharpness(
         {'0': 6.0, '1': 2.0}
     """
     chosen = Options.of(blockwise_critical_sharpness, options)
-    if chosen.sample is not None:
-        raise TypeError("sample must be left out, got one: blocks are measured on all of what loss_fn returns")
-    check_arguments(model, loss_fn, direction)
-    found = measure_blocks(model, loss_fn, direction, blocks_of(model, blocks, chosen.ranks), chosen, {})
+    check_arguments(model, direction)
+    step = step_of(model, loss_fn, direction, chosen, weights=weights, clip=clip)
+    found = measure_blocks(model, step, direction, blocks_of(model, blocks, chosen.ranks), chosen, {})
     if not found:
         raise NoUpdateError("direction must move some parameter of the blocks, got none; name other blocks")
     return found
@@ -98,20 +106,24 @@ def blocks_of(model: nn.Module, blocks: Any, ranks: Ranks | str | None) -> dict[
 
 def measure_blocks(
     model: nn.Module,
-    loss_fn: LossFn,
+    step: Step,
     direction: Direction,
     blocks: Mapping[str, list[nn.Parameter]],
     options: Options,
     memories: MutableMapping[str, SearchMemory],
+    draw: int | None = None,
 ) -> dict[str, Measurement]:
     """Measure one block after the other in one session, each from what its last search left in ``memories``."""
 
     def measured(session: Session) -> dict[str, Measurement]:
-        target = session.target(loss_fn)
+        step.settle(session)
+        target = session.target(step.closure)
         closure, checks, bases = target.closure, target.checks, dict[str, float]()
         session.begin(checks)
         agrees = set(checks.agrees)
-        found = {}
+        # The same on all ranks.
+        (number,) = session.ranks.means([checks.num_measurements if draw is None else draw])
+        found, excesses = dict[str, Measurement](), list[float]()
         for name in session.ranks.union(list(blocks)):
             try:
                 part = session.part(partial(session.direction.only, blocks.get(name, [])))
@@ -129,16 +141,22 @@ def measure_blocks(
                 return run, finish(run, run.search(left))
 
             try:
-                run, result = part.run(target, search, engine=options.engine)
+                run, result = by_sample(part, target, options, step, left, number, excesses) or part.run(
+                    target, search, engine=options.engine
+                )
             except ConstantLossError as constant:
                 # Nothing depends on it, such as an expert without tokens that decays.
                 run, result = constant.run, constant.result
             m = run.measurement(result, time.perf_counter() - started)
-            if run.engine.name in ("swapped", "inplace") or closure.precision.noise() <= _EXACT:
+            is_exact = run.engine.name in ("swapped", "inplace") or closure.precision.noise() <= _EXACT
+            if is_exact and m.sample_size is None:
                 bases[run.engine.name] = m.base_loss
             found[name], memories[name] = m, result.memory
             closure.calls = 0
+        if excesses:
+            # Of the same micro-batches, so that they say one thing.
+            checks.excesses.append(mean(excesses))
         return found
 
     plan = (tuple(blocks) if options.ranks is None else (), options.plan)
-    return in_session(measured, model, direction, [loss_fn], reduce=options.reduce, ranks=options.ranks, plan=plan)
+    return in_session(measured, model, direction, step.loss_fns, reduce=options.reduce, ranks=options.ranks, plan=plan)

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,10 +15,10 @@ from sharpkern.engines.session import Engine, Session, in_session
 from sharpkern.engines.timing import EngineTimes, may_batch
 from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.engine import VirtualEngine
-from sharpkern.measures.micro_batches import Clip, Losses, Several, Step, is_sequence
+from sharpkern.measures.micro_batches import Clip, Losses, Several, Step
 from sharpkern.measures.result import Measurement, Options
 from sharpkern.measures.run import ENOUGH_FORWARDS, ConstantLossError, Run, finish
-from sharpkern.measures.sampled import NoSampleError, SampledRun, tell_whole
+from sharpkern.measures.sampled import by_sample
 from sharpkern.search.line_search import SearchMemory, SearchResult
 
 
@@ -140,50 +139,26 @@ def measure(
     """`critical_sharpness` with a warm start, and what a sample is drawn by."""
     started = time.perf_counter()
     name, given = ("base_loss", base_loss) if trained_loss is None else ("loss", trained_loss)
-    clip = getattr(direction, "_clip", None) if clip is None else clip
-    step = Step.of(loss_fn, weights, given, clip, name) if is_sequence(loss_fn) else None
-    if step is None and (options.sample is not None or weights is not None):
-        raise TypeError(
-            "loss_fn must be a sequence of closures with sample= or weights=, one for each micro-batch, got one; split "
-            "the batch by sharpkern.split(batch, 16) and pass [lambda b=b: loss_of(b) for b in parts]"
-        )
-    loss_fns: list[Any] = [loss_fn] if step is None else [step.closure, *step.closure.parts]
-    whole_fn = loss_fns[0]
-    check_arguments(model, whole_fn, direction)
-    if options.sample is not None and direction.bind(model).slope is None:
-        raise ValueError(
-            "direction must know its slope for a sample, got one that no gradient belongs to; make it by "
-            "Direction.from_optimizer(optimizer), or leave sample out"
-        )
-    known_base = _as_number(name, given if step is None else step.loss(given))
+    check_arguments(model, direction)
+    step = step_of(model, loss_fn, direction, options, weights=weights, losses=given, clip=clip, name=name)
+    known_base = _as_number(name, step.loss(given))
 
     def measured(session: Session) -> tuple[Run, SearchResult]:
-        if step is not None:
-            step.settle(session)
-        target = session.target(whole_fn)
+        step.settle(session)
+        target = session.target(step.closure)
         left = common(memory, session.ranks)
         # The same on all ranks.
         (number,) = session.ranks.means([target.checks.num_measurements if draw is None else draw])
 
-        def sampled(engine: Engine) -> tuple[Run, SearchResult]:
-            assert step is not None
-            run = SampledRun(session, target, engine, options, step)
-            return run, run.of_sample(left, number)
-
         def search(engine: Engine) -> tuple[Run, SearchResult]:
-            target.closure.loss_fn = whole_fn
             run = Run(session, target, engine, options, must_agree=base_loss is not None)
             result = finish(run, run.search(left))
             if pace is not None and isinstance(engine, VirtualEngine):
                 pace.note(engine.name, engine.work, engine.seconds)
             return run, result
 
-        if options.sample is not None:
-            try:
-                return session.run(target, sampled, engine=options.engine)
-            except NoSampleError as reason:
-                tell_whole(target.checks, str(reason))
-                target.closure.calls = math.ceil(target.closure.calls / len(loss_fns[1:]))
+        if found := by_sample(session, target, options, step, left, number):
+            return found
         quickest = "virtual" if pace is None or not _may_batch(session.pairs, options) else pace.engine()
         return session.run(target, search, engine=options.engine, quickest=quickest)
 
@@ -192,7 +167,7 @@ def measure(
             measured,
             model,
             direction,
-            loss_fns,
+            step.loss_fns,
             reduce=options.reduce,
             ranks=options.ranks,
             base_loss=known_base,
@@ -218,26 +193,39 @@ def _may_batch(pairs: Sequence[TrackedParam], options: Options) -> bool:
     return searches and options.reduce is None and may_batch(pairs)
 
 
-def check_arguments(model: object, loss_fn: object, direction: object) -> None:
-    """Refuse arguments of the wrong kind."""
+def check_arguments(model: object, direction: object) -> None:
+    """Refuse arguments of the wrong kind; `Step.of` does closures."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model that loss_fn evaluates"
-        )
-    if is_sequence(loss_fn):
-        raise TypeError(
-            f"loss_fn must be one closure here, got a {type(loss_fn).__name__} of them; pass "
-            "lambda: sum(one() for one in loss_fns) / len(loss_fns)"
-        )
-    if not callable(loss_fn):
-        raise TypeError(
-            f"loss_fn must be callable without arguments, got {type(loss_fn).__name__}; pass lambda: loss of the batch"
         )
     if not isinstance(direction, Direction):
         raise TypeError(
             f"direction must be a sharpkern.Direction, got {type(direction).__name__}; make one by "
             "Direction.from_optimizer(optimizer)"
         )
+
+
+def step_of(
+    model: nn.Module,
+    loss_fn: Several,
+    direction: Direction,
+    options: Options,
+    *,
+    weights: Sequence[float] | None,
+    clip: Clip,
+    losses: Losses = None,
+    name: str = "base_loss",
+) -> Step:
+    """The closures, checked, and whether a sample of them can tell of all."""
+    clip = direction._clip if clip is None else clip
+    step = Step.of(loss_fn, weights, losses, clip, name, sample=options.sample)
+    if options.sample is not None and direction.bind(model).slope is None:
+        raise ValueError(
+            "direction must know its slope for a sample, got one that no gradient belongs to; make it by "
+            "Direction.from_optimizer(optimizer), or leave sample out"
+        )
+    return step
 
 
 def _as_number(name: str, loss: object) -> float | None:

@@ -5,7 +5,7 @@ so a gradient that was clipped or scaled does not matter.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from sharpkern.engines.settling import size_of
 from sharpkern.errors import RetainedWarning, warn
 from sharpkern.measures.critical import check_arguments
 from sharpkern.measures.hvp import GradientGraph, check_differentiable, check_symmetry, no_reducers, refuse_shards
+from sharpkern.measures.micro_batches import Several, Step
 from sharpkern.measures.run import RETAINED_FLOOR
 from sharpkern.measures.self_checks import confirm, looked_at_twice
 from sharpkern.ops.reductions import inner_product, total
@@ -63,18 +64,20 @@ class DirectionalSharpness(float):
 
 def directional_sharpness(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    loss_fn: Several,
     direction: Direction,
     *,
     method: str = "forward",
     step_size: float | None = None,
     ranks: Ranks | str | None = None,
+    weights: Sequence[float] | None = None,
 ) -> DirectionalSharpness:
     """Measure the curvature of the loss along an update direction, without touching the run.
 
     Args:
         model: Evaluated by ``loss_fn``. Under `DistributedDataParallel` the loss is the mean over the ranks.
-        loss_fn: Returns the scalar loss of the model's current parameters, the same in every call.
+        loss_fn: Returns the scalar loss of the model's current parameters, the same in every call. Or a sequence of
+            closures, or of (closure, weight): the micro-batches of one step, each evaluated in every pass.
         direction: Δθ, parameter change per unit learning rate.
         method: "forward": loss differences, usually 5 to 9 forward passes and at most 23, plus 2 checks in the first
             call. "gradient": the difference of two gradients along Δθ, each one forward and one backward pass, plus 2
@@ -84,6 +87,7 @@ def directional_sharpness(
         step_size: h of the points ±h, a learning rate, for "forward" and "gradient"; by default one at which truncation
             and rounding balance. For "forward" two more losses, at ±h/2, tell the error, or four where they are coarse.
         ranks: as for `critical_sharpness`; of ranks that split the model, for "forward" alone.
+        weights: of the micro-batches, as for `critical_sharpness`.
 
     Returns:
         λ_dir in 1/learning-rate: negative where the curvature is, nan where the loss does not resolve it
@@ -116,12 +120,13 @@ def directional_sharpness(
         )
     _check_step_size(step_size, method)
     check_ranks(ranks)
-    check_arguments(model, loss_fn, direction)
+    step = Step.of(loss_fn, weights)
+    check_arguments(model, direction)
     if method == "hvp":
-        return _by_product(model, loss_fn, direction, ranks)
+        return _by_product(model, step, direction, ranks)
     if method == "gradient":
-        return _by_gradients(model, loss_fn, direction, step_size, ranks)
-    return _by_differences(model, loss_fn, direction, step_size, ranks)
+        return _by_gradients(model, step, direction, step_size, ranks)
+    return _by_differences(model, step, direction, step_size, ranks)
 
 
 def _check_step_size(step_size: object, method: str) -> None:
@@ -138,18 +143,17 @@ def _check_step_size(step_size: object, method: str) -> None:
         raise ValueError(f"step_size must be left out with method='hvp', which takes no step, got {step_size}")
 
 
-def _by_product(
-    model: nn.Module, loss_fn: Callable[[], Tensor], direction: Direction, ranks: Ranks | str | None
-) -> DirectionalSharpness:
+def _by_product(model: nn.Module, step: Step, direction: Direction, ranks: Ranks | str | None) -> DirectionalSharpness:
     """Return ΔθᵀHΔθ / Δθᵀg by an exact Hessian-vector product, slope and curvature from one graph."""
     generator = torch.Generator().manual_seed(0)
 
     def measured(session: Session) -> DirectionalSharpness:
+        step.settle(session)
         direction = session.direction
         for parameter in direction.parameters:
             # A frozen parameter moves too if the direction says so.
             parameter.requires_grad_()
-        graph = GradientGraph(session, loss_fn, direction.parameters)
+        graph = GradientGraph(session, step.closure, direction.parameters)
         forwards = 1 if session.settled_by is None else 2
         delta = direction.tensors
         curved = graph.product(delta)
@@ -171,12 +175,12 @@ def _by_product(
         shares = size * length / abs(curvature) + size * graph.length / abs(slope) if curvature else math.inf
         return DirectionalSharpness(curvature / slope, _ROUNDINGS * graph.rounding * shares, forwards=forwards)
 
-    return in_session(measured, model, direction, [loss_fn], ranks=ranks, grad=True, plan=())
+    return in_session(measured, model, direction, step.loss_fns, ranks=ranks, grad=True, plan=())
 
 
 def _by_gradients(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    step: Step,
     direction: Direction,
     step_size: float | None,
     ranks: Ranks | str | None,
@@ -184,6 +188,7 @@ def _by_gradients(
     """Return λ_dir from the slopes of the loss at ±h, each from one gradient."""
 
     def measured(session: Session) -> DirectionalSharpness:
+        step.settle(session)
         direction = session.direction
         parameters = [pair.parameter for pair in session.pairs]
         refuse_shards(session, parameters)
@@ -196,8 +201,7 @@ def _by_gradients(
                     # A frozen parameter moves too if the direction says so.
                     parameter.requires_grad_()
             with no_reducers(session.outer):
-                loss = loss_fn()
-            check_differentiable(loss)
+                loss = check_differentiable(step.closure())
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             lengths[0] = math.sqrt(_dot(gradients, gradients))
             sums = [inner_product(g, d) for g, d in zip(gradients, deltas, strict=True)]
@@ -231,7 +235,7 @@ def _by_gradients(
 
         return session.run(target, measure)
 
-    return in_session(measured, model, direction, [loss_fn], ranks=ranks, grad=True, plan=(step_size, "gradient"))
+    return in_session(measured, model, direction, step.loss_fns, ranks=ranks, grad=True, plan=(step_size, "gradient"))
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -241,7 +245,7 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 def _by_differences(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    step: Step,
     direction: Direction,
     step_size: float | None,
     ranks: Ranks | str | None,
@@ -249,7 +253,8 @@ def _by_differences(
     """Return λ_dir from losses at ±h."""
 
     def measured(session: Session) -> tuple[Estimate, float, int]:
-        target = session.target(loss_fn)
+        step.settle(session)
+        target = session.target(step.closure)
 
         def measure(engine: Engine) -> tuple[Estimate, float]:
             estimate, last = _by_engine(engine, target, step_size, session)
@@ -258,7 +263,7 @@ def _by_differences(
 
         return *session.run(target, measure), target.closure.calls
 
-    estimate, kept, forwards = in_session(measured, model, direction, [loss_fn], ranks=ranks, plan=(step_size,))
+    estimate, kept, forwards = in_session(measured, model, direction, step.loss_fns, ranks=ranks, plan=(step_size,))
     if kept < RETAINED_FLOOR:
         warn(
             f"only {kept:.2f} of the displacement by ±{estimate.step:.2g}·Δθ survives rounding to the weights' "

@@ -19,6 +19,7 @@ from sharpkern.distributed.declared import Ranks, check_ranks
 from sharpkern.distributed.sharding import local
 from sharpkern.engines.session import Session, in_session
 from sharpkern.measures.hvp import GradientGraph, check_symmetry
+from sharpkern.measures.micro_batches import Several, Step
 from sharpkern.tensors.storage import overlapping
 
 # Vectors that ARPACK holds at a time, and products before its first answer. More make a restart rarer.
@@ -47,13 +48,14 @@ class HessianResult:
 
 def hessian_sharpness(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor],
+    loss_fn: Several,
     *,
     preconditioner: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     tol: float = 1e-2,
     max_iter: int = 100,
     v0: Tensor | None = None,
     ranks: Ranks | str | None = None,
+    weights: Sequence[float] | None = None,
 ) -> HessianResult:
     """Measure λ_max(H), or λ_max(P^-1/2 H P^-1/2) with Adam's preconditioner P; the run it interrupts is not touched.
 
@@ -62,7 +64,8 @@ def hessian_sharpness(
             mean over the ranks, each of which gets its sharpness. So it is on ranks that hold the same weights and
             gradients.
         loss_fn: Returns the scalar loss of the model's current parameters, with its graph. Called once, and once more
-            where ranks have yet to find out whether they train one model.
+            where ranks have yet to find out whether they train one model. Or a sequence of closures, or of
+            (closure, weight): the micro-batches of one step, whose graphs are held together.
         preconditioner: The Adam or AdamW that trains the model, or a list of several, after at least one step:
             P = (1 − β₁ᵗ)(√(v/(1 − β₂ᵗ)) + ε) of its last step. θ is then what they move. A group whose
             learning rate differs from that of the first moving group has its P divided by the ratio.
@@ -71,6 +74,7 @@ def hessian_sharpness(
         v0: Where to start: the ``vector`` of an earlier measurement of the same parameters. Random if left out,
             the same in every call.
         ranks: As for `critical_sharpness`; not for ranks that split the model.
+        weights: Of the micro-batches, as for `critical_sharpness`.
 
     Returns:
         The eigenvalue, its residual, the number of products and whether it converged.
@@ -94,6 +98,7 @@ def hessian_sharpness(
         (6.0, True)
     """
     check_ranks(ranks)
+    step = Step.of(loss_fn, weights)
     if not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise ValueError(f"tol must be a number in (0, 1), got {tol}; leave it out for 0.01")
     if not isinstance(max_iter, int) or isinstance(max_iter, bool) or max_iter < 1:
@@ -117,7 +122,8 @@ def hessian_sharpness(
     start = _start(parameters, v0)
 
     def measured(session: Session) -> HessianResult:
-        graph = GradientGraph(session, loss_fn, parameters)
+        step.settle(session)
+        graph = GradientGraph(session, step.closure, parameters)
         if not math.isfinite(graph.loss):
             return HessianResult(math.nan, math.nan, 0, False, start / start.norm())
 
@@ -131,7 +137,7 @@ def hessian_sharpness(
         graph.tell_unchecked()
         return result
 
-    return in_session(measured, model, None, [loss_fn], ranks=ranks, grad=True, plan=(tol, max_iter))
+    return in_session(measured, model, None, step.loss_fns, ranks=ranks, grad=True, plan=(tol, max_iter))
 
 
 def _refuse_shared_memory(model: nn.Module, parameters: tuple[nn.Parameter, ...]) -> None:

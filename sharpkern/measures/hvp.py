@@ -12,7 +12,7 @@ gradients are not torch's own, and that pass, are told of by a warning.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sharpkern.distributed.flat import is_flat
 from sharpkern.distributed.lockstep import reducers_of, replicate_state
 from sharpkern.distributed.sharding import is_sharded
-from sharpkern.engines.evaluation.closure import check_loss
+from sharpkern.engines.evaluation.closure import LossFn, check_loss
+from sharpkern.engines.evaluation.guard import evaluating
 from sharpkern.engines.session import Session
 from sharpkern.errors import UncheckedWarning, warn
 from sharpkern.ops.reductions import inner_product, total
@@ -50,15 +51,14 @@ class GradientGraph:
 
     gradient: tuple[Tensor, ...]
 
-    def __init__(self, session: Session, loss_fn: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, session: Session, loss_fn: LossFn, parameters: Sequence[Tensor]) -> None:
         self._parameters = tuple(parameters)
         refuse_shards(session, self._parameters)
         self._session = session
         with session.in_step():
             # The fused attention kernels have no second derivative; plain matrix products do.
-            with sdpa_kernel(SDPBackend.MATH), no_reducers(session.outer):
-                loss = loss_fn()
-            check_differentiable(loss)
+            with sdpa_kernel(SDPBackend.MATH), no_reducers(session.outer), _evaluated(loss_fn):
+                loss = check_differentiable(loss_fn())
             self._foreign = _foreign_operators(loss)
             self._seed = torch.ones_like(loss, requires_grad=True)
             with _named_errors():
@@ -140,6 +140,16 @@ class GradientGraph:
 
 
 @contextmanager
+def _evaluated(loss_fn: LossFn) -> Iterator[None]:
+    """Let a `MicroBatch` know that this is no call of training."""
+    evaluating.append(loss_fn)
+    try:
+        yield
+    finally:
+        evaluating.clear()
+
+
+@contextmanager
 def no_reducers(model: nn.Module) -> Iterator[None]:
     """Keep data-parallel wrappers from taking part in a forward and a backward pass."""
     with ExitStack() as stack:
@@ -180,15 +190,17 @@ def refuse_shards(session: Session, parameters: Sequence[Tensor]) -> None:
         )
 
 
-def check_differentiable(loss: Tensor) -> None:
-    """Refuse what cannot be differentiated, by name."""
+def check_differentiable(loss: Tensor | None) -> Tensor:
+    """Return the loss, refused by name where it cannot be differentiated."""
     check_loss(loss)
+    assert loss is not None
     if not loss.requires_grad:
         raise ValueError(
             "loss_fn must return a loss with its graph, got one without; "
             "remove detach(), item(), no_grad() and inference_mode() from and around it, and make sure that the "
             "parameters require gradients"
         )
+    return loss
 
 
 def _foreign_operators(loss: Tensor) -> set[str]:

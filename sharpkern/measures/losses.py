@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from sharpkern.directions.direction import Direction
 from sharpkern.distributed.declared import Ranks
-from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.retained import retained_share
 from sharpkern.engines.session import Engine, Session, Target, in_session
 from sharpkern.engines.timing import may_batch
 from sharpkern.errors import EngineUnsupportedError, NoUpdateError, RetainedWarning, warn
 from sharpkern.measures.critical import check_arguments
 from sharpkern.measures.directional import small_step
+from sharpkern.measures.micro_batches import Several, Step
 from sharpkern.measures.result import Options
 from sharpkern.measures.run import RETAINED_FLOOR, constant_loss
 from sharpkern.measures.self_checks import confirm, looked_at_twice
@@ -23,25 +23,29 @@ from sharpkern.measures.self_checks import confirm, looked_at_twice
 
 def losses_along(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Several,
     direction: Direction,
     step_sizes: Sequence[float] | Tensor,
     *,
     engine: str = "auto",
     reduce: Callable[[Tensor], Tensor] | None = None,
     ranks: Ranks | str | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Return L(θ − ηΔθ) for every step size η: the loss curve along an update, without touching the run.
 
     Args:
         model: evaluated by ``loss_fn``.
         loss_fn: takes no argument and returns the scalar loss of the model's current parameters, the same in each call.
+            Or a sequence of closures, or of (closure, weight): the micro-batches of one step, of which all are
+            evaluated.
         direction: Δθ, parameter change per unit learning rate.
         step_sizes: η, learning rates, [K], in any order; 0 gives L(θ), a negative one a step uphill.
         engine: as for `critical_sharpness`. "batched" takes 8 step sizes in one call of ``loss_fn``, fewer where memory
             is short. "auto" begins with it on a GPU of a single process, and with one step size at a time elsewhere.
         reduce: as for `critical_sharpness`; without it the mean over the ranks that train one model.
         ranks: as for `critical_sharpness`.
+        weights: of the micro-batches, as for `critical_sharpness`.
 
     Returns:
         Tensor: losses, [K] float64 on the CPU, in the order of ``step_sizes``; inf or nan where the loss is.
@@ -68,7 +72,8 @@ def losses_along(
         >>> losses_along(model, loss_fn, Direction.from_gradients(model), [0.0, 0.5, 1.0])
         tensor([1., 0., 1.], dtype=torch.float64)
     """
-    check_arguments(model, loss_fn, direction)
+    step = Step.of(loss_fn, weights)
+    check_arguments(model, direction)
     options, etas = Options(engine=engine, reduce=reduce, ranks=ranks), _numbers(step_sizes)
 
     def measured(session: Session) -> tuple[list[float], float]:
@@ -76,7 +81,8 @@ def losses_along(
         unlike = [not math.isclose(*pair, rel_tol=1e-6) for pair in zip(own, session.ranks.means(own), strict=True)]
         if any(session.ranks.any_of(unlike)):
             raise ValueError(f"step_sizes must be the same on every rank, got {len(etas)} others here; pass the same")
-        target = session.target(loss_fn)
+        step.settle(session)
+        target = session.target(step.closure)
         session.begin(target.checks)
         # Of another engine too, that takes the place of this one.
         is_known = target.checks.repeatable
@@ -97,7 +103,8 @@ def losses_along(
 
         return session.run(target, evaluate, engine=options.engine, quickest=quickest)
 
-    losses, kept = in_session(measured, model, direction, [loss_fn], reduce=reduce, ranks=ranks, plan=(etas, engine))
+    plan = (etas, engine)
+    losses, kept = in_session(measured, model, direction, step.loss_fns, reduce=reduce, ranks=ranks, plan=plan)
     if kept < RETAINED_FLOOR:
         warn(
             f"only {kept:.2f} of the longest displacement survives rounding to the weights' dtype; pass the "

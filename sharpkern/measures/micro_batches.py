@@ -172,21 +172,43 @@ class WholeBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """The closures of one step and what training knows of it.
+    """The closures of one step, one or several, and what training knows of it.
 
     Attributes:
-        closure: the whole batch.
+        closure: of the whole batch: the one that was given, or a `WholeBatch` of several.
         losses: of training, one for each micro-batch, or None.
         clip: what clipping multiplied the gradient by; None where nobody said.
     """
 
-    closure: WholeBatch
-    losses: list[float] | None
-    clip: float | None
+    closure: LossFn
+    losses: list[float] | None = None
+    clip: float | None = None
 
     @classmethod
-    def of(cls, loss_fn: Any, weights: Sequence[float] | None, losses: Any, clip: Any, name: str) -> "Step":
+    def of(
+        cls,
+        loss_fn: Any,
+        weights: Any = None,
+        losses: Any = None,
+        clip: Any = None,
+        name: str = "base_loss",
+        *,
+        sample: object = None,
+    ) -> "Step":
         """What a caller gave, checked."""
+        if not is_sequence(loss_fn):
+            if sample is not None or weights is not None:
+                raise TypeError(
+                    "loss_fn must be a sequence of closures with sample= or weights=, one for each micro-batch, got "
+                    "one; split the batch by sharpkern.split(batch, 16) and pass [lambda b=b: loss_of(b) for b in "
+                    "parts]"
+                )
+            if not callable(loss_fn):
+                raise TypeError(
+                    f"loss_fn must be callable without arguments, got {type(loss_fn).__name__}; pass lambda: loss of "
+                    "the batch"
+                )
+            return cls(loss_fn)
         pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in loss_fn]
         if not pairs or not all(len(pair) == 2 and callable(pair[0]) for pair in pairs):
             raise TypeError(
@@ -205,17 +227,32 @@ class Step:
         known = _losses(parts, losses, name)
         return cls(WholeBatch(parts, [float(weight) for weight in chosen]), known, coefficient(clip))
 
+    @property
+    def parts(self) -> list[LossFn]:
+        """The micro-batches' closures; none where one closure was given."""
+        return self.closure.parts if isinstance(self.closure, WholeBatch) else []
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the parts."""
+        return self.closure.weights if isinstance(self.closure, WholeBatch) else []
+
+    @property
+    def loss_fns(self) -> list[LossFn]:
+        """All closures, the whole batch's first."""
+        return [self.closure, *self.parts]
+
     def loss(self, given: Any) -> Any:
         """The loss that was trained, of this rank's batch, its weights being taken for as large as other ranks'."""
-        if self.losses is None:
+        if self.losses is None or not isinstance(self.closure, WholeBatch):
             return given
-        pairs = zip(self.losses, self.closure.weights, strict=True)
+        pairs = zip(self.losses, self.weights, strict=True)
         return math.fsum(loss * weight for loss, weight in pairs) / self.closure.total
 
     def settle(self, session: Session) -> None:
         """Weigh this rank's batch by its share of all weights."""
-        whole, own = self.closure, self.closure.total
-        (whole.total,) = session.ranks.means([own])
+        if isinstance(self.closure, WholeBatch):
+            (self.closure.total,) = session.ranks.means([math.fsum(self.weights)])
         if self.losses is not None and session.base_loss is not None:
             (session.base_loss,) = session.ranks.means([self.loss(None)])
 

@@ -11,21 +11,22 @@ from torch import nn
 from typing_extensions import Unpack
 
 from sharpkern.directions.direction import Direction
-from sharpkern.engines.evaluation.closure import LossFn
 from sharpkern.engines.session import Session, in_session
 from sharpkern.engines.swapped import Memory
 from sharpkern.engines.tracked import TrackedParam
 from sharpkern.engines.virtual.layers import Kept
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.measures.critical import check_arguments, measure
+from sharpkern.measures.micro_batches import Several, Step
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import Run
+from sharpkern.tensors.free import free_bytes
 
 _ROOM_ON_CPU = 2**30
 
 
 def relative_critical_sharpness(
-    model: nn.Module, tasks: Mapping[str, LossFn], direction: Direction, **options: Unpack[MeasureOptions]
+    model: nn.Module, tasks: Mapping[str, Several], direction: Direction, **options: Unpack[MeasureOptions]
 ) -> dict[str, Measurement]:
     """Measure λ_c^{task→direction} = 2/η_c of every task's loss along one update.
 
@@ -34,7 +35,8 @@ def relative_critical_sharpness(
 
     Args:
         model: evaluated by the tasks' closures.
-        tasks: name of the task → closure that returns its scalar loss, as ``loss_fn`` of `critical_sharpness`.
+        tasks: name of the task → closure that returns its scalar loss, as ``loss_fn`` of `critical_sharpness`; or a
+            sequence of closures, or of (closure, weight), whose mean is the task's loss.
         direction: Δθ, such as the update of an optimizer on a mix of the tasks' data.
         **options: of `critical_sharpness`, ``base_loss`` excepted.
 
@@ -70,10 +72,10 @@ def relative_critical_sharpness(
         raise ValueError(
             "sample needs the slope of the loss along the direction, which a task's is not known; leave sample out"
         )
-    for loss_fn in tasks.values():
-        check_arguments(model, loss_fn, direction)
+    check_arguments(model, direction)
+    steps = {name: Step.of(loss_fn) for name, loss_fn in tasks.items()}
     without_slope = replace(direction, slope=None)
-    found = _together(model, tasks, without_slope, chosen) if len(tasks) > 1 else {}
+    found = _together(model, steps, without_slope, chosen) if len(tasks) > 1 else {}
     return {
         name: found[name] if name in found else measure(model, loss_fn, without_slope, chosen)[0]
         for name, loss_fn in tasks.items()
@@ -81,7 +83,7 @@ def relative_critical_sharpness(
 
 
 def _together(
-    model: nn.Module, tasks: Mapping[str, LossFn], direction: Direction, options: Options
+    model: nn.Module, steps: Mapping[str, Step], direction: Direction, options: Options
 ) -> dict[str, Measurement]:
     """Measure several tasks side by side, so that weights formed for one serve all that ask for the same step sizes."""
 
@@ -89,8 +91,9 @@ def _together(
         kept, memory = Kept(_room(session.pairs)), None
         with ExitStack() as engines:
             searches = []
-            for name, loss_fn in tasks.items():
-                target = session.target(loss_fn)
+            for name, step in steps.items():
+                step.settle(session)
+                target = session.target(step.closure)
                 engine_name, swaps = session.choose(target, options.engine)
                 if swaps:
                     memory = memory or Memory(session.pairs)
@@ -109,7 +112,8 @@ def _together(
             return {task.name: task.measurement for task in searches if task.measurement is not None}
 
     reduce, ranks, plan = options.reduce, options.ranks, options.plan
-    return in_session(measured, model, direction, tasks.values(), reduce=reduce, ranks=ranks, plan=plan)
+    loss_fns = [loss_fn for step in steps.values() for loss_fn in step.loss_fns]
+    return in_session(measured, model, direction, loss_fns, reduce=reduce, ranks=ranks, plan=plan)
 
 
 class _Task:
@@ -153,5 +157,4 @@ def _room(pairs: Sequence[TrackedParam]) -> int:
     device = devices.pop()
     if device.type != "cuda":
         return _ROOM_ON_CPU
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 0 if devices else (torch.cuda.mem_get_info(device)[0] + unused) // 4
+    return 0 if devices else free_bytes(device) // 4

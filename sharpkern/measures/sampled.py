@@ -1,7 +1,7 @@
 """λ_c of a whole batch from a sample of its micro-batches: evaluates, checks, and refuses where it may mislead."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import replace
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,12 +39,12 @@ class Micro:
     """
 
     def __init__(self, session: Session, step: Step) -> None:
-        self._ranks, self._parts = session.ranks, step.closure.parts
+        self._ranks, self._parts = session.ranks, step.parts
         each = len(self._parts)
         if any(self._ranks.any_of([self._ranks.means([float(each)])[0] != each])):
             raise NoSampleError("ranks differ in the number of their micro-batches")
         known = self._ranks.gather([float(step.losses is not None), *(step.losses or [0.0] * each)])
-        self.weights = [weight for rank in self._ranks.gather(step.closure.weights) for weight in rank]
+        self.weights = [weight for rank in self._ranks.gather(step.weights) for weight in rank]
         self.num = len(self.weights)
         self.groups = [range(start, start + each) for start in range(0, self.num, each)]
         losses = [loss for _, *rank in known for loss in rank]
@@ -76,12 +76,21 @@ class Micro:
 class SampledRun(Run):
     """One measurement from a sample, by one engine."""
 
-    def __init__(self, session: Session, target: Target, engine: Engine, options: Options, step: Step) -> None:
+    def __init__(
+        self,
+        session: Session,
+        target: Target,
+        engine: Engine,
+        options: Options,
+        step: Step,
+        excesses: MutableSequence[float] | None = None,
+    ) -> None:
         super().__init__(session, target, engine, options)
         if session.ranks.splits and not session.ranks.alike:
             raise NoSampleError("ranks that split a model hold the same micro-batches")
         self._session, self._target, self._step = session, target, step
         self._micro = Micro(session, step)
+        self._excesses = self._checks.excesses if excesses is None else excesses
         self._found: SampledResult | None = None
 
     def of_sample(self, memory: SearchMemory | None, draw: float) -> SearchResult:
@@ -123,7 +132,7 @@ class SampledRun(Run):
         if excess is not None and excess < -_IMPOSSIBLE and self._found.size == micro.num:
             tell_whole(self._checks, _summed(f"the slope is {-excess:.0f} standard errors above that of a sample"))
         elif excess is not None:
-            self._checks.excesses.append(excess)
+            self._excesses.append(excess)
         self._refuse_constant(result)
         self._check_engine(result)
         if 0 < result.critical_lr < math.inf:
@@ -165,7 +174,7 @@ class SampledRun(Run):
         assert self._found is not None
         return replace(
             measured,
-            forwards=self._closure.calls / len(self._step.closure.parts),
+            forwards=self._closure.calls / len(self._step.parts),
             sample_size=self._found.size,
             num_micro_batches=self._micro.num,
             beta=self._found.beta,
@@ -204,7 +213,7 @@ class SampledRun(Run):
         """See in one micro-batch how exact losses are, whether they are repeatable, and what dropout does to them."""
         if is_known:
             return
-        self._closure.loss_fn = self._step.closure.first
+        self._closure.loss_fn = self._step.parts[0]
         (loss,) = self.engine.losses([0.0])
         if self._draws_random_numbers():
             raise NoSampleError(
@@ -220,8 +229,35 @@ class SampledRun(Run):
         base = watched.pop(0.0, None)
         if part is None or base is None:
             return
-        self._closure.loss_fn = self._step.closure.parts[part]
+        self._closure.loss_fn = self._step.parts[part]
         confirm(self.engine, self._checks, base, list(watched.items()), max(self._noise(), result.noise))
+
+
+def by_sample(
+    session: Session,
+    target: Target,
+    options: Options,
+    step: Step,
+    memory: SearchMemory | None,
+    draw: float,
+    excesses: MutableSequence[float] | None = None,
+) -> tuple[Run, SearchResult] | None:
+    """A measurement from a sample; None where none was asked for, or the whole batch has to be measured."""
+
+    def sampled(engine: Engine) -> tuple[Run, SearchResult]:
+        run = SampledRun(session, target, engine, options, step, excesses)
+        return run, run.of_sample(memory, draw)
+
+    if options.sample is None:
+        return None
+    try:
+        return session.run(target, sampled, engine=options.engine)
+    except NoSampleError as reason:
+        tell_whole(target.checks, str(reason))
+        target.closure.calls = math.ceil(target.closure.calls / len(step.parts))
+        return None
+    finally:
+        target.closure.loss_fn = step.closure
 
 
 def tell_whole(checks: KnownFacts, reason: str) -> None:

@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, TypeGuard
 
 import torch
@@ -25,8 +26,8 @@ from sharpkern.engines.settling import outermost, ranks_for
 from sharpkern.engines.timing import EngineTimes
 from sharpkern.errors import HeadroomWarning, NoUpdateError, UnmovedWarning, warn
 from sharpkern.measures.blockwise import Blocks, blocks_of, measure_blocks
-from sharpkern.measures.critical import measure
-from sharpkern.measures.micro_batches import Clip, Losses, Several, Step
+from sharpkern.measures.critical import measure, step_of
+from sharpkern.measures.micro_batches import Clip, Losses, Several
 from sharpkern.measures.precompile import told_of_compiling
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import constant_loss
@@ -267,9 +268,11 @@ class Monitor(Reports):
         parts: Mapping[str, Measurement] = {}
         if self._blocks:
             blocks = blocks_of(self._model, None, self._options.ranks) if self._blocks is True else self._blocks
-            whole = loss_fn if callable(loss_fn) else Step.of(loss_fn, weights, None, None, "loss").closure
-            every = replace(self._options, sample=None)
-            parts = measure_blocks(self._model, whole, direction, blocks, every, self._block_memories)
+            options, known = self._options, None if callable(loss_fn) else loss
+            of_step = step_of(
+                self._model, loss_fn, direction, options, weights=weights, losses=known, clip=clip, name="loss"
+            )
+            parts = measure_blocks(self._model, of_step, direction, blocks, options, self._block_memories, step)
         record = Record(step, direction.lr, measurement, other, parts)
         self.history.append(record)
         self._send(record)
@@ -392,8 +395,10 @@ class Monitor(Reports):
 
     def _warn(self, record: Record) -> None:
         """Warn where the median of η_c/η has fallen below the ratio since the last measurement."""
-        recent = [one for one in self.history if one.lr and critical_lrs([one])][-RECENT:]
-        if self._warn_below is None or record not in recent or len(recent) < RECENT:
+        if self._warn_below is None:
+            return
+        recent = list(islice((one for one in reversed(self.history) if one.lr and critical_lrs([one])), RECENT))
+        if len(recent) < RECENT or recent[0] is not record:
             return
         headroom = statistics.median(one.measurement.critical_lr / one.lr for one in recent if one.lr)
         fell, self._is_below = headroom < self._warn_below and not self._is_below, headroom < self._warn_below

@@ -14,24 +14,30 @@ from typing import Any, NamedTuple
 
 from sharpkern.search.line_search import LineSearch, SearchMemory, SearchResult
 
-# Fewer functions are all evaluated; "auto" begins with this share, and at least so many: more where it cannot grow.
+# Fewer functions are all evaluated; "auto" begins with this share, within two bounds; what cannot grow, with more.
 FEWEST = 12
-_SHARE, _LEAST, _LEAST_FIXED = 1 / 8, 4, 8
-# An error of this much needs no more than the least sample.
-_TREND = 0.2
+_SHARE, _LEAST, _MOST, _LEAST_FIXED = 1 / 8, 4, 6, 8
+# One standard error of log η_c is typically this much times √(1/m − 1/M), which counts as so many members of a sample.
+_TYPICAL, _PRIOR_SIZE = 0.12, 8
+# A sample grows at most by this factor at a time, to more than is wanted by this one, and not at all where that saves
+# less than this share of what all the others cost.
+_AT_A_TIME, _AMPLE, _SAVING = 2, 1.1, 0.1
+# All are evaluated where the members were last, if the crossing is so near in log units.
+_NEAR = 0.1
 # Prior of β: 1, with this standard deviation; and the range that it is taken to.
 _PRIOR, _MOST_BETA = 0.5, 2.5
 # The slopes are taken from probes at these shares of the first step size.
 _LOW, _HIGH = 0.03, 0.3
-# Exponents of the crossing lie between these; w = 1 + f/(s·η) and its inverse are no less than this.
+# Exponents of the crossing lie between these; w = 1 + f/(s·η) goes up to this, and counts in log units from the other.
 _EXPONENTS = (0.02, 20.0)
-_LEAST_W = 1e-3
+_MOST_W, _LEAST_W = 1e3, 0.5
 # Largest tolerance of the search on a sample; log units are cut here.
 _FINEST, _WIDEST = 0.03, 5.0
 # A smaller exponent says that the functions bend before their slopes are seen, so that these tell little.
 _BENT = 0.3
-# Most evaluations of all functions after the sample has told where, and what is left unsure where there was no step.
-_MOST_NEWTON, _EXACT = 6, 1e-3
+# Most evaluations of all functions after the sample has told where; the share of a step that is left unsure, all of it
+# where the exponent is a remembered one; and what is unsure where there was no step.
+_MOST_NEWTON, _UNSURE, _EXACT = 6, 0.2, 1e-3
 # Slopes of a sample that are so many standard errors off are not those of the mean.
 _IMPOSSIBLE = 4.0
 # Where the sample's slope is off by this share, or is but this share of the given one, it says too little.
@@ -82,7 +88,7 @@ def first_size(num: int, sample: float | str, rtol: float, num_groups: int = 1) 
         num_groups: of equal size.
     """
     if sample == "auto":
-        size = max(_LEAST, min(_SHARE * num, _LEAST_FIXED * (_TREND / rtol) ** 2))
+        size = min(max(_LEAST, _SHARE * num), _MOST)
     elif isinstance(sample, int):
         size = sample
     else:
@@ -143,6 +149,7 @@ class SampledSearch:
         self._memory, self._max_forwards = memory, max_forwards
         self._random = random.Random(f"sharpkern {draw}")
         self._values: dict[float, dict[int, float]] = {0.0: {}}
+        self._low = self._high = 0.0
         self.members: list[int] = []
         self._grow(size)
 
@@ -173,29 +180,31 @@ class SampledSearch:
             return (yield from self._by_all(excess))
         eta, doubt, probes = found.critical_lr, found.error, list(found.probes)
         near = sorted({e for e, _ in probes}, key=lambda e: abs(math.log(e / eta)))[:2]
-        nearest, exponent = near[0], _clipped(found.exponent or 1.0)
-        if len(near) > 1:
+        nearest, exponent, is_seen = near[0], _clipped(found.exponent or 1.0), len(near) > 1
+        if is_seen:
             exponent = _clipped((self._psi(near[0]) - self._psi(near[1])) / math.log(near[0] / near[1]))
         while True:
             size, estimate = len(self.members), self._estimate(nearest)
             is_bent = exponent < _BENT and not self._has_all
             is_far = self._may_grow and not self._has_all and abs(self._slope_share() - 1) > _FAR
             half = (1 + is_bent) * _student(size - 2) * estimate.error / (self._slope * nearest * exponent)
-            error = math.expm1(min(half, _WIDEST)) + doubt
+            error = math.expm1(min(math.hypot(half, math.log1p(doubt)), _WIDEST))
             if (error <= self._rtol and not is_bent and not is_far) or not self._may_grow or self._has_all:
                 found = _moved(found, eta, error, exponent, probes)
                 return SampledResult(found, self._base_loss, size, estimate.beta, excess)
-            wanted = size * (half / max(self._rtol - doubt, self._rtol / 3)) ** 2
-            wanted = max(size + 2, math.ceil(1.2 * wanted / (1 + wanted / self._num)))
-            if is_bent or is_far or 4 * (wanted - size) >= self._num:
-                # For a larger sample three probes of the new members, and perhaps one of all, are no cheaper.
-                wanted, nearest = self._num, eta
-            self._grow(wanted)
-            if not self._has_all:
+            wanted = self._wanted(half / _student(size - 2), doubt)
+            # Two probes of each new member, or one of all that are left.
+            saves = 2 * (wanted - size) < (1 - _SAVING) * (self._num - size)
+            grows = saves and not is_bent and not is_far
+            self._grow(min(wanted, _AT_A_TIME * size) if grows else self._num)
+            if self._has_all:
+                nearest = nearest if abs(math.log(eta / nearest)) < _NEAR else eta
+            else:
+                self._high = nearest if nearest > 3 * self._low else self._high
                 yield from self._evaluate(self._low)
                 yield from self._evaluate(self._high)
-            eta, exponent, doubt, visited = yield from self._newton(nearest, exponent)
-            nearest = visited[-1]
+            eta, exponent, doubt, visited = yield from self._newton(nearest, exponent, is_seen=is_seen)
+            nearest, is_seen = visited[-1], is_seen or len(visited) > 1
             probes += [(e, self._base_loss + self._estimate(e).value) for e in visited]
 
     @property
@@ -288,9 +297,9 @@ class SampledSearch:
         return _Estimate(mean - beta * off, math.sqrt(scatter * (1 - size / self._num)), beta)
 
     def _psi(self, eta: float) -> float:
-        """Log of w = 1 + f̂/(s·η), which is 0 at the crossing and nearly straight over log η."""
+        """Log of w = 1 + f̂/(s·η), which is 0 at the crossing and nearly straight over log η; far below, w is that."""
         w = 1 + self._estimate(eta).value / (self._slope * eta)
-        return math.log(min(max(w, _LEAST_W), 1 / _LEAST_W))
+        return math.log(min(max(w, _LEAST_W), _MOST_W)) + max(min(w / _LEAST_W - 1, 0.0), -2 * _WIDEST)
 
     def _member_shares(self) -> list[float]:
         return _shares([self._weights[i] for i in self.members])
@@ -314,22 +323,31 @@ class SampledSearch:
         found = yield from self._drive(self._search(self._rtol))
         return SampledResult(found, self._base_loss, self._num, 1.0, excess)
 
+    def _wanted(self, error: float, doubt: float) -> int:
+        """How many members make an error small enough, by the standard error that these have and that is typical."""
+        size = len(self.members)
+        seen_sq = error**2 / (1 / size - 1 / self._num)
+        factor_sq = (_PRIOR_SIZE * _TYPICAL**2 + (size - 2) * seen_sq) / (_PRIOR_SIZE + size - 2)
+        room_sq = max(self._rtol**2 - doubt**2, self._rtol**2 / 4)
+        return max(size + 2, math.ceil(_AMPLE / (room_sq / (4 * factor_sq) + 1 / self._num)))
+
     def _newton(
-        self, eta: float, exponent: float
+        self, eta: float, exponent: float, *, is_seen: bool
     ) -> Generator[Question, list[float], tuple[float, float, float, list[float]]]:
         """Newton's method in log w on the members: the crossing, its exponent, what is left of doubt, and the way."""
         visited: list[float] = []
         psis: list[float] = []
-        doubt, enough = math.inf, self._rtol if self._has_all else self._rtol / 3
+        doubt, enough = math.inf, self._rtol if self._has_all else self._rtol / 2
         while doubt > enough and len(visited) < _MOST_NEWTON:
             yield from self._evaluate(eta)
             visited.append(eta)
             psis.append(self._psi(eta))
             if len(visited) > 1 and abs(way := math.log(visited[-1] / visited[-2])) > _EXACT:
-                exponent = _clipped((psis[-1] - psis[-2]) / way)
+                exponent, is_seen = _clipped((psis[-1] - psis[-2]) / way), True
             step = min(max(-psis[-1] / exponent, -1.0), 1.0)
             eta *= math.exp(step)
-            doubt = math.expm1(0.2 * abs(step) * (1 + 1.2 * max(math.log(exponent), 0.0)) + _EXACT)
+            unsure = (_UNSURE if is_seen else 1.0) * abs(step) * (1 + 1.2 * max(math.log(exponent), 0.0))
+            doubt = math.expm1(min(unsure + _EXACT, _WIDEST))
         return eta, exponent, doubt, visited
 
 

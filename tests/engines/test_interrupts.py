@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -30,13 +31,18 @@ PACKAGE = os.path.dirname(sharpkern.__file__) + os.sep
 class Scene:
     """A model with everything that a measurement changes for a while, and what all of it is like before."""
 
-    def __init__(self, engine: str, measure: Callable[..., object] = sharpkern.critical_sharpness) -> None:
+    def __init__(
+        self, engine: str, measure: Callable[..., object] = sharpkern.critical_sharpness, *, several: bool = False
+    ) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3))
         x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
-        self.loss_fn = lambda: F.cross_entropy(self.model(x), y)
+        one = lambda k: F.cross_entropy(self.model(x), y) * (1 + 0.05 * k)
+        parts = [sharpkern.MicroBatch(partial(one, k)) for k in range(12 if several else 1)]
+        self.loss_fn = parts if several else partial(one, 0)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.loss_fn().backward()
+        for part in parts:
+            (part() / len(parts)).backward()
         self.direction = sharpkern.Direction.from_optimizer(optimizer)
         self.engine, self._measure = engine, measure
         # What is checked once is found out, and whatever is imported is there.
@@ -106,16 +112,30 @@ def losses(*given: Any, engine: str, rtol: float) -> torch.Tensor:
     return sharpkern.losses_along(*given, [0.1, 0.2, 0.3], engine=engine)
 
 
+def of_a_part(model: nn.Module, loss_fn: Any, direction: sharpkern.Direction, **options: Any) -> object:
+    return sharpkern.critical_sharpness(model, loss_fn, direction.only("3.*"), **options)
+
+
+SAMPLED = partial(sharpkern.critical_sharpness, sample=4, clip=1.0)
+BLOCKS_SAMPLED = partial(sharpkern.blockwise_critical_sharpness, blocks={"last": "3.*"}, sample=4, clip=1.0)
+
+
 @pytest.mark.parametrize(
-    ("engine", "measure"),
+    ("engine", "measure", "several"),
     [
-        *((engine, sharpkern.critical_sharpness) for engine in ENGINES),
-        ("batched", losses),
-        ("inplace", sharpkern.blockwise_critical_sharpness),
+        *((engine, sharpkern.critical_sharpness, False) for engine in ENGINES),
+        ("batched", losses, False),
+        ("virtual", losses, True),
+        ("inplace", sharpkern.blockwise_critical_sharpness, False),
+        ("virtual", of_a_part, False),
+        ("virtual", SAMPLED, True),
+        ("inplace", BLOCKS_SAMPLED, True),
     ],
 )
-def test_an_error_at_any_instruction_leaves_nothing(engine: str, measure: Callable[..., object]) -> None:
-    scene = Scene(engine, measure)
+def test_an_error_at_any_instruction_leaves_nothing(
+    engine: str, measure: Callable[..., object], several: bool
+) -> None:
+    scene = Scene(engine, measure, several=several)
     counting = fault_at(-1, MemoryError)
     traced(counting, scene.measure)
     total, positions = counting.count(), random.Random(0)
@@ -167,9 +187,19 @@ def timed(run: Callable[[], object]) -> float:
 
 # One that comes while another package's callback of the garbage collector runs is lost by Python, and told of.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_interrupt_at_any_time_leaves_nothing(engine: str, alarm: Callable[[float], object]) -> None:
-    scene, times = Scene(engine), random.Random(0)
+@pytest.mark.parametrize(
+    ("engine", "measure", "several"),
+    [
+        *((engine, sharpkern.critical_sharpness, False) for engine in ENGINES),
+        ("virtual", SAMPLED, True),
+        ("inplace", BLOCKS_SAMPLED, True),
+        ("inplace", losses, True),
+    ],
+)
+def test_an_interrupt_at_any_time_leaves_nothing(
+    engine: str, measure: Callable[..., object], several: bool, alarm: Callable[[float], object]
+) -> None:
+    scene, times = Scene(engine, measure, several=several), random.Random(0)
     took = min(timed(scene.measure) for _ in range(3))
     interrupted = 0
     for _ in range(60):

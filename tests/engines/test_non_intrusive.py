@@ -5,6 +5,7 @@ import importlib
 import random
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy
 import pytest
@@ -111,6 +112,11 @@ def test_a_hundred_measured_steps_train_the_same_model(make: Callable, engine: s
     assert differing(without, measured) == []
 
 
+def scaled(loss_fn: Callable, k: int) -> torch.Tensor:
+    """The loss of a micro-batch, unlike others'."""
+    return loss_fn() * (1 + 0.05 * k)
+
+
 class Boom(Exception):
     pass
 
@@ -134,10 +140,30 @@ class Faulty:
         return loss
 
 
+def along(model: nn.Module, loss_fn: Callable, direction: sharpkern.Direction, engine: str) -> object:
+    return sharpkern.losses_along(model, loss_fn, direction, [0.1 * i for i in range(12)], engine=engine)
+
+
+def along_several(model: nn.Module, loss_fn: Callable, direction: sharpkern.Direction, engine: str) -> object:
+    loss_fns = [(loss_fn, 1.0), (loss_fn, 2.0)]
+    return sharpkern.losses_along(model, loss_fns, direction, [0.1, 0.2], engine=engine)
+
+
+def of_a_part(model: nn.Module, loss_fn: Callable, direction: sharpkern.Direction, engine: str) -> object:
+    return sharpkern.critical_sharpness(model, loss_fn, direction.only("second.*"), engine=engine)
+
+
 MEASURES: dict[str, Callable] = {
     "λ_c": sharpkern.critical_sharpness,
-    "losses": lambda *given, engine: sharpkern.losses_along(*given, [0.1 * i for i in range(12)], engine=engine),
+    "losses": along,
     "blocks": sharpkern.blockwise_critical_sharpness,
+    "losses of several": along_several,
+    "λ_c of a part": of_a_part,
+}
+# Of micro-batches that training has called.
+OF_SAMPLES: dict[str, Callable] = {
+    "λ_c of a sample": sharpkern.critical_sharpness,
+    "blocks of a sample": partial(sharpkern.blockwise_critical_sharpness, blocks={"last": "second.*"}),
 }
 ERRORS = [Boom(), KeyboardInterrupt(), torch.OutOfMemoryError("out of memory")]
 
@@ -145,7 +171,7 @@ ERRORS = [Boom(), KeyboardInterrupt(), torch.OutOfMemoryError("out of memory")]
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("measure", "error"),
-    [*(("λ_c", error) for error in ERRORS), ("losses", ERRORS[1]), ("blocks", ERRORS[1])],
+    [*(("λ_c", error) for error in ERRORS), *((name, ERRORS[1]) for name in [*MEASURES, *OF_SAMPLES][1:])],
     ids=repr,
 )
 def test_everything_is_restored_when_the_closure_raises_at_any_call(
@@ -155,18 +181,30 @@ def test_everything_is_restored_when_the_closure_raises_at_any_call(
     x, y = torch.randn(16, 16), torch.randint(0, 10, (16,))
     loss_fn = lambda: F.cross_entropy(model(x), y)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    loss_fn().backward()
+    parts = [sharpkern.MicroBatch(partial(scaled, loss_fn, k)) for k in range(12 if measure in OF_SAMPLES else 0)]
+    for part in parts:
+        (part() / len(parts)).backward()
+    if not parts:
+        loss_fn().backward()
     direction = sharpkern.Direction.from_optimizer(optimizer)
     before = snapshot(model, optimizer)
     at = 0
     while True:
-        at += 1
+        # A sample takes many.
+        at += 4 if parts else 1
         closure = Faulty(loss_fn, at, error)
+        for k, part in enumerate(parts):
+            part.loss_fn = partial(scaled, closure, k)
         try:
             with warnings.catch_warnings():
                 # Out of memory in the check by other means is no reason to give up.
                 warnings.simplefilter("ignore", sharpkern.UncheckedWarning)
-                MEASURES[measure](model, closure, direction, engine=engine)
+                if measure in MEASURES:
+                    MEASURES[measure](model, closure, direction, engine=engine)
+                else:
+                    found = OF_SAMPLES[measure](model, parts, direction, engine=engine, sample=4, rtol=0.2, clip=1.0)
+                    sampled = found.values() if isinstance(found, dict) else [found]
+                    assert {m.sample_size for m in sampled} == {4}
         except type(error) as raised:
             assert raised is error
         else:

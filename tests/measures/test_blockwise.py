@@ -210,9 +210,3 @@ def test_bad_input(error: type[Exception], words: str, blocks: object) -> None:
         blockwise_critical_sharpness(model, loss_fn, direction.only(model[2]), blocks)
     with pytest.raises(TypeError, match="blockwise_critical_sharpness has no option 'rtoll'; did you mean 'rtol'"):
         blockwise_critical_sharpness(model, loss_fn, direction, rtoll=3)
-
-
-def test_blocks_are_not_sampled() -> None:
-    model, loss_fn, direction = scene()
-    with pytest.raises(TypeError, match="sample must be left out"):
-        blockwise_critical_sharpness(model, loss_fn, direction, sample="auto")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -152,14 +151,3 @@ def test_a_flat_curve_is_the_same_mistake_in_every_call() -> None:
     for _ in range(6):
         with pytest.raises(sharpkern.NoUpdateError, match="must depend on the parameters"):
             sharpkern.losses_along(model, loss_fn, direction, [0.0, 0.1, 0.2, 0.5])
-
-
-def test_several_closures_are_told_apart_from_one() -> None:
-    model, loss_fn, direction = parabola()
-    for measure in (
-        partial(sharpkern.losses_along, step_sizes=[0.1]),
-        sharpkern.directional_sharpness,
-        sharpkern.blockwise_critical_sharpness,
-    ):
-        with pytest.raises(TypeError, match=r"one closure here, got a list of them; pass lambda: sum"):
-            measure(model, [loss_fn, loss_fn], direction)

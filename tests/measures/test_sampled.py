@@ -418,3 +418,71 @@ def test_without_gradients_at_hand_a_direction_with_a_slope_is_enough() -> None:
     sampled = critical_sharpness(loop.model, parts, direction, sample=8)
     assert (sampled.sample_size, sampled.num_micro_batches) == (8, NUM)
     assert off(sampled, truth) < sampled.error
+
+
+def test_blocks_are_sampled_by_their_own_slopes() -> None:
+    loop, held, forwards = Loop(num=48), [], []
+    for step in range(24):
+        parts = loop.step()
+        if step % 3 == 2:
+            measure = partial(sharpkern.blockwise_critical_sharpness, loop.model, parts, loop.direction)
+            few, found, truth = measure(sample=8, clip=1.0), measure(sample="auto", clip=1.0), measure(rtol=1e-3)
+            assert list(few) == list(found) == list(truth) == ["0", "4"]
+            for name, m in truth.items():
+                assert few[name].sample_size is not None
+                assert (found[name].num_micro_batches, m.sample_size) == (48, None)
+                assert found[name].slope == pytest.approx(m.slope)
+                held.append(off(found[name], m) <= found[name].error)
+                forwards.append((few[name].forwards, m.forwards))
+        loop.optimizer.step()
+    assert sum(held) >= 0.9 * len(held)
+    sampled, whole = map(sum, zip(*forwards, strict=True))
+    assert sampled < whole / 2
+
+
+def test_blocks_draw_the_same_micro_batches() -> None:
+    loop = Loop()
+    parts = loop.train(8)
+    called: list[float] = []
+
+    def noted(k: int) -> Tensor:
+        called.append(float(k))
+        return parts[k].loss_fn()
+
+    closures = [partial(noted, k) for k in range(NUM)]
+    measure = partial(sharpkern.blockwise_critical_sharpness, loop.model, closures, loop.direction)
+    for _ in range(2):
+        measure(sample=8, clip=1.0)
+    del called[:]
+    # The third checks nothing more. The first is looked at in any case.
+    found = measure(sample=8, clip=1.0)
+    assert [m.sample_size for m in found.values()] == [8, 8]
+    assert len(set(called) - {0.0}) in (7, 8)
+
+
+def test_clipped_blocks_and_a_monitors_blocks_are_sampled() -> None:
+    loop = Loop(max_norm=0.05)
+    monitor = sharpkern.Monitor(loop.model, loop.optimizer, blocks=True, sample="auto")
+    held = []
+    for step in range(12):
+        parts = loop.step()
+        if step > 5:
+            monitor(parts, clip=(loop.norm_before, 0.05))
+            truth = sharpkern.blockwise_critical_sharpness(loop.model, parts, loop.direction, rtol=1e-3)
+            blocks = monitor.history[-1].blocks
+            assert list(blocks) == ["0", "4"]
+            for name, m in blocks.items():
+                assert m.sample_size is not None
+                held.append(off(m, truth[name]) <= m.error)
+        loop.optimizer.step()
+    assert sum(held) >= 0.85 * len(held)
+    with pytest.warns(SampleWarning, match=r"norm is a round number, .* pass clip="):
+        found = sharpkern.blockwise_critical_sharpness(loop.model, loop.step(), loop.direction, sample="auto")
+    assert [m.sample_size for m in found.values()] == [None, None]
+
+
+def test_blocks_cannot_be_sampled_of_one_closure() -> None:
+    loop = Loop(num=2)
+    parts = loop.step()
+    with pytest.raises(TypeError, match=r"loss_fn must be a sequence of closures with sample= or weights="):
+        sharpkern.blockwise_critical_sharpness(loop.model, parts[0], loop.direction, sample="auto")
