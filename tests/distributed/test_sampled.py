@@ -86,7 +86,7 @@ def blocks(rank: int, kind: str) -> list[tuple[float, ...]]:
     weights = WEIGHTS[numbers.start : numbers.stop]
     measure = partial(sharpkern.blockwise_critical_sharpness, model, parts, direction, weights=weights)
     found, whole = measure(sample=8, clip=1.0), measure(rtol=1e-4)
-    return [(m.critical_lr, m.error, m.sample_size, w.critical_lr) for m, w in zip(found.values(), whole.values(), strict=True)]
+    return [(m.critical_lr, m.error, m.sample_size, whole[name].critical_lr) for name, m in found.items()]
 
 
 def whole_where_ranks_share_a_batch(rank: int) -> tuple[int | None, list[str]]:
