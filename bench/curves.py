@@ -361,6 +361,7 @@ MISSED = 0.25
 SEARCHES: dict[str, dict[str, Any]] = {
     "rtol 0.01": {},
     "rtol 0.05": {"rtol": 0.05},
+    "8 at a time": {"num_parallel": 8},
     "bisection": {"method": "bisection"},
 }
 

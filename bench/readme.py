@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_peers import FITTED, by_tokens, draw_growth, exponent
-from decisions import trials
+from decisions import alarms, trials
 from ledger import RESULTS, ROOT, latest, table
 
 from sharpkern.memory import report
@@ -126,6 +126,17 @@ def host() -> list[str]:
         f"The model has the {record['tensors']} tensors of Llama-7B, and narrow layers. Load average {before:.1f} "
         f"before, {after:.1f} after.",
     ]
+
+
+def rounding() -> list[str]:
+    """What rounding Δθ to bf16 does."""
+    record = latest("rounding")
+    head = "optimizer | step | η_c | moved | Δθ in float32: off by | reported | Δθ in bf16: off by | reported"
+    line = (
+        "{optimizer} | {step} | {eta_c:.3g} | {moved:.3%} | {measured_fp32_off:.2%} | {measured_fp32_said:.2%} | "
+        "{measured_bf16_off:.2%} | {measured_bf16_said:.2%}"
+    )
+    return [*table(head, line, record["rows"]), "", f"{record['tokens']} tokens of text in each batch."]
 
 
 def overhead() -> list[str]:
@@ -420,6 +431,7 @@ TABLES = {
     "cost": cost,
     "kernels": kernels,
     "host": host,
+    "rounding": rounding,
     "overhead": overhead,
     "sample": sampled,
     "small": small_models,
@@ -431,6 +443,7 @@ TABLES = {
     "cap by task": trials.task_table,
     "find_lr": trials.find_table,
     "cost of the cap": trials.costs,
+    "alarms": alarms.alarm_table,
 }
 
 
@@ -448,3 +461,4 @@ if __name__ == "__main__":
     report.draw(plans()[1], RESULTS / "memory.png")
     draw_growth(latest("peers"), PLOT)
     trials.draw()
+    alarms.draw()

@@ -128,13 +128,14 @@ def chunk_of(pid, rows, chunks, ROLES: tl.constexpr, CHUNK: tl.constexpr):
     return row, start, num
 
 
-@triton.jit
+@triton.jit  # noqa: RET503 - that nothing is returned is None, which not every Triton returns by name
 def operand(row, role: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the pointer to element ``start`` of one operand of a row of `Tables.rows`."""
-    pointer = tl.load(row + role).to(tl.pointer_type(DTYPE)) + start
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    """Return the pointer to element ``start`` of one operand of a row of `Tables.rows`; None where it is not there."""
+    if DTYPE is not None:
+        pointer = tl.load(row + role).to(tl.pointer_type(DTYPE)) + start
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        return pointer
 
 
 @triton.jit

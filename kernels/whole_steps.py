@@ -95,21 +95,11 @@ def _form_steps_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row, start, num = chunk_of(pid, rows, chunks, 6, CHUNK)
     out = operand(row, 0, start, DTYPES[0], ALIGNED)
-    theta = None
-    if DTYPES[1] is not None:
-        theta = operand(row, 1, start, DTYPES[1], ALIGNED)
-    grad = None
-    if DTYPES[2] is not None:
-        grad = operand(row, 2, start, DTYPES[2], ALIGNED)
-    first = None
-    if DTYPES[3] is not None:
-        first = operand(row, 3, start, DTYPES[3], ALIGNED)
-    second = None
-    if DTYPES[4] is not None:
-        second = operand(row, 4, start, DTYPES[4], ALIGNED)
-    third = None
-    if DTYPES[5] is not None:
-        third = operand(row, 5, start, DTYPES[5], ALIGNED)
+    theta = operand(row, 1, start, DTYPES[1], ALIGNED)
+    grad = operand(row, 2, start, DTYPES[2], ALIGNED)
+    first = operand(row, 3, start, DTYPES[3], ALIGNED)
+    second = operand(row, 4, start, DTYPES[4], ALIGNED)
+    third = operand(row, 5, start, DTYPES[5], ALIGNED)
 
     # The last tile of a tensor is the only one that needs a mask, and the mask would narrow the loads of the others.
     full = num // BLOCK * BLOCK
@@ -182,19 +172,11 @@ def _step_sums_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     row, start, num = chunk_of(pid, rows, chunks, 6, CHUNK)
-    theta = None
-    if DTYPES[1] is not None:
-        theta = operand(row, 1, start, DTYPES[1], ALIGNED)
+    theta = operand(row, 1, start, DTYPES[1], ALIGNED)
     grad = operand(row, 2, start, DTYPES[2], ALIGNED)
-    first = None
-    if DTYPES[3] is not None:
-        first = operand(row, 3, start, DTYPES[3], ALIGNED)
-    second = None
-    if DTYPES[4] is not None:
-        second = operand(row, 4, start, DTYPES[4], ALIGNED)
-    third = None
-    if DTYPES[5] is not None:
-        third = operand(row, 5, start, DTYPES[5], ALIGNED)
+    first = operand(row, 3, start, DTYPES[3], ALIGNED)
+    second = operand(row, 4, start, DTYPES[4], ALIGNED)
+    third = operand(row, 5, start, DTYPES[5], ALIGNED)
 
     dg = tl.zeros([BLOCK // LANE], tl.float64)
     dd = tl.zeros([BLOCK // LANE], tl.float64)

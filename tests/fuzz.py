@@ -277,15 +277,23 @@ class Moved:
         self.run.step()
         self.delta = [(theta - p.detach()) / (self.lr or 1.0) for theta, p in zip(self.theta, parameters, strict=True)]
 
-    def loss(self, eta: float) -> float:
+    def loss(self, eta: float, digits: int = 0) -> float:
+        """Return the loss at a step size; with other last digits of parameters, where a seed is given for them."""
         # What is kept is seen to change only away from θ, where the run has just been.
         first = self.untried and eta != 0
         if self.keeps_state:
             self.copied = copy.deepcopy(self.start)
         model, outside = self.copied
         with torch.no_grad(), nullcontext() if self.exact else self.run.autocast():
-            for parameter, theta, delta in zip(model.parameters(), self.theta, self.delta, strict=True):
-                parameter.copy_(theta - eta * delta if eta else theta)
+            parameters = zip(model.parameters(), self.theta, self.delta, self.by_formula, strict=True)
+            for parameter, theta, delta, known in parameters:
+                moved = theta - eta * delta if eta else theta
+                if digits:
+                    generator = torch.Generator().manual_seed(digits)
+                    shift = torch.finfo(parameter.dtype).eps * torch.randn(theta.shape, generator=generator).double()
+                    # Of a step that was taken the last digits are those of θ′.
+                    moved = moved * (1 + shift) + (0 if known else eta * shift * theta / (self.lr or 1.0))
+                parameter.copy_(moved)
             random.setstate(self.streams[0]), np.random.set_state(self.streams[1]), torch.set_rng_state(self.streams[2])
             before = contents(self.copied, identities=False) if first else {}
             loss = self.run.loss_of(model, outside).item()
@@ -360,9 +368,11 @@ def check_losses(run: RandomRun, result: sharpkern.Measurement, exact: Moved, sa
         budget = max(known, rounding + 4 * abs(copied - true) / size)
         # Weights of 16 bits change in steps.
         step = 4e-3 if run.low else 1e-5
-        beside = (eta * (1 + i * step) for i in (-3, -2, -1, 1, 2, 3))
-        while abs(loss - true) > budget * size and (at := next(beside, None)) is not None:
-            budget = max(budget, rounding + 4 * abs(same.loss(at * nudge) - exact.loss(at)) / size)
+        others = [(eta * (1 + i * step), 0) for i in (-3, -2, -1, 1, 2, 3)]
+        others += [] if run.low else [(eta, digits) for digits in (1, 2, 3)]
+        while abs(loss - true) > budget * size and others:
+            at, digits = others.pop(0)
+            budget = max(budget, rounding + 4 * abs(same.loss(at * nudge, digits) - exact.loss(at)) / size)
         if not abs(loss - true) <= budget * size:
             raise Differs(f"loss: {loss:.9g} at η = {eta:.6g}, of copies {true:.9g} and in this dtype {copied:.9g}")
         known = budget if eta <= reach else known

@@ -127,6 +127,23 @@ def test_a_direction_from_state_takes_no_memory(kind: type[torch.optim.Optimizer
         assert engine_losses(engine, model, loss_fn, lazy, step_sizes) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_direction_of_bf16_weights_is_kept_in_bf16_where_there_is_room() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    model = GPT(vocabulary=512, width=256, layers=2, dropout=0.0).to(DEVICE, torch.bfloat16)
+    x = torch.randint(0, 512, (1, 16), device=DEVICE)
+    loss_fn = lambda: F.cross_entropy(model(x).flatten(0, 1).float(), x.flip(1).flatten())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_fn().backward()
+    optimizer.step()
+    kept = sharpkern.Direction.from_optimizer(optimizer)
+    assert kept.nbytes == sum(p.nbytes for p in model.parameters())
+    lazy = sharpkern.Direction.from_optimizer(optimizer, resident=False)
+    assert kept.slope == pytest.approx(lazy.slope, rel=1e-2)
+    for engine in ("virtual", "inplace"):
+        losses = engine_losses(engine, model, loss_fn, kept, (0.0, 1e-3, 1e-2))
+        assert losses == pytest.approx(engine_losses(engine, model, loss_fn, lazy, (0.0, 1e-3, 1e-2)), rel=2e-3)
+
+
 def test_auto_takes_the_kernels_here() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     # A warning, which is an error here, says that they do not work.

@@ -16,7 +16,8 @@ from torch import Tensor
 from sharpkern import ops
 from sharpkern.ops.linear_cross_entropy import cross_entropy_of_rows, linear_cross_entropy
 
-from .cases import BF16, FP32, Bench, Call, Cases, checks
+from .calls import BF16, FP32, Call
+from .cases import Bench, Cases, checks
 from .formulas import FORMULAS
 from .timing import Json
 

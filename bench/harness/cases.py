@@ -1,37 +1,24 @@
-"""Every operation once: how a call of it is made, the bytes and flops it takes, and how exact its result has to be.
+"""Every operation once: the calls that are checked (`checks`), and those that are timed (`timed`), of the same makers.
 
-What is checked (`checks`) and what is timed (`timed`) are calls from the same makers. A timed case hands out its calls
-only where the bench knows that the operation has passed its check.
+A timed case hands out its calls only where the bench knows that the operation has passed its check.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from math import isqrt
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from sharpkern import ops
-
-from .formulas import FORMULAS, adam_update, sgd_update
+from .calls import BF16, DECAY, FP16, FP32, MOMENTUM, Backend, Call, Make, Shape
 from .timing import Json, Machine
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-Backend = Literal["auto", "triton", "torch"]
-Shape = tuple[int, ...]
-Shapes = Sequence[Shape]
 Cases = dict[str, Callable[[], Iterator[Json]]]
 
 # Shares of the copy bandwidth to reach, and to accept: a stream in and out, and one with eight results or five streams.
 _STREAM, _MANY = (0.92, 0.85), (0.88, 0.80)
-_STEPS = (-0.3, 0.0, 0.7, -1e-3, 0.11, -0.5, 1e-5, 0.25)
-_ADAM: Json = {"beta1": 0.9, "beta2": 0.999, "correction1": 1 - 0.9**10, "correction2": 1 - 0.999**10, "eps": 1e-8}
-_DECAY: Json = {"weight_decay": 0.1}
-_MOMENTUM: Json = {"momentum": 0.9, "weight_decay": 0.1}
 
 
 class BlockedError(Exception):
@@ -67,202 +54,6 @@ class Bench:
         if self.machine.is_gpu:
             return gpu
         return quick if self.quick and quick is not None else cpu
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of an operation, with what its result has to be."""
-
-    operation: str  # name in `sharpkern.ops` and in `FORMULAS`
-    operands: Sequence[Any]
-    about: Json  # what sets this call apart, for the record
-    nbytes: int  # what it has to move: every operand read once, every result written once
-    flops: int = 0  # of a matrix product; 0 where bytes count
-    options: Json = field(default_factory=dict)
-    written: int = 0  # how many of the first operands are written; they are the result then
-    roundings: float = 0.5  # units in the last place of the exact result that are added to torch's error
-    # An absolute error that is added: for sums whose terms are larger than the result.
-    floor: Callable[[], float | Tensor] = lambda: 0.0
-    repeated: bool = False  # whether the check repeats the call to see that its bits stay the same
-
-    def run(self, backend: Backend) -> Any:
-        """Call the operation."""
-        return getattr(ops, self.operation)(*self.operands, **self.options, backend=backend)
-
-    def formula(self, function: Callable[..., Any]) -> Any:
-        """Call the formula, or what it was compiled to."""
-        return function(*self.operands, **self._options())
-
-    def repeat(self, wanted: bool = True) -> "Call":
-        """Return the call, to be repeated when it is checked."""
-        return replace(self, repeated=wanted)
-
-    def into(self, buffer: Tensor) -> "Call":
-        """Return the call with its K results written into a buffer, as engines do."""
-        theta, alpha = self.operands[0], self.operands[-1]
-        out = buffer[: len(alpha) * theta.numel()].view(len(alpha), *theta.shape)
-        return replace(self, options={**self.options, "out": out})
-
-    def result(self, function: Callable[..., Any]) -> list[Tensor]:
-        """Return what a function makes of the operands, with copies of those that are written."""
-        copies = [tree_map(Tensor.clone, operand) for operand in self.operands[: self.written]]
-        returned = function(*copies, *self.operands[self.written :], **self._options())
-        found: list[Tensor] = tree_leaves(copies if self.written else returned)
-        return found
-
-    def exact(self) -> list[Tensor]:
-        """Return the result in float64, of the operands as they are."""
-        operands, options = tree_map(_widened, (list(self.operands), self._options("dtype", "seed")))
-        return replace(self, operands=operands, options=options).result(FORMULAS[self.operation])
-
-    def _options(self, *without: str) -> Json:
-        return {name: value for name, value in self.options.items() if name not in {"out", *without}}
-
-
-def _widened(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _nbytes(*operands: Any) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves(operands) if isinstance(leaf, Tensor))
-
-
-class Make:
-    """Makes calls on one machine, one method per operation."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine, self._randn = machine, machine.randn
-
-    def axpy_(self, shapes: Shapes, *dtypes: torch.dtype) -> Call:
-        """The write of all tensors from θ₀; dtypes of θ, θ₀ and Δθ."""
-        theta = [torch.full(shape, torch.nan, dtype=dtypes[0], device=self._machine.device) for shape in shapes]
-        operands = theta, self._list(shapes, dtypes[1], 1000), self._list(shapes, dtypes[2], 2000), self.alpha(1)
-        return Call("axpy_", operands, _about(*dtypes), _nbytes(operands), written=1)
-
-    def form(self, shape: Shape, num_steps: int, *dtypes: torch.dtype, seed: int | None = None) -> Call:
-        """W + α_k D; dtypes of W and D."""
-        W, D = (self._randn(*shape, dtype=dtype, seed=i) for i, dtype in enumerate(dtypes))
-        about = _about(*dtypes, size=W.numel(), num_steps=num_steps)
-        nbytes = _nbytes(W, D) + num_steps * W.nbytes
-        options = {} if seed is None else {"seed": seed}
-        operands = W, D, self.alpha(num_steps)
-        return Call("form", operands, about, nbytes, options=options, roundings=1.0 if options else 0.5)
-
-    def form_adam(self, shape: Shape, num_steps: int, *dtypes: torch.dtype, options: Json = _DECAY) -> Call:
-        """θ + α_k Δθ out of Adam's state, without step sizes Δθ itself; dtypes of θ and state."""
-        largest = {"max_exp_avg_sq": self._second_moment(shape, FP32, 9)} if "max_exp_avg_sq" in options else {}
-        moments = self._randn(*shape, dtype=dtypes[1], seed=2), self._second_moment(shape, dtypes[1], 3)
-        return self._formed("form_adam", shape, num_steps, moments, dtypes, options, _ADAM | options | largest)
-
-    def form_sgd(self, shape: Shape, num_steps: int, *dtypes: torch.dtype, options: Json = _MOMENTUM) -> Call:
-        """θ + α_k Δθ out of SGD's momentum, without step sizes Δθ itself; dtypes of θ and momentum."""
-        stored = self._randn(*shape, dtype=dtypes[1], seed=2) if "momentum" in options else None
-        return self._formed("form_sgd", shape, num_steps, (stored,), dtypes, options, options)
-
-    def sums(self, formed: Call) -> Call:
-        """Δθᵀg and |Δθ|² over the step that a call of `form_adam` or `form_sgd` takes."""
-        operation = formed.operation.removeprefix("form_") + "_sums"
-        update = adam_update if operation == "adam_sums" else sgd_update
-        operands = formed.operands[:-1]
-        options = formed._options("dtype")
-
-        def floor() -> Tensor:
-            # Every term carries the fp32 roundings of its Δθ, whose terms may cancel.
-            delta = update(*map(_widened, operands), **{name: _widened(value) for name, value in options.items()})
-            return 1e-6 * torch.stack([(delta * operands[1]).abs().sum(), delta.square().sum()])
-
-        call = Call(operation, operands, formed.about, _nbytes(operands, options), options=options, floor=floor)
-        return call.repeat(formed.repeated)
-
-    def reduce(self, shapes: Shapes, *dtypes: torch.dtype) -> Call:
-        """The sums over all tensors; dtypes of θ, Δθ and g."""
-        operands = [self._list(shapes, dtype, 1000 * role) for role, dtype in enumerate(dtypes)]
-
-        def floor() -> Tensor:
-            magnitudes: Tensor = FORMULAS["reduce"](*([one.abs().double() for one in role] for role in operands))
-            return 1e-13 * magnitudes
-
-        return Call("reduce", operands, _about(*dtypes), _nbytes(operands), floor=floor)
-
-    def embedding(self, table: Shape, indices: Shape, num_steps: int, *dtypes: torch.dtype) -> Call:
-        """Random rows of W + α_k D, which alone are read; dtypes of W and D."""
-        W, D = (self._randn(*table, dtype=dtype, seed=i) for i, dtype in enumerate(dtypes))
-        rows = self._machine.integers(len(W), *indices)
-        per_element = W.itemsize + D.itemsize + num_steps * W.itemsize
-        about = _about(*dtypes, size=table[1], num_steps=num_steps)
-        return Call("embedding", (rows, W, D, self.alpha(num_steps)), about, rows.numel() * table[1] * per_element)
-
-    def norm(self, operation: str, rows: int, width: int, num_steps: int, *dtypes: torch.dtype) -> Call:
-        """A norm of K inputs with a moving weight, and for layer_norm a moving bias; dtypes of x and of directions."""
-        x = self._randn(num_steps, rows, width, dtype=dtypes[0])
-        vectors = [self._randn(width, dtype=dtype, seed=seed) for seed, dtype in enumerate(dtypes * 2, start=1)]
-        operands = x, *vectors[: 2 if operation == "rms_norm" else 4], self.alpha(num_steps)
-        # Rows add up in another order: a few fp32 roundings at the size of a normalised element, which is about 1.
-        exactness: Json = {"roundings": 1.0, "floor": lambda: 4e-6}
-        about = _about(*dtypes, size=width, num_steps=num_steps)
-        return Call(operation, operands, about, _nbytes(operands) + x.nbytes, options={"eps": 1e-5}, **exactness)
-
-    def online_cross_entropy_(self, tokens: int, width: int, softcap: float | None = None, *, first: int = 0) -> Call:
-        """The statistics of every token carried on by one chunk of logits; they are new where it is the first."""
-        statistics = self._randn(tokens), self._randn(tokens, seed=1).exp_(), self._randn(tokens, seed=2)
-        if first == 0:
-            statistics = statistics[0].fill_(-torch.inf), statistics[1].zero_(), statistics[2].zero_()
-        logits, labels = self._randn(tokens, width, seed=3, scale=4.0), self._machine.integers(2 * width, tokens)
-        about = {"size": width, "softcap": softcap, "chunk": "later chunk" if first else "first chunk"}
-        # exp and tanh are good to a few units in the last place, those of tanh multiplied by the cap.
-        cap = softcap or 0.0
-        exactness: Json = {"written": 3, "roundings": 32 + 8 * cap, "floor": lambda: 1e-6 * cap}
-        operands, nbytes = (*statistics, logits, labels, first), _nbytes(statistics, statistics, logits, labels)
-        return Call("online_cross_entropy_", operands, about, nbytes, options={"softcap": softcap}, **exactness)
-
-    def linear(self, shape: Shape, inputs: Shape, num_steps: int, *dtypes: torch.dtype) -> Call:
-        """A linear layer on inputs [K, M], or [1, M] that all share; dtypes of x and W, of D, and of the result."""
-        x = self._randn(*inputs, shape[1], dtype=dtypes[0])
-        W, D = (self._randn(*shape, dtype=dtype, seed=i) for i, dtype in enumerate(dtypes[:2], start=1))
-        alpha = self.alpha(num_steps)
-        assert alpha is not None
-
-        def floor() -> Tensor:
-            # Sums add up in another order, and a weight half-way between two of 16 bits may be rounded to the other.
-            magnitudes: Tensor = FORMULAS["linear"](*(one.abs().double() for one in (x, W, D, alpha)))
-            largest = x.abs().amax(-1, keepdim=True).double() * (W.abs() + D.abs()).amax(-1).double()
-            return 1e-6 * magnitudes + torch.finfo(x.dtype).eps * largest
-
-        about = _about(*dtypes, size=shape[1], num_steps=num_steps, inputs=inputs[0], tokens=inputs[1])
-        options: Json = {"dtype": dtypes[2]} if len(dtypes) > 2 else {}
-        results = num_steps * inputs[1] * shape[0]
-        nbytes = _nbytes(x, W, D) + results * dtypes[-1 if options else 0].itemsize
-        flops = 2 * results * shape[1]
-        return Call("linear", (x, W, D, alpha), about, nbytes, flops, options=options, floor=floor)
-
-    def alpha(self, num_steps: int) -> Tensor | None:
-        """Return step sizes of both signs, 0 among them where there are several; None for none."""
-        return torch.tensor(_STEPS[:num_steps], device=self._machine.device) if num_steps else None
-
-    def _formed(
-        self,
-        operation: str,
-        shape: Shape,
-        num_steps: int,
-        state: Any,
-        dtypes: tuple[torch.dtype, ...],
-        changes: Json,
-        options: Json,
-    ) -> Call:
-        theta, grad = (self._randn(*shape, dtype=dtypes[0], seed=seed) for seed in range(2))
-        numbers = {name: value for name, value in changes.items() if isinstance(value, (int, float))}
-        about = _about(*dtypes, size=theta.numel(), num_steps=num_steps) | numbers
-        operands = theta, grad, *state, self.alpha(num_steps)
-        results = max(1, num_steps) * theta.numel() * options.get("dtype", theta.dtype).itemsize
-        # Terms of the update, up to about 20, may cancel.
-        nbytes = _nbytes(operands[:-1], options) + results
-        return Call(operation, operands, about, nbytes, options=options, floor=lambda: 1e-5)
-
-    def _second_moment(self, shape: Shape, dtype: torch.dtype, seed: int) -> Tensor:
-        return self._randn(*shape, seed=seed).square_().add_(0.25).to(dtype)
-
-    def _list(self, shapes: Shapes, dtype: torch.dtype, seed: int) -> list[Tensor]:
-        return [self._randn(*shape, dtype=dtype, seed=seed + i) for i, shape in enumerate(shapes)]
 
 
 def fused_linear(num_steps: int) -> str:
@@ -303,17 +94,28 @@ def checks(bench: Bench) -> dict[str, Callable[[], Iterator[Call]]]:
         kinds = [(dtype, FP32, 3, size) for dtype, size in product((FP32, last), sizes)]
         for dtype, state, num_steps, size in [*kinds, (last, last, 1, large), (last, FP32, 8, large)]:
             yield make.form_adam((size,), num_steps, dtype, state).repeat(size == large)
-        coupled = _DECAY | {"decoupled": False, "grad_factor": -0.5, "rate": 3.0}
+        coupled = DECAY | {"decoupled": False, "grad_factor": -0.5, "rate": 3.0}
         amsgrad = {"weight_decay": 0.0, "max_exp_avg_sq": True}
-        for num_steps, options in [(3, coupled), (3, amsgrad), (0, _DECAY | {"dtype": FP32})]:
+        for num_steps, options in [(3, coupled), (3, amsgrad), (0, DECAY | {"dtype": FP32})]:
             yield make.form_adam((4097,), num_steps, last, FP32, options=options)
 
     def form_sgd() -> Iterator[Call]:
         yield from (make.form_sgd((size,), 3, dtype, FP32) for dtype, size in product((FP32, last), sizes))
         yield make.form_sgd((large,), 8, last, FP32).repeat()
-        nesterov = _MOMENTUM | {"nesterov": True, "dampening": 0.0, "grad_factor": -0.5, "rate": 3.0}
-        for num_steps, options in [(3, nesterov), (3, _DECAY), (0, _MOMENTUM | {"dtype": FP32})]:
+        nesterov = MOMENTUM | {"nesterov": True, "dampening": 0.0, "grad_factor": -0.5, "rate": 3.0}
+        for num_steps, options in [(3, nesterov), (3, DECAY), (0, MOMENTUM | {"dtype": FP32})]:
             yield make.form_sgd((4097,), num_steps, last, FP32, options=options)
+
+    def all_steps() -> Iterator[list[Call]]:
+        kinds = [(dtype, 1, DECAY) for dtype in dtypes]
+        coupled = DECAY | {"decoupled": False, "grad_factor": -0.5, "rate": 3.0}
+        amsgrad = {"weight_decay": 0.0, "max_exp_avg_sq": True}
+        kinds += [(last, 1, coupled), (last, 1, amsgrad), (last, 1, DECAY | {"dtype": FP32}), (last, 0, DECAY)]
+        for dtype, num_steps, options in kinds:
+            yield [make.form_adam(shape, num_steps, dtype, FP32, options=options) for shape in shapes]
+        nesterov = MOMENTUM | {"nesterov": True, "dampening": 0.0, "grad_factor": -0.5, "rate": 3.0}
+        for options in (MOMENTUM, nesterov, DECAY):
+            yield [make.form_sgd(shape, 1, last, FP32, options=options) for shape in shapes]
 
     def reduce() -> Iterator[Call]:
         for operands in [*((dtype,) * 3 for dtype in dtypes), (last, FP32, last)]:
@@ -354,6 +156,8 @@ def checks(bench: Bench) -> dict[str, Callable[[], Iterator[Call]]]:
         "form_sgd": form_sgd,
         "adam_sums": lambda: map(make.sums, form_adam()),
         "sgd_sums": lambda: map(make.sums, form_sgd()),
+        "form_steps_": lambda: (make.form_steps_(each).repeat() for each in all_steps()),
+        "sum_steps": lambda: (make.sum_steps(each).repeat() for each in all_steps()),
         "reduce": reduce,
         "embedding": embedding,
         "rms_norm": partial(norm, "rms_norm"),
@@ -403,6 +207,9 @@ def timed(bench: Bench, numel: int) -> dict[str, Timed]:
 
     form, adam, sgd = (partial(formed, one) for one in (make.form, make.form_adam, make.form_sgd))
 
+    def one_step() -> list[Call]:
+        return [make.form_adam(flat, 1, BF16, FP32)]
+
     def embedding(num_steps: int) -> list[Call]:
         return [make.embedding((vocabulary, width), (rows,), num_steps, BF16, BF16)]
 
@@ -423,6 +230,8 @@ def timed(bench: Bench, numel: int) -> dict[str, Timed]:
         "form from SGD state K=1": Timed("form_sgd", partial(sgd, 1), _STREAM),
         "form from SGD state K=8": Timed("form_sgd", partial(sgd, 8), _MANY),
         "sums over an AdamW step": Timed("adam_sums", lambda: [*map(make.sums, adam(1, FP32))], _MANY),
+        "form_steps from AdamW state": Timed("form_steps_", lambda: [make.form_steps_(one_step())], _MANY),
+        "sum_steps over an AdamW step": Timed("sum_steps", lambda: [make.sum_steps(one_step())], _MANY),
         "sums over an SGD step": Timed("sgd_sums", lambda: [*map(make.sums, sgd(1))], _STREAM),
         "reduce": Timed("reduce", lambda: [make.reduce([flat], BF16, BF16, BF16)], _STREAM),
         "form stochastic K=1": Timed("form stochastic", partial(form, 1, seed=1), _STREAM),
@@ -448,15 +257,18 @@ def olmo2_1b(scale: int = 1) -> list[Shape]:
 
 
 def timed_on_model(bench: Bench) -> dict[str, Timed]:
-    """Return by name what is timed on all parameters of a model; forming them is one launch each."""
+    """Return by name what is timed on all parameters of a model, by one launch each or by one for all."""
     make = Make(bench.machine)
-    fits = bench.machine.memory > 24 << 30
+    fits = bench.machine.memory > 28 << 30
     shapes = olmo2_1b(bench.pick(gpu=1 if fits else 2, cpu=8, quick=16))
 
     def each(one: Callable[..., Call], *dtypes: torch.dtype) -> list[Call]:
         largest = max(torch.Size(shape).numel() for shape in shapes)
         buffer = torch.empty(largest, dtype=BF16, device=bench.machine.device)
         return [one(shape, 1, *dtypes).into(buffer) for shape in shapes]
+
+    def all_steps() -> list[Call]:
+        return [make.form_adam(shape, 1, BF16, FP32) for shape in shapes]
 
     return {
         "axpy, whole model": Timed("axpy_", lambda: [make.axpy_(shapes, BF16, BF16, BF16)], _STREAM),
@@ -466,8 +278,8 @@ def timed_on_model(bench: Bench) -> dict[str, Timed]:
         "sums over an AdamW step, whole model": Timed(
             "adam_sums", lambda: [make.sums(call) for call in each(make.form_adam, BF16, FP32)]
         ),
+        "form_steps from AdamW state, whole model": Timed(
+            "form_steps_", lambda: [make.form_steps_(all_steps())], _MANY
+        ),
+        "sum_steps over an AdamW step, whole model": Timed("sum_steps", lambda: [make.sum_steps(all_steps())], _MANY),
     }
-
-
-def _about(*dtypes: torch.dtype, **more: int) -> Json:
-    return {"dtypes": " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes), **more}

@@ -4,7 +4,7 @@ In float64 it is what results are checked against; in their own dtype it is the 
 a sweep draws. It shares no code with the package.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,62 @@ def _summed(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return summed
 
 
+def _updates(
+    rule: str,
+    theta: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    state: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    decoupled: bool,
+    flag: bool,
+) -> Iterator[Tensor]:
+    """Yield Δθ of every parameter; state and numbers are those of `sharpkern.ops.form_steps_`."""
+    shared: dict[str, Any] = dict(zip(("weight_decay", "grad_factor", "rate"), numbers, strict=False))
+    own, width = numbers[3:], len(state) // len(theta)
+    for i, (one, g) in enumerate(zip(theta, grad, strict=True)):
+        mine: Sequence[Any] = state[i * width : (i + 1) * width]
+        if rule == "sgd":
+            yield sgd_update(one, g, *mine, momentum=own[0], dampening=1 - own[1], nesterov=flag, **shared)
+            continue
+        lerp1, beta2, _, inverse_correction1, root_correction2, eps = own
+        shared |= {"correction1": 1 / inverse_correction1, "correction2": root_correction2**2, "decoupled": decoupled}
+        shared |= {"beta1": 1 - lerp1, "beta2": beta2, "eps": eps, "max_exp_avg_sq": mine[2]}
+        yield adam_update(one, g, mine[0], mine[1], **shared)
+
+
+def form_steps_(
+    rule: str,
+    written: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    state: Sequence[Tensor | None],
+    alpha: Tensor | None,
+    numbers: Sequence[float],
+    *,
+    decoupled: bool = False,
+    flag: bool = False,
+) -> None:
+    """θ + αΔθ of every parameter, or Δθ."""
+    deltas = _updates(rule, theta, grad, state, numbers, decoupled, flag)
+    for out, one, delta in zip(written, theta, deltas, strict=True):
+        out.copy_(delta if alpha is None else _moved(one, delta, alpha)[0])
+
+
+def sum_steps(
+    rule: str,
+    theta: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    state: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    *,
+    decoupled: bool = False,
+    flag: bool = False,
+) -> Tensor:
+    """Δθᵀg and |Δθ|² of every parameter."""
+    deltas = (delta.double() for delta in _updates(rule, theta, grad, state, numbers, decoupled, flag))
+    return torch.stack([torch.stack([(d * g).sum(), (d * d).sum()]) for d, g in zip(deltas, grad, strict=True)])
+
+
 def reduce(theta: Sequence[Tensor], delta: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
     """Δθᵀg, |Δθ|², |θ|², |g|² of every tensor."""
     wide = [[tensor.double() for tensor in tensors] for tensors in zip(theta, delta, grad, strict=True)]
@@ -157,6 +213,8 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "form_sgd": _formed(sgd_update),
     "adam_sums": _summed(adam_update),
     "sgd_sums": _summed(sgd_update),
+    "form_steps_": form_steps_,
+    "sum_steps": sum_steps,
     "reduce": reduce,
     "linear": linear,
     "embedding": embedding,

@@ -13,7 +13,8 @@ from torch import Tensor
 from sharpkern import ops
 from sharpkern.ops.linear_cross_entropy import VOCABULARY_CHUNK, cross_entropy_of_rows, linear_cross_entropy
 
-from .cases import BF16, Backend, Bench, Call, Cases, Make, Timed, fused_linear, timed, timed_on_model
+from .calls import BF16, Backend, Call, Make
+from .cases import Bench, Cases, Timed, fused_linear, timed, timed_on_model
 from .timing import Json, Variant, each_call
 
 # Share of the bare matrix product's speed to reach, and to accept, with the weight formed on the way.

@@ -15,7 +15,8 @@ from sharpkern._support.figures import COLORS, light_grid, new_figure, save_figu
 from sharpkern._support.files import write_rows
 
 from .accuracy import checked, judge
-from .cases import Bench, BlockedError, Call, timed
+from .calls import Call
+from .cases import Bench, BlockedError, timed
 from .formulas import FORMULAS
 from .timing import Json, machine_here
 

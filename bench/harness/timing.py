@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from sharpkern.tensors.free import free_bytes
+
 if TYPE_CHECKING:
     from .cases import Bench
 
@@ -74,10 +76,7 @@ class Machine:
     @property
     def memory(self) -> int:
         """Free bytes of the GPU, with the allocator's unused reserve; 0 on a CPU."""
-        if not self.is_gpu:
-            return 0
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free_bytes(self.device)
 
     def synchronize(self) -> None:
         """Wait until the device is done; raises what went wrong there."""

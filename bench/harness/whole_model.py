@@ -22,6 +22,8 @@ _BEYOND_PLAIN = 1 << 30
 _REPEATS, _PASS_REPEATS = 3, 5
 # Of weights with standard deviation 0.02, along a direction with 1.
 _STEP_SIZES = [0.02 * (k + 1) / NUM_PARALLEL for k in range(NUM_PARALLEL)]
+# What a measurement calls by any engine.
+_NEEDED = "form form_adam form_steps_ sum_steps adam_sums reduce axpy_ embedding linear_cross_entropy".split()
 # Most bytes of weights, direction and all that a pass for eight step sizes takes, at 7 billion parameters.
 _MOST_BYTES = 31 << 30
 
@@ -50,7 +52,7 @@ def measurements(bench: Bench) -> Cases:
 
     @cache
     def scene() -> Training:
-        bench.require("form", "form_adam", "adam_sums", "reduce", "axpy_", "embedding", "linear_cross_entropy")
+        bench.require(*_NEEDED)
         return Training(bench.machine, fitting(bench.machine, bench.quick))
 
     def engine(name: str, *, resident: bool) -> Iterator[Json]:

@@ -45,10 +45,10 @@ class Direction:
         sources: for each its Δθ, or this rank's shard of it, of its shape and on its device, in a floating dtype that
             may be wider than its own; or the optimizer step that Δθ is worked out of whenever it is needed.
         masters: for each the higher-precision copy that it is the rounding of, or None.
-        slope: Δθᵀg, accumulated in float64, in units of loss/learning-rate; None where no gradient belongs to Δθ. Where
-            an optimizer maximizes, g is the gradient of what falls: minus the loss. Under FSDP1, and where ``ranks=``
-            split the model, it is of this rank's part, and a measurement adds up the parts.
-        norm_sq: |Δθ|², accumulated in float64; of this rank's part as the slope is.
+        slope: Δθᵀg, to the digits of float32 at least, in units of loss/learning-rate; None where no gradient belongs
+            to Δθ. Where an optimizer maximizes, g is the gradient of what falls: minus the loss. Under FSDP1, and where
+            ``ranks=`` split the model, it is of this rank's part, and a measurement adds up the parts.
+        norm_sq: |Δθ|², likewise; of this rank's part as the slope is.
         lr: learning rate of the reference group, whose unit Δθ is per; None where it comes from no optimizer.
 
     Source:
@@ -109,7 +109,9 @@ class Direction:
             scaler: the GradScaler of fp16 training, to divide by its scale if ``unscale_`` has not yet been called.
             resident: True keeps Δθ in memory, where it is fastest and outlives the step. False works it out of the
                 gradients and the optimizer's state, where there is a closed form, whenever a weight is needed: no
-                memory, but to be measured before they change. By default False on CUDA and HIP devices, True elsewhere.
+                memory, but to be measured before they change. By default False on CUDA and HIP devices, True elsewhere;
+                but there Δθ of bf16 weights is kept in bf16, in a process by itself, where it takes a third of the free
+                memory at most.
             ranks: the `sharpkern.Ranks` of the measurement, where they split the model: this rank's part of it may have
                 nothing to move.
 

@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from sharpkern import ops
 from sharpkern.directions.optimizer_state import ParamState, read_slots
 from sharpkern.directions.parts import Optimizers, Part, check_steps, parts_of
+from sharpkern.directions.residence import kept_as
 from sharpkern.directions.shadow_step import shadow_step, undisturbed
 from sharpkern.directions.shared_memory import summed
 from sharpkern.distributed.deepspeed import step_gradients
@@ -20,7 +21,7 @@ from sharpkern.distributed.sharding import local, local_as, over_shards, whole
 from sharpkern.errors import NoUpdateError
 from sharpkern.ops.reductions import columns_to_host, slopes_and_norms, to_host
 from sharpkern.ops.rules import Reading, Rule, rule_of
-from sharpkern.ops.together import sums_of_steps
+from sharpkern.ops.together import sums_of_steps, updates_of
 from sharpkern.ops.update import LazyUpdate
 from sharpkern.ops.whole_steps import updates_with_sums
 
@@ -141,9 +142,18 @@ def _by_rule(
     """Return the closed-form update of every parameter that has a gradient and a positive learning rate."""
     slots = [slot for slot in slots if slot.held.grad is not None and slot.lr > 0]
     steps = steps_by_rule(rule, optimizer, slots, reference_lr)
-    # On a GPU working Δθ out anew takes little time beside a forward pass, and memory is short.
-    kept = [i for i, one in enumerate(steps) if resident or (resident is None and not ops.has_kernels(one.base.device))]
-    found = dict(zip(kept, updates_with_sums([steps[i] for i in kept]), strict=True))
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
+    kept = {i: dtype for i, dtype in enumerate(kept_as(slots, steps, resident)) if dtype is not None}
+    by_kernels = {i: dtype for i, dtype in kept.items() if ops.has_kernels(steps[i].base.device)}
+    by_torch = [i for i in kept if i not in by_kernels]
+    found |= zip(by_torch, updates_with_sums([steps[i] for i in by_torch]), strict=True)
+    try:
+        deltas = updates_of([steps[i] for i in by_kernels], list(by_kernels.values()))
+        found |= ((i, (delta, None)) for i, delta in zip(by_kernels, deltas, strict=True))
+    except torch.OutOfMemoryError:
+        # What is free may lie in pieces.
+        if resident:
+            raise
     return [(slot, *found.get(i, (step, None))) for i, (slot, step) in enumerate(zip(slots, steps, strict=True))]
 
 

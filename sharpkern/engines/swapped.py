@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sharpkern.engines.evaluation.closure import Closure
 from sharpkern.engines.evaluation.compiled import Eagerly
 from sharpkern.engines.evaluation.guard import Guard
-from sharpkern.engines.tracked import Step, TrackedParam
+from sharpkern.engines.tracked import Step, TrackedParam, is_plain_sum
 from sharpkern.engines.virtual.audit import oracle_loss
 from sharpkern.engines.virtual.first_pass import FirstPass
 from sharpkern.tensors.storage import overlapping, overlaps_itself
@@ -32,14 +32,21 @@ class Memory:
         self._formed_for: float | None = None
         self._versions: list[int] = []
         self._moves = [pair.move.at(theta) for pair, theta in zip(pairs, self._thetas, strict=True)]
+        # What small models take longer to ask for each of their tensors than to add them.
+        self._sums = [
+            move if is_plain_sum(move, formed.dtype) else None
+            for move, formed in zip(self._moves, self._formed, strict=True)
+        ]
 
     def swap(self, alpha: float) -> None:
         """Give every parameter memory that holds θ + αΔθ."""
         step, is_new = Step(alpha), alpha != self._formed_for
         self._formed_for = None
         with torch.no_grad():
-            for pair, move, formed in zip(self._pairs, self._moves, self._formed, strict=True):
-                if is_new:
+            for pair, move, plain, formed in zip(self._pairs, self._moves, self._sums, self._formed, strict=True):
+                if is_new and plain is not None:
+                    torch.add(plain.base, plain.delta, alpha=step.number(formed.dtype), out=formed)
+                elif is_new:
                     step.form(move, dtype=formed.dtype, out=formed)
                 pair.weight.data = formed
         self._formed_for, self._versions = alpha, [pair.weight._version for pair in self._pairs]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,28 +42,17 @@ class Step:
 
     def form(self, move: ParamUpdate, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ for this one α; the caller has gradients off."""
-        if isinstance(move, StoredUpdate) and not self.is_several and _is_plain_sum(move, dtype):
+        if not self.is_several and is_plain_sum(move, dtype):
             # The way of `ops.form` without an operation's checks, of which small tensors take longer than of the sum.
-            return add_step(move.base, move.delta, self._number(dtype), out)
-        if out is not None and ops.has_kernels(out.device) and self._launched(move, dtype, out):
-            return out
+            return add_step(move.base, move.delta, self.number(dtype), out)
+        if out is not None and not self.is_several and move.wide == torch.float32:
+            alpha = self.on(out.device)
+            launch = _prepared(move, alpha, dtype, into=True)
+            if launch is not None:
+                return launch(alpha=alpha, out=out)
         return move.form(self.of(move), dtype=dtype, out=None if out is None else out.unsqueeze(0))[0]
 
-    def _launched(self, move: ParamUpdate, dtype: torch.dtype, out: Tensor) -> bool:
-        """Write θ + αΔθ by a launch that was prepared for the first step; whether there is one."""
-        if move.wide != torch.float32 or self.is_several:
-            return False
-        alpha = self.on(out.device)
-        key = (dtype, stream_of(out.device))
-        if key not in move.launches:
-            move.launches[key] = move.prepared(alpha, dtype)
-        launch = move.launches[key]
-        if launch is None:
-            return False
-        launch(alpha=alpha, out=out)
-        return True
-
-    def _number(self, dtype: torch.dtype) -> float:
+    def number(self, dtype: torch.dtype) -> float:
         """α as an operation reads it off its tensor."""
         if dtype not in self._numbers:
             self._numbers[dtype] = self.on(torch.device("cpu"), dtype).item()
@@ -81,8 +70,33 @@ class Step:
         return self._tensors[key]
 
 
-def _is_plain_sum(move: StoredUpdate, dtype: torch.dtype) -> bool:
-    """Whether θ + αΔθ is one call of torch on the CPU: one dtype, in which it is computed."""
+def formed(move: ParamUpdate, alpha: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """θ + α_k Δθ, [K, *shape], as `ParamUpdate.form` gives it; ``out`` is contiguous."""
+    if move.base.is_contiguous() and alpha.dtype == torch.float32:
+        launch = _prepared(move, alpha, dtype, into=out is not None)
+        if launch is not None:
+            return launch(alpha=alpha, out=out)
+    return move.form(alpha, dtype=dtype, out=out)
+
+
+def _prepared(move: ParamUpdate, alpha: Tensor, dtype: torch.dtype, *, into: bool) -> Callable[..., Tensor] | None:
+    """What launches θ + α_k Δθ, prepared for the first step sizes of that number, or None.
+
+    Into memory that is given results follow each other more closely than in new memory.
+    """
+    device = move.base.device
+    if not ops.has_kernels(device):
+        return None
+    key = (dtype, alpha.shape[0], into, stream_of(device))
+    if key not in move.launches:
+        move.launches[key] = move.prepared(alpha, dtype)
+    return move.launches[key]
+
+
+def is_plain_sum(move: ParamUpdate, dtype: torch.dtype) -> TypeGuard[StoredUpdate]:
+    """Whether θ + αΔθ is one call of torch on the CPU: Δθ in memory, and one dtype, in which the sum is computed."""
+    if not isinstance(move, StoredUpdate):
+        return False
     base, delta = move.base, move.delta
     return (
         type(base) in (Tensor, nn.Parameter)

@@ -1,10 +1,11 @@
 """Kernels compiled before training starts: else the first measurements wait for Triton's compiler."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 from weakref import WeakSet
 
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from sharpkern import ops
 from sharpkern._support.progress import progress_bar
 from sharpkern.directions.parts import parts_of
+from sharpkern.directions.residence import may_keep
 from sharpkern.directions.shadow_step import undisturbed
 from sharpkern.distributed.sharding import local
 from sharpkern.engines.batched.engine import NUM_PARALLEL
 from sharpkern.ops.linear_cross_entropy import VOCABULARY_CHUNK
+from sharpkern.ops.matmul import product_dtype
 from sharpkern.ops.rules import rule_of
 from sharpkern.ops.together import prepared_together
 from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
@@ -55,6 +58,7 @@ def precompile(
 
     Triton compiles a kernel when it is first launched, for a second or so each, and keeps it on the disk
     (``TRITON_CACHE_DIR``). A `Monitor` would do so in its first measurements. Nothing happens where there is no GPU.
+    Where the loss is computed under autocast, call it under the same.
 
     Args:
         model: the model that is trained.
@@ -133,15 +137,31 @@ def _launches_of(kind: _Kind, model: nn.Module) -> Iterator[None]:
     """Launch what forms and sums the updates of a kind, with the state that there is now and after a step."""
     there = any(kind.optimizer.state.get(parameter) for parameter in kind.parameters)
     for steps in (1,) if there or rule_of(kind.optimizer) is None else (0, 1):
-        yield from _launches_after(steps, kind, model)
+        make = partial(_stand_in, kind, steps)
+        yield from _launches_after(make, kind, model)
+        if _may_be_kept(kind):
+            yield from _together(make(_size_of(kind)), None, torch.bfloat16)
+    if _may_be_kept(kind):
+        yield from _launches_after(partial(_kept_stand_in, kind), kind, model)
 
 
-def _launches_after(num_steps: int, kind: _Kind, model: nn.Module) -> Iterator[None]:
+def _size_of(kind: _Kind) -> int:
+    """Elements of what has the configuration of large models, where a kind is of one."""
+    return _LARGE_MODEL if sum(p.numel() for p in kind.parameters) >= _LARGE_MODEL else _FEW
+
+
+def _may_be_kept(kind: _Kind) -> bool:
+    """Whether Δθ may be kept in memory unasked."""
     like = kind.parameters[0]
-    size = sum(p.numel() for p in kind.parameters)
+    by_rule = rule_of(kind.optimizer) is not None
+    return by_rule and like.dtype == torch.bfloat16 and may_keep(sum(map(torch.numel, kind.parameters)), like.device)
+
+
+def _launches_after(make: Callable[[int], ParamUpdate], kind: _Kind, model: nn.Module) -> Iterator[None]:
+    like = kind.parameters[0]
     vectors = [p.numel() for p in kind.parameters if p.dim() == 1]
     alpha, steps = (torch.zeros(num, dtype=torch.float32, device=like.device) for num in (1, NUM_PARALLEL))
-    whole = _stand_in(num_steps, kind, _LARGE_MODEL if size >= _LARGE_MODEL else _FEW)
+    whole = make(_size_of(kind))
     # Sums, and weights that are written in place.
     if isinstance(whole, LazyUpdate):
         operands = (whole.rule, [whole.base], [whole.grad], whole.state, whole.numbers)
@@ -154,20 +174,21 @@ def _launches_after(num_steps: int, kind: _Kind, model: nn.Module) -> Iterator[N
         for module in {m.embedding_dim: m for m in model.modules() if isinstance(m, nn.Embedding)}.values():
             W = torch.zeros(4, module.embedding_dim, dtype=like.dtype, device=like.device)
             for each in (alpha, steps):
-                ops.embedding(torch.zeros(4, dtype=torch.int64, device=like.device), W, W.float(), each)
+                ops.embedding(torch.zeros(4, dtype=torch.int64, device=like.device), W, W.to(whole.delta.dtype), each)
                 yield
     # Weights one by one, of which there are some rows at a time as well, and vectors of their own.
     for num in (_FEW, _LARGE):
-        one = _stand_in(num_steps, kind, num)
-        for each in (alpha, steps):
-            one.form(each, dtype=like.dtype)
+        one = make(num)
+        for each, dtype in product((alpha, steps), {like.dtype, product_dtype(like)}):
+            one.form(each, dtype=dtype)
             yield
+        for each in (alpha, steps):
             if len(vectors) == 1 and num == _FEW and like.dtype.itemsize < 4:
                 one.form(each, dtype=torch.float32)
                 yield
     if len(vectors) > 1:
         # In float32, where a norm of 16 bits is computed.
-        few = _stand_in(num_steps, kind, _LARGE_MODEL if sum(vectors) >= _LARGE_MODEL else _FEW)
+        few = make(_LARGE_MODEL if sum(vectors) >= _LARGE_MODEL else _FEW)
         yield from _together(few, alpha, torch.float32)
         if isinstance(few, LazyUpdate) and any(isinstance(module, _NORMS) for module in model.modules()):
             yield from _together(few, None, torch.float32)
@@ -180,7 +201,14 @@ def _together(move: ParamUpdate, alpha: Tensor | None, dtype: torch.dtype) -> It
         yield
 
 
-def _stand_in(num_steps: int, kind: _Kind, num: int) -> ParamUpdate:
+def _kept_stand_in(kind: _Kind, num: int) -> ParamUpdate:
+    """An update of a parameter of some size whose Δθ is in memory as its weight is."""
+    like = kind.parameters[0]
+    weight = torch.ones(num, dtype=like.dtype, device=like.device)
+    return StoredUpdate(weight, torch.ones_like(weight))
+
+
+def _stand_in(kind: _Kind, num_steps: int, num: int) -> ParamUpdate:
     """The update of a parameter of some size as the optimizer would make it after so many steps."""
     like = kind.parameters[0]
     parameter = nn.Parameter(torch.ones(num, dtype=like.dtype, device=like.device))
@@ -210,6 +238,8 @@ def _launches_of_layers(model: nn.Module, device: torch.device, dtypes: set[torc
     """Launch what normalises, and what takes the cross-entropy of large logits."""
     modules = list(model.modules())
     vocabularies = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
+    kept = may_keep(sum(p.numel() for p in model.parameters() if p.dtype == torch.bfloat16), device)
+    directions = [torch.float32, *([torch.bfloat16] if kept else [])]
     norms = {_norm_of(module) for module in modules if isinstance(module, _NORMS) and module.elementwise_affine}
     for steps in (1, NUM_PARALLEL):
         alpha = torch.zeros(steps, dtype=torch.float32, device=device)
@@ -221,11 +251,11 @@ def _launches_of_layers(model: nn.Module, device: torch.device, dtypes: set[torc
             ops.online_cross_entropy_(maximum, total, target, logits, labels, 0)
             yield
         for kind, length, eps, has_bias in norms:
-            for dtype in dtypes:
-                x = torch.zeros(steps, 4, length, dtype=dtype, device=device)
-                w, d = torch.ones(length, dtype=dtype, device=device), torch.ones(length, device=device)
-                if eps is None:
+            for dtype, moving in product(dtypes, directions):
+                if eps is None or moving not in (dtype, torch.float32):
                     continue
+                x = torch.zeros(steps, 4, length, dtype=dtype, device=device)
+                w, d = torch.ones(length, dtype=dtype, device=device), torch.ones(length, dtype=moving, device=device)
                 if kind is nn.LayerNorm:
                     ops.layer_norm(x, w, d, w if has_bias else None, d if has_bias else None, alpha, eps=eps)
                 else:

@@ -20,6 +20,7 @@ from sharpkern.measures.critical import check_arguments, measure
 from sharpkern.measures.micro_batches import Several, Step
 from sharpkern.measures.result import Measurement, MeasureOptions, Options
 from sharpkern.measures.run import Run
+from sharpkern.tensors.free import free_bytes
 
 _ROOM_ON_CPU = 2**30
 
@@ -156,5 +157,4 @@ def _room(pairs: Sequence[TrackedParam]) -> int:
     device = devices.pop()
     if device.type != "cuda":
         return _ROOM_ON_CPU
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 0 if devices else (torch.cuda.mem_get_info(device)[0] + unused) // 4
+    return 0 if devices else free_bytes(device) // 4

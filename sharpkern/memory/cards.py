@@ -16,7 +16,8 @@ class MethodMemory:
 
     Attributes:
         method: its name.
-        direction: where Δθ is: "resident" in memory, "state" worked out of the optimizer's, "" where there is none.
+        direction: where Δθ is: "resident" in memory in the widest dtype of parameter and state, "bf16" in memory as the
+            weights are, "state" worked out of the optimizer's, "" where there is none.
         num_steps: step sizes of one pass.
         parts: bytes at the peak by what they are for.
         host_bytes: on the host besides.

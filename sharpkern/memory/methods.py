@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sharpkern.directions.from_optimizer import steps_by_rule
 from sharpkern.directions.optimizer_state import read_slots
 from sharpkern.directions.parts import parts_of
+from sharpkern.directions.residence import in_bf16
 from sharpkern.directions.shadow_step import shadow_step, undisturbed
 from sharpkern.distributed.sharding import local, local_as
 from sharpkern.engines.inplace import Backup
@@ -33,7 +34,7 @@ class Method:
         name: for people.
         run: on a scene, for the counter to see.
         measures: gradients and the optimizer's state are there while it runs.
-        direction: where Δθ is: "resident", "state", or "" where there is none.
+        direction: where Δθ is, as `MethodMemory` says it.
         num_steps: step sizes of one pass.
         sharded: whether it can be had of shards.
     """
@@ -46,15 +47,15 @@ class Method:
     sharded: bool = False
 
 
-def methods(num_steps: int, *, from_state: bool) -> list[Method]:
-    """Return all ways."""
+def methods(num_steps: int, *, from_state: bool, in_bf16: bool = False) -> list[Method]:
+    """Return all ways, with those whose Δθ is worked out of the optimizer's state, and those that keep it in bf16."""
     found = [
         Method("plain forward", _forward, measures=False, sharded=True),
         Method("forward and backward", _training, measures=False, sharded=True),
         Method("clone and dictionary", _clone_and_dictionary, direction="resident"),
         Method("deep copy", _deep_copy, direction="resident"),
     ]
-    for direction in ("resident", "state") if from_state else ("resident",):
+    for direction in ("resident", *(["state"] if from_state else []), *(["bf16"] if in_bf16 else [])):
         found += [
             Method("in place", _Engine("inplace", direction, 1), direction=direction, sharded=True),
             Method(
@@ -138,7 +139,7 @@ class _Engine:
 
         with _gradients(scene), counter, torch.no_grad():
             with counter.under(DIRECTION):
-                moves = _moves(scene, resident=self.direction == "resident")
+                moves = _moves(scene, self.direction)
 
             def evaluate(session: Session) -> None:
                 with session.open(session.target(loss_fn), self.name, backup=self.backup) as engine:
@@ -178,7 +179,7 @@ def _gradients(scene: TrainingState) -> Iterator[None]:
             parameter.grad = None
 
 
-def _moves(scene: TrainingState, *, resident: bool) -> list[tuple[Tensor, ParamUpdate]]:
+def _moves(scene: TrainingState, direction: str) -> list[tuple[Tensor, ParamUpdate]]:
     """θ + αΔθ of every parameter, made as `Direction.from_optimizer` makes it."""
     if scene.optimizer is None:
         shards = [(p, local(p)) for p in scene.parameters]
@@ -193,7 +194,11 @@ def _moves(scene: TrainingState, *, resident: bool) -> list[tuple[Tensor, ParamU
         moves = [StoredUpdate(local(slot.theta), local_as(delta, slot.held)) for slot, delta in deltas]
     else:
         steps = steps_by_rule(rule, optimizer, slots, slots[0].lr)
-        moves = [StoredUpdate(step.base, step.update()) if resident else step for step in steps]
+        dtypes = in_bf16(slots) if direction == "bf16" else [step.dtype for step in steps]
+        moves = [
+            step if dtype is None or direction == "state" else StoredUpdate(step.base, step.update(dtype=dtype))
+            for step, dtype in zip(steps, dtypes, strict=True)
+        ]
     # Engines know by identity what needs no master.
     return [
         (slot.parameter, move if slot.master is not None else move.at(local(slot.parameter)))

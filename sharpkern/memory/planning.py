@@ -122,7 +122,9 @@ def memory_plan(
     if not any(parameter.requires_grad for parameter in original.parameters()):
         raise ValueError("model must have parameters that are trained, got none; unfreeze what is to move")
     conditions = {"parameters": sum(p.numel() for p in original.parameters()), **conditions}
-    ways = methods(num_steps, from_state=has_formula(optimizer))
+    by_formula = has_formula(optimizer)
+    in_bf16 = by_formula and num_gpus == 1 and any(p.dtype == torch.bfloat16 for p in original.parameters())
+    ways = methods(num_steps, from_state=by_formula, in_bf16=in_bf16)
     if num_gpus > 1:
         ways = [method for method in ways if method.sharded]
     rows: list[MethodMemory] = []

@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
 from sharpkern._support.figures import COLORS, light_grid, new_figure, save_figure
+from sharpkern.directions.residence import fits
 from sharpkern.memory.cards import CARDS, USABLE, MethodMemory
 
 if TYPE_CHECKING:
@@ -50,7 +52,17 @@ def headline(plan: "MemoryPlan") -> str:
     least = f"{label(row)} ({row.peak_bytes / size:.2f} {unit} on each GPU)"
     if row.card is None:
         return f"Fits no card of up to {CARDS[-1]} GB; the least is {least}. Shard it over more GPUs."
-    return f"Fits {'an' if row.card == 80 else 'a'} {row.card} GB card: {least}."
+    return f"Fits {'an' if row.card == 80 else 'a'} {row.card} GB card: {least}.{_kept(plan)}"
+
+
+def _kept(plan: "MemoryPlan") -> str:
+    """Say from which card on Δθ is kept in bf16 where nobody says whether it is."""
+    row = next((row for row in plan.rows if row.direction == "bf16"), None)
+    if row is None:
+        return ""
+    direction = row.parts["direction"] // torch.bfloat16.itemsize
+    card = next((card for card in CARDS if fits(direction, int(USABLE * card) - row.sum(_HELD))), None)
+    return "" if card is None else f" On {card} GB or more Δθ is kept in bf16, which moves fewer bytes."
 
 
 def told(plan: "MemoryPlan") -> Group:
@@ -141,4 +153,4 @@ def _draw_cards(axes: Any, longest: float) -> None:
 def label(row: MethodMemory) -> str:
     """Name a row."""
     # Others than the engines know no direction but one in memory.
-    return f"{row.method}, Δθ from state" if row.direction == "state" else row.method
+    return row.method + {"state": ", Δθ from state", "bf16": ", Δθ in bf16"}.get(row.direction, "")

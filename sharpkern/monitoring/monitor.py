@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, TypeGuard
 
 import torch
@@ -394,8 +395,10 @@ class Monitor(Reports):
 
     def _warn(self, record: Record) -> None:
         """Warn where the median of η_c/η has fallen below the ratio since the last measurement."""
-        recent = [one for one in self.history if one.lr and critical_lrs([one])][-RECENT:]
-        if self._warn_below is None or record not in recent or len(recent) < RECENT:
+        if self._warn_below is None:
+            return
+        recent = list(islice((one for one in reversed(self.history) if one.lr and critical_lrs([one])), RECENT))
+        if len(recent) < RECENT or recent[0] is not record:
             return
         headroom = statistics.median(one.measurement.critical_lr / one.lr for one in recent if one.lr)
         fell, self._is_below = headroom < self._warn_below and not self._is_below, headroom < self._warn_below

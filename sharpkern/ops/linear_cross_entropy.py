@@ -110,13 +110,14 @@ def cross_entropy_of_rows(
     reduction: str = "mean",
     softcap: float | None = None,
     backend: Backend = "auto",
+    height: int | None = None,
 ) -> Tensor:
-    """`linear_cross_entropy` of a weight that exists one chunk at a time. Not differentiable.
+    """`linear_cross_entropy` of a weight that exists one chunk of ``height`` rows at a time. Not differentiable.
 
     Factors are not checked here: see `check_operands`.
     """
     labels = labels.expand(hidden.shape[:-1]).contiguous()
-    task = _Task(labels, hidden.dtype, ignore_index, reduction, softcap, backend)
+    task = _Task(labels, hidden.dtype, ignore_index, reduction, softcap, backend, height)
     return _loss(_statistics(hidden, vocabulary, rows, task), task)
 
 
@@ -130,6 +131,7 @@ class _Task:
     reduction: str
     softcap: float | None
     backend: Backend
+    height: int | None = None
 
     @property
     def counted(self) -> Tensor:
@@ -231,7 +233,7 @@ def _loss(statistics: _Statistics, task: _Task) -> Tensor:
 def _chunks(hidden: Tensor, vocabulary: int, task: _Task) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the vocabulary, each with memory for its logits; all take turns in one buffer."""
     # All step sizes together have as many logits as one would have.
-    height = min(max(1, VOCABULARY_CHUNK // math.prod(hidden.shape[:-2])), vocabulary)
+    height = min(task.height or max(1, VOCABULARY_CHUNK // math.prod(hidden.shape[:-2])), vocabulary)
     # Rows of a ragged last chunk keep their distance, so that each starts at an aligned address.
     memory = torch.empty(*hidden.shape[:-1], height, dtype=task.accumulator, device=hidden.device)
     for first in range(0, vocabulary, height):

@@ -24,14 +24,7 @@ def sums_of_steps(steps: Sequence[LazyUpdate]) -> list[Tensor]:
     result: list[Tensor] = [torch.empty(0)] * len(steps)
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for i, step in enumerate(steps):
-        device, operands = step.base.device, step.operands
-        # A step whose operands lie in memory in several ways is not for the kernel, which would refuse all.
-        together = (
-            registry.has_kernels(device)
-            and compute_dtype(*[operand.dtype for operand in operands]) == torch.float32
-            and len({operand.stride() for operand in operands}) == 1
-        )
-        alike[(device, kind_of(step)) if together else i].append(i)
+        alike[(step.base.device, kind_of(step)) if _is_for_a_kernel(step) else i].append(i)
     for members in alike.values():
         if len(members) == 1:
             result[members[0]] = steps[members[0]].slope_and_norm()
@@ -49,6 +42,34 @@ def sums_of_steps(steps: Sequence[LazyUpdate]) -> list[Tensor]:
         for i, one in zip(members, sums.unbind(), strict=True):
             result[i] = one
     return result
+
+
+def updates_of(steps: Sequence[LazyUpdate], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Return Δθ of every step, each in a dtype."""
+    result = [torch.empty_like(step.base, dtype=dtype) for step, dtype in zip(steps, dtypes, strict=True)]
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        alike[(step.base.device, kind_of(step)) if _is_for_a_kernel(step) else i].append(i)
+    for members in alike.values():
+        launch = None
+        if _is_for_a_kernel(steps[members[0]]):
+            launch = prepared_together([steps[i] for i in members], [result[i] for i in members], None)
+        if launch is not None:
+            launch()
+            continue
+        for i in members:
+            steps[i].form(None, dtype=dtypes[i], out=result[i].unsqueeze(0))
+    return result
+
+
+def _is_for_a_kernel(step: LazyUpdate) -> bool:
+    """Whether operands lie in memory in one way: the kernel would refuse all steps for one that does not."""
+    operands = step.operands
+    return (
+        registry.has_kernels(step.base.device)
+        and compute_dtype(*[operand.dtype for operand in operands]) == torch.float32
+        and len({operand.stride() for operand in operands}) == 1
+    )
 
 
 def prepared_together(

@@ -53,6 +53,19 @@ class ParamUpdate(ABC):
         """Precision in which θ + αΔθ is computed before it is rounded."""
         return compute_dtype(*(operand.dtype for operand in self.operands))
 
+    def rows(self, chosen: slice) -> "ParamUpdate":
+        """Return the update of some rows, the same one at every call: launches are prepared for it once."""
+        if chosen == slice(0, len(self.base)):
+            return self
+        key = (chosen.start, chosen.stop)
+        if key not in self._rows:
+            self._rows[key] = self.map(lambda tensor: tensor[chosen])
+        return self._rows[key]
+
+    @cached_property
+    def _rows(self) -> dict[tuple[int, int], "ParamUpdate"]:
+        return {}
+
     @cached_property
     def launches(self) -> dict[Hashable, Callable[..., Tensor] | None]:
         """What `prepared` has returned, for who keeps it; by whatever it depends on."""
@@ -156,9 +169,9 @@ class LazyUpdate(ParamUpdate):
         numbers, options = self.numbers, {"decoupled": self.decoupled, "flag": self.flag, "dtype": dtype}
         return registry.prepared("form_step", self.rule, self.base, self.grad, self.state, alpha, numbers, **options)
 
-    def update(self, backend: Backend = "auto") -> Tensor:
-        """Return Δθ, a new tensor in the widest dtype of parameter and state."""
-        return self.form(None, dtype=self.dtype, backend=backend)[0]
+    def update(self, backend: Backend = "auto", dtype: torch.dtype | None = None) -> Tensor:
+        """Return Δθ, a new tensor; by default in the widest dtype of parameter and state."""
+        return self.form(None, dtype=dtype or self.dtype, backend=backend)[0]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from sharpkern.ops.arithmetic import CPU_CHUNK
 from sharpkern.ops.optimizer_steps import checked_rule, update_of
+from sharpkern.ops.reductions import slopes_and_norms
 from sharpkern.ops.update import LazyUpdate
 
 # Small tensors share a block up to this part of the whole.
 _SHARE = 16
+# Sums that float32 can be trusted with.
+_LEAST, _MOST = 1e-20, 1e30
 # The number of a step, where a part of it begins, and that part of each of its operands that are there.
 Piece = tuple[int, int, list[Tensor]]
 
@@ -38,9 +41,9 @@ def updates_with_sums(steps: Sequence[LazyUpdate]) -> list[tuple[Tensor, Tensor 
 
 def _is_plain(step: LazyUpdate) -> bool:
     """Whether all operands lie alike in the memory of a CPU, in one dtype that the step is computed in."""
-    return step.base.dtype in (torch.float32, torch.float64) and all(
-        tensor.device.type == "cpu" and tensor.dtype == step.base.dtype and tensor.is_contiguous()
-        for tensor in step.operands
+    dtype = step.base.dtype
+    return dtype in (torch.float32, torch.float64) and all(
+        tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous() for tensor in step.operands
     )
 
 
@@ -53,32 +56,35 @@ def _together(steps: Sequence[LazyUpdate]) -> list[tuple[Tensor, Tensor]]:
     numbers: list[int] = []
     sums: list[Tensor] = []
     for block in _blocks(steps):
+        i, start, pieces = block[0]
         roles = zip(*(pieces for *_, pieces in block), strict=True)
-        parts = iter([role[0] if len(role) == 1 else torch.cat(role) for role in roles])
+        parts = iter(pieces if len(block) == 1 else [torch.cat(role) for role in roles])
         operands = [None if tensor is None else next(parts) for tensor in (first.base, first.grad, *first.state)]
-        i, start, _ = block[0]
-        assert operands[1] is not None
-        out = deltas[i].view(-1)[start : start + CPU_CHUNK] if _is_large(steps[i]) else torch.empty_like(operands[1])
+        grad = operands[1]
+        assert grad is not None
+        out = deltas[i].view(-1)[start : start + CPU_CHUNK] if _is_large(steps[i]) else torch.empty_like(grad)
         delta = update_of(rule, *operands, numbers=first.numbers, decoupled=first.decoupled, flag=first.flag, out=out)
         if delta is not out:
             out.copy_(delta)
         del delta
         sizes = [len(pieces[0]) for *_, pieces in block]
-        sums += _products(out, operands[1], sizes)
-        for (i, *_), part in zip(block, out.split(sizes), strict=True):
-            numbers.append(i)
+        # torch adds pairwise, which keeps the digits of the dtype.
+        sums += [part.sum() for product in (out * grad, out * out) for part in _parts(product, sizes)]
+        numbers += [2 * i + which for which in (0, 1) for i, *_ in block]
+        for (i, *_), part in zip(block, _parts(out, sizes), strict=True):
             if not _is_large(steps[i]):
                 deltas[i] = part.view(steps[i].base.shape)
-    totals = torch.zeros(len(steps), 2, dtype=torch.float64)
-    totals.index_add_(0, torch.tensor(numbers), torch.stack(sums).view(-1, 2))
-    return list(zip(deltas, totals, strict=True))
+    totals = torch.zeros(2 * len(steps), dtype=torch.float64)
+    totals = totals.index_add_(0, torch.tensor(numbers), torch.stack(sums).double()).view(-1, 2)
+    # Of these, products may have left the range of float32.
+    kept = totals.abs()
+    for i in (~((kept > _LEAST) & (kept < _MOST)).all(1)).nonzero().flatten().tolist():
+        totals[i] = slopes_and_norms([deltas[i]], [steps[i].grad])[0]
+    return list(zip(deltas, totals.unbind(), strict=True))
 
 
-def _products(delta: Tensor, grad: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
-    """Yield Δθᵀg and |Δθ|² of each part of a block, in float64."""
-    for part, grad_part in zip(delta.double().split(sizes), grad.double().split(sizes), strict=True):
-        yield torch.dot(part, grad_part)
-        yield torch.dot(part, part)
+def _parts(block: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    return (block,) if len(sizes) == 1 else block.split_with_sizes(sizes)
 
 
 def _is_large(step: LazyUpdate) -> bool:

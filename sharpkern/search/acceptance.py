@@ -20,10 +20,13 @@ _REACH = 0.03
 # ... and so much of the way to the nearest probe, which is no further than this.
 _NEAR = 0.4
 _NEAREST = 0.4
-# Two probes miss by less than this share of the error estimated, at nine of ten points measured.
-_CALIBRATED = 0.5
+# Two probes miss by less than this share of the error estimated, at nine of ten points measured; so do three with the
+# crossing between them, where the error is no more than this.
+_CALIBRATED, _SMALL = 0.5, 0.02
+# A search that has taken more probes than this is unlike those before.
+_FAMILIAR = 5
 # One probe that misjudged more than this share of the way to the crossing of late is never enough.
-_UNSURE = 0.5
+_UNSURE = 0.6
 # So many losses without a sign between the last fall and the first rise: noise hides the crossing among them.
 _BLURRED = 3
 # Where the slope alone would take this many times the loss off, and half as many where the answer is so many times what
@@ -75,7 +78,7 @@ def _familiar(curve: Curve, estimate: Estimate, rtol: float) -> bool:
     """Return whether it is exact enough by what the searches before say of such estimates, also with one side open."""
     lo, hi = curve.bracket()
     seen = (lo > 0 or hi < math.inf) and lo < math.exp(estimate.y) < hi
-    if not (seen and curve.experience.is_learned and curve.trusts_slope()):
+    if not (seen and curve.experience.is_learned and curve.trusts_slope()) or len(curve.probes) > _FAMILIAR:
         return False
     error = _CALIBRATED * estimate.error if estimate.measured else estimate.error
     sure = estimate.measured or (len(curve.probes) == 1 and curve.experience.miss < _UNSURE)
@@ -88,6 +91,8 @@ def _backed(curve: Curve, estimate: Estimate, rtol: float) -> bool:
     if not (lo > 0 and hi < math.inf):
         return False
     tolerance = max(rtol, estimate.noise)
+    if curve.experience.is_warm and curve.trusts_slope() and len(curve.coordinates()) > 2:
+        tolerance = max(tolerance, min(rtol / _CALIBRATED, _SMALL))
     # Without a slope to trust, two probes determine it and ψ only together.
     enough = len(curve.probes) >= (2 if curve.trusts_slope() else 3)
     inside = lo < math.exp(estimate.y) < hi or estimate.noise > rtol

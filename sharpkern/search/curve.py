@@ -73,11 +73,13 @@ class Experience:
         exponent: Slope of ψ on that way.
         miss: Share of it by which it is misjudged, typically.
         is_learned: Whether enough searches have told so.
+        is_warm: Whether one has told the exponent.
     """
 
     exponent: float = 1.0
     miss: float = 1.0
     is_learned: bool = False
+    is_warm: bool = False
 
 
 @dataclass(frozen=True)

@@ -338,10 +338,11 @@ class LineSearch:
     def _experience(self) -> Experience:
         """Return what the searches before this one tell about this one."""
         before = self._before
+        exponent, is_warm = _clipped(before.exponent or 1.0), before.exponent is not None
         # Several at a time lie far apart, and on both sides anyway.
         if (before.num_misses or 0.0) < _ENOUGH or self._num_parallel > 1:
-            return Experience(_clipped(before.exponent or 1.0))
-        return Experience(_clipped(before.exponent or 1.0), before.miss or 1.0, is_learned=True)
+            return Experience(exponent, is_warm=is_warm)
+        return Experience(exponent, before.miss or 1.0, is_learned=True, is_warm=is_warm)
 
     def _first_guess(self, initial_lr: float | None, method: str) -> float:
         """Return the last crossing, scaled to this direction, or a first guess."""

@@ -43,6 +43,8 @@ def test_every_operation_is_checked_and_timed_and_has_a_formula():
         ("form from SGD state K=8", 22),
         ("sums over an AdamW step", 12),
         ("sums over an SGD step", 6),
+        ("form_steps from AdamW state", 14),
+        ("sum_steps over an AdamW step", 12),
         ("reduce", 6),
         ("embedding K=8", 20),
         ("rms_norm K=1", 4),
@@ -64,6 +66,23 @@ def test_the_formula_that_results_are_held_against_is_not_the_packages_own(monke
         monkeypatch.setattr(ops, operation, None)
     call = timed(CPU, NUMEL)["form K=1"].make()[0]
     assert call.exact()[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("mistake", ["left out", "off by a hundredth"])
+@pytest.mark.parametrize("operation", ["form_steps_", "sum_steps"])
+def test_the_check_of_all_parameters_at_once_finds_one_that_is_wrong(operation, mistake, monkeypatch):
+    right = getattr(ops, operation)
+
+    def wrong(*operands, **options):
+        found = right(*operands, **options)
+        *_, last = operands[1] if found is None else found
+        last.mul_(1.01) if mistake == "off by a hundredth" else last.zero_()
+        return found
+
+    calls = list(checks(CPU)[operation]())
+    assert all(accuracy.judge(CPU, call)["passed"] for call in calls)
+    monkeypatch.setattr(ops, operation, wrong)
+    assert not any(accuracy.judge(CPU, call)["passed"] for call in calls)
 
 
 # -- the gate ---------------------------------------------------------------------------------------------------------

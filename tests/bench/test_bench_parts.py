@@ -11,7 +11,8 @@ import torch
 from sharpkern import ops
 from sharpkern.bench import environment, report, timing
 from sharpkern.bench.accuracy import judge, poisoned
-from sharpkern.bench.cases import Bench, Call
+from sharpkern.bench.calls import Call
+from sharpkern.bench.cases import Bench
 from sharpkern.bench.environment import child_environment
 from sharpkern.bench.models import fitting
 from sharpkern.bench.sitting import SECTIONS, Record

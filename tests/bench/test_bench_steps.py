@@ -203,7 +203,7 @@ def test_what_cannot_be_timed_is_said(error, outcome, monkeypatch):
 
 # -- whole models -----------------------------------------------------------------------------------------------------
 
-ALL = frozenset({"form", "form_adam", "adam_sums", "reduce", "axpy_", "embedding", "linear_cross_entropy"})
+ALL = frozenset(whole_model._NEEDED)
 
 
 @pytest.mark.parametrize("name", ["in place", "deep copy", "plain forward"])

@@ -76,3 +76,52 @@ def test_the_committed_runs_are_whole(trials: Any) -> None:
     for kind in kinds:
         found = {(row.multiple, row.policy) for row in rows if (row.task, row.optimizer) == kind}
         assert {(multiple, policy) for multiple in trials.MULTIPLES for policy in ("none", "cap")} <= found
+
+
+@pytest.fixture
+def alarms(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("decisions.alarms")
+
+
+def test_a_run_fails_where_its_loss_stays_up(alarms: Any) -> None:
+    falling = [1.0 - 0.01 * step for step in range(50)]
+    assert alarms.failed_at(falling) is None
+    assert alarms.failed_at([*falling, 1.2, *[0.5] * 25]) is None, "a spike does not stay"
+    assert alarms.failed_at([*falling, *[3.0] * 5]) == 50
+    assert alarms.failed_at([*falling, *[3.0] * 4]) is None
+
+
+def test_curves_and_fixed_alarms_on_runs_made_up(alarms: Any) -> None:
+    def run(kind: float, failed: int | None, headroom: list[float]) -> dict[str, Any]:
+        steps = list(range(10, 10 + 5 * len(headroom), 5))
+        ratios = {"loss over lowest": [1.0] * len(steps), "norm over median": [5.0] * len(steps)}
+        return {
+            "task": "MLP", "optimizer": "SGD", "kind": kind, "seed": 40, "failed_at": failed, "steps": steps,
+            "headroom": headroom, **ratios,
+        }  # fmt: skip
+
+    # A low headroom before step 15, or from the failure on, is not looked at.
+    good = [run(1, None, [0.1, 4, 4]), run(0.333, None, [9, 9, 2])]
+    bad = [run(10, 40, [9, 3, 1, 5, 5, 5, 0.1]), run("ramp", 25, [9, 8, 8, 0.1])]
+    early, between = run(10, 20, [9, 0.1]), run(3, None, [0.1, 0.1])
+    rows = [*good, *bad, early, between]
+    assert alarms.parted(rows) == (good, bad)
+    # Least headrooms: 4 and 2 in good runs, 1 and 8 in bad ones.
+    assert alarms.roc(rows, "headroom η_c/η") == [(0, 0), (0, 0.5), (0.5, 0.5), (1, 0.5), (1, 1)]
+    assert alarms.area(alarms.roc(rows, "headroom η_c/η")) == 0.5
+    table = alarms.alarm_table(rows)
+    assert "| headroom < 1.5 | 0 of 2 | 1 of 2 | 20 steps |" in table
+    assert "| gradient norm > 4 × its median | 2 of 2 | 2 of 2 | 18 steps |" in table
+
+
+def test_an_alarm_run_is_made_anew_as_it_was(alarms: Any) -> None:
+    kept = next(row for row in alarms.load() if row["task"] == "MLP" and row["failed_at"] and row["failed_at"] > 30)
+    best = {
+        (one.task, one.optimizer): one.peak for one in alarms.trials.load() if (one.policy, one.multiple) == ("none", 1)
+    }
+    key = kept["task"], kept["optimizer"]
+    made = alarms.train(*key, best[key], kept["kind"], kept["seed"])
+    assert abs(made["failed_at"] - kept["failed_at"]) <= 10
+    num = min(len(made["steps"]), len(kept["steps"]), 4)
+    assert made["headroom"][:num] == pytest.approx(kept["headroom"][:num], rel=0.1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sharpkern
 from sharpkern import ops
 from sharpkern.engines.batched import engine as batched
+from sharpkern.engines.batched import vmap
 from sharpkern.engines.batched.engine import NUM_PARALLEL, BatchedEngine
 from sharpkern.engines.session import KnownFacts
 from sharpkern.engines.timing import EngineTimes
@@ -53,6 +54,21 @@ def batched_tensors() -> int:
     return sum(
         issubclass(type(thing), Tensor) and torch._C._functorch.is_batchedtensor(thing) for thing in gc.get_objects()
     )
+
+
+@pytest.mark.parametrize("name", ["gpt", "resnet", "encoder"])
+def test_leaving_vmap_by_hand_gives_what_torch_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.name == name)
+    model = case.build()
+    loss_fn, direction = case.closure(model), random_direction(model)
+    left: list[None] = []
+    apply = vmap._OnSteps.apply
+    monkeypatch.setattr(vmap._OnSteps, "apply", lambda *args: left.append(None) or apply(*args))
+    by_hand = engine_losses("batched", model, loss_fn, direction, STEP_SIZES)
+    assert not left
+    monkeypatch.setattr(vmap, "_sole_vmap", lambda: None)
+    assert engine_losses("batched", model, loss_fn, direction, STEP_SIZES) == by_hand
+    assert left
 
 
 # -- passes -----------------------------------------------------------------------------------------------------------

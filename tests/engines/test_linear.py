@@ -9,6 +9,7 @@ from sharpkern.engines.virtual import linear
 from sharpkern.engines.virtual.linear import choose, moving_linear
 from sharpkern.ops.matmul import product_dtype
 from sharpkern.ops.update import LazyUpdate, ParamUpdate, StoredUpdate
+from sharpkern.tensors.fake import pretend_device
 from tests.kernels.budget import assert_within_budget, randn
 
 ALPHA = (0.0, -1e-3, -0.1, -2.0)
@@ -75,6 +76,23 @@ def test_blocks_of_a_gpu_hold_all_step_sizes_in_bounded_memory() -> None:
     at_once, height = linear._block(x, 11008, 4096, 8)
     assert at_once == 8
     assert 8 * height * 4096 * 2 <= linear.SCRATCH_BYTES < 16 * height * 4096 * 2
+
+
+def test_a_plan_counts_as_many_formed_rows_as_any_gpu_holds() -> None:
+    x = torch.empty(8, 4096, 8192, dtype=torch.bfloat16, device="meta")
+    with pretend_device("cuda"):
+        at_once, height = linear._block(x, 16384, 8192, 8)
+    assert at_once * height * 8192 * 2 == 2**30
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "rows"), [(512, 1024, 4096), (513, 1024, None), (8, 2**15, None)], ids=["few", "many", "wide"]
+)
+def test_few_tokens_take_as_many_rows_of_a_head_as_one_step_size(tokens: int, width: int, rows: int | None) -> None:
+    hidden = torch.empty(8, tokens, width, dtype=torch.bfloat16, device="meta")
+    with pretend_device("cuda"):
+        assert linear.rows_of_head(hidden) == rows
+    assert linear.rows_of_head(hidden) is None
 
 
 @pytest.mark.parametrize("way", WAYS)

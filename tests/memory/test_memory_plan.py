@@ -310,6 +310,39 @@ def test_a_model_of_ones_own_is_planned_for_and_left_alone(device: str) -> None:
     assert plan["deep"].peak_bytes < plan["clone"].peak_bytes
 
 
+@pytest.mark.parametrize(("width", "most"), [(1024, 8 * 4096 * 1024 * 4), (16384, 2**30)], ids=["a matrix", "a part"])
+def test_formed_rows_of_several_step_sizes_are_counted_as_on_a_card_with_room(width: int, most: int) -> None:
+    with torch.device("meta"):
+        model = nn.Linear(width, 4096, bias=False)
+    plan = sharpkern.memory_plan(model, lambda model: model(torch.zeros(512, width)).square().mean(), progress=False)
+    assert plan["batched", "state"].parts["formed"] == pytest.approx(most, rel=0.02)
+
+
+def test_a_direction_in_bf16_is_planned_for_where_weights_are() -> None:
+    with torch.device("meta"):
+        model = Regression().bfloat16()
+    loss_fn = lambda model: model(torch.zeros(64, 512, dtype=torch.bfloat16)).square().mean()
+    plan = sharpkern.memory_plan(model, loss_fn, progress=False)
+    weights = bytes_of(model.parameters())
+    for method in ("in place", "virtual", "batched"):
+        assert plan[method, "bf16"].parts["direction"] == pytest.approx(weights, rel=0.01)
+        assert plan[method, "resident"].parts["direction"] == pytest.approx(2 * weights, rel=0.01)
+        assert "direction" not in plan[method, "state"].parts
+    assert "On 24 GB or more Δθ is kept in bf16, which moves fewer bytes." in " ".join(str(plan).split())
+    in_fp32 = sharpkern.memory_plan(model.float(), squares, progress=False)
+    assert not any(row.direction == "bf16" for row in in_fp32.rows)
+    assert "bf16" not in str(in_fp32)
+
+
+@pytest.mark.parametrize(("gigabytes", "card"), [(1, 24), (7, 80), (14, 141), (60, None)])
+def test_the_headline_says_from_which_card_on_a_direction_is_kept(gigabytes: int, card: int | None) -> None:
+    size = gigabytes * GIB
+    held = {"weights": size, "gradients": size, "optimizer": 4 * size}
+    rows = (MethodMemory("virtual", "state", 1, held), MethodMemory("virtual", "bf16", 1, held | {"direction": size}))
+    said = str(MemoryPlan("model", {}, rows))
+    assert (f"On {card} GB or more Δθ is kept in bf16" in said) if card else ("kept in bf16" not in said)
+
+
 def test_tied_weights_are_counted_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,11 @@ def refuse_leaked_tensors(put_back: Callable[[], object]) -> Iterator[None]:
 
 def _batched_tensors(*generations: int) -> set[int]:
     """The tensors of torch.func.vmap in some of the collector's generations, by identity."""
-    return {
-        id(thing)
-        for generation in generations
-        for thing in gc.get_objects(generation)
-        if issubclass(type(thing), Tensor) and torch._C._functorch.is_batchedtensor(thing)
-    }
+    return set().union(*(_batched(gc.get_objects(generation)) for generation in generations))
+
+
+def _batched(things: list[Any]) -> set[int]:
+    """Those among what the collector knows: some thousand things, of few kinds."""
+    # No list of these may outlive this call: found by the next one, it would hold itself, and all else.
+    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, Tensor)}
+    return {id(thing) for thing in things if type(thing) in kinds and torch._C._functorch.is_batchedtensor(thing)}

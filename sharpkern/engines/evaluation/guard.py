@@ -54,7 +54,7 @@ class Guard:
         num_tensors, num_hooks = len(reached.tensors), len(reached.containers)
         reached.add(*closures)
         reached.follow()
-        others = [p for module in reached.modules for p in module.parameters(recurse=False)]
+        others = [p for module in reached.modules for p in module._parameters.values() if p is not None]
         self.parameters = list({id(p): p for p in (*model.parameters(), *parameters, *others)}.values())
         self._gradients = {id(p): p.grad for p in self.parameters}
         self._tensors = self._kept_tensors(reached.tensors, num_tensors)
@@ -66,6 +66,9 @@ class Guard:
         self._own_containers = containers[:num_attributes] + [kept for kept in hooks if not isinstance(kept[0], dict)]
         # One rank that fails must not leave its stages elsewhere than those of others.
         self._own_containers += [(container, container.copy()) for container in reached.schedules]
+        # Most are the hook tables of modules without hooks.
+        self._empty = [container for container, saved in self._own_containers if not saved]
+        self._own_containers = [kept for kept in self._own_containers if kept[1]]
         self._other_containers = [kept for kept in hooks if isinstance(kept[0], dict)] + containers[num_hooks:]
         self._cells = [(cell, contents_of(cell)) for cell in reached.cells]
         self._names = [(scope, name, scope[name]) for scope, name in reached.names]
@@ -150,9 +153,11 @@ class Guard:
             parameter.grad = self._gradients[id(parameter)]
 
     def _restore_containers(self) -> None:
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
         for container, saved in self._own_containers:
-            # Most are the hook tables of modules without hooks.
-            if (container or saved) and not _same_members(container, saved):
+            if not _same_members(container, saved):
                 _refill(container, saved)
         for container, saved in self._other_containers:
             if not _same_members(container, saved):

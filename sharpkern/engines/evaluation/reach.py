@@ -78,18 +78,23 @@ class Reached:
         self._walk([*roots, *(getattr(owner, "__dict__", None) for owner in owners if not isinstance(owner, _PLAIN))])
 
     def _walk(self, things: Iterable[Any]) -> None:
-        waiting = deque(things)
-        while waiting and len(self._seen) < _MOST:
+        waiting, seen = deque(things), self._seen
+        while waiting and len(seen) < _MOST:
             thing = waiting.popleft()
-            if isinstance(thing, _PLAIN) or id(thing) in self._seen:
+            if id(thing) in seen:
                 continue
-            self._seen[id(thing)] = thing
-            if type(thing) in CONTAINERS:
+            kind = type(thing)
+            if kind in CONTAINERS:
                 # The most of what modules hold, and most of them empty.
+                seen[id(thing)] = thing
                 self.containers.append(thing)
                 if thing and len(thing) <= _LONG:
                     waiting.extend(thing.values() if isinstance(thing, dict) else thing)
-            elif isinstance(thing, (FunctionType, MethodType, partial)):
+                continue
+            if kind in _PLAIN or isinstance(thing, _PLAIN):
+                continue
+            seen[id(thing)] = thing
+            if isinstance(thing, (FunctionType, MethodType, partial)):
                 self._functions.append(thing)
             else:
                 waiting.extend(self._inside(thing))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpkern.engines.batched.vmap import outside_vmap
-from sharpkern.engines.tracked import Scratch, Step, TrackedParam, stream_of
+from sharpkern.engines.tracked import Scratch, Step, TrackedParam, formed, stream_of
 from sharpkern.engines.virtual import linear
 from sharpkern.errors import EngineUnsupportedError
 from sharpkern.ops.linear_cross_entropy import cross_entropy_of_rows
@@ -50,7 +50,7 @@ class Kept:
             if num_bytes > self._room or not self.enabled:
                 return None
             self._room -= num_bytes
-            self._weights[key] = pair.move.form(alpha, dtype=dtype)
+            self._weights[key] = formed(pair.move, alpha, dtype)
         return self._weights[key]
 
 
@@ -62,7 +62,7 @@ def linear_on_steps(
     def of_all(x: Tensor, alpha: Tensor) -> Tensor:
         keeps = way == "formed" and device_kind(x.device) not in _IN_CACHE
         weights = kept.weights(pair, alpha, dtype) if keeps else None
-        vectors = None if bias is None else bias.move.form(alpha, dtype=dtype)
+        vectors = None if bias is None else formed(bias.move, alpha, dtype)
         if weights is None:
             return linear.moving_linear(x, pair.weight, pair.move, alpha, dtype=dtype, way=way, bias=vectors)
         flat = x.to(dtype).reshape(len(x), -1, x.shape[-1]).expand(len(alpha), -1, -1)
@@ -87,10 +87,11 @@ def head_loss(pair: TrackedParam, step: Step, dtype: torch.dtype, scratch: Scrat
     def of_several(hidden: Tensor, labels: Tensor, **options: object) -> Tensor:
         def of_all(hidden: Tensor, alpha: Tensor) -> Tensor:
             def rows(chosen: slice) -> Tensor:
-                return pair.rows(chosen).move.form(alpha, dtype=dtype)
+                return formed(pair.move.rows(chosen), alpha, dtype)
 
             hidden = hidden.expand(len(alpha), -1, -1)
-            return cross_entropy_of_rows(hidden, vocabulary, rows, labels, **options)  # type: ignore[arg-type]
+            height = linear.rows_of_head(hidden)
+            return cross_entropy_of_rows(hidden, vocabulary, rows, labels, height=height, **options)  # type: ignore[arg-type]
 
         return _on_steps(of_all, pair, step, hidden)
 

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from sharpkern import ops
+from sharpkern.engines.tracked import formed
+from sharpkern.ops.linear_cross_entropy import VOCABULARY_CHUNK
 from sharpkern.ops.matmul import accumulates_in_fp32, accumulator_dtype, matmul_operand, mixed_matmul
 from sharpkern.ops.update import ParamUpdate
 from sharpkern.tensors.fake import device_kind
+from sharpkern.tensors.free import free_bytes
 
 # Memory for formed rows. The product of 1024 rows of width 4096 fills a GPU: 64 MiB for 8 step sizes. But each part of
 # a matrix is two launches more for the host, so that as much as `_LARGE_SCRATCH` is taken where it is a small part of
@@ -99,15 +102,29 @@ def _block(x: Tensor, num_rows: int, width: int, num_steps: int) -> tuple[int, i
     return min(num_steps, max(1, CACHE_BYTES // (height * num_bytes))), height
 
 
-@functools.cache
+def rows_of_head(hidden: Tensor) -> int | None:
+    """Return how many rows of a head are formed at a time for hidden states [K, T, C]; None for what is usual.
+
+    Each chunk is three launches of a GPU: those of few tokens are as high as for one step size, where there is memory.
+    """
+    on_gpu = ops.has_kernels(hidden.device) or device_kind(hidden.device) == "cuda"
+    num_steps, num_tokens, width = hidden.shape
+    num_bytes = num_steps * VOCABULARY_CHUNK * width * hidden.element_size()
+    is_small = num_steps * num_tokens <= VOCABULARY_CHUNK and num_bytes <= _scratch_bytes(hidden.device)
+    return VOCABULARY_CHUNK if on_gpu and is_small else None
+
+
 def _scratch_bytes(device: torch.device) -> int:
-    """Memory that formed rows may take on a device, asked for once: what a run leaves free changes little."""
-    if device.type != "cuda":
-        return SCRATCH_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    # What torch holds and does not use it will give.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(SCRATCH_BYTES, min(_LARGE_SCRATCH, free // _SHARE))
+    """Memory that formed rows may take on a device; in a plan as much as they may take on any."""
+    if device.type == "cuda":
+        return max(SCRATCH_BYTES, min(_LARGE_SCRATCH, _free_at_first(device) // _SHARE))
+    return _LARGE_SCRATCH if device_kind(device) == "cuda" else SCRATCH_BYTES
+
+
+@functools.cache
+def _free_at_first(device: torch.device) -> int:
+    """Asked for once: what a run leaves free changes little."""
+    return free_bytes(device)
 
 
 def scratch(x: Tensor, num_elements: int) -> Tensor:
@@ -123,8 +140,7 @@ def _formed(x: Tensor, weight: Tensor, move: ParamUpdate, alpha: Tensor, bias: T
     memory = scratch(x, at_once * height * width)
     for first, step in product(range(0, num_rows, height), range(0, num_steps, at_once)):
         rows, steps = slice(first, min(first + height, num_rows)), slice(step, min(step + at_once, num_steps))
-        part = move.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
         shape = (steps.stop - step, rows.stop - first, width)
-        weights = part.form(alpha[steps], dtype=x.dtype, out=memory[: math.prod(shape)].view(shape))
+        weights = formed(move.rows(rows), alpha[steps], x.dtype, memory[: math.prod(shape)].view(shape))
         with_weights(x[steps], weights, None if bias is None else bias[steps, rows], y[steps, :, rows])
     return y

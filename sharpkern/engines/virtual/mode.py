@@ -5,7 +5,7 @@ the parameters stay untouched. One layer's weight exists at a time, in a scratch
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -70,8 +70,9 @@ class VirtualParameters(TorchFunctionMode):
         self.tail = LMHead(precision, num_steps)
         self.alpha = Step(0.0)
         self._small = SmallWeights(self._parameters.values())
-        # One step size, and nothing but parameters to be told by its identity.
+        # Nothing but parameters is to be told by its identity, and these functions are called as they are.
         self._is_simple = not self._aliases
+        self._replaced: Mapping[Callable[..., Any], Callable[..., Any]] = {}
         self.work = 0
         self._outdated: dict[int | None, list[Tensor]] = {}
         self.read: set[int] = set()
@@ -93,7 +94,8 @@ class VirtualParameters(TorchFunctionMode):
         self.tail.begin()
         self._small.begin()
         self.alpha = Step(alpha)
-        self._is_simple = not self._aliases and not self.alpha.is_several
+        self._is_simple = not self._aliases
+        self._replaced = REPLACEMENTS if self.alpha.is_several else {}
         self.read = set()
         self.work = 0
         self._outdated = {}
@@ -112,7 +114,7 @@ class VirtualParameters(TorchFunctionMode):
                     self._precision.note_product("linear", product)
                     self.work += product.numel()
                     return product
-            elif kind != "special":
+            elif kind != "special" and func not in self._replaced:
                 if not self._holds(args) and not (kwargs and ("out" in kwargs or self._holds(kwargs.values()))):
                     return func(*args, **kwargs)
                 if kind == "scaling" and not kwargs and (scaled := self._scaled(func, *args)) is not None:
@@ -120,7 +122,7 @@ class VirtualParameters(TorchFunctionMode):
         name = calls.name_of(func)
         if self.alpha.is_several and not torch.is_grad_enabled():
             self._watch_statistics(name, args, kwargs)
-            func = REPLACEMENTS.get(func, func)
+            func = self._replaced.get(func, func)
         if calls.writes(name) and args and not (self._may_repoint and name == "set.data"):
             self._refuse_write(name, args[0])
             self._before_write(args[0])
@@ -271,6 +273,7 @@ class VirtualParameters(TorchFunctionMode):
         """Any other call: form the weights it takes. Products consume theirs at once: one scratch serves them all."""
         # A closure that differentiates by its inputs keeps the weights: then each is formed in memory of its own.
         free = [name in calls.PRODUCTS and not torch.is_grad_enabled() and not self.alpha.is_several]
+        at_once = (name in calls.NORMS or name in calls.ELEMENTWISE) and not torch.is_grad_enabled()
 
         def formed(value: Any) -> Any:
             pair = self._pair(value)
@@ -278,8 +281,9 @@ class VirtualParameters(TorchFunctionMode):
                 return value
             if self.alpha and free[0] and value.dim() > 1:
                 free[0] = False
-                return self._form(pair, self._scratch.take(pair.weight, pair.weight.dtype))
-            return self._form(pair)
+                dtype = _taken_as(pair.weight) if name in calls.AUTOCAST_PRODUCTS else pair.weight.dtype
+                return self._form(pair, self._scratch.take(pair.weight, dtype))
+            return self._vector(value) if at_once else self._form(pair)
 
         with warnings.catch_warnings() if name in calls.RECURRENT else nullcontext():
             if name in calls.RECURRENT:
@@ -313,9 +317,10 @@ class VirtualParameters(TorchFunctionMode):
         self.rounded.add(pair.owner)
         weight = pair.weight
         if self.alpha:
-            kept = self._kept.weights(pair, self.alpha, weight.dtype)
-            out = self._scratch.take(weight, weight.dtype) if kept is None else None
-            weight = pair.form(self.alpha, out=out) if kept is None else kept[0]
+            dtype = _taken_as(weight)
+            kept = self._kept.weights(pair, self.alpha, dtype)
+            out = self._scratch.take(weight, dtype) if kept is None else None
+            weight = pair.form(self.alpha, dtype=dtype, out=out) if kept is None else kept[0]
         product: Tensor = func(x, weight) if bias is None else func(x, weight, self._vector(bias))
         return product
 
@@ -325,7 +330,7 @@ class VirtualParameters(TorchFunctionMode):
         The product of two such numbers is exact in float32, in which torch multiplies: without a step nothing is to be
         done about it.
         """
-        if torch.is_grad_enabled() or len(factors) != 2:
+        if torch.is_grad_enabled() or len(factors) != 2 or self.alpha.is_several:
             return None
         first, second = map(self._pair, factors)
         pair, other = (second, factors[0]) if first is None else (first, factors[1])
@@ -439,6 +444,7 @@ class VirtualParameters(TorchFunctionMode):
         # They are held, so that no other tensor takes their place in memory.
         for tensor in updated:
             self._outdated.setdefault(storage_pointer(tensor), []).append(tensor)
+            self._is_simple = False
 
     def _before_write(self, written: Any) -> None:
         self.tail.before_write(written)
@@ -458,7 +464,9 @@ class VirtualParameters(TorchFunctionMode):
     def _form(self, pair: TrackedParam, out: Tensor | None = None) -> Tensor:
         self.read.add(pair.owner)
         self.rounded.add(pair.owner)
-        return pair.form(self.alpha, out=out) if self.alpha else pair.weight
+        if not self.alpha:
+            return pair.weight
+        return pair.form(self.alpha, dtype=None if out is None else out.dtype, out=out)
 
     def _pair(self, value: Any) -> TrackedParam | None:
         return self._table.get(id(value)) if isinstance(value, Tensor) else None
@@ -484,3 +492,8 @@ class VirtualParameters(TorchFunctionMode):
             ):
                 return True
         return False
+
+
+def _taken_as(weight: Tensor) -> torch.dtype:
+    """The dtype that a product takes a formed weight in: autocast would round a float32 one in another pass."""
+    return product_dtype(weight) if weight.dtype == torch.float32 else weight.dtype

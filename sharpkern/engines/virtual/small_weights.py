@@ -53,13 +53,16 @@ class SmallWeights:
         if group is None or not group.can_form(step):
             return None
         if not step.is_several:
-            return group.formed([step.on(pair.weight.device)])[id(pair)][0]
+            return group.formed(1, lambda: [step.on(pair.weight.device)])[id(pair)][0]
 
         def of_all(alpha: Tensor) -> Tensor:
-            # Each from an address of 16 bytes on, as that of one step.
-            steps = alpha.new_zeros(len(alpha), _LINE, dtype=torch.float32)
-            steps[:, 0] = alpha
-            return group.formed(list(steps[:, :1]))[id(pair)]
+            def each() -> Sequence[Tensor]:
+                # Each from an address of 16 bytes on, as that of one step.
+                steps = alpha.new_zeros(len(alpha), _LINE, dtype=torch.float32)
+                steps[:, 0] = alpha
+                return steps[:, :1].unbind()
+
+            return group.formed(alpha.numel(), each)[id(pair)]
 
         def rule(num_steps: int, several: Sequence[bool], tensors: Sequence[Tensor]) -> Tensor:
             return of_all(tensors[0].flatten())
@@ -82,7 +85,7 @@ class _Group:
         self._places: list[int] = []
         # By the stream that they are formed on and the number of steps.
         self._memory: dict[tuple[int, int], tuple[dict[int, Tensor], list[Callable[..., object]]]] = {}
-        self._formed_on: set[int] = set()
+        self._formed_on: set[tuple[int, int]] = set()
         self._able: bool | None = None
         self._updates: dict[int, Tensor] | None = None
 
@@ -94,25 +97,27 @@ class _Group:
             self._able = prepared_together(self._moves, written, torch.zeros(1, device=device)) is not None
         return self._able and bool(step)
 
-    def formed(self, alphas: Sequence[Tensor]) -> dict[int, Tensor]:
+    def formed(self, num_steps: int, make_alphas: Callable[[], Sequence[Tensor]]) -> dict[int, Tensor]:
         """θ + α_k Δθ, [K, *shape], by the pairs' identity."""
-        key = (stream_of(self._moves[0].base.device), len(alphas))
+        key = (stream_of(self._moves[0].base.device), num_steps)
+        if key in self._formed_on:
+            return self._memory[key][0]
         places = [move.base.data_ptr() for move in self._moves]
         if places != self._places:
             # A closure may have given them other memory, as a flattened LSTM does.
             self._places, self._memory = places, {}
+        alphas = make_alphas()
         if key not in self._memory:
-            outputs = self._new_memory(len(alphas))
+            outputs = self._new_memory(num_steps)
             launches = [
                 prepared_together(self._moves, [output[k] for output in outputs.values()], alpha)
                 for k, alpha in enumerate(alphas)
             ]
             self._memory[key] = outputs, [launch for launch in launches if launch is not None]
         outputs, ready = self._memory[key]
-        if key[0] not in self._formed_on:
-            for launch, alpha in zip(ready, alphas, strict=True):
-                launch(alpha=alpha)
-            self._formed_on.add(key[0])
+        for launch, alpha in zip(ready, alphas, strict=True):
+            launch(alpha=alpha)
+        self._formed_on.add(key)
         return outputs
 
     def begin(self) -> None:

@@ -32,6 +32,12 @@ PRODUCTS = frozenset(
     "conv3d conv_transpose1d conv_transpose2d conv_transpose3d grouped_mm _grouped_mm".split()
 )
 
+# Of these autocast rounds all factors, on every device.
+AUTOCAST_PRODUCTS = frozenset(
+    "linear matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm conv1d conv2d conv3d conv_transpose1d "
+    "conv_transpose2d conv_transpose3d".split()
+)
+
 RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 
 NORMS = frozenset("layer_norm rms_norm group_norm batch_norm instance_norm".split())

@@ -6,6 +6,9 @@ import triton
 from sharpkern.kernels._launch import STREAMING
 
 from sharpkern import ops
+from sharpkern.engines.tracked import formed
+from sharpkern.ops.update import LazyUpdate
+from tests.helpers.launch_counts import forget_kernels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ADAM = (0.1, 1.0, 1.0, 0.1, 0.999, 0.001, 10.0, 0.0316, 1e-8)
@@ -154,6 +157,21 @@ def test_what_is_launched_again_reads_the_new_step_and_writes_the_new_output(gpu
         assert torch.equal(
             out, ops.form_step("adam", theta, grad, state, steps, ADAM, decoupled=True, backend="torch")[0]
         )
+
+
+def test_a_launch_into_given_memory_is_not_taken_for_one_into_new_memory(gpu):
+    """There results are further apart, at multiples of 16 elements: to Triton that makes another kernel."""
+    forget_kernels()
+    move = LazyUpdate("adam", torch.randn(1001), torch.randn(1001), (torch.randn(1001), torch.rand(1001), None), ADAM)
+    steps, out = alpha(8), torch.empty(8, 1001)
+    with gpu.counted() as counts:
+        for _ in range(2):
+            new = formed(move, steps, FP32)
+            assert formed(move, steps, FP32, out) is out
+    assert torch.equal(out, new)
+    assert torch.equal(out, move.form(steps, dtype=FP32))
+    assert counts.loaded == {"_form_step_kernel": 2}
+    assert counts.launches == {"_form_step_kernel": 4}
 
 
 def test_refusals_are_counted_and_told_once(gpu):
