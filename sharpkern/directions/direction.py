@@ -45,10 +45,10 @@ class Direction:
         sources: for each its Δθ, or this rank's shard of it, of its shape and on its device, in a floating dtype that
             may be wider than its own; or the optimizer step that Δθ is worked out of whenever it is needed.
         masters: for each the higher-precision copy that it is the rounding of, or None.
-        slope: Δθᵀg, accumulated in float64, in units of loss/learning-rate; None where no gradient belongs to Δθ. Where
-            an optimizer maximizes, g is the gradient of what falls: minus the loss. Under FSDP1, and where ``ranks=``
-            split the model, it is of this rank's part, and a measurement adds up the parts.
-        norm_sq: |Δθ|², accumulated in float64; of this rank's part as the slope is.
+        slope: Δθᵀg, to the digits of float32 at least, in units of loss/learning-rate; None where no gradient belongs
+            to Δθ. Where an optimizer maximizes, g is the gradient of what falls: minus the loss. Under FSDP1, and where
+            ``ranks=`` split the model, it is of this rank's part, and a measurement adds up the parts.
+        norm_sq: |Δθ|², likewise; of this rank's part as the slope is.
         lr: learning rate of the reference group, whose unit Δθ is per; None where it comes from no optimizer.
 
     Source:

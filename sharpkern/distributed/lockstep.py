@@ -146,6 +146,10 @@ class Lockstep:
             _settle(module)
         for part in self._flat:
             part.settle()
+        for number in self._open:
+            # What the pass broke off in would not be gathered again where it runs once more.
+            if number not in self._order.stay and not isinstance(self._parts[number], DistributedDataParallel):
+                self._parts[number].reshard()
         for number in self._order.begin[len(self._begun) :]:
             part = self._parts[number]
             if isinstance(part, DistributedDataParallel):

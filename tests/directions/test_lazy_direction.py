@@ -56,8 +56,9 @@ def test_it_is_the_direction_in_memory(name: str, steps: int) -> None:
     resident, lazy = both(optimizer)
     assert all(map(torch.equal, resident.tensors, lazy.tensors))
     assert (lazy.nbytes, resident.nbytes) == (0, bytes_of(model.parameters()))
-    assert lazy.slope == pytest.approx(resident.slope, rel=1e-12)
-    assert lazy.norm_sq == pytest.approx(resident.norm_sq, rel=1e-12)
+    # In memory float32 products are added pairwise in float32.
+    assert lazy.slope == pytest.approx(resident.slope, rel=1e-6)
+    assert lazy.norm_sq == pytest.approx(resident.norm_sq, rel=1e-6)
     assert repr(lazy) == repr(resident)
 
 

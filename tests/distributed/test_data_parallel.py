@@ -174,6 +174,30 @@ def capped(rank: int) -> tuple[list[float], list[torch.Tensor]]:
 JOBS["capped"] = capped
 
 
+def found_lr(rank: int) -> tuple[float, float, bool]:
+    """The rate that two ranks find with halves of each batch, that of one process, and whether nothing was touched."""
+    rates = []
+    for parallel in (True, False):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+        model = DistributedDataParallel(layers) if parallel else layers
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        inputs, labels = shard(rank) if parallel else batch()
+        # Halves of whole batches.
+        batches = [*zip(inputs.split(len(inputs) // 2), labels.split(len(labels) // 2), strict=True)]
+        loss_of = lambda one, model=model: F.cross_entropy(model(one[0]), one[1])
+        loss_of(batches[0]).backward()
+        optimizer.step()
+        before = [t.clone() for p in model.parameters() for t in (p, p.grad, optimizer.state[p]["momentum_buffer"])]
+        rates.append(sharpkern.find_lr(model, optimizer, batches, loss_of).lr)
+        after = [t for p in model.parameters() for t in (p, p.grad, optimizer.state[p]["momentum_buffer"])]
+        rates.append(all(map(torch.equal, before, after)))
+    return rates[0], rates[2], rates[1] and rates[3]
+
+
+JOBS["found lr"] = found_lr
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """What each rank found."""
@@ -202,6 +226,15 @@ def test_all_ranks_take_the_same_capped_rates(ranks) -> None:
     assert here[0] == other[0]
     assert max(here[0]) < 8.0
     assert all(map(torch.equal, here[1], other[1]))
+
+
+def test_all_ranks_find_the_rate_that_one_process_finds(ranks) -> None:
+    here, other = (rank["found lr"] for rank in ranks)
+    assert isinstance(here, tuple), here
+    assert here == other
+    lr, alone, is_untouched = here
+    assert lr == pytest.approx(alone, rel=1e-3)
+    assert is_untouched
 
 
 def test_a_sweep_goes_on_where_all_ranks_were(ranks) -> None:

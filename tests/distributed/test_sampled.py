@@ -77,6 +77,18 @@ def measured(rank: int, kind: str, **options: Any) -> list[Any]:
     return found
 
 
+def blocks(rank: int, kind: str) -> list[tuple[float, ...]]:
+    """λ_c of each layer by a sample, and of all micro-batches, on ranks whose micro-batches weigh differently."""
+    model: nn.Module = fully_shard(layers()) if kind == "FSDP2" else DistributedDataParallel(layers())
+    numbers = range(rank * EACH, (rank + 1) * EACH)
+    optimizer, parts = trained(model, numbers, NUM_RANKS)
+    direction = sharpkern.Direction.from_optimizer(optimizer)
+    weights = WEIGHTS[numbers.start : numbers.stop]
+    measure = partial(sharpkern.blockwise_critical_sharpness, model, parts, direction, weights=weights)
+    found, whole = measure(sample=8, clip=1.0), measure(rtol=1e-4)
+    return [(m.critical_lr, m.error, m.sample_size, whole[name].critical_lr) for name, m in found.items()]
+
+
 def whole_where_ranks_share_a_batch(rank: int) -> tuple[int | None, list[str]]:
     parallel = nn.Linear(6, 6).double()
     parallelize_module(parallel, init_device_mesh("cpu", (NUM_RANKS,)), ColwiseParallel())
@@ -106,6 +118,7 @@ KINDS = ("DDP", "FSDP1", "FSDP2", "by hand", "named")
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs: dict[str, Any] = {kind: partial(measured, kind=kind) for kind in KINDS}
+    jobs |= {f"blocks, {kind}": partial(blocks, kind=kind) for kind in ("DDP", "FSDP2")}
     jobs |= {"tensor parallel": whole_where_ranks_share_a_batch, "unlike": unlike}
     return on_ranks(jobs, NUM_RANKS, tmp_path_factory.mktemp("ranks"))
 
@@ -164,6 +177,22 @@ def test_two_ranks_are_one_process(ranks, alone, kind: str) -> None:
         assert error == pytest.approx(own_error, rel=1e-3)
         assert (size, num) == (own_size, NUM_RANKS * EACH)
         assert math.isfinite(base_loss)
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_blocks_of_two_ranks_are_those_of_one_process(ranks, kind: str) -> None:
+    here, other = (rank[f"blocks, {kind}"] for rank in ranks)
+    assert isinstance(here, list), here
+    assert here == other
+    model, num = layers(), NUM_RANKS * EACH
+    optimizer, parts = trained(model, range(num), 1.0)
+    direction = sharpkern.Direction.from_optimizer(optimizer)
+    alone = sharpkern.blockwise_critical_sharpness(model, parts, direction, weights=WEIGHTS, rtol=1e-4)
+    assert len(here) == len(alone) == 2
+    for (eta, error, size, whole), m in zip(here, alone.values(), strict=True):
+        assert whole == pytest.approx(m.critical_lr, rel=1e-5)
+        assert size == 8
+        assert abs(math.log(eta / whole)) <= error
 
 
 def test_what_cannot_be_sampled_is_measured_whole(ranks) -> None:

@@ -21,7 +21,9 @@ from sharpkern.distributed.lockstep import Lockstep
 from sharpkern.engines import session
 from tests.helpers.models import MLP, Block
 from tests.helpers.parallel import (
+    FAILING,
     check_values,
+    curves_in_float32,
     gpt,
     here_and_alone,
     loss_of,
@@ -29,6 +31,7 @@ from tests.helpers.parallel import (
     numbers,
     one_rank_fails,
     peaks,
+    run_of_micro_batches,
     tokens,
     train,
     untouched,
@@ -103,6 +106,9 @@ VALUES: dict[str, Callable[[int], list[tuple[str, float, float]]]] = {
     "hybrid, 2 x 1": partial(here_and_alone, prepare=partial(hybrid, shape=(2, 1))),
     "compiled": partial(here_and_alone, prepare=compiled_blocks),
     "data parallel, compiled": partial(here_and_alone, prepare=compiled_data_parallel),
+    "data parallel": partial(here_and_alone, prepare=nn.parallel.DistributedDataParallel, everything=True),
+    "curves in float32": partial(curves_in_float32, prepare=shard),
+    "curves in float32, data parallel": partial(curves_in_float32, prepare=nn.parallel.DistributedDataParallel),
     "tensor parallel": in_tensor_parallel,
 }
 VALUES_OF_THREE = {"by default": partial(here_and_alone, prepare=shard), "tensor parallel": in_tensor_parallel}
@@ -217,6 +223,10 @@ RUNS = {
         steps=4,
         every=2,
     ),
+    "every call": partial(untouched, prepare=shard, steps=3, every=1, loop=run_of_micro_batches),
+    "every call, data parallel": partial(
+        untouched, prepare=nn.parallel.DistributedDataParallel, steps=3, every=1, loop=run_of_micro_batches
+    ),
 }
 
 
@@ -236,6 +246,11 @@ FAILURES = {
     "kept gathered": partial(one_rank_fails, prepare=KEPT, place="within"),
     "micro-batches": partial(one_rank_fails, prepare=shard, place="between", num_batches=2),
     "micro-batches, kept gathered": partial(one_rank_fails, prepare=KEPT, place="between", num_batches=2),
+    "within the first micro-batch": partial(one_rank_fails, prepare=shard, place="within", num_batches=2),
+    "within the first micro-batch, kept gathered": partial(one_rank_fails, prepare=KEPT, place="within", num_batches=2),
+    "within the first micro-batch, together": partial(
+        one_rank_fails, prepare=sharded_together, place="within", num_batches=2
+    ),
     "interrupt": partial(one_rank_fails, prepare=shard, place="within", kind="KeyboardInterrupt"),
     "memory": partial(one_rank_fails, prepare=shard, place="within", kind="OutOfMemoryError"),
     "data parallel": partial(one_rank_fails, prepare=data_parallel, place="within"),
@@ -246,6 +261,11 @@ FAILURES = {
     "buffers, within": partial(one_rank_fails, prepare=with_buffers, place="within"),
     "buffers, micro-batches": partial(one_rank_fails, prepare=with_buffers, place="between", num_batches=2),
     "data parallel, memory": partial(one_rank_fails, prepare=data_parallel, place="within", kind="OutOfMemoryError"),
+    **{
+        f"{measure}, {way}": partial(one_rank_fails, prepare=prepare, place="within", measure=measure)
+        for measure in [*FAILING][1:]
+        for way, prepare in (("sharded", shard), ("data parallel", data_parallel))
+    },
 }
 
 

@@ -132,9 +132,7 @@ BLOCKS_SAMPLED = partial(sharpkern.blockwise_critical_sharpness, blocks={"last":
         ("inplace", BLOCKS_SAMPLED, True),
     ],
 )
-def test_an_error_at_any_instruction_leaves_nothing(
-    engine: str, measure: Callable[..., object], several: bool
-) -> None:
+def test_an_error_at_any_instruction_leaves_nothing(engine: str, measure: Callable[..., object], several: bool) -> None:
     scene = Scene(engine, measure, several=several)
     counting = fault_at(-1, MemoryError)
     traced(counting, scene.measure)

@@ -82,6 +82,8 @@ def numbers(
                 m.sharpness for m in sharpkern.blockwise_critical_sharpness(model, loss_fn, update).values()
             ),
             "λ_dir": float(sharpkern.directional_sharpness(model, loss_fn, update)),
+            "λ_c of a part": sharpkern.critical_sharpness(model, loss_fn, update.only(first_block(model))).sharpness,
+            **of_micro_batches(model, loss_fn, update),
             "|g|² of batches": sharpkern.gradient_direction(model, [loss_fn, lambda: 3 * loss_fn()]).norm_sq,
             "|Δθ|² of batches": sharpkern.adamw_direction(model, [loss_fn, lambda: 3 * loss_fn()]).norm_sq,
         }
@@ -94,6 +96,27 @@ def numbers(
         by_name = {name: step_tensor(p) for name, p in model.named_parameters()}
         found["|Δθ|² by name"] = sharpkern.Direction.from_tensors(by_name, model).norm_sq
     return found
+
+
+def first_block(model: nn.Module) -> nn.Module:
+    return next(module for module in model.modules() if isinstance(module, Block))
+
+
+def of_micro_batches(model: nn.Module, loss_fn: partial[torch.Tensor], update: sharpkern.Direction) -> dict[str, float]:
+    """Measures of a step whose micro-batches are single rows, each of a weight of its own."""
+    _, rows = loss_fn.args
+    parts = [(partial(loss_of, model, row[None]), 1.0 + int(row.sum()) % 3) for row in rows]
+    blocks = {"first": first_block(model)}
+    return {
+        "loss along, micro-batches": float(sharpkern.losses_along(model, parts, update, [1e-3, 1e-2])[1]),
+        "λ_c of a block, micro-batches": sharpkern.blockwise_critical_sharpness(model, parts, update, blocks)[
+            "first"
+        ].sharpness,
+        "λ_dir, micro-batches": float(sharpkern.directional_sharpness(model, parts, update)),
+        "relative λ_c, micro-batches": sharpkern.relative_critical_sharpness(
+            model, {"one": parts, "other": loss_fn}, update
+        )["one"].sharpness,
+    }
 
 
 def step_tensor(parameter: torch.Tensor) -> torch.Tensor:
@@ -122,6 +145,61 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.T
     return [t.to_local().clone() if isinstance(t, DTensor) else t.clone() for t in map(torch.Tensor.detach, tensors)]
 
 
+def curves_in_float32(rank: int, prepare: Callable[[nn.Module], nn.Module]) -> list[tuple[str, float, float]]:
+    """Losses along an update, of micro-batches and of one closure, here and in one process."""
+    found = []
+    for model, rows in ((prepare(gpt(dtype=torch.float32)), mine(tokens())), (gpt(dtype=torch.float32), tokens())):
+        loss_fn = partial(loss_of, model, rows)
+        optimizer = OPTIMIZERS["SGD"](model.parameters())
+        train(model, optimizer, loss_fn, steps=1)
+        update, etas = sharpkern.Direction.from_optimizer(optimizer), [0.0, 0.01, 0.1, 1.0]
+        parts = [partial(loss_of, model, row[None]) for row in rows]
+        of_part = update.only(first_block(model))
+        for kind, closure, direction in (
+            ("one", loss_fn, update),
+            ("several", parts, update),
+            ("a part", parts, of_part),
+        ):
+            losses = sharpkern.losses_along(model, closure, direction, etas).tolist()
+            found.append({f"{kind} at {eta}": loss for eta, loss in zip(etas, losses, strict=True)})
+    here, alone = ({k: v for one in half for k, v in one.items()} for half in (found[:3], found[3:]))
+    return [(name, here[name], alone[name]) for name in here]
+
+
+def every_call(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[sharpkern.MicroBatch]) -> None:
+    """What can be measured of a step of micro-batches."""
+    direction, block = sharpkern.Direction.from_optimizer(optimizer), first_block(model)
+    sharpkern.losses_along(model, parts, direction, [0.0, 1e-3, 1e-2])
+    sharpkern.critical_sharpness(model, parts, direction.only(block), rtol=0.1)
+    assert sharpkern.critical_sharpness(model, parts, direction, sample=4, clip=1.0, rtol=0.2).sample_size == 4
+    for sample in (None, 4):
+        sharpkern.blockwise_critical_sharpness(
+            model, parts, direction, {"first": block}, sample=sample, clip=1.0, rtol=0.2
+        )
+
+
+def run_of_micro_batches(
+    prepare: Callable[[nn.Module], nn.Module], steps: int, every: int | None
+) -> list[torch.Tensor]:
+    """A training loop with dropout over micro-batches, its state at the end of every step; measured or not."""
+    model = prepare(gpt(dropout=0.1, dtype=torch.float32))
+    torch.manual_seed(distributed.get_rank())
+    random.seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trace = []
+    for step in range(steps):
+        rows = mine(torch.randint(0, 128, (24, 17), generator=torch.Generator().manual_seed(step)))
+        parts = [sharpkern.MicroBatch(partial(loss_of, model, two)) for two in rows.split(2)]
+        optimizer.zero_grad()
+        for part in parts:
+            (part() / len(parts)).backward()
+        if every is not None and step % every == 0:
+            every_call(model, optimizer, parts)
+        optimizer.step()
+        trace += state_of(model, optimizer)
+    return trace
+
+
 def run(prepare: Callable[[nn.Module], nn.Module], steps: int, every: int | None) -> list[torch.Tensor]:
     """A training loop with dropout, each step on other rows, its state at the end of every step; measured or not."""
     model = prepare(gpt(dropout=0.1, dtype=torch.float32))
@@ -145,8 +223,14 @@ def run(prepare: Callable[[nn.Module], nn.Module], steps: int, every: int | None
     return trace
 
 
-def untouched(rank: int, prepare: Callable[[nn.Module], nn.Module], steps: int, every: int) -> bool:
-    with_it, without = (run(prepare, steps, measured) for measured in (every, None))
+def untouched(
+    rank: int,
+    prepare: Callable[[nn.Module], nn.Module],
+    steps: int,
+    every: int,
+    loop: Callable[..., list[torch.Tensor]] = run,
+) -> bool:
+    with_it, without = (loop(prepare, steps, measured) for measured in (every, None))
     return len(with_it) == len(without) > steps and all(map(torch.equal, with_it, without))
 
 
@@ -165,6 +249,22 @@ class Tripwire:
             raise RAISED[self.kind]("tripped")
 
 
+FAILING: dict[str, Callable[..., object]] = {
+    "λ_c": sharpkern.critical_sharpness,
+    "losses": partial(sharpkern.losses_along, step_sizes=[0.0, 1e-3, 1e-2]),
+    "losses of several": lambda model, loss_fn, direction: sharpkern.losses_along(
+        model, [loss_fn] * 2, direction, [0.0, 1e-3, 1e-2]
+    ),
+    "blocks": sharpkern.blockwise_critical_sharpness,
+    "sample": lambda model, loss_fn, direction: sharpkern.critical_sharpness(
+        model, [loss_fn] * 8, direction, sample=4, clip=1.0
+    ),
+    "blocks of a sample": lambda model, loss_fn, direction: sharpkern.blockwise_critical_sharpness(
+        model, [loss_fn] * 8, direction, sample=4, clip=1.0
+    ),
+}
+
+
 def one_rank_fails(
     rank: int,
     prepare: Callable[[nn.Module], nn.Module],
@@ -172,6 +272,7 @@ def one_rank_fails(
     kind: str = "ValueError",
     num_batches: int = 1,
     call: int = 3,
+    measure: str = "λ_c",
 ) -> tuple[str, int, bool]:
     """What a rank is told where rank 1 fails, its collectives until then, and whether the run then goes on as ever."""
     ends = []
@@ -199,7 +300,7 @@ def one_rank_fails(
 
             direction = sharpkern.Direction.from_optimizer(optimizer)
             try:
-                sharpkern.critical_sharpness(model, loss_fn, direction)
+                FAILING[measure](model, loss_fn, direction)
             except BaseException as error:
                 told = f"{type(error).__name__}: {error}"
             for hook in hooks:

@@ -216,3 +216,72 @@ def test_first_sizes(num: int, sample: float | str, rtol: float, groups: int, si
 @pytest.mark.parametrize(("dof", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (6, 2.447), (30, 2.042)])
 def test_quantiles(dof: int, quantile: float) -> None:
     assert _student(dof) == pytest.approx(quantile, rel=0.01)
+
+
+def test_a_larger_sample_takes_two_evaluations_of_each_new_member() -> None:
+    grown = 0
+    for seed in range(20):
+        functions, slopes, _ = parabolas(128, seed, spread=0.2)
+        found, asked = search(functions, mean(slopes), draw=seed, initial_lr=1.5)
+        if 6 < found.size < 128:
+            grown += 1
+            first = set(asked[0][0])
+            places = [{eta for numbers, eta in asked if i in numbers} for i in range(128) if i not in first]
+            taken = [len(one) for one in places if one]
+            assert len(taken) == found.size - 6
+            assert mean(taken) <= 2.5
+    assert grown >= 10
+
+
+def test_all_are_evaluated_where_the_sample_was() -> None:
+    functions, slopes, bends = parabolas(32, 3, spread=0.6)
+    found, asked = search(functions, mean(slopes), initial_lr=2.0)
+    assert found.size == 32
+    # The members of the sample have been there.
+    assert [len(numbers) for numbers, _ in asked][-1] == 28
+    assert found.found.critical_lr == pytest.approx(2 * mean(slopes) / mean(bends), rel=0.05)
+
+
+def crossing(functions: Sequence[Function], low: float, high: float) -> float:
+    """Where their mean crosses what it is at 0."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        rises = mean([f(middle) - f(0.0) for f in functions]) > 0
+        low, high = (low, middle) if rises else (middle, high)
+    return low
+
+
+def test_functions_that_fall_faster_than_their_slopes_and_rise_at_once_are_crossed_exactly() -> None:
+    off = []
+    for seed in range(40):
+        own = random.Random(seed)
+        slopes = [math.exp(own.gauss(0, 0.2)) for _ in range(28)]
+        walls = [math.exp(own.gauss(0, 1.0)) for _ in range(28)]
+        pairs = zip(slopes, walls, strict=True)
+        functions = [lambda eta, s=s, w=w: 3 - s * eta * (1 + 2 * eta) + w * eta**12 for s, w in pairs]
+        found, _ = search(functions, mean(slopes), draw=seed, initial_lr=0.3)
+        off.append(abs(math.log(found.found.critical_lr / crossing(functions, 0.2, 3.0))))
+    assert max(off) < 0.05
+
+
+def powers(seed: int, exponent: float) -> tuple[list[Function], list[float]]:
+    """Functions whose mean crosses near 2 with this exponent; their slopes."""
+    own = random.Random(seed)
+    slopes = [math.exp(own.gauss(0, 0.3)) for _ in range(28)]
+    bends = [s * math.exp(own.gauss(0, 0.3)) for s in slopes]
+    pairs = zip(slopes, bends, strict=True)
+    return [lambda eta, s=s, h=h: 3 - s * eta + 2 * h * (eta / 2) ** (1 + exponent) for s, h in pairs], slopes
+
+
+def test_an_exponent_that_is_remembered_alone_is_not_relied_upon() -> None:
+    held = []
+    for seed in range(30):
+        memory = None
+        for k in range(5):
+            functions, slopes = powers(1000 * seed + k, 8.0)
+            memory = search(functions, mean(slopes), draw=k, initial_lr=1.0, memory=memory)[0].found.memory
+        functions, slopes = powers(1000 * seed + 9, 0.8)
+        found, _ = search(functions, mean(slopes), memory=memory)
+        off = abs(math.log(found.found.critical_lr / crossing(functions, 0.5, 8.0)))
+        held.append(off <= found.found.error)
+    assert mean(held) >= 0.92
