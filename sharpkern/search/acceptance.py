@@ -9,6 +9,7 @@ cannot have made close to either side of it.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 from sharpkern.search.curve import NOISE, SIGNIFICANT, Curve, Estimate, Probe
@@ -127,7 +128,7 @@ def unchecked(curve: Curve, estimate: Estimate) -> Iterator[float]:
     fall = slope * eta / (abs(curve.base_loss) or math.inf)
     if fall > (_FAR_OUT if eta < _UNEXPECTED * curve.guess else _FAR_OUT / 2):
         yield from _unless_near(curve, eta / max(_GUARD, fall / _GUARD_FALL if fall < math.inf else 0.0), 1.5)
-    for bump in _bumps(curve):
+    for bump in (*_bumps(curve), *_far_flanks(curve)):
         yield from _unless_near(curve, bump, 1.25)
     for touch in _touches(curve):
         yield from _unless_near(curve, touch * _BESIDE, math.sqrt(_BESIDE))
@@ -142,6 +143,17 @@ def _bumps(curve: Curve) -> Iterator[float]:
         if top.rise > max(max(left.rise, right.rise) + SIGNIFICANT * curve.noise_level, 0.5 * deepest):
             yield math.sqrt(top.eta * right.eta)
             yield math.sqrt(left.eta * top.eta)
+
+
+def _far_flanks(curve: Curve) -> Iterator[float]:
+    """Yield the middle between the last fall and the first rise where the loss falls again from that rise on.
+
+    It has crossed somewhere before, and not just below.
+    """
+    lo, hi = curve.bracket()
+    for first, after in pairwise(curve.probes):
+        if first.eta == hi and lo > 0 and after.rise < first.rise - SIGNIFICANT * curve.noise_level:
+            yield math.sqrt(lo * hi)
 
 
 def _touches(curve: Curve) -> Iterator[float]:

@@ -622,6 +622,24 @@ def test_a_probe_above_its_neighbours_leads_to_the_bump_beside_it(guess: float) 
     assert result.critical_lr == pytest.approx(1.0, rel=0.01)
 
 
+def on_a_far_flank(eta: float) -> float:
+    """A bump that a GPT's loss showed along a step of its warm-up, beyond which it falls on."""
+    etas = (0.0, 0.0042, 0.0092, 0.0153, 0.0214, 0.0244, 0.0275, 0.0305, 0.0336, 0.0366, 0.0412, 0.0458, 0.0916)
+    rises = (0.0, -0.2125, -0.3744, -0.4093, -0.2440, -0.1397, -0.0556, 0.0, 0.0286, 0.0350, 0.0145, -0.0295, -0.4833)
+    right = next((i for i, one in enumerate(etas) if one > eta), len(etas) - 1)
+    share = (eta - etas[right - 1]) / (etas[right] - etas[right - 1])
+    return 3.95 + rises[right - 1] + share * (rises[right] - rises[right - 1])
+
+
+@pytest.mark.parametrize("guess", [0.0405, 0.0415, 0.0423])
+def test_a_loss_that_falls_from_its_first_rise_on_has_crossed_before(guess: float) -> None:
+    told = {"slope": 57.6, "norm_sq": 1.0, "noise": 2e-7, "base_loss": 3.95, "num_looks": 2.0}
+    memory = SearchMemory(eta=guess, exponent=0.334, miss=0.69, num_misses=6.0, **told)
+    result = find_critical_lr(on_a_far_flank, slope=57.6, norm_sq=1.0, memory=memory)
+    assert result.status == "converged"
+    assert result.critical_lr == pytest.approx(0.0305, rel=0.03)
+
+
 def test_memory_makes_the_next_search_cheap_and_survives_a_checkpoint() -> None:
     def measure(crossing: float, memory: SearchMemory | None) -> SearchResult:
         # Curvature and length of the direction change by the same factor: the usual case of a shorter step.
