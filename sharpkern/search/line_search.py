@@ -226,14 +226,15 @@ class LineSearch:
         self._guess = self._first_guess(initial_lr, method)
         self._width = self._first_width()
         positive = self._given_slope if self._given_slope is not None and self._given_slope > 0 else None
-        known = self._known_noise()
+        # One look far out, where all losses are rounded coarsely, tells nothing of losses elsewhere.
+        known = self._known_noise() if (self._before.num_looks or 0) >= _LOOKS else None
         self._curve = Curve(
             self._base_loss,
             positive,
             self._guess,
             max(noise, known or 0.0),
             rtol,
-            noise_is_known=known is not None and (self._before.num_looks or 0) >= _LOOKS,
+            noise_is_known=known is not None,
             bound=self._before.bound,
             experience=self._experience(),
         )

@@ -640,6 +640,14 @@ def test_a_loss_that_falls_from_its_first_rise_on_has_crossed_before(guess: floa
     assert result.critical_lr == pytest.approx(0.0305, rel=0.03)
 
 
+def test_noise_that_one_search_has_seen_hides_nothing_from_the_next() -> None:
+    # As where the first search went far out, to where losses are rounded coarsely.
+    memory = SearchMemory(eta=1e6, noise=0.1, base_loss=1.0, num_looks=1.0)
+    result = find_critical_lr(lambda eta: 1 - 0.1 * eta + 0.1 * eta**2, slope=0.1, memory=memory)
+    assert result.critical_lr == pytest.approx(1.0, rel=0.01)
+    assert result.memory.noise == pytest.approx(2e-7)
+
+
 def test_memory_makes_the_next_search_cheap_and_survives_a_checkpoint() -> None:
     def measure(crossing: float, memory: SearchMemory | None) -> SearchResult:
         # Curvature and length of the direction change by the same factor: the usual case of a shorter step.
