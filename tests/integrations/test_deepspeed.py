@@ -170,7 +170,7 @@ def sampled(rank: int, stage: int) -> list[tuple[float, float, int | None]]:
     """How far η_c of a sample is from that of all micro-batches, its error, and the size of the sample."""
     started()
     found = []
-    for sample in (None, "auto"):
+    for sample in (None, 0.375):
         loop = Loop(rank, stage, accumulate=32, rows=64)
         monitor = SharpnessMonitor(loop.accelerator, loop.model, loop.optimizer, sample=sample)
         loop.run(monitor)
