@@ -28,7 +28,8 @@ def kept_as(
     for device in {steps[i].base.device for i in short}:
         here = [i for i in short if steps[i].base.device == device]
         if may_keep(sum(steps[i].base.numel() for i in here), device):
-            kept = [torch.bfloat16 if i in here else dtype for i, dtype in enumerate(kept)]
+            for i in here:
+                kept[i] = torch.bfloat16
     return kept
 
 

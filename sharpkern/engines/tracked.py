@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeGuard
 
 import torch
@@ -132,15 +131,8 @@ class TrackedParam:
         return TrackedParam(weight, move, self.owner, self.parameter, self.memory)
 
     def rows(self, chosen: slice) -> "TrackedParam":
-        """The pair of some rows, the same one at every call: launches are prepared for it once."""
-        key = (chosen.start, chosen.stop)
-        if key not in self._rows:
-            self._rows[key] = self.view(lambda tensor: tensor[chosen])
-        return self._rows[key]
-
-    @cached_property
-    def _rows(self) -> dict[tuple[int, int], "TrackedParam"]:
-        return {}
+        """The pair of some rows."""
+        return TrackedParam(self.weight[chosen], self.move.rows(chosen), self.owner, self.parameter, self.memory)
 
     def form(self, step: Step, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """θ + αΔθ in the weight's dtype, or in ``dtype``.

@@ -1,7 +1,7 @@
 """Updates of many parameters by a few calls, on devices with kernels."""
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,7 @@ def kind_of(move: ParamUpdate) -> Hashable:
 def sums_of_steps(steps: Sequence[LazyUpdate]) -> list[Tensor]:
     """Return Δθᵀg and |Δθ|², [2] float64, of every step."""
     result: list[Tensor] = [torch.empty(0)] * len(steps)
-    alike: dict[Hashable, list[int]] = defaultdict(list)
-    for i, step in enumerate(steps):
-        alike[(step.base.device, kind_of(step)) if _is_for_a_kernel(step) else i].append(i)
-    for members in alike.values():
+    for members in _alike(steps):
         if len(members) == 1:
             result[members[0]] = steps[members[0]].slope_and_norm()
             continue
@@ -47,10 +44,7 @@ def sums_of_steps(steps: Sequence[LazyUpdate]) -> list[Tensor]:
 def updates_of(steps: Sequence[LazyUpdate], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Return Δθ of every step, each in a dtype."""
     result = [torch.empty_like(step.base, dtype=dtype) for step, dtype in zip(steps, dtypes, strict=True)]
-    alike: dict[Hashable, list[int]] = defaultdict(list)
-    for i, step in enumerate(steps):
-        alike[(step.base.device, kind_of(step)) if _is_for_a_kernel(step) else i].append(i)
-    for members in alike.values():
+    for members in _alike(steps):
         launch = None
         if _is_for_a_kernel(steps[members[0]]):
             launch = prepared_together([steps[i] for i in members], [result[i] for i in members], None)
@@ -60,6 +54,14 @@ def updates_of(steps: Sequence[LazyUpdate], dtypes: Sequence[torch.dtype]) -> li
         for i in members:
             steps[i].form(None, dtype=dtypes[i], out=result[i].unsqueeze(0))
     return result
+
+
+def _alike(steps: Sequence[LazyUpdate]) -> Iterable[list[int]]:
+    """Return the numbers of the steps that one launch can take; one by one those that no kernel can."""
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        alike[(step.base.device, kind_of(step)) if _is_for_a_kernel(step) else i].append(i)
+    return alike.values()
 
 
 def _is_for_a_kernel(step: LazyUpdate) -> bool:

@@ -83,15 +83,14 @@ class Reached:
             thing = waiting.popleft()
             if id(thing) in seen:
                 continue
-            kind = type(thing)
-            if kind in CONTAINERS:
+            if type(thing) in CONTAINERS:
                 # The most of what modules hold, and most of them empty.
                 seen[id(thing)] = thing
                 self.containers.append(thing)
                 if thing and len(thing) <= _LONG:
                     waiting.extend(thing.values() if isinstance(thing, dict) else thing)
                 continue
-            if kind in _PLAIN or isinstance(thing, _PLAIN):
+            if isinstance(thing, _PLAIN):
                 continue
             seen[id(thing)] = thing
             if isinstance(thing, (FunctionType, MethodType, partial)):
